@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# One target for each folder of src/. A folder sees the headers of the folders it names in DEPS and no others: each
+# target's include path is a directory of its own that holds one link to its folder, so `#include "base/error.h"`
+# compiles only in a target that depends on base.
+
+find_package(Threads REQUIRED)
+find_package(fmt REQUIRED)
+
+add_library(tern_flags INTERFACE)
+target_compile_options(tern_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -Werror=return-type
+  # The order and rounding of sums is part of the contract: no multiply-add may be formed behind our back.
+  -ffp-contract=off>)
+if(TERN_SANITIZE)
+  target_compile_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -g -fno-sanitize-recover=all)
+  target_link_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE})
+endif()
+
+# tern_folder(NAME [SOURCES file...] [DEPS folder...] [LINK library...])
+function(tern_folder name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS;LINK" ${ARGN})
+  set(include_dir ${PROJECT_BINARY_DIR}/include/${name})
+  file(MAKE_DIRECTORY ${include_dir})
+  file(CREATE_LINK ${CMAKE_CURRENT_SOURCE_DIR} ${include_dir}/${name} SYMBOLIC)
+  list(TRANSFORM ARG_DEPS PREPEND tern_)
+  if(ARG_SOURCES)
+    add_library(tern_${name} STATIC ${ARG_SOURCES})
+    target_include_directories(tern_${name} PUBLIC ${include_dir})
+    target_link_libraries(tern_${name} PUBLIC ${ARG_DEPS} PRIVATE tern_flags ${ARG_LINK})
+  else()
+    add_library(tern_${name} INTERFACE)
+    target_include_directories(tern_${name} INTERFACE ${include_dir})
+    target_link_libraries(tern_${name} INTERFACE ${ARG_DEPS} ${ARG_LINK})
+  endif()
+endfunction()

@@ -1,0 +1,478 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * tern.h: the C interface of Tern, expert-parallel communication for Mixture-of-Experts models.
+ *
+ * Tern moves the tokens of an MoE layer to the ranks that own their experts (dispatch) and brings the results back,
+ * summed (combine). The objects, from the outside in:
+ *
+ *   tern_group     who the ranks are             tern_group_create_*        collective
+ *   tern_exchange  the memory they share         tern_exchange_create       collective
+ *   tern_plan      where one batch's tokens go   tern_plan_create           local; filled by tern_plan_route (collective)
+ *   tern_dispatch, tern_combine                  operations along a plan    collective
+ *
+ * A round trip on every rank (error handling left out; examples/c/hello.c is a whole program):
+ *
+ *   tern_plan_route(plan, &(tern_routing){.struct_size = sizeof(tern_routing), .topk_idx = idx, .num_tokens = T}, NULL, &info);
+ *   tern_dispatch(plan, &(tern_dispatch_args){... .tokens = x, .out_tokens = rows ...}, NULL);
+ *   ... the local experts work on `rows` ...
+ *   tern_combine(plan, &(tern_combine_args){... .rows = rows, .out_tokens = y ...}, NULL);
+ *
+ * Rules that hold everywhere:
+ * - Every function that returns a tern_status writes nothing through its output pointers and changes nothing when it
+ *   returns TERN_INVALID_ARGUMENT or TERN_INVALID_STATE. tern_last_error() then says what was asked, what was found and
+ *   what to do. Nothing exits, aborts or throws across this interface.
+ * - Every struct begins with its own size. Zero the struct, set struct_size = sizeof(struct), set what you need: a zero
+ *   field means its documented default. Structs only ever grow at their end.
+ * - "Collective" means: every rank of the group calls it, and the calls of one lane come in the same order on every rank.
+ *   Every wait has a deadline (timeout_ms); a rank that never comes is named in the error.
+ * - Sizes named `hidden` count elements of the row's dtype (bytes for TERN_DTYPE_BYTES); names that end in _bytes count
+ *   bytes. Matrices are dense and row-major unless a stride is given.
+ * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
+ *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
+ * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
+ *   different threads at once. A plan belongs to one lane at a time.
+ */
+#ifndef TERN_TERN_H_
+#define TERN_TERN_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define TERN_VERSION_MAJOR 0
+#define TERN_VERSION_MINOR 1
+#define TERN_VERSION_PATCH 0
+
+#if defined(_WIN32)
+#define TERN_API
+#else
+#define TERN_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------------ status and errors */
+
+typedef enum tern_status {
+  TERN_OK = 0,
+  TERN_INVALID_ARGUMENT = 1,    /* a pointer, size, shape or dtype that cannot be; nothing was done */
+  TERN_INVALID_STATE = 2,       /* right arguments, wrong moment: a plan not routed, a receive without its send */
+  TERN_OUT_OF_MEMORY = 3,       /* the window is too small for what is asked (the text says how much is needed), or the system has none */
+  TERN_UNSUPPORTED = 4,         /* valid, but not available on this machine or in this build */
+  TERN_TIMEOUT = 5,             /* this rank waited for another one until the deadline */
+  TERN_ABORTED = 6,             /* another rank failed and told this one */
+  TERN_MISMATCH = 7,            /* ranks called different operations, shapes or versions */
+  TERN_STALE_PLAN = 8,          /* the plan was routed before the last recovery; route it again */
+  TERN_MASKED_OUT = 9,          /* the other ranks went on without this one */
+  TERN_CAPACITY_EXCEEDED = 10,  /* worst extent: more rows arrived than the plan has room for; the operation completed without them */
+  TERN_SYSTEM_ERROR = 11,       /* the operating system or a driver refused a call */
+  TERN_INTERNAL_ERROR = 12      /* a defect in Tern */
+} tern_status;
+
+/* The name of a status ("TERN_TIMEOUT"); "TERN_UNKNOWN" for a number that is none. Static storage, any thread. */
+TERN_API const char* tern_status_name(tern_status status);
+
+/* The text of the last error of the calling thread, "" if there was none. Valid until this thread's next call that fails. */
+TERN_API const char* tern_last_error(void);
+
+/* The library's version, MAJOR * 10000 + MINOR * 100 + PATCH. */
+TERN_API int32_t tern_version(void);
+
+/* ----------------------------------------------------------------------------------------------------------- choices */
+
+typedef enum tern_device_type {
+  TERN_DEVICE_AUTO = 0, /* a GPU where there is one and this build has the engine, else the CPU */
+  TERN_DEVICE_CPU = 1,
+  TERN_DEVICE_CUDA = 2
+} tern_device_type;
+
+typedef enum tern_dtype {
+  TERN_DTYPE_BF16 = 0,
+  TERN_DTYPE_FP16 = 1,
+  TERN_DTYPE_FP32 = 2,
+  TERN_DTYPE_FP8_E4M3 = 3,
+  TERN_DTYPE_BYTES = 4 /* opaque: one element is one byte */
+} tern_dtype;
+
+typedef enum tern_index_type { TERN_INDEX_INT64 = 0, TERN_INDEX_INT32 = 1 } tern_index_type;
+
+/* How what arrives is laid out. E_l = num_experts / num_ranks local experts. */
+typedef enum tern_layout {
+  /* One row per (token, rank), ordered by (source rank, source token). */
+  TERN_LAYOUT_RANK_MAJOR = 0,
+  /* One row per (token, k) entry of a local expert, grouped by expert, then (source rank, source token, k); each group
+   * starts at a multiple of expert_alignment. What a grouped GEMM eats. */
+  TERN_LAYOUT_EXPERT_MAJOR = 1,
+  /* [E_l, num_ranks * max_tokens, hidden]; rows of one expert in the same order, from the front. What a masked GEMM eats. */
+  TERN_LAYOUT_EXPERT_PADDED = 2
+} tern_layout;
+
+typedef enum tern_extent {
+  TERN_EXTENT_EXACT = 0, /* the host learns the counts when the plan is routed, and sizes the outputs */
+  TERN_EXTENT_WORST = 1  /* the caller gives row_capacity; counts stay on the device */
+} tern_extent;
+
+typedef enum tern_phase {
+  TERN_PHASE_WHOLE = 0,
+  TERN_PHASE_SEND = 1,   /* put the data on their way, and return; nothing of Tern runs after that */
+  TERN_PHASE_RECEIVE = 2 /* complete what the plan's last send began; called with the same arguments */
+} tern_phase;
+
+typedef enum tern_encoding {
+  TERN_ENCODING_AS_GIVEN = 0,
+  /* Cast bf16, fp16 or fp32 rows to fp8 e4m3 on the way, one scale for each 128 channels (the last block may be shorter).
+   * With amax = max(|x|, 1e-4) over a block, all in FP32: values are x * fl(448 / amax), rounded to nearest even and
+   * saturated to 448; the stored scale is fl(amax * fl(1/448)). Scales arrive as float, ceil(hidden/128) per row. */
+  TERN_ENCODING_FP8_F32 = 1,
+  /* The same with the stored scale rounded up to a power of two, s = 2^ceil(log2(fl(amax * fl(1/448)))), values x / s. */
+  TERN_ENCODING_FP8_F32_POW2 = 2,
+  /* The same, s stored as its biased exponent, one byte (UE8M0); rows of scales are padded with zero bytes to 4. */
+  TERN_ENCODING_FP8_UE8M0 = 3
+} tern_encoding;
+
+typedef enum tern_scale_order {
+  TERN_SCALES_ROW_MAJOR = 0,   /* [rows, scales] */
+  TERN_SCALES_COLUMN_MAJOR = 1 /* [scales, rows]; expert_padded: [E_l, scales, num_ranks * max_tokens] */
+} tern_scale_order;
+
+typedef enum tern_combine_mode {
+  /* Rows of one token on one rank are summed there, rounded once to the wire type, and cross the link as one row. */
+  TERN_COMBINE_HIERARCHICAL = 0,
+  /* Every expert's row goes to the token's owner, who sums all of them in ascending k. */
+  TERN_COMBINE_EXACT = 1
+} tern_combine_mode;
+
+typedef enum tern_weighting {
+  TERN_WEIGHTS_NONE = 0,     /* plain sum */
+  TERN_WEIGHTS_DISPATCH = 1, /* the topk_weights that the plan's last dispatch carried */
+  TERN_WEIGHTS_OWNER = 2     /* topk_weights of the combine's arguments, given by the tokens' owner */
+} tern_weighting;
+
+typedef enum tern_timeout_policy {
+  TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
+  TERN_ON_TIMEOUT_MASK = 1   /* the operation goes on with a share of zero for the missing rank; the next one starts a generation without it */
+} tern_timeout_policy;
+
+typedef enum tern_mode {
+  TERN_MODE_AUTO = 0, /* by size: see docs/design.md */
+  TERN_MODE_THROUGHPUT = 1,
+  TERN_MODE_LATENCY = 2
+} tern_mode;
+
+/* ------------------------------------------------------------------------------------------------------------- group */
+
+typedef struct tern_group tern_group;
+typedef struct tern_exchange tern_exchange;
+typedef struct tern_plan tern_plan;
+
+typedef enum tern_log_level {
+  TERN_LOG_OFF = 0,
+  TERN_LOG_ERROR = 1,
+  TERN_LOG_WARNING = 2,
+  TERN_LOG_INFO = 3,
+  TERN_LOG_DEBUG = 4
+} tern_log_level;
+
+/* Called with one line of text without a newline, from whichever thread runs the operation; must not call Tern. */
+typedef void (*tern_log_fn)(void* context, tern_log_level level, const char* text);
+
+/* Gathers `bytes` bytes of `send` from every rank into recv[rank * bytes] on every rank. Returns 0, or anything else for a
+ * failure. Called from group and exchange creation only, on the calling thread. */
+typedef int (*tern_allgather_fn)(void* context, const void* send, void* recv, size_t bytes);
+
+typedef struct tern_group_options {
+  size_t struct_size;
+  const char* name;          /* tells groups of one job apart; default "tern". At most 63 bytes */
+  const char* node;          /* declares which node this rank is on (ranks with equal names share a node); default: found out */
+  int64_t timeout_ms;        /* deadline of creation; 0: TERN_TIMEOUT_MS, else 30000 */
+  tern_log_fn log;           /* NULL: lines go to standard error */
+  void* log_context;
+  tern_log_level log_level;  /* TERN_LOG_OFF (0) means the default: TERN_LOG_LEVEL, else warnings */
+  int32_t reserved;
+} tern_group_options;
+
+typedef struct tern_group_info {
+  size_t struct_size;
+  int32_t rank;
+  int32_t num_ranks;
+  int32_t node;           /* index of this rank's node */
+  int32_t num_nodes;
+  int32_t rank_in_node;   /* = rail */
+  int32_t ranks_in_node;
+} tern_group_info;
+
+/* From the launcher's environment: torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), Open MPI (OMPI_COMM_WORLD_*),
+ * Slurm (SLURM_PROCID, SLURM_NTASKS, ...); with none of them, a group of one rank. Ranks meet over TCP: docs/protocol.md,
+ * "Rendezvous", says at which address, and TERN_RENDEZVOUS=host:port overrides it. Collective. */
+TERN_API tern_status tern_group_create_from_env(const tern_group_options* options, tern_group** group);
+
+/* From the caller's own all-gather (MPI, torch.distributed, a store). `allgather` and `context` must live as long as the
+ * group. Collective. */
+TERN_API tern_status tern_group_create_from_allgather(const tern_group_options* options, int32_t rank, int32_t num_ranks,
+                                                      tern_allgather_fn allgather, void* context, tern_group** group);
+
+/* `num_ranks` ranks in this process: groups[r] is for the thread that plays rank r. Local: returns all of them at once. */
+TERN_API tern_status tern_group_create_local(const tern_group_options* options, int32_t num_ranks, tern_group** groups);
+
+TERN_API tern_status tern_group_get_info(const tern_group* group, tern_group_info* info);
+
+/* Never collective, never waits. NULL is allowed. Exchanges made from the group stay valid. */
+TERN_API void tern_group_destroy(tern_group* group);
+
+/* ---------------------------------------------------------------------------------------------------------- exchange */
+
+typedef struct tern_exchange_options {
+  size_t struct_size;
+  tern_device_type device;
+  int32_t device_index;      /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices */
+  /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
+   * of them need one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). */
+  int64_t staging_bytes;
+  int64_t window_bytes;      /* memory for tern_window_alloc; 0: none */
+  int64_t max_tokens;        /* shapes to be expected, per rank; all 0: 128 tokens of 16 KiB, top-8 of 256 experts */
+  int64_t max_row_bytes;     /* the longest row, scales included */
+  int32_t max_topk;
+  int32_t max_experts;
+  int32_t num_lanes;         /* 0: 1; at most 16 */
+  int32_t num_sms;           /* GPU: SM budget, 0: chosen; ignored on CPU ranks */
+  int64_t timeout_ms;        /* of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000 */
+  tern_timeout_policy on_timeout;
+  tern_mode mode;
+} tern_exchange_options;
+
+typedef struct tern_memory_info {
+  size_t struct_size;
+  int64_t control_bytes; /* flags, error records */
+  int64_t staging_bytes; /* slots, both banks of all lanes */
+  int64_t window_bytes;  /* what tern_window_alloc can give */
+  int64_t total_bytes;   /* per rank */
+} tern_memory_info;
+
+/* What an exchange with these options would take on each rank. Local; allocates nothing. */
+TERN_API tern_status tern_exchange_query_memory(const tern_group* group, const tern_exchange_options* options, tern_memory_info* info);
+
+/* Makes the windows and maps those of the other ranks. Every rank passes equal options (device_index aside): a hash of them and of the
+ * version is compared, and a difference is TERN_MISMATCH. Collective. */
+TERN_API tern_status tern_exchange_create(tern_group* group, const tern_exchange_options* options, tern_exchange** exchange);
+
+/* Never collective, never waits for other ranks. Plans of the exchange must be destroyed first. NULL is allowed. */
+TERN_API void tern_exchange_destroy(tern_exchange* exchange);
+
+/* Memory inside this rank's window, aligned to 256 bytes: outputs of dispatch and rows of combine that lie there are used
+ * in place by the other ranks (zero copy). Local: ranks may allocate different sizes in different orders. TERN_OUT_OF_MEMORY
+ * says how much is left. Thread-safe. */
+TERN_API tern_status tern_window_alloc(tern_exchange* exchange, int64_t bytes, void** pointer);
+TERN_API tern_status tern_window_free(tern_exchange* exchange, void* pointer);
+
+typedef enum tern_health {
+  TERN_HEALTH_OK = 0,
+  TERN_HEALTH_DEGRADED = 1, /* works, without the masked ranks */
+  TERN_HEALTH_FAILED = 2    /* every operation returns the recorded error until tern_exchange_recover */
+} tern_health;
+
+/* What the error record holds: "rank `waiter` waited for rank `awaited` in `operation`, lane, epoch `expected`, saw `seen`". */
+typedef struct tern_failure {
+  tern_status status;    /* TERN_OK: none */
+  int32_t waiter;
+  int32_t awaited;
+  int32_t lane;
+  int32_t operation;     /* a tern_operation */
+  int32_t reserved;
+  uint64_t expected_epoch;
+  uint64_t seen_epoch;
+} tern_failure;
+
+typedef enum tern_operation {
+  TERN_OP_NONE = 0,
+  TERN_OP_ROUTE = 1,
+  TERN_OP_DISPATCH = 2,
+  TERN_OP_WEIGHTS = 3, /* the owner's weights on their way to the experts' ranks, first part of a combine */
+  TERN_OP_COMBINE = 4,
+  TERN_OP_RECOVER = 5
+} tern_operation;
+
+typedef struct tern_exchange_state {
+  size_t struct_size;
+  tern_health health;
+  uint32_t generation;       /* 0 at creation, grows with every recovery */
+  tern_failure failure;      /* of the current generation */
+  uint8_t masked[1024];      /* [rank] 1: masked out. Groups are at most 1024 ranks in one exchange */
+} tern_exchange_state;
+
+/* Local, any thread, no wait: also while an operation runs. */
+TERN_API tern_status tern_exchange_get_state(const tern_exchange* exchange, tern_exchange_state* state);
+
+typedef struct tern_recover_options {
+  size_t struct_size;
+  int64_t timeout_ms;   /* 0: the exchange's */
+  const uint8_t* mask;  /* [num_ranks] 1: go on without this rank, whether or not it answers; NULL: none */
+  int32_t allow_mask;   /* 1: ranks that do not answer in time are masked out; 0: that is TERN_TIMEOUT */
+  int32_t reserved;
+} tern_recover_options;
+
+/* Starts a new generation: the ranks that call agree on who goes on, get fresh internal windows, and epochs start again, so that a
+ * rank that was only stopped cannot write into what now belongs to others. Contents and addresses of tern_window_alloc memory are kept.
+ * Plans routed before are stale. From then on a masked rank sends nothing, receives nothing, and entries routed to its experts count as
+ * -1: its share is zero, and tern_exchange_get_state reports it. A masked rank that comes back gets TERN_MASKED_OUT.
+ * Collective among those who go on; no operation of this exchange may be running on the calling rank. */
+TERN_API tern_status tern_exchange_recover(tern_exchange* exchange, const tern_recover_options* options);
+
+typedef struct tern_metrics {
+  size_t struct_size;
+  uint64_t num_routes;
+  uint64_t num_dispatches;
+  uint64_t num_combines;
+  uint64_t rounds;           /* trips through the staging banks, all operations */
+  uint64_t sent_bytes;       /* payload, scales and metadata written to other ranks */
+  uint64_t sent_local_bytes; /* the same, to this rank itself */
+  uint64_t received_rows;
+  uint64_t waits;            /* times a flag was not there yet */
+  uint64_t sleeps;           /* of these, times the thread went to sleep */
+  uint64_t wait_ns;
+  uint64_t timeouts;
+} tern_metrics;
+
+/* Counters since creation, all lanes. Local, any thread. */
+TERN_API tern_status tern_exchange_get_metrics(const tern_exchange* exchange, tern_metrics* metrics);
+
+/* -------------------------------------------------------------------------------------------------------------- plan */
+
+typedef struct tern_plan_options {
+  size_t struct_size;
+  int64_t max_tokens;        /* the most tokens that any rank routes, > 0, equal on all ranks */
+  int32_t num_experts;       /* > 0, divisible by the number of ranks; expert e lives on rank e / E_l */
+  int32_t num_topk;          /* 1..64; with token_in_rank routing: 0 */
+  tern_layout layout;
+  tern_extent extent;
+  int32_t expert_alignment;  /* expert_major: rows of a group are padded to a multiple of it; 0: 1 */
+  int32_t zero_padding;      /* 1: dispatch writes zeros (scales too) into padding rows */
+  int64_t row_capacity;      /* worst: rows of the outputs, equal on all ranks; 0: what can arrive at most. expert_padded: always E_l * num_ranks * max_tokens */
+} tern_plan_options;
+
+/* Room for the routing of one batch. Local. All memory that operations along it need is allocated here. */
+TERN_API tern_status tern_plan_create(tern_exchange* exchange, const tern_plan_options* options, tern_plan** plan);
+TERN_API void tern_plan_destroy(tern_plan* plan);
+
+typedef struct tern_routing {
+  size_t struct_size;
+  const void* topk_idx;              /* [num_tokens, num_topk] global expert numbers, -1: none. Duplicates count each */
+  tern_index_type topk_idx_type;
+  int32_t reserved;
+  int64_t num_tokens;                /* 0..max_tokens; may differ between ranks */
+  const uint8_t* token_in_rank;      /* instead of topk_idx, rank_major only: [num_tokens, num_ranks], nonzero: goes there */
+  const int32_t* tokens_per_expert;  /* with token_in_rank, optional: [num_experts], reported as received counts at the experts' ranks */
+} tern_routing;
+
+/* How an operation runs. NULL where a function takes one: all defaults. */
+typedef struct tern_launch {
+  size_t struct_size;
+  void* stream;      /* GPU: cudaStream_t; ignored on CPU ranks */
+  int32_t lane;
+  tern_phase phase;  /* route: WHOLE only */
+  int32_t num_sms;   /* 0: the exchange's */
+  int32_t reserved;
+} tern_launch;
+
+/* What the host knows of a routed plan. With extent WORST on a GPU the counts are not known to the host and are -1. */
+typedef struct tern_plan_info {
+  size_t struct_size;
+  int64_t num_tokens;          /* routed by this rank */
+  int64_t num_received;        /* (token, rank) messages that arrive here: the rows of rank_major */
+  int64_t num_rows;            /* rows the outputs must have: exact: as counted, padding included; worst: the capacity */
+  int64_t row_capacity;        /* most rows that can be asked for by any routing of this plan's options */
+  uint32_t generation;
+  int32_t latency_path;        /* 1: the last operation took the latency path, 0: throughput */
+  const int32_t* received_per_rank;   /* [num_ranks] messages by source rank */
+  const int32_t* received_per_expert; /* [E_l] entries by local expert, not padded; or what tokens_per_expert said */
+  const int32_t* sent_per_rank;       /* [num_ranks] messages by destination */
+  const int32_t* pair_counts;         /* [num_ranks, num_ranks] messages from row rank to column rank */
+} tern_plan_info;
+
+/* Exchanges counts, after which this rank knows where every row goes and what it will receive. `info` may be NULL. The
+ * arrays in it belong to the plan and hold until it is routed again. Collective. */
+TERN_API tern_status tern_plan_route(tern_plan* plan, const tern_routing* routing, const tern_launch* launch, tern_plan_info* info);
+
+/* The same information again. Local. TERN_INVALID_STATE if the plan is not routed. */
+TERN_API tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* info);
+
+/* Counts of a routing by itself, without any exchange. Each output may be NULL. Local; a pure function of its inputs. */
+typedef struct tern_routing_counts {
+  size_t struct_size;
+  int32_t* tokens_per_rank;    /* [num_ranks] */
+  int32_t* tokens_per_node;    /* [num_nodes] */
+  int32_t* tokens_per_expert;  /* [num_experts] entries */
+  uint8_t* token_in_rank;      /* [num_tokens, num_ranks] */
+} tern_routing_counts;
+TERN_API tern_status tern_count_routing(tern_exchange* exchange, const tern_routing* routing, int32_t num_experts, int32_t num_topk,
+                                        const tern_launch* launch, const tern_routing_counts* counts);
+
+/* ---------------------------------------------------------------------------------------------------------- dispatch */
+
+typedef struct tern_dispatch_args {
+  size_t struct_size;
+  /* Routes the plan in the same operation (fewer trips for small batches; extent WORST only, since outputs exist already). NULL: the plan is routed */
+  const tern_routing* routing;
+
+  /* What goes out. */
+  const void* tokens;             /* [num_tokens, hidden]; NULL allowed only with 0 tokens */
+  tern_dtype dtype;
+  tern_encoding encoding;
+  int64_t hidden;                 /* > 0; a row is a multiple of 16 bytes (after a cast too) */
+  int64_t token_stride_bytes;     /* 0: dense */
+  const void* scales;             /* AS_GIVEN: [num_tokens, scale_bytes] opaque; NULL: none */
+  int64_t scale_bytes;            /* AS_GIVEN: bytes of scales per token, > 0 with scales; equal on all ranks, also on those with no tokens */
+  int64_t scale_element_bytes;    /* granule that COLUMN_MAJOR transposes and strides count; 0: 4 */
+  int64_t scale_token_stride_bytes;   /* 0: dense */
+  int64_t scale_element_stride_bytes; /* 0: scale_element_bytes */
+  const float* topk_weights;      /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights) */
+  int32_t carry_weights;          /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
+
+  /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where rows arrive. */
+  tern_scale_order out_scale_order;
+  void* out_tokens;               /* [rows, hidden]. Window memory on every rank (zero copy), or on none */
+  void* out_scales;               /* scales as they arrive, by out_scale_order */
+  int32_t* out_topk_idx;          /* rank_major: [rows, num_topk] local expert, -1 where the entry is not of this rank; all -1 in unused rows (worst) */
+  float* out_topk_weights;        /* rank_major: [rows, num_topk], 0 where -1; expert layouts: [rows], the entry's weight */
+  int32_t* out_source_token;      /* [rows] index of the token on its rank; -1 in padding and unused rows */
+  int32_t* out_source_rank;       /* [rows]; -1 likewise */
+  int32_t* out_row_expert;        /* expert layouts: [rows] local expert; -1 likewise */
+  int64_t* out_expert_offsets;    /* expert_major: [E_l + 1] first row of each expert's group, padding included */
+  int32_t* out_expert_counts;     /* [E_l] rows (entries) of each expert, not padded */
+  int32_t* out_rank_counts;       /* [num_ranks] messages from each rank */
+  int64_t* out_expert_rank_ranges;/* expert layouts: [E_l, num_ranks] count in the low 32 bits, first row (in the expert's group) in the high */
+} tern_dispatch_args;
+
+/* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
+ * (GPU). WORST: rows beyond the capacity are left out and TERN_CAPACITY_EXCEEDED is returned (GPU: set in the state) after an
+ * otherwise complete operation. Two sends may be under way before the first receive. Collective. */
+TERN_API tern_status tern_dispatch(tern_plan* plan, const tern_dispatch_args* args, const tern_launch* launch);
+
+/* ----------------------------------------------------------------------------------------------------------- combine */
+
+typedef struct tern_combine_args {
+  size_t struct_size;
+  const void* rows;               /* [rows, hidden] in the plan's layout. Window memory on every rank (pulled in place), or on none */
+  tern_dtype dtype;               /* bf16, fp16 or fp32; also the wire type and that of bias and out_tokens */
+  tern_combine_mode mode;
+  int64_t hidden;
+  tern_weighting weighting;       /* rank_major: TERN_WEIGHTS_NONE */
+  int32_t carry_weights;          /* 1: row_weights travel; a rank that received no rows sets it too. 0: as row_weights != NULL */
+  const float* topk_weights;      /* WEIGHTS_OWNER: [num_tokens, num_topk] */
+  const float* row_weights;       /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
+  const void* bias[2];            /* [num_tokens, hidden] each, or NULL; added first, in this order */
+  void* out_tokens;               /* [num_tokens, hidden] */
+  float* out_topk_weights;        /* [num_tokens, num_topk]: row_weights summed over ranks, ascending */
+} tern_combine_args;
+
+/* Brings one result per token back to its owner:
+ *   out[t] = round(bias[0][t] + bias[1][t] + sum over ranks r, ascending, of wire(sum over k on r, ascending, of w[t,k] * row[t,k]))
+ * in FP32, products and sums rounded separately, sums starting at +0, wire() rounding once to dtype (round to nearest even).
+ * EXACT: one sum over all k in ascending order, no wire rounding; on rank_major the same as HIERARCHICAL. Tokens without any entry get the bias,
+ * or zeros. The plan must have been dispatched once. Collective. */
+TERN_API tern_status tern_combine(tern_plan* plan, const tern_combine_args* args, const tern_launch* launch);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* TERN_TERN_H_ */

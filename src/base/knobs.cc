@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "base/knobs.h"
+
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
+
+#include "base/error.h"
+
+namespace tern {
+namespace {
+
+void parse(const char* name, const char* text, std::optional<int64_t>& value) {
+  int64_t number = 0;
+  const char* end = text + std::strlen(text);
+  const auto [stop, error] = std::from_chars(text, end, number);
+  if (error != std::errc() || stop != end || number < 0)
+    fail(TERN_INVALID_ARGUMENT, "environment: {}=\"{}\" must be a whole number of at least 0", name, text);
+  value = number;
+}
+
+void parse(const char*, const char* text, std::optional<std::string>& value) { value = text; }
+
+// The table: calls visit(name, meaning, member) for each knob.
+template <typename Visitor>
+void for_each_knob(Knobs& k, Visitor visit) {
+  visit("TERN_TIMEOUT_MS", "default deadline of every wait, milliseconds (30000)", k.timeout_ms);
+  visit("TERN_LOG_LEVEL", "0 off, 1 error, 2 warning, 3 info, 4 debug (2)", k.log_level);
+  visit("TERN_SPIN_US", "how long a CPU rank spins for a flag before it sleeps, microseconds (0 with more ranks than cores, else 50)", k.spin_us);
+  visit("TERN_STAGING_MAX_MB", "bound of the staging that is computed from shapes, MiB (256)", k.staging_max_mb);
+  visit("TERN_LATENCY_MAX_KB", "batches up to this many KiB of rows per rank are routed and dispatched in one trip (1024)", k.latency_max_kb);
+  visit("TERN_RENDEZVOUS", "host:port at which the ranks of a launcher meet (from the launcher)", k.rendezvous);
+}
+
+Knobs read_environment() {
+  Knobs result;
+  for_each_knob(result, [](const char* name, const char*, auto& member) {
+    const char* text = std::getenv(name);
+    if (text != nullptr && *text != '\0') parse(name, text, member);
+  });
+  return result;
+}
+
+}  // namespace
+
+const Knobs& knobs() {
+  static const Knobs table = read_environment();
+  return table;
+}
+
+std::vector<KnobDescription> describe_knobs() {
+  Knobs unused;
+  std::vector<KnobDescription> result;
+  for_each_knob(unused, [&](const char* name, const char* meaning, auto&) {
+    const char* text = std::getenv(name);
+    result.push_back({name, meaning, text == nullptr ? "" : text});
+  });
+  return result;
+}
+
+}  // namespace tern

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "base/log.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "base/knobs.h"
+
+namespace tern {
+
+Log::Log(tern_log_fn hook, void* context, tern_log_level level) : hook_(hook), context_(context), level_(level) {
+  if (level_ != TERN_LOG_OFF) return;
+  level_ = TERN_LOG_WARNING;
+  if (const auto chosen = knobs().log_level) level_ = static_cast<tern_log_level>(std::min<int64_t>(*chosen, TERN_LOG_DEBUG));
+}
+
+void Log::emit(tern_log_level level, const std::string& text) const {
+  if (hook_ != nullptr) return hook_(context_, level, text.c_str());
+  static constexpr const char* kNames[] = {"off", "error", "warning", "info", "debug"};
+  fmt::print(stderr, "tern {}: {}\n", kNames[level], text);
+}
+
+}  // namespace tern
