@@ -1,0 +1,2 @@
+#include "rows/rows.h"
+int main(){}
