@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <utility>
 
 #include "base/numeric.h"
 #include "rows/rows.h"
@@ -54,6 +55,13 @@ HWY_INLINE void store(Vec<Element> vector, Element* to, size_t num) {
   HWY_ALIGN_MAX Element padded[hn::MaxLanes(tag)];
   hn::Store(vector, tag, padded);
   std::memcpy(to, padded, num * sizeof(Element));
+}
+
+// Whether vectors can be streamed to `to` and on: they must be aligned, and Highway may write more than a shorter one.
+template <typename Element>
+HWY_INLINE bool can_stream(const Element* to) {
+  const size_t vector_bytes = hn::Lanes(As<Element>()) * sizeof(Element);
+  return vector_bytes >= HWY_STREAM_MULTIPLE && reinterpret_cast<uintptr_t>(to) % vector_bytes == 0;
 }
 
 // Calls step(i, n) for elements i to i + n of `num`: a whole vector each time, then what is left, so that the loop has no other case.
@@ -105,8 +113,7 @@ HWY_INLINE Vec<uint32_t> widen_short(Vec<uint32_t> short_magnitude) {
 HWY_INLINE Vec<uint8_t> narrow_e4m3(Vec<float> value) {
   const Vec<uint32_t> bits = bits_of(value);
   const Vec<int32_t> magnitude = hn::Min(magnitude_of(bits), all_magnitudes(kE4m3Saturation));
-  const Vec<uint32_t> sign = hn::ShiftRight<24>(hn::And(bits, all(kF32Sign)));
-  const Vec<uint32_t> rounded = hn::Or(sign, round_to_short<kE4m3Format>(magnitude));
+  const Vec<uint32_t> rounded = hn::OrAnd(round_to_short<kE4m3Format>(magnitude), hn::ShiftRight<24>(bits), all(0x80));
   return hn::TruncateTo(As<uint8_t>(), replace_nan(value, kE4m3NaN, rounded));
 }
 
@@ -138,8 +145,7 @@ struct F16 {
   static HWY_INLINE Vec<uint16_t> narrow(Vec<float> value) {
     const Vec<uint32_t> bits = bits_of(value);
     const Vec<int32_t> magnitude = hn::Min(magnitude_of(bits), all_magnitudes(kF16Overflow));
-    const Vec<uint32_t> sign = hn::ShiftRight<16>(hn::And(bits, all(kF32Sign)));
-    const Vec<uint32_t> rounded = hn::Or(sign, round_to_short<kF16Format>(magnitude));
+    const Vec<uint32_t> rounded = hn::OrAnd(round_to_short<kF16Format>(magnitude), hn::ShiftRight<16>(bits), all(0x8000));
     return hn::TruncateTo(As<uint16_t>(), replace_nan(value, kF16NaN, rounded));
   }
 };
@@ -224,47 +230,71 @@ inline void cast_row(const void* row, tern_dtype dtype, size_t num, tern_encodin
 
 // ------------------------------------------------------------------------------------------------------------ sums
 
+// The sum of some rows in one block. Starts at +0 without writing zeros: it would cost a pass, and a memset stalls behind streaming stores.
+struct BlockSum {
+  HWY_ALIGN_MAX float values[kSumBlock];
+  bool is_zero = true;
+};
+
+HWY_INLINE Vec<float> load_sum(const float* values, bool is_zero) {
+  if (is_zero) return hn::Zero(Floats());
+  return hn::Load(Floats(), values);
+}
+
 template <class Wire, bool kWeighted>
-HWY_INLINE void add_row(const void* row, size_t first, size_t num, float weight, float* HWY_RESTRICT sum) {
-  const auto* in = static_cast<const typename Wire::Element*>(row) + first;
-  const Vec<float> weights = hn::Set(Floats(), weight);
+HWY_INLINE void add_row(const SumTerm& term, size_t first, size_t num, BlockSum& sum) {
+  const auto* in = static_cast<const typename Wire::Element*>(term.row) + first;
+  const Vec<float> weight = hn::Set(Floats(), term.weight);
+  const bool is_zero = std::exchange(sum.is_zero, false);
   for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR {
     Vec<float> value = Wire::widen(load(in + i, n));
-    if constexpr (kWeighted) value = hn::Mul(weights, value);
-    hn::Store(hn::Add(hn::Load(Floats(), sum + i), value), Floats(), sum + i);
+    hwy::Prefetch(in + i + kSumBlock);
+    if constexpr (kWeighted) value = hn::Mul(weight, value);
+    hn::Store(hn::Add(load_sum(sum.values + i, is_zero), value), Floats(), sum.values + i);
   });
 }
 
 template <class Wire, bool kWeighted>
-HWY_INLINE void add_terms(std::span<const SumTerm> terms, size_t first, size_t num, float* sum) {
-  for (const SumTerm& term : terms) add_row<Wire, kWeighted>(term.row, first, num, term.weight, sum);
+HWY_INLINE void add_terms(std::span<const SumTerm> terms, size_t first, size_t num, BlockSum& sum) {
+  for (const SumTerm& term : terms) add_row<Wire, kWeighted>(term, first, num, sum);
 }
 
 // Adds a group's sum, rounded to the wire type, to the total.
 template <class Wire>
-HWY_INLINE void add_rounded(const float* HWY_RESTRICT sum, size_t num, float* HWY_RESTRICT total) {
+HWY_INLINE void add_rounded(const BlockSum& sum, size_t num, BlockSum& total) {
+  const bool is_zero = std::exchange(total.is_zero, false);
   for_each_vector(num, [&](size_t i, size_t) HWY_ATTR {
-    const Vec<float> rounded = Wire::widen(Wire::narrow(hn::Load(Floats(), sum + i)));
-    hn::Store(hn::Add(hn::Load(Floats(), total + i), rounded), Floats(), total + i);
+    const Vec<float> rounded = Wire::widen(Wire::narrow(hn::Load(Floats(), sum.values + i)));
+    hn::Store(hn::Add(load_sum(total.values + i, is_zero), rounded), Floats(), total.values + i);
   });
 }
 
 template <class Wire, bool kWeighted>
-HWY_INLINE void add_group(std::span<const SumTerm> group, size_t first, size_t num, float* total) {
+HWY_INLINE void add_group(std::span<const SumTerm> group, size_t first, size_t num, BlockSum& total) {
+  if (group.empty()) return;
   // A row by itself is of the wire type already. (Zeros lose their sign in +0 + x, but in the total, which is never -0, they all do.)
   if (!kWeighted && group.size() == 1) return add_terms<Wire, kWeighted>(group, first, num, total);
-  HWY_ALIGN_MAX float sum[kSumBlock];
-  std::fill_n(sum, kSumBlock, 0.0f);
+  BlockSum sum;
   add_terms<Wire, kWeighted>(group, first, num, sum);
   add_rounded<Wire>(sum, num, total);
 }
 
+template <class Wire>
+HWY_INLINE void write_rounded(const BlockSum& total, size_t num, Store how, typename Wire::Element* out) {
+  using Element = typename Wire::Element;
+  const bool streams = how == Store::kStreaming && can_stream(out);
+  for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR {
+    const Vec<Element> rounded = Wire::narrow(load_sum(total.values + i, total.is_zero));
+    if (streams && n == hn::Lanes(As<Element>())) hn::Stream(rounded, As<Element>(), out + i);
+    else store(rounded, out + i, n);
+  });
+}
+
 template <class Wire, bool kWeighted>
 void sum_block(const SumArgs& args, size_t first, size_t num) {
-  using Element = typename Wire::Element;
-  HWY_ALIGN_MAX float total[kSumBlock] = {};
+  BlockSum total;
   for (const void* bias : args.bias) {
-    if (bias != nullptr) add_row<Wire, false>(bias, first, num, 0.0f, total);
+    if (bias != nullptr) add_row<Wire, false>({bias, 1.0f}, first, num, total);
   }
   if (args.group_ends.empty()) add_terms<Wire, kWeighted>(args.terms, first, num, total);
   size_t begin = 0;
@@ -272,12 +302,7 @@ void sum_block(const SumArgs& args, size_t first, size_t num) {
     add_group<Wire, kWeighted>(args.terms.subspan(begin, end - begin), first, num, total);
     begin = end;
   }
-
-  HWY_ALIGN_MAX Element rounded[kSumBlock];
-  Element* const out = static_cast<Element*>(args.out) + first;
-  Element* const to = args.store == Store::kStreaming ? rounded : out;
-  for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR { store(Wire::narrow(hn::Load(Floats(), total + i)), to + i, n); });
-  if (args.store == Store::kStreaming) stream_row(out, rounded, num * sizeof(Element));
+  write_rounded<Wire>(total, num, args.store, static_cast<typename Wire::Element*>(args.out) + first);
 }
 
 template <class Wire>
