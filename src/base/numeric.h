@@ -14,7 +14,7 @@
 namespace tern {
 
 constexpr uint32_t kF32Sign = 0x80000000;
-constexpr uint32_t kF32Inf = 0x7f800000;   // magnitudes above it are NaNs
+constexpr uint32_t kF32Inf = 0x7f800000;  // magnitudes above it are NaNs
 constexpr uint32_t kF32NaN = 0x7fffffff;
 constexpr uint16_t kBf16NaN = 0x7fff;
 constexpr uint16_t kF16NaN = 0x7fff;
@@ -86,7 +86,8 @@ constexpr uint8_t f32_to_e4m3(float value) {
   return static_cast<uint8_t>((bits & kF32Sign) >> 24 | round_to_short(kE4m3Format, std::min(magnitude, kE4m3Saturation)));
 }
 
-// The biased exponent (a byte, UE8M0) of the smallest power of two that is not less than `value`, a positive normal number or infinity (255).
+// The biased exponent (a byte, UE8M0) of the smallest power of two that is not less than `value`: a positive normal number, or
+// infinity, which gives 255.
 constexpr uint32_t round_up_to_ue8m0(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   return (bits >> 23) + ((bits & 0x007fffff) != 0 ? 1 : 0);

@@ -30,8 +30,10 @@ void check_float(const char* what, tern_dtype dtype) {
 }  // namespace
 
 void copy_row(void* out, const void* in, size_t bytes, Store store) {
-  if (store == Store::kStreaming) HWY_DYNAMIC_DISPATCH(stream_row)(out, in, bytes);
-  else std::memcpy(out, in, bytes);
+  if (store == Store::kStreaming)
+    HWY_DYNAMIC_DISPATCH(stream_row)(out, in, bytes);
+  else
+    std::memcpy(out, in, bytes);
 }
 
 void store_fence() { hwy::FlushStream(); }

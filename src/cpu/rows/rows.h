@@ -38,8 +38,8 @@ int64_t num_scale_bytes(tern_encoding encoding, int64_t hidden);
 
 // Casts a row of bf16, fp16 or fp32 to fp8 e4m3 as tern_encoding (not AS_GIVEN) defines, in blocks of 128 channels.
 // out_values: [hidden] bytes; out_scales: [num_scale_bytes(encoding, hidden)] bytes, any alignment.
-// A NaN does not count for its block's scale and comes out as a NaN (0x7f). Infinity does count: the block's scale is infinity (UE8M0: 255),
-// its finite values come out as zeros and the infinities as NaNs.
+// A NaN does not count for its block's scale and comes out as a NaN (0x7f). Infinity does count: the block's scale is infinity
+// (UE8M0: 255), its finite values come out as zeros and the infinities as NaNs.
 void cast_row_fp8(const void* row, tern_dtype dtype, int64_t hidden, tern_encoding encoding, void* out_values, void* out_scales);
 
 struct SumTerm {
@@ -51,7 +51,7 @@ struct SumTerm {
 struct SumArgs {
   tern_dtype dtype;  // bf16, fp16 or fp32: of the rows, the biases and out, and the wire type
   int64_t hidden;
-  bool weighted;     // false: weights are not looked at
+  bool weighted;  // false: weights are not looked at
   std::span<const SumTerm> terms;
   // Group g is terms [group_ends[g - 1], group_ends[g]): summed from +0, rounded once to dtype, and added to the total.
   // Empty: the terms are added to the total one by one, with no rounding in between.

@@ -120,9 +120,7 @@ HWY_INLINE Vec<uint8_t> narrow_e4m3(Vec<float> value) {
 // The types of rows: their elements, to floats (exact) and from floats (rounded to nearest even; one NaN).
 struct Bf16 {
   using Element = uint16_t;
-  static HWY_INLINE Vec<float> widen(Vec<uint16_t> element) {
-    return floats_of(hn::ShiftLeft<16>(hn::PromoteTo(As<uint32_t>(), element)));
-  }
+  static HWY_INLINE Vec<float> widen(Vec<uint16_t> element) { return floats_of(hn::ShiftLeft<16>(hn::PromoteTo(As<uint32_t>(), element))); }
   static HWY_INLINE Vec<uint16_t> narrow(Vec<float> value) {
     const Vec<uint32_t> bits = bits_of(value);
     const Vec<uint32_t> is_odd = hn::And(hn::ShiftRight<16>(bits), all(1));
@@ -216,8 +214,10 @@ void cast_row_of(const void* row, size_t num, tern_encoding encoding, uint8_t* H
       store(narrow_e4m3(hn::Mul(hn::Load(Floats(), values + i), multiplier)), out_values + first + i, n);
     });
     const auto exponent = static_cast<uint8_t>(scale.stored);
-    if (scale_bytes == 1) std::memcpy(out_scales, &exponent, 1);
-    else std::memcpy(out_scales, &scale.stored, sizeof(float));
+    if (scale_bytes == 1)
+      std::memcpy(out_scales, &exponent, 1);
+    else
+      std::memcpy(out_scales, &scale.stored, sizeof(float));
     out_scales += scale_bytes;
   }
 }
@@ -285,8 +285,10 @@ HWY_INLINE void write_rounded(const BlockSum& total, size_t num, Store how, type
   const bool streams = how == Store::kStreaming && can_stream(out);
   for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR {
     const Vec<Element> rounded = Wire::narrow(load_sum(total.values + i, total.is_zero));
-    if (streams && n == hn::Lanes(As<Element>())) hn::Stream(rounded, As<Element>(), out + i);
-    else store(rounded, out + i, n);
+    if (streams && n == hn::Lanes(As<Element>()))
+      hn::Stream(rounded, As<Element>(), out + i);
+    else
+      store(rounded, out + i, n);
   });
 }
 
@@ -310,8 +312,10 @@ void sum_rows_of(const SumArgs& args) {
   const auto hidden = static_cast<size_t>(args.hidden);
   for (size_t first = 0; first < hidden; first += kSumBlock) {
     const size_t num = std::min(kSumBlock, hidden - first);
-    if (args.weighted) sum_block<Wire, true>(args, first, num);
-    else sum_block<Wire, false>(args, first, num);
+    if (args.weighted)
+      sum_block<Wire, true>(args, first, num);
+    else
+      sum_block<Wire, false>(args, first, num);
   }
 }
 
