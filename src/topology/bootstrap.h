@@ -31,10 +31,10 @@ class Bootstrap {
   virtual int rank() const = 0;
   virtual int num_ranks() const = 0;
 
-  // recv[r * bytes ...] = rank r's `send`, own rank included. Collective: every rank passes the same `bytes`, else
-  // TERN_MISMATCH. TERN_TIMEOUT names the ranks that did not come until the deadline; TERN_ABORTED names the ranks that
-  // have gone (destroyed their bootstrap, or died) or repeats what made this allgather fail on another rank. A bootstrap
-  // that failed stays failed: every later allgather on it fails at once with TERN_ABORTED.
+  // recv[r * bytes ...] = rank r's `send`, own rank included. Collective: every rank passes the same `bytes`. An allgather
+  // that fails does so on every rank that waits in it, with the same status and a text that names the ranks at fault:
+  // TERN_TIMEOUT: they did not come until the deadline; TERN_ABORTED: they have gone (destroyed their bootstrap, or
+  // died); TERN_MISMATCH: they passed another size. A bootstrap that failed stays failed: later calls throw the same again.
   virtual void allgather(const void* send, void* recv, size_t bytes, Deadline deadline) = 0;
 };
 
@@ -51,5 +51,8 @@ std::unique_ptr<Bootstrap> make_callback_bootstrap(int rank, int num_ranks, tern
 
 // Ranks as threads of this process: result[r] is for the thread that plays rank r. Local.
 std::vector<std::unique_ptr<Bootstrap>> make_local_bootstraps(int num_ranks);
+
+// For the texts of errors: "rank 3", "ranks 3 and 5", "ranks 3, 5 and 7".
+std::string name_ranks(const std::vector<int>& ranks);
 
 }  // namespace tern
