@@ -67,7 +67,8 @@ std::unique_ptr<DevicePlan> CpuExchange::create_plan(const PlanShape& shape) { r
 
 void* CpuExchange::alloc_window(int64_t bytes) {
   const std::lock_guard lock(heap_mutex_);
-  return domain_.heap(domain_.rank) + heap_allocator_.allocate(bytes);
+  const int64_t offset = heap_allocator_.allocate(bytes);  // refuses first: without window_bytes there is no heap
+  return domain_.heap(domain_.rank) + offset;
 }
 
 void CpuExchange::free_window(void* pointer) {
