@@ -114,6 +114,8 @@ class Lane {
   bool gave_up_any() const { return gave_up_any_; }
   bool gave_up(int r) const { return given_up_[static_cast<size_t>(r)] != 0; }
   uint64_t next_epoch() const { return next_epoch_; }
+  // Is there a send that has not been received? The same answer on every rank at the same call.
+  bool has_unreceived() const { return !unreceived_.empty(); }
 
  private:
   struct Awaited {
