@@ -50,7 +50,7 @@ class Combine {
  public:
   Combine(const PlanContext& context, const CombineRun& run)
       : ctx_(context), call_(run.call), args_(run.call.args), shape_(context.shape()), scratch_(context.scratch) {
-    const bool in_window = args_.zero_copy != 0 || lies_in_window(ctx_, args_.rows, call_.row_bytes);
+    const bool in_window = uses_window(ctx_, "combine", args_.rows, call_.row_bytes, args_.zero_copy != 0);
     // Not behind an open send: `consumed` stays before it, so nobody could tell when the others have done with the rows.
     pull_ = in_window && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
     per_entry_ = args_.mode == TERN_COMBINE_EXACT && shape_.has_expert_rows();

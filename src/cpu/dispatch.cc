@@ -26,7 +26,7 @@ class Dispatch {
         row_address_(context.scratch.row_address),
         payloads_(context.scratch.payload_places),
         scales_(context.scratch.scale_places) {
-    zero_copy_ = !fused_ && (args_.zero_copy != 0 || lies_in_window(ctx_, args_.out_tokens, call_.wire_bytes));
+    zero_copy_ = uses_window(ctx_, "dispatch", args_.out_tokens, call_.wire_bytes, args_.zero_copy != 0) && !fused_;
     const auto batch_bytes = shape_.max_tokens * call_.wire_bytes;
     store_ = batch_bytes >= kStreamingBytes ? Store::kStreaming : Store::kCached;
     set_trip();

@@ -184,8 +184,13 @@ bool is_small(const PlanContext& context, int64_t row_bytes) {
   return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kDefaultLatencyMaxKb) << 10;
 }
 
-bool lies_in_window(const PlanContext& context, const void* rows, int64_t row_bytes) {
-  return context.exchange.heap_offset(rows, context.table.num_rows() * row_bytes) >= 0;
+bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy) {
+  const int64_t bytes = context.table.num_rows() * row_bytes;
+  const bool in_window = context.exchange.heap_offset(rows, bytes) >= 0;
+  if (zero_copy && !in_window && (rows != nullptr || context.exchange.options().window_bytes == 0))
+    fail(TERN_INVALID_ARGUMENT, "{}: zero_copy is set, but the {} bytes of rows are not in this rank's window of {} bytes; take them from tern_window_alloc, or set it to 0", operation,
+         bytes, context.exchange.options().window_bytes);
+  return in_window || zero_copy;
 }
 
 void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase) {

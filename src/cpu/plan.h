@@ -52,8 +52,9 @@ layout::CallShape call_shape(const PlanShape& shape);
 int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, const char* operation);
 // Small enough for the latency path: fewer trips, more copies. The same answer on every rank.
 bool is_small(const PlanContext& context, int64_t row_bytes);
-// Is this pointer to the outputs' or inputs' rows in the window of this rank?
-bool lies_in_window(const PlanContext& context, const void* rows, int64_t row_bytes);
+// Are these rows of an operation, outputs or inputs, used by the other ranks where they lie? TERN_INVALID_ARGUMENT if the caller promised
+// that with zero_copy and they are not in this rank's window.
+bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy);
 // A send phase must fit one bank.
 void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase);
 
