@@ -58,12 +58,13 @@ class Combine {
     set_trip();
   }
 
-  void run(tern_phase phase, uint64_t& ticket) {
+  void run(tern_phase phase, Ticket& ticket) {
     check_phase(ctx_, trip_, phase);
     if (phase == TERN_PHASE_RECEIVE) {
+      check_ticket(ctx_, ticket, trip_);
       start_receiving();
-      ctx_.lane.receive_round(ticket, [&](uint64_t e) { drain(0, e); });
-      ticket = 0;
+      ctx_.lane.receive_round(ticket.epoch, [&](uint64_t e) { drain(0, e); });
+      ticket = {};
       return;
     }
     if (!pull_ && !per_entry_ && args_.weighting == TERN_WEIGHTS_OWNER) send_owner_weights(ctx_, args_.topk_weights);
@@ -71,7 +72,7 @@ class Combine {
     if (phase == TERN_PHASE_SEND) {
       const uint64_t epoch = ctx_.lane.begin(trip_.operation, 1);
       ctx_.lane.send_round(trip_, epoch, [&](uint64_t e) { fill(0, e); });
-      ticket = epoch;
+      ticket = {epoch, ctx_.lane.index(), ctx_.domain().generation, trip_.shape};
       return;
     }
     start_receiving();

@@ -32,7 +32,7 @@ class Dispatch {
     set_trip();
   }
 
-  void run(tern_phase phase, uint64_t& ticket) {
+  void run(tern_phase phase, Ticket& ticket) {
     check_phase(ctx_, trip_, phase);
     if (phase == TERN_PHASE_WHOLE) {
       keep_weights();
@@ -43,10 +43,11 @@ class Dispatch {
       keep_weights();
       const uint64_t epoch = ctx_.lane.begin(trip_.operation, 1);
       ctx_.lane.send_round(trip_, epoch, [&](uint64_t e) { fill(0, e); });
-      ticket = epoch;
+      ticket = {epoch, ctx_.lane.index(), ctx_.domain().generation, trip_.shape};
     } else {
-      ctx_.lane.receive_round(ticket, [&](uint64_t e) { drain(0, e); });
-      ticket = 0;
+      check_ticket(ctx_, ticket, trip_);
+      ctx_.lane.receive_round(ticket.epoch, [&](uint64_t e) { drain(0, e); });
+      ticket = {};
       outputs_.finish();
     }
   }

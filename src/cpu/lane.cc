@@ -16,6 +16,11 @@ constexpr std::chrono::milliseconds kLongestSleep{100};
 
 }  // namespace
 
+std::string shape_text(const layout::CallShape& s) {
+  return fmt::format("row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}", s.row_bytes, s.scale_bytes,
+                     s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices);
+}
+
 Lane::Lane(const Domain& domain, int index, const LaneOptions& options)
     : domain_(&domain),
       index_(index),
@@ -205,11 +210,7 @@ void Lane::fail_mismatch(const Awaited& awaited, const std::string& details) {
 
 void Lane::check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header) {
   if (header.shape == trip.shape) return;
-  const auto text = [](const layout::CallShape& s) {
-    return fmt::format("row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}", s.row_bytes,
-                       s.scale_bytes, s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices);
-  };
-  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank, text(trip.shape), awaited.rank, text(header.shape)));
+  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank, shape_text(trip.shape), awaited.rank, shape_text(header.shape)));
 }
 
 }  // namespace tern::cpu

@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <string>
 #include <vector>
 
 #include "base/deadline.h"
@@ -44,6 +45,9 @@ struct RoundTrip {
   int64_t tokens_per_round = 0;  // a round carries what belongs to this many of the owners' tokens
   int64_t num_rounds = 1;
 };
+
+// "row 16 bytes, ...": for the texts of errors.
+std::string shape_text(const layout::CallShape& shape);
 
 struct TokenRange {
   int64_t begin, end;

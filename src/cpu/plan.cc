@@ -61,8 +61,9 @@ void CpuPlan::check_ready(const char* operation, bool must_be_dispatched) const 
 }
 
 void CpuPlan::set_routing(const tern_routing& routing) {
-  if (tickets_.dispatch != 0 || tickets_.combine != 0)
+  if (is_under_way(tickets_.dispatch) || is_under_way(tickets_.combine))
     fail(TERN_INVALID_STATE, "route: a send along this plan has not been received yet");
+  tickets_ = {};
   routed_ = dispatched_ = false;
   weights_.carried = false;
   table_.set_routing(routing, exchange_.domain().masked);
@@ -93,9 +94,9 @@ void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
 void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   const bool routes = call.args.routing != nullptr && launch.phase != TERN_PHASE_RECEIVE;
   if (!routes) check_ready("dispatch", false);
-  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch == 0)
+  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch.epoch == 0)
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
-  if (launch.phase != TERN_PHASE_RECEIVE && tickets_.dispatch != 0)
+  if (launch.phase != TERN_PHASE_RECEIVE && is_under_way(tickets_.dispatch))
     fail(TERN_INVALID_STATE, "dispatch: the plan's last send has not been received yet");
   operate(launch, routes, [&](Lane& lane) {
     const PlanContext ctx = context(lane);
@@ -128,10 +129,10 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
 
 void CpuPlan::combine(const CombineCall& call, const tern_launch& launch) {
   check_ready("combine", true);
-  if (tickets_.dispatch != 0) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
-  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.combine == 0)
+  if (is_under_way(tickets_.dispatch)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
+  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.combine.epoch == 0)
     fail(TERN_INVALID_STATE, "combine: nothing to receive; the plan's last combine was not a send, or has been received");
-  if (launch.phase != TERN_PHASE_RECEIVE && tickets_.combine != 0) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
+  if (launch.phase != TERN_PHASE_RECEIVE && is_under_way(tickets_.combine)) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_.carried)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   operate(launch, false, [&](Lane& lane) {
@@ -199,6 +200,15 @@ void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase p
   const int64_t slots = context.shape().max_tokens * (trip.bank.slots_in(window.bank_bytes) / trip.tokens_per_round);
   fail(TERN_OUT_OF_MEMORY, "{}: a send must fit one staging bank, {} tokens need {} rounds; create the exchange with staging_bytes of at least {}",
        operation_name(trip.operation), context.shape().max_tokens, trip.num_rounds, window.staging_bytes() / window.bank_bytes * trip.bank.bytes(slots));
+}
+
+void check_ticket(const PlanContext& context, const Ticket& ticket, const RoundTrip& trip) {
+  const char* operation = operation_name(trip.operation);
+  if (ticket.lane_idx != context.lane.index())
+    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was on lane {}, its receive is called on lane {}; use the same", operation, ticket.lane_idx, context.lane.index());
+  if (ticket.shape != trip.shape)
+    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was called with [{}], its receive with [{}]; give it the same arguments", operation, shape_text(ticket.shape),
+         shape_text(trip.shape));
 }
 
 }  // namespace tern::cpu
