@@ -67,7 +67,9 @@ class Combine {
       ticket = {};
       return;
     }
-    if (!pull_ && !per_entry_ && args_.weighting == TERN_WEIGHTS_OWNER) send_owner_weights(ctx_, args_.topk_weights);
+    const bool weights_go_ahead = !pull_ && !per_entry_ && args_.weighting == TERN_WEIGHTS_OWNER;
+    ctx_.lane.check_room(trip_.operation, trip_.num_rounds + (weights_go_ahead ? 1 : 0));
+    if (weights_go_ahead) send_owner_weights(ctx_, args_.topk_weights);
     start_sending();
     if (phase == TERN_PHASE_SEND) {
       const uint64_t epoch = ctx_.lane.begin(trip_.operation, 1);

@@ -32,8 +32,15 @@ class Dispatch {
     set_trip();
   }
 
-  void run(tern_phase phase, Ticket& ticket) {
+  void check(tern_phase phase, const Ticket& ticket, int64_t num_rounds_before) const {
     check_phase(ctx_, trip_, phase);
+    if (phase == TERN_PHASE_RECEIVE)
+      check_ticket(ctx_, ticket, trip_);
+    else
+      ctx_.lane.check_room(trip_.operation, num_rounds_before + trip_.num_rounds);
+  }
+
+  void run(tern_phase phase, Ticket& ticket) {
     if (phase == TERN_PHASE_WHOLE) {
       keep_weights();
       ctx_.lane.run(
@@ -45,7 +52,6 @@ class Dispatch {
       ctx_.lane.send_round(trip_, epoch, [&](uint64_t e) { fill(0, e); });
       ticket = {epoch, ctx_.lane.index(), ctx_.domain().generation, trip_.shape};
     } else {
-      check_ticket(ctx_, ticket, trip_);
       ctx_.lane.receive_round(ticket.epoch, [&](uint64_t e) { drain(0, e); });
       ticket = {};
       outputs_.finish();
@@ -227,6 +233,10 @@ class Dispatch {
 };
 
 }  // namespace
+
+void check_dispatch(const PlanContext& context, const DispatchRun& run, int64_t num_rounds_before) {
+  Dispatch(context, run).check(run.phase, run.ticket, num_rounds_before);
+}
 
 void run_dispatch(const PlanContext& context, const DispatchRun& run) { Dispatch(context, run).run(run.phase, run.ticket); }
 

@@ -67,7 +67,10 @@ class Lane {
   // Throws if the generation has failed; to be called at the start of every operation.
   void check_health() const;
 
-  // Takes the next `num_rounds` epochs and returns the first. TERN_INVALID_STATE if an earlier send still holds a bank that they need.
+  // TERN_INVALID_STATE if an earlier send still holds a bank that the next `num_rounds` epochs need.
+  void check_room(tern_operation operation, int64_t num_rounds) const;
+
+  // Takes the next `num_rounds` epochs and returns the first. Checks their room.
   uint64_t begin(tern_operation operation, int64_t num_rounds);
 
   // Whole operation: fill(round, epoch) writes slots, drain(round, epoch) reads them.

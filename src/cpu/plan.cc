@@ -60,9 +60,12 @@ void CpuPlan::check_ready(const char* operation, bool must_be_dispatched) const 
   if (must_be_dispatched && !dispatched_) fail(TERN_INVALID_STATE, "{}: the plan has not been dispatched; its rows are not known here", operation);
 }
 
-void CpuPlan::set_routing(const tern_routing& routing) {
+void CpuPlan::check_nothing_under_way() const {
   if (is_under_way(tickets_.dispatch) || is_under_way(tickets_.combine))
     fail(TERN_INVALID_STATE, "route: a send along this plan has not been received yet");
+}
+
+void CpuPlan::set_routing(const tern_routing& routing) {
   tickets_ = {};
   routed_ = dispatched_ = false;
   weights_.carried = false;
@@ -83,6 +86,8 @@ void CpuPlan::finish_routing() {
 
 void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
   operate(launch, true, [&](Lane& lane) {
+    check_nothing_under_way();
+    lane.check_room(TERN_OP_ROUTE, 1);
     set_routing(routing);
     run_route(context(lane));
     finish_routing();
@@ -102,6 +107,9 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
     const PlanContext ctx = context(lane);
     // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
     const bool fused = call.args.routing != nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
+    const DispatchRun run{call, fused, launch.phase, tickets_.dispatch};
+    if (routes) check_nothing_under_way();
+    check_dispatch(ctx, run, routes && !fused ? 1 : 0);
     if (routes) {
       set_routing(*call.args.routing);
       if (!fused) {
@@ -109,7 +117,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
         finish_routing();
       }
     }
-    run_dispatch(ctx, {call, fused, launch.phase, tickets_.dispatch});
+    run_dispatch(ctx, run);
     latency_path_ = fused;
     if (launch.phase == TERN_PHASE_SEND) {
       // The counts of a fused send come with its receive.

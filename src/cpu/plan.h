@@ -77,6 +77,8 @@ struct DispatchRun {
   tern_phase phase = TERN_PHASE_WHOLE;
   Ticket& ticket;
 };
+// Throws what would keep the dispatch from being started, and changes nothing. `num_rounds_before`: of a route that goes ahead of it.
+void check_dispatch(const PlanContext& context, const DispatchRun& run, int64_t num_rounds_before);
 void run_dispatch(const PlanContext& context, const DispatchRun& run);
 
 struct CombineRun {
@@ -107,6 +109,7 @@ class CpuPlan : public DevicePlan {
   void check_ready(const char* operation, bool must_be_dispatched) const;
   // Must the ticket's receive come first? What was sent in an earlier generation is gone.
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.domain().generation; }
+  void check_nothing_under_way() const;
   void set_routing(const tern_routing& routing);
   void finish_routing();
   // Runs one operation, again in a new generation if other ranks call for one. `routes`: it does not need an earlier routing.
