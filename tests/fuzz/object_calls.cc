@@ -46,8 +46,8 @@ tern_exchange_options any_exchange_options(Input& input) {
   tern_exchange_options options;
   options.device = input.value_of<tern_device_type>(3);
   options.device_index = input.small_number(-1, 1);
-  options.staging_bytes = input.one_in(2) ? 0 : input.number(1, 200) * 1024;
-  options.window_bytes = input.one_in(2) ? 0 : input.number(1, 200) * 1024;
+  options.staging_bytes = input.one_in(2) ? 0 : input.multiple(1, 200, 1024);
+  options.window_bytes = input.one_in(2) ? 0 : input.multiple(1, 200, 1024);
   options.max_tokens = input.number(0, 16);
   options.max_row_bytes = input.number(0, 200);
   options.max_topk = input.small_number(0, 9);
@@ -63,7 +63,9 @@ tern_exchange_options any_exchange_options(Input& input) {
 }  // namespace
 
 Session::Session(Input& input) : input_(input) {
-  require(tern_group_create_local(nullptr, 1, &group_) == TERN_OK, "group", "a group of one rank cannot be made");
+  tern_group_options quiet;
+  quiet.log = ignore_line;
+  require(tern_group_create_local(&quiet, 1, &group_) == TERN_OK, "group", "a group of one rank cannot be made");
   tern_exchange_options options;
   options.device = TERN_DEVICE_CPU;
   options.staging_bytes = (2 + int64_t{input.byte()}) << 12;
@@ -185,7 +187,7 @@ void Session::get_infos() {
 
 void Session::allocate_window() {
   if (windows_.size() == kMostWindows) return free_window();
-  const int64_t bytes = input_.one_in(2) ? input_.number(1, 256) * 64 : input_.number(1, 256);
+  const int64_t bytes = input_.one_in(2) ? input_.multiple(1, 256, 64) : input_.number(1, 256);
   void* memory = nullptr;
   const tern_status status = make("window_alloc", [&] { return tern_window_alloc(exchange_, bytes, &memory); }, [&] { return memory == nullptr; });
   if (status != TERN_OK) return;

@@ -151,11 +151,11 @@ SentDispatch Session::any_dispatch(const TestedPlan& plan) {
   args.dtype = input_.value_of<tern_dtype>(5);
   args.encoding = input_.one_in(2) ? TERN_ENCODING_AS_GIVEN : input_.value_of<tern_encoding>(4);
   if (!input_.is_wild() && args.dtype > TERN_DTYPE_FP32) args.encoding = TERN_ENCODING_AS_GIVEN;
-  args.hidden = input_.number(1, 20) * 16 + (input_.odd_one_in(8) ? input_.byte() : 0);
-  if (input_.one_in(4)) args.token_stride_bytes = input_.number(1, 8) * 16 + (input_.is_wild() ? 0 : args.hidden * dtype_bytes(args.dtype));
+  args.hidden = input_.multiple(1, 20, input_.odd_one_in(8) ? 1 : 16);
+  if (input_.one_in(4)) args.token_stride_bytes = input_.is_wild() ? input_.multiple(1, 8, 16) : args.hidden * dtype_bytes(args.dtype) + input_.in_range(0, 8) * 16;
   if (input_.is_wild() || args.encoding == TERN_ENCODING_AS_GIVEN) {
-    args.scale_bytes = input_.one_in(2) ? 0 : input_.number(1, 16) * (input_.is_wild() ? 1 : 4);
-    if (input_.one_in(4)) args.scale_element_bytes = input_.number(0, 1) * 4;
+    args.scale_bytes = input_.one_in(2) ? 0 : input_.multiple(1, 16, input_.is_wild() ? 1 : 4);
+    if (input_.one_in(4)) args.scale_element_bytes = input_.multiple(0, 1, 4);
     if (input_.one_in(4)) args.scale_token_stride_bytes = input_.number(0, 200);
     if (input_.one_in(4)) args.scale_element_stride_bytes = input_.number(0, 20);
   }
@@ -226,7 +226,7 @@ tern_combine_args Session::any_combine(const TestedPlan& plan) {
   tern_combine_args args;
   args.dtype = input_.value_of<tern_dtype>(3);
   args.mode = input_.value_of<tern_combine_mode>(2);
-  args.hidden = input_.number(1, 20) * 16 + (input_.odd_one_in(8) ? input_.byte() : 0);
+  args.hidden = input_.multiple(1, 20, input_.odd_one_in(8) ? 1 : 16);
   if (has_expert_rows(plan) || input_.is_wild()) args.weighting = input_.value_of<tern_weighting>(3);
   if (plan.options.num_topk > 0 || input_.is_wild()) args.carry_weights = input_.small_number(0, 1);
   return args;
