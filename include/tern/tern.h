@@ -22,7 +22,7 @@
  *   returns TERN_INVALID_ARGUMENT or TERN_INVALID_STATE. tern_last_error() then says what was asked, what was found and
  *   what to do. Nothing exits, aborts or throws across this interface.
  * - Every struct begins with its own size. Zero the struct, set struct_size = sizeof(struct), set what you need: a zero
- *   field means its documented default. Structs only ever grow at their end.
+ *   field means its documented default (C++ does the first two by itself). Structs only ever grow at their end.
  * - "Collective" means: every rank of the group calls it, and the calls of one lane come in the same order on every rank.
  *   Every wait has a deadline (timeout_ms); a rank that never comes is named in the error.
  * - Sizes named `hidden` count elements of the row's dtype (bytes for TERN_DTYPE_BYTES); names that end in _bytes count
@@ -48,8 +48,14 @@
 #define TERN_API __attribute__((visibility("default")))
 #endif
 
+/* In C++ every field starts at its default, struct_size included; in C, zero the struct and set struct_size. */
 #ifdef __cplusplus
+#define TERN_SIZE_OF(type) = sizeof(type)
+#define TERN_ZERO = {}
 extern "C" {
+#else
+#define TERN_SIZE_OF(type)
+#define TERN_ZERO
 #endif
 
 /* ------------------------------------------------------------------------------------------------ status and errors */
@@ -182,24 +188,24 @@ typedef void (*tern_log_fn)(void* context, tern_log_level level, const char* tex
 typedef int (*tern_allgather_fn)(void* context, const void* send, void* recv, size_t bytes);
 
 typedef struct tern_group_options {
-  size_t struct_size;
-  const char* name;          /* tells groups of one job apart; default "tern". At most 63 bytes */
-  const char* node;          /* declares which node this rank is on (ranks with equal names share a node); default: found out */
-  int64_t timeout_ms;        /* deadline of creation; 0: TERN_TIMEOUT_MS, else 30000 */
-  tern_log_fn log;           /* NULL: lines go to standard error */
-  void* log_context;
-  tern_log_level log_level;  /* TERN_LOG_OFF (0) means the default: TERN_LOG_LEVEL, else warnings */
-  int32_t reserved;
+  size_t struct_size TERN_SIZE_OF(tern_group_options);
+  const char* name TERN_ZERO;          /* tells groups of one job apart; default "tern". At most 63 bytes */
+  const char* node TERN_ZERO;          /* declares which node this rank is on (ranks with equal names share a node); default: found out */
+  int64_t timeout_ms TERN_ZERO;        /* deadline of creation; 0: TERN_TIMEOUT_MS, else 30000 */
+  tern_log_fn log TERN_ZERO;           /* NULL: lines go to standard error */
+  void* log_context TERN_ZERO;
+  tern_log_level log_level TERN_ZERO;  /* TERN_LOG_OFF (0) means the default: TERN_LOG_LEVEL, else warnings */
+  int32_t reserved TERN_ZERO;
 } tern_group_options;
 
 typedef struct tern_group_info {
-  size_t struct_size;
-  int32_t rank;
-  int32_t num_ranks;
-  int32_t node;           /* index of this rank's node */
-  int32_t num_nodes;
-  int32_t rank_in_node;   /* = rail */
-  int32_t ranks_in_node;
+  size_t struct_size TERN_SIZE_OF(tern_group_info);
+  int32_t rank TERN_ZERO;
+  int32_t num_ranks TERN_ZERO;
+  int32_t node TERN_ZERO;           /* index of this rank's node */
+  int32_t num_nodes TERN_ZERO;
+  int32_t rank_in_node TERN_ZERO;   /* = rail */
+  int32_t ranks_in_node TERN_ZERO;
 } tern_group_info;
 
 /* From the launcher's environment: torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), Open MPI (OMPI_COMM_WORLD_*),
@@ -223,30 +229,30 @@ TERN_API void tern_group_destroy(tern_group* group);
 /* ---------------------------------------------------------------------------------------------------------- exchange */
 
 typedef struct tern_exchange_options {
-  size_t struct_size;
-  tern_device_type device;
-  int32_t device_index;      /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices */
+  size_t struct_size TERN_SIZE_OF(tern_exchange_options);
+  tern_device_type device TERN_ZERO;
+  int32_t device_index TERN_ZERO;      /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices */
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
    * of them need one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). */
-  int64_t staging_bytes;
-  int64_t window_bytes;      /* memory for tern_window_alloc; 0: none */
-  int64_t max_tokens;        /* shapes to be expected, per rank; all 0: 128 tokens of 16 KiB, top-8 of 256 experts */
-  int64_t max_row_bytes;     /* the longest row, scales included */
-  int32_t max_topk;
-  int32_t max_experts;
-  int32_t num_lanes;         /* 0: 1; at most 16 */
-  int32_t num_sms;           /* GPU: SM budget, 0: chosen; ignored on CPU ranks */
-  int64_t timeout_ms;        /* of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000 */
-  tern_timeout_policy on_timeout;
-  tern_mode mode;
+  int64_t staging_bytes TERN_ZERO;
+  int64_t window_bytes TERN_ZERO;      /* memory for tern_window_alloc; 0: none */
+  int64_t max_tokens TERN_ZERO;        /* shapes to be expected, per rank; all 0: 128 tokens of 16 KiB, top-8 of 256 experts */
+  int64_t max_row_bytes TERN_ZERO;     /* the longest row, scales included */
+  int32_t max_topk TERN_ZERO;
+  int32_t max_experts TERN_ZERO;
+  int32_t num_lanes TERN_ZERO;         /* 0: 1; at most 16 */
+  int32_t num_sms TERN_ZERO;           /* GPU: SM budget, 0: chosen; ignored on CPU ranks */
+  int64_t timeout_ms TERN_ZERO;        /* of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000 */
+  tern_timeout_policy on_timeout TERN_ZERO;
+  tern_mode mode TERN_ZERO;
 } tern_exchange_options;
 
 typedef struct tern_memory_info {
-  size_t struct_size;
-  int64_t control_bytes; /* flags, error records */
-  int64_t staging_bytes; /* slots, both banks of all lanes */
-  int64_t window_bytes;  /* what tern_window_alloc can give */
-  int64_t total_bytes;   /* per rank */
+  size_t struct_size TERN_SIZE_OF(tern_memory_info);
+  int64_t control_bytes TERN_ZERO; /* flags, error records */
+  int64_t staging_bytes TERN_ZERO; /* slots, both banks of all lanes */
+  int64_t window_bytes TERN_ZERO;  /* what tern_window_alloc can give */
+  int64_t total_bytes TERN_ZERO;   /* per rank */
 } tern_memory_info;
 
 /* What an exchange with these options would take on each rank. Local; allocates nothing. */
@@ -273,14 +279,14 @@ typedef enum tern_health {
 
 /* What the error record holds: "rank `waiter` waited for rank `awaited` in `operation`, lane, epoch `expected`, saw `seen`". */
 typedef struct tern_failure {
-  tern_status status;    /* TERN_OK: none */
-  int32_t waiter;
-  int32_t awaited;
-  int32_t lane;
-  int32_t operation;     /* a tern_operation */
-  int32_t reserved;
-  uint64_t expected_epoch;
-  uint64_t seen_epoch;
+  tern_status status TERN_ZERO;    /* TERN_OK: none */
+  int32_t waiter TERN_ZERO;
+  int32_t awaited TERN_ZERO;
+  int32_t lane TERN_ZERO;
+  int32_t operation TERN_ZERO;     /* a tern_operation */
+  int32_t reserved TERN_ZERO;
+  uint64_t expected_epoch TERN_ZERO;
+  uint64_t seen_epoch TERN_ZERO;
 } tern_failure;
 
 typedef enum tern_operation {
@@ -293,22 +299,22 @@ typedef enum tern_operation {
 } tern_operation;
 
 typedef struct tern_exchange_state {
-  size_t struct_size;
-  tern_health health;
-  uint32_t generation;       /* 0 at creation, grows with every recovery */
-  tern_failure failure;      /* of the current generation */
-  uint8_t masked[1024];      /* [rank] 1: masked out. Groups are at most 1024 ranks in one exchange */
+  size_t struct_size TERN_SIZE_OF(tern_exchange_state);
+  tern_health health TERN_ZERO;
+  uint32_t generation TERN_ZERO;       /* 0 at creation, grows with every recovery */
+  tern_failure failure TERN_ZERO;      /* of the current generation */
+  uint8_t masked[1024] TERN_ZERO;      /* [rank] 1: masked out. Groups are at most 1024 ranks in one exchange */
 } tern_exchange_state;
 
 /* Local, any thread, no wait: also while an operation runs. */
 TERN_API tern_status tern_exchange_get_state(const tern_exchange* exchange, tern_exchange_state* state);
 
 typedef struct tern_recover_options {
-  size_t struct_size;
-  int64_t timeout_ms;   /* 0: the exchange's */
-  const uint8_t* mask;  /* [num_ranks] 1: go on without this rank, whether or not it answers; NULL: none */
-  int32_t allow_mask;   /* 1: ranks that do not answer in time are masked out; 0: that is TERN_TIMEOUT */
-  int32_t reserved;
+  size_t struct_size TERN_SIZE_OF(tern_recover_options);
+  int64_t timeout_ms TERN_ZERO;   /* 0: the exchange's */
+  const uint8_t* mask TERN_ZERO;  /* [num_ranks] 1: go on without this rank, whether or not it answers; NULL: none */
+  int32_t allow_mask TERN_ZERO;   /* 1: ranks that do not answer in time are masked out; 0: that is TERN_TIMEOUT */
+  int32_t reserved TERN_ZERO;
 } tern_recover_options;
 
 /* Starts a new generation: the ranks that call agree on who goes on, get fresh internal windows, and epochs start again, so that a
@@ -319,18 +325,18 @@ typedef struct tern_recover_options {
 TERN_API tern_status tern_exchange_recover(tern_exchange* exchange, const tern_recover_options* options);
 
 typedef struct tern_metrics {
-  size_t struct_size;
-  uint64_t num_routes;
-  uint64_t num_dispatches;
-  uint64_t num_combines;
-  uint64_t rounds;           /* trips through the staging banks, all operations */
-  uint64_t sent_bytes;       /* payload, scales and metadata written to other ranks */
-  uint64_t sent_local_bytes; /* the same, to this rank itself */
-  uint64_t received_rows;
-  uint64_t waits;            /* times a flag was not there yet */
-  uint64_t sleeps;           /* of these, times the thread went to sleep */
-  uint64_t wait_ns;
-  uint64_t timeouts;
+  size_t struct_size TERN_SIZE_OF(tern_metrics);
+  uint64_t num_routes TERN_ZERO;
+  uint64_t num_dispatches TERN_ZERO;
+  uint64_t num_combines TERN_ZERO;
+  uint64_t rounds TERN_ZERO;           /* trips through the staging banks, all operations */
+  uint64_t sent_bytes TERN_ZERO;       /* payload, scales and metadata written to other ranks */
+  uint64_t sent_local_bytes TERN_ZERO; /* the same, to this rank itself */
+  uint64_t received_rows TERN_ZERO;
+  uint64_t waits TERN_ZERO;            /* times a flag was not there yet */
+  uint64_t sleeps TERN_ZERO;           /* of these, times the thread went to sleep */
+  uint64_t wait_ns TERN_ZERO;
+  uint64_t timeouts TERN_ZERO;
 } tern_metrics;
 
 /* Counters since creation, all lanes. Local, any thread. */
@@ -339,15 +345,15 @@ TERN_API tern_status tern_exchange_get_metrics(const tern_exchange* exchange, te
 /* -------------------------------------------------------------------------------------------------------------- plan */
 
 typedef struct tern_plan_options {
-  size_t struct_size;
-  int64_t max_tokens;        /* the most tokens that any rank routes, > 0, equal on all ranks */
-  int32_t num_experts;       /* > 0, divisible by the number of ranks; expert e lives on rank e / E_l */
-  int32_t num_topk;          /* 1..64; with token_in_rank routing: 0 */
-  tern_layout layout;
-  tern_extent extent;
-  int32_t expert_alignment;  /* expert_major: rows of a group are padded to a multiple of it; 0: 1 */
-  int32_t zero_padding;      /* 1: dispatch writes zeros (scales too) into padding rows */
-  int64_t row_capacity;      /* worst: rows of the outputs, equal on all ranks; 0: what can arrive at most. expert_padded: always E_l * num_ranks * max_tokens */
+  size_t struct_size TERN_SIZE_OF(tern_plan_options);
+  int64_t max_tokens TERN_ZERO;        /* the most tokens that any rank routes, > 0, equal on all ranks */
+  int32_t num_experts TERN_ZERO;       /* > 0, divisible by the number of ranks; expert e lives on rank e / E_l */
+  int32_t num_topk TERN_ZERO;          /* 1..64; with token_in_rank routing: 0 */
+  tern_layout layout TERN_ZERO;
+  tern_extent extent TERN_ZERO;
+  int32_t expert_alignment TERN_ZERO;  /* expert_major: rows of a group are padded to a multiple of it; 0: 1 */
+  int32_t zero_padding TERN_ZERO;      /* 1: dispatch writes zeros (scales too) into padding rows */
+  int64_t row_capacity TERN_ZERO;      /* worst: rows of the outputs, equal on all ranks; 0: what can arrive at most. expert_padded: always E_l * num_ranks * max_tokens */
 } tern_plan_options;
 
 /* Room for the routing of one batch. Local. All memory that operations along it need is allocated here. */
@@ -355,38 +361,38 @@ TERN_API tern_status tern_plan_create(tern_exchange* exchange, const tern_plan_o
 TERN_API void tern_plan_destroy(tern_plan* plan);
 
 typedef struct tern_routing {
-  size_t struct_size;
-  const void* topk_idx;              /* [num_tokens, num_topk] global expert numbers, -1: none. Duplicates count each */
-  tern_index_type topk_idx_type;
-  int32_t reserved;
-  int64_t num_tokens;                /* 0..max_tokens; may differ between ranks */
-  const uint8_t* token_in_rank;      /* instead of topk_idx, rank_major only: [num_tokens, num_ranks], nonzero: goes there */
-  const int32_t* tokens_per_expert;  /* with token_in_rank, optional: [num_experts], reported as received counts at the experts' ranks */
+  size_t struct_size TERN_SIZE_OF(tern_routing);
+  const void* topk_idx TERN_ZERO;              /* [num_tokens, num_topk] global expert numbers, -1: none. Duplicates count each */
+  tern_index_type topk_idx_type TERN_ZERO;
+  int32_t reserved TERN_ZERO;
+  int64_t num_tokens TERN_ZERO;                /* 0..max_tokens; may differ between ranks */
+  const uint8_t* token_in_rank TERN_ZERO;      /* instead of topk_idx, rank_major only: [num_tokens, num_ranks], nonzero: goes there */
+  const int32_t* tokens_per_expert TERN_ZERO;  /* with token_in_rank, optional: [num_experts], reported as received counts at the experts' ranks */
 } tern_routing;
 
 /* How an operation runs. NULL where a function takes one: all defaults. */
 typedef struct tern_launch {
-  size_t struct_size;
-  void* stream;      /* GPU: cudaStream_t; ignored on CPU ranks */
-  int32_t lane;
-  tern_phase phase;  /* route: WHOLE only */
-  int32_t num_sms;   /* 0: the exchange's */
-  int32_t reserved;
+  size_t struct_size TERN_SIZE_OF(tern_launch);
+  void* stream TERN_ZERO;      /* GPU: cudaStream_t; ignored on CPU ranks */
+  int32_t lane TERN_ZERO;
+  tern_phase phase TERN_ZERO;  /* route: WHOLE only */
+  int32_t num_sms TERN_ZERO;   /* 0: the exchange's */
+  int32_t reserved TERN_ZERO;
 } tern_launch;
 
 /* What the host knows of a routed plan. With extent WORST on a GPU the counts are not known to the host and are -1. */
 typedef struct tern_plan_info {
-  size_t struct_size;
-  int64_t num_tokens;          /* routed by this rank */
-  int64_t num_received;        /* (token, rank) messages that arrive here: the rows of rank_major */
-  int64_t num_rows;            /* rows the outputs must have: exact: as counted, padding included; worst: the capacity */
-  int64_t row_capacity;        /* most rows that can be asked for by any routing of this plan's options */
-  uint32_t generation;
-  int32_t latency_path;        /* 1: the last operation took the latency path, 0: throughput */
-  const int32_t* received_per_rank;   /* [num_ranks] messages by source rank */
-  const int32_t* received_per_expert; /* [E_l] entries by local expert, not padded; or what tokens_per_expert said */
-  const int32_t* sent_per_rank;       /* [num_ranks] messages by destination */
-  const int32_t* pair_counts;         /* [num_ranks, num_ranks] messages from row rank to column rank */
+  size_t struct_size TERN_SIZE_OF(tern_plan_info);
+  int64_t num_tokens TERN_ZERO;          /* routed by this rank */
+  int64_t num_received TERN_ZERO;        /* (token, rank) messages that arrive here: the rows of rank_major */
+  int64_t num_rows TERN_ZERO;            /* rows the outputs must have: exact: as counted, padding included; worst: the capacity */
+  int64_t row_capacity TERN_ZERO;        /* most rows that can be asked for by any routing of this plan's options */
+  uint32_t generation TERN_ZERO;
+  int32_t latency_path TERN_ZERO;        /* 1: the last operation took the latency path, 0: throughput */
+  const int32_t* received_per_rank TERN_ZERO;   /* [num_ranks] messages by source rank */
+  const int32_t* received_per_expert TERN_ZERO; /* [E_l] entries by local expert, not padded; or what tokens_per_expert said */
+  const int32_t* sent_per_rank TERN_ZERO;       /* [num_ranks] messages by destination */
+  const int32_t* pair_counts TERN_ZERO;         /* [num_ranks, num_ranks] messages from row rank to column rank */
 } tern_plan_info;
 
 /* Exchanges counts, after which this rank knows where every row goes and what it will receive. `info` may be NULL. The
@@ -398,11 +404,11 @@ TERN_API tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* i
 
 /* Counts of a routing by itself, without any exchange. Each output may be NULL. Local; a pure function of its inputs. */
 typedef struct tern_routing_counts {
-  size_t struct_size;
-  int32_t* tokens_per_rank;    /* [num_ranks] */
-  int32_t* tokens_per_node;    /* [num_nodes] */
-  int32_t* tokens_per_expert;  /* [num_experts] entries */
-  uint8_t* token_in_rank;      /* [num_tokens, num_ranks] */
+  size_t struct_size TERN_SIZE_OF(tern_routing_counts);
+  int32_t* tokens_per_rank TERN_ZERO;    /* [num_ranks] */
+  int32_t* tokens_per_node TERN_ZERO;    /* [num_nodes] */
+  int32_t* tokens_per_expert TERN_ZERO;  /* [num_experts] entries */
+  uint8_t* token_in_rank TERN_ZERO;      /* [num_tokens, num_ranks] */
 } tern_routing_counts;
 TERN_API tern_status tern_count_routing(tern_exchange* exchange, const tern_routing* routing, int32_t num_experts, int32_t num_topk,
                                         const tern_launch* launch, const tern_routing_counts* counts);
@@ -410,37 +416,37 @@ TERN_API tern_status tern_count_routing(tern_exchange* exchange, const tern_rout
 /* ---------------------------------------------------------------------------------------------------------- dispatch */
 
 typedef struct tern_dispatch_args {
-  size_t struct_size;
+  size_t struct_size TERN_SIZE_OF(tern_dispatch_args);
   /* Routes the plan in the same operation (fewer trips for small batches; extent WORST only, since outputs exist already). NULL: the plan is routed */
-  const tern_routing* routing;
+  const tern_routing* routing TERN_ZERO;
 
   /* What goes out. */
-  const void* tokens;             /* [num_tokens, hidden]; NULL allowed only with 0 tokens */
-  tern_dtype dtype;
-  tern_encoding encoding;
-  int64_t hidden;                 /* > 0; a row is a multiple of 16 bytes (after a cast too) */
-  int64_t token_stride_bytes;     /* 0: dense */
-  const void* scales;             /* AS_GIVEN: [num_tokens, scale_bytes] opaque; NULL: none */
-  int64_t scale_bytes;            /* AS_GIVEN: bytes of scales per token, > 0 with scales; equal on all ranks, also on those with no tokens */
-  int64_t scale_element_bytes;    /* granule that COLUMN_MAJOR transposes and strides count; 0: 4 */
-  int64_t scale_token_stride_bytes;   /* 0: dense */
-  int64_t scale_element_stride_bytes; /* 0: scale_element_bytes */
-  const float* topk_weights;      /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights) */
-  int32_t carry_weights;          /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
+  const void* tokens TERN_ZERO;             /* [num_tokens, hidden]; NULL allowed only with 0 tokens */
+  tern_dtype dtype TERN_ZERO;
+  tern_encoding encoding TERN_ZERO;
+  int64_t hidden TERN_ZERO;                 /* > 0; a row is a multiple of 16 bytes (after a cast too) */
+  int64_t token_stride_bytes TERN_ZERO;     /* 0: dense */
+  const void* scales TERN_ZERO;             /* AS_GIVEN: [num_tokens, scale_bytes] opaque; NULL: none */
+  int64_t scale_bytes TERN_ZERO;            /* AS_GIVEN: bytes of scales per token, > 0 with scales; equal on all ranks, also on those with no tokens */
+  int64_t scale_element_bytes TERN_ZERO;    /* granule that COLUMN_MAJOR transposes and strides count; 0: 4 */
+  int64_t scale_token_stride_bytes TERN_ZERO;   /* 0: dense */
+  int64_t scale_element_stride_bytes TERN_ZERO; /* 0: scale_element_bytes */
+  const float* topk_weights TERN_ZERO;      /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights) */
+  int32_t carry_weights TERN_ZERO;          /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
 
   /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where rows arrive. */
-  tern_scale_order out_scale_order;
-  void* out_tokens;               /* [rows, hidden]. Window memory on every rank (zero copy), or on none */
-  void* out_scales;               /* scales as they arrive, by out_scale_order */
-  int32_t* out_topk_idx;          /* rank_major: [rows, num_topk] local expert, -1 where the entry is not of this rank; all -1 in unused rows (worst) */
-  float* out_topk_weights;        /* rank_major: [rows, num_topk], 0 where -1; expert layouts: [rows], the entry's weight */
-  int32_t* out_source_token;      /* [rows] index of the token on its rank; -1 in padding and unused rows */
-  int32_t* out_source_rank;       /* [rows]; -1 likewise */
-  int32_t* out_row_expert;        /* expert layouts: [rows] local expert; -1 likewise */
-  int64_t* out_expert_offsets;    /* expert_major: [E_l + 1] first row of each expert's group, padding included */
-  int32_t* out_expert_counts;     /* [E_l] rows (entries) of each expert, not padded */
-  int32_t* out_rank_counts;       /* [num_ranks] messages from each rank */
-  int64_t* out_expert_rank_ranges;/* expert layouts: [E_l, num_ranks] count in the low 32 bits, first row (in the expert's group) in the high */
+  tern_scale_order out_scale_order TERN_ZERO;
+  void* out_tokens TERN_ZERO;               /* [rows, hidden]. Window memory on every rank (zero copy), or on none */
+  void* out_scales TERN_ZERO;               /* scales as they arrive, by out_scale_order */
+  int32_t* out_topk_idx TERN_ZERO;          /* rank_major: [rows, num_topk] local expert, -1 where the entry is not of this rank; all -1 in unused rows (worst) */
+  float* out_topk_weights TERN_ZERO;        /* rank_major: [rows, num_topk], 0 where -1; expert layouts: [rows], the entry's weight */
+  int32_t* out_source_token TERN_ZERO;      /* [rows] index of the token on its rank; -1 in padding and unused rows */
+  int32_t* out_source_rank TERN_ZERO;       /* [rows]; -1 likewise */
+  int32_t* out_row_expert TERN_ZERO;        /* expert layouts: [rows] local expert; -1 likewise */
+  int64_t* out_expert_offsets TERN_ZERO;    /* expert_major: [E_l + 1] first row of each expert's group, padding included */
+  int32_t* out_expert_counts TERN_ZERO;     /* [E_l] rows (entries) of each expert, not padded */
+  int32_t* out_rank_counts TERN_ZERO;       /* [num_ranks] messages from each rank */
+  int64_t* out_expert_rank_ranges TERN_ZERO;/* expert layouts: [E_l, num_ranks] count in the low 32 bits, first row (in the expert's group) in the high */
 } tern_dispatch_args;
 
 /* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
@@ -451,18 +457,18 @@ TERN_API tern_status tern_dispatch(tern_plan* plan, const tern_dispatch_args* ar
 /* ----------------------------------------------------------------------------------------------------------- combine */
 
 typedef struct tern_combine_args {
-  size_t struct_size;
-  const void* rows;               /* [rows, hidden] in the plan's layout. Window memory on every rank (pulled in place), or on none */
-  tern_dtype dtype;               /* bf16, fp16 or fp32; also the wire type and that of bias and out_tokens */
-  tern_combine_mode mode;
-  int64_t hidden;
-  tern_weighting weighting;       /* rank_major: TERN_WEIGHTS_NONE */
-  int32_t carry_weights;          /* 1: row_weights travel; a rank that received no rows sets it too. 0: as row_weights != NULL */
-  const float* topk_weights;      /* WEIGHTS_OWNER: [num_tokens, num_topk] */
-  const float* row_weights;       /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
-  const void* bias[2];            /* [num_tokens, hidden] each, or NULL; added first, in this order */
-  void* out_tokens;               /* [num_tokens, hidden] */
-  float* out_topk_weights;        /* [num_tokens, num_topk]: row_weights summed over ranks, ascending */
+  size_t struct_size TERN_SIZE_OF(tern_combine_args);
+  const void* rows TERN_ZERO;               /* [rows, hidden] in the plan's layout. Window memory on every rank (pulled in place), or on none */
+  tern_dtype dtype TERN_ZERO;               /* bf16, fp16 or fp32; also the wire type and that of bias and out_tokens */
+  tern_combine_mode mode TERN_ZERO;
+  int64_t hidden TERN_ZERO;
+  tern_weighting weighting TERN_ZERO;       /* rank_major: TERN_WEIGHTS_NONE */
+  int32_t carry_weights TERN_ZERO;          /* 1: row_weights travel; a rank that received no rows sets it too. 0: as row_weights != NULL */
+  const float* topk_weights TERN_ZERO;      /* WEIGHTS_OWNER: [num_tokens, num_topk] */
+  const float* row_weights TERN_ZERO;       /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
+  const void* bias[2] TERN_ZERO;            /* [num_tokens, hidden] each, or NULL; added first, in this order */
+  void* out_tokens TERN_ZERO;               /* [num_tokens, hidden] */
+  float* out_topk_weights TERN_ZERO;        /* [num_tokens, num_topk]: row_weights summed over ranks, ascending */
 } tern_combine_args;
 
 /* Brings one result per token back to its owner:
