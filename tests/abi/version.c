@@ -16,7 +16,8 @@ static void expect(int holds, const char* what) {
 }
 
 int main(void) {
-  expect(tern_version() == TERN_VERSION_MAJOR * 10000 + TERN_VERSION_MINOR * 100 + TERN_VERSION_PATCH, "header and library have one version");
+  expect(tern_version() == TERN_VERSION_MAJOR * 10000 + TERN_VERSION_MINOR * 100 + TERN_VERSION_PATCH,
+         "header and library have one version");
   expect(strcmp(tern_status_name(TERN_OK), "TERN_OK") == 0, "status 0 is TERN_OK");
   expect(strcmp(tern_status_name(TERN_INTERNAL_ERROR), "TERN_INTERNAL_ERROR") == 0, "the last status has its name");
   expect(strcmp(tern_status_name((tern_status)99), "TERN_UNKNOWN") == 0, "an unknown status is called so");
