@@ -2,7 +2,6 @@
 # `cmake --install`: the headers, libtern.so, the tern command, the CMake package and tern.pc. The result can be moved: no
 # absolute path is written into it.
 
-include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/tern)
