@@ -106,7 +106,7 @@ void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
 
 void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   const bool routes = call.args.routing != nullptr && launch.phase != TERN_PHASE_RECEIVE;
-  if (!routes) check_ready("dispatch", false);
+  if (!routes && launch.phase != TERN_PHASE_RECEIVE) check_ready("dispatch", false);
   check_ticket("dispatch", tickets_.dispatch, launch.phase);
   operate(launch, routes, [&](Lane& lane) {
     const PlanContext ctx = context(lane);
@@ -122,9 +122,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
     run_dispatch(ctx, {call, fused, launch.phase, tickets_.dispatch});
     latency_path_ = fused;
     if (launch.phase == TERN_PHASE_SEND) {
-      // The counts of a fused send come with its receive.
-      routed_ = true;
-      generation_ = exchange_.domain().generation;
+      generation_ = exchange_.domain().generation;  // the counts of a fused send come with its receive
       return;
     }
     if (fused) finish_routing();
