@@ -142,7 +142,7 @@ FIELD(tern_routing_counts, tokens_per_node, 16);
 FIELD(tern_routing_counts, tokens_per_expert, 24);
 FIELD(tern_routing_counts, token_in_rank, 32);
 
-SIZE(tern_dispatch_args, 192);
+SIZE(tern_dispatch_args, 200);
 FIELD(tern_dispatch_args, struct_size, 0);
 FIELD(tern_dispatch_args, routing, 8);
 FIELD(tern_dispatch_args, tokens, 16);
@@ -169,8 +169,9 @@ FIELD(tern_dispatch_args, out_expert_offsets, 160);
 FIELD(tern_dispatch_args, out_expert_counts, 168);
 FIELD(tern_dispatch_args, out_rank_counts, 176);
 FIELD(tern_dispatch_args, out_expert_rank_ranges, 184);
+FIELD(tern_dispatch_args, zero_copy, 192);
 
-SIZE(tern_combine_args, 88);
+SIZE(tern_combine_args, 96);
 FIELD(tern_combine_args, struct_size, 0);
 FIELD(tern_combine_args, rows, 8);
 FIELD(tern_combine_args, dtype, 16);
@@ -183,6 +184,7 @@ FIELD(tern_combine_args, row_weights, 48);
 FIELD(tern_combine_args, bias, 56);
 FIELD(tern_combine_args, out_tokens, 72);
 FIELD(tern_combine_args, out_topk_weights, 80);
+FIELD(tern_combine_args, zero_copy, 88);
 
 SIZE(tern_status, 4);
 VALUE(TERN_OK, 0);
