@@ -170,6 +170,7 @@ FIELD(tern_dispatch_args, out_expert_counts, 168);
 FIELD(tern_dispatch_args, out_rank_counts, 176);
 FIELD(tern_dispatch_args, out_expert_rank_ranges, 184);
 FIELD(tern_dispatch_args, zero_copy, 192);
+FIELD(tern_dispatch_args, reserved, 196);
 
 SIZE(tern_combine_args, 96);
 FIELD(tern_combine_args, struct_size, 0);
@@ -185,6 +186,7 @@ FIELD(tern_combine_args, bias, 56);
 FIELD(tern_combine_args, out_tokens, 72);
 FIELD(tern_combine_args, out_topk_weights, 80);
 FIELD(tern_combine_args, zero_copy, 88);
+FIELD(tern_combine_args, reserved, 92);
 
 SIZE(tern_status, 4);
 VALUE(TERN_OK, 0);
