@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 
 namespace tern {
 
@@ -12,7 +13,11 @@ class Deadline {
  public:
   using Clock = std::chrono::steady_clock;
 
-  static Deadline in_ms(int64_t timeout_ms) { return Deadline(Clock::now() + std::chrono::milliseconds(timeout_ms)); }
+  // At most 24 days: longer ones ("never") would overflow the clock, and remaining_ms().
+  static Deadline in_ms(int64_t timeout_ms) {
+    constexpr int64_t kMostMs = std::numeric_limits<int32_t>::max();
+    return Deadline(Clock::now() + std::chrono::milliseconds(std::min(timeout_ms, kMostMs)));
+  }
 
   bool passed() const { return Clock::now() >= at_; }
   // Never negative.

@@ -50,28 +50,31 @@ class Combine {
  public:
   Combine(const PlanContext& context, const CombineRun& run)
       : ctx_(context), call_(run.call), args_(run.call.args), shape_(context.shape()), scratch_(context.scratch) {
-    const bool in_window = args_.zero_copy != 0 || lies_in_window(ctx_, args_.rows, call_.row_bytes);
-    // To be done with pulling is to have consumed, which cannot be said past an earlier send that has not been received.
+    const bool in_window = uses_window(ctx_, "combine", args_.rows, call_.row_bytes, args_.zero_copy != 0);
+    // Not behind an open send: `consumed` stays before it, so nobody could tell when the others have done with the rows.
     pull_ = in_window && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
     per_entry_ = args_.mode == TERN_COMBINE_EXACT && shape_.has_expert_rows();
     store_ = shape_.max_tokens * call_.row_bytes >= kStreamingBytes ? Store::kStreaming : Store::kCached;
     set_trip();
   }
 
-  void run(tern_phase phase, uint64_t& ticket) {
+  void run(tern_phase phase, Ticket& ticket) {
     check_phase(ctx_, trip_, phase);
     if (phase == TERN_PHASE_RECEIVE) {
+      check_ticket(ctx_, ticket, trip_);
       start_receiving();
-      ctx_.lane.receive_round(ticket, [&](uint64_t e) { drain(0, e); });
-      ticket = 0;
+      ctx_.lane.receive_round(ticket.epoch, [&](uint64_t e) { drain(0, e); });
+      ticket = {};
       return;
     }
-    if (!pull_ && !per_entry_ && args_.weighting == TERN_WEIGHTS_OWNER) send_owner_weights(ctx_, args_.topk_weights);
+    const bool weights_go_ahead = !pull_ && !per_entry_ && args_.weighting == TERN_WEIGHTS_OWNER;
+    ctx_.lane.check_room(trip_.operation, trip_.num_rounds + (weights_go_ahead ? 1 : 0));
+    if (weights_go_ahead) send_owner_weights(ctx_, args_.topk_weights);
     start_sending();
     if (phase == TERN_PHASE_SEND) {
       const uint64_t epoch = ctx_.lane.begin(trip_.operation, 1);
       ctx_.lane.send_round(trip_, epoch, [&](uint64_t e) { fill(0, e); });
-      ticket = epoch;
+      ticket = {epoch, ctx_.lane.index(), ctx_.domain().generation, trip_.shape};
       return;
     }
     start_receiving();

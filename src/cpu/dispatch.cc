@@ -26,14 +26,21 @@ class Dispatch {
         row_address_(context.scratch.row_address),
         payloads_(context.scratch.payload_places),
         scales_(context.scratch.scale_places) {
-    zero_copy_ = !fused_ && (args_.zero_copy != 0 || lies_in_window(ctx_, args_.out_tokens, call_.wire_bytes));
+    zero_copy_ = uses_window(ctx_, "dispatch", args_.out_tokens, call_.wire_bytes, args_.zero_copy != 0) && !fused_;
     const auto batch_bytes = shape_.max_tokens * call_.wire_bytes;
     store_ = batch_bytes >= kStreamingBytes ? Store::kStreaming : Store::kCached;
     set_trip();
   }
 
-  void run(tern_phase phase, uint64_t& ticket) {
+  void check(tern_phase phase, const Ticket& ticket, int64_t num_rounds_before) const {
     check_phase(ctx_, trip_, phase);
+    if (phase == TERN_PHASE_RECEIVE)
+      check_ticket(ctx_, ticket, trip_);
+    else
+      ctx_.lane.check_room(trip_.operation, num_rounds_before + trip_.num_rounds);
+  }
+
+  void run(tern_phase phase, Ticket& ticket) {
     if (phase == TERN_PHASE_WHOLE) {
       keep_weights();
       ctx_.lane.run(
@@ -43,10 +50,10 @@ class Dispatch {
       keep_weights();
       const uint64_t epoch = ctx_.lane.begin(trip_.operation, 1);
       ctx_.lane.send_round(trip_, epoch, [&](uint64_t e) { fill(0, e); });
-      ticket = epoch;
+      ticket = {epoch, ctx_.lane.index(), ctx_.domain().generation, trip_.shape};
     } else {
-      ctx_.lane.receive_round(ticket, [&](uint64_t e) { drain(0, e); });
-      ticket = 0;
+      ctx_.lane.receive_round(ticket.epoch, [&](uint64_t e) { drain(0, e); });
+      ticket = {};
       outputs_.finish();
     }
   }
@@ -226,6 +233,10 @@ class Dispatch {
 };
 
 }  // namespace
+
+void check_dispatch(const PlanContext& context, const DispatchRun& run, int64_t num_rounds_before) {
+  Dispatch(context, run).check(run.phase, run.ticket, num_rounds_before);
+}
 
 void run_dispatch(const PlanContext& context, const DispatchRun& run) { Dispatch(context, run).run(run.phase, run.ticket); }
 

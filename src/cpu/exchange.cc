@@ -67,7 +67,8 @@ std::unique_ptr<DevicePlan> CpuExchange::create_plan(const PlanShape& shape) { r
 
 void* CpuExchange::alloc_window(int64_t bytes) {
   const std::lock_guard lock(heap_mutex_);
-  return domain_.heap(domain_.rank) + heap_allocator_.allocate(bytes);
+  const int64_t offset = heap_allocator_.allocate(bytes);  // refuses first: without window_bytes there is no heap
+  return domain_.heap(domain_.rank) + offset;
 }
 
 void CpuExchange::free_window(void* pointer) {
@@ -119,7 +120,7 @@ tern_metrics CpuExchange::metrics() const {
 void CpuExchange::recover(const tern_recover_options& options) {
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
   AgreementOptions agreement{domain_.generation + 1, std::vector<uint8_t>(static_cast<size_t>(domain_.num_ranks)), options.allow_mask != 0, timeout_ms};
-  if (options.mask != nullptr) std::copy_n(options.mask, domain_.num_ranks, agreement.mask.begin());
+  if (options.mask != nullptr) std::transform(options.mask, options.mask + domain_.num_ranks, agreement.mask.begin(), [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
   const std::vector<uint8_t> masked = agree_on_mask(domain_, agreement);
   share_windows(masked, agreement.generation, Deadline::in_ms(timeout_ms));
   for (auto& lane : lanes_) lane->restart();

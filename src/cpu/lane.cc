@@ -16,6 +16,11 @@ constexpr std::chrono::milliseconds kLongestSleep{100};
 
 }  // namespace
 
+std::string shape_text(const layout::CallShape& s) {
+  return fmt::format("row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}", s.row_bytes, s.scale_bytes,
+                     s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices);
+}
+
 Lane::Lane(const Domain& domain, int index, const LaneOptions& options)
     : domain_(&domain),
       index_(index),
@@ -38,15 +43,15 @@ void Lane::check_health() const {
   if (const auto failure = recorded_failure(*domain_)) throw_recorded(*domain_, *failure);
 }
 
-void Lane::check_banks_free(tern_operation operation, int64_t num_rounds) const {
+void Lane::check_room(tern_operation operation, int64_t num_rounds) const {
   const uint64_t last = next_epoch_ + static_cast<uint64_t>(num_rounds) - 1;
-  if (unreceived_.empty() || unreceived_.front() + layout::kNumBanks > last) return;
-  fail(TERN_INVALID_STATE, "{} on lane {}: it needs the staging bank of a send that has not been received yet; at most {} rounds may be under way",
-       operation_name(operation), index_, layout::kNumBanks);
+  if (!unreceived_.empty() && unreceived_.front() + layout::kNumBanks <= last)
+    fail(TERN_INVALID_STATE, "{} on lane {}: it needs the staging bank of a send that has not been received yet; at most {} sends may be under way",
+         operation_name(operation), index_, layout::kNumBanks);
 }
 
 uint64_t Lane::begin(tern_operation operation, int64_t num_rounds) {
-  check_banks_free(operation, num_rounds);
+  check_room(operation, num_rounds);
   const uint64_t first = next_epoch_;
   next_epoch_ += static_cast<uint64_t>(num_rounds);
   return first;
@@ -209,11 +214,7 @@ void Lane::fail_mismatch(const Awaited& awaited, const std::string& details) {
 
 void Lane::check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header) {
   if (header.shape == trip.shape) return;
-  const auto text = [](const layout::CallShape& s) {
-    return fmt::format("row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}", s.row_bytes,
-                       s.scale_bytes, s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices);
-  };
-  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank, text(trip.shape), awaited.rank, text(header.shape)));
+  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank, shape_text(trip.shape), awaited.rank, shape_text(header.shape)));
 }
 
 }  // namespace tern::cpu

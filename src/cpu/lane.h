@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <string>
 #include <vector>
 
 #include "base/deadline.h"
@@ -45,6 +46,9 @@ struct RoundTrip {
   int64_t num_rounds = 1;
 };
 
+// "row 16 bytes, ...": for the texts of errors.
+std::string shape_text(const layout::CallShape& shape);
+
 struct TokenRange {
   int64_t begin, end;
 };
@@ -64,13 +68,10 @@ class Lane {
   void check_health() const;
 
   // TERN_INVALID_STATE if an earlier send still holds a bank that the next `num_rounds` epochs need.
-  void check_banks_free(tern_operation operation, int64_t num_rounds) const;
+  void check_room(tern_operation operation, int64_t num_rounds) const;
 
-  // Takes the next `num_rounds` epochs, whose banks must be free, and returns the first.
+  // Takes the next `num_rounds` epochs and returns the first. Checks their room.
   uint64_t begin(tern_operation operation, int64_t num_rounds);
-
-  // Is a send of this lane still to be received? The same on every rank.
-  bool has_unreceived() const { return !unreceived_.empty(); }
 
   // Whole operation: fill(round, epoch) writes slots, drain(round, epoch) reads them.
   template <typename Fill, typename Drain>
@@ -120,6 +121,8 @@ class Lane {
   bool gave_up_any() const { return gave_up_any_; }
   bool gave_up(int r) const { return given_up_[static_cast<size_t>(r)] != 0; }
   uint64_t next_epoch() const { return next_epoch_; }
+  // Is there a send that has not been received? The same answer on every rank at the same call.
+  bool has_unreceived() const { return !unreceived_.empty(); }
 
  private:
   struct Awaited {

@@ -55,28 +55,18 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
   }
 }
 
-void CpuPlan::check_ticket(const char* operation, uint64_t ticket, tern_phase phase) const {
-  const bool is_stale = generation_ != exchange_.domain().generation;  // refused as such later
-  if (phase == TERN_PHASE_RECEIVE && ticket == 0)
-    fail(TERN_INVALID_STATE, "{}: nothing to receive; the plan's last {} was not a send, or has been received", operation, operation);
-  if (phase != TERN_PHASE_RECEIVE && ticket != 0 && !is_stale) fail(TERN_INVALID_STATE, "{}: the plan's last send has not been received yet", operation);
-}
-
 void CpuPlan::check_ready(const char* operation, bool must_be_dispatched) const {
   if (!routed_) fail(TERN_INVALID_STATE, "{}: the plan is not routed; call tern_plan_route, or give the dispatch a routing", operation);
   if (must_be_dispatched && !dispatched_) fail(TERN_INVALID_STATE, "{}: the plan has not been dispatched; its rows are not known here", operation);
 }
 
-// Sends of an earlier generation will never be received.
-void CpuPlan::drop_stale_tickets() {
-  if (generation_ != exchange_.domain().generation) tickets_ = {};
+void CpuPlan::check_nothing_under_way() const {
+  if (is_under_way(tickets_.dispatch) || is_under_way(tickets_.combine))
+    fail(TERN_INVALID_STATE, "route: a send along this plan has not been received yet");
 }
 
-void CpuPlan::set_routing(const tern_routing& routing, const Lane& lane) {
-  lane.check_banks_free(TERN_OP_ROUTE, 1);
-  drop_stale_tickets();
-  if (tickets_.dispatch != 0 || tickets_.combine != 0)
-    fail(TERN_INVALID_STATE, "route: a send along this plan has not been received yet");
+void CpuPlan::set_routing(const tern_routing& routing) {
+  tickets_ = {};
   routed_ = dispatched_ = false;
   weights_.carried = false;
   table_.set_routing(routing, exchange_.domain().masked);
@@ -96,7 +86,9 @@ void CpuPlan::finish_routing() {
 
 void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
   operate(launch, true, [&](Lane& lane) {
-    set_routing(routing, lane);
+    check_nothing_under_way();
+    lane.check_room(TERN_OP_ROUTE, 1);
+    set_routing(routing);
     run_route(context(lane));
     finish_routing();
     latency_path_ = false;
@@ -107,19 +99,25 @@ void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
 void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   const bool routes = call.args.routing != nullptr && launch.phase != TERN_PHASE_RECEIVE;
   if (!routes && launch.phase != TERN_PHASE_RECEIVE) check_ready("dispatch", false);
-  check_ticket("dispatch", tickets_.dispatch, launch.phase);
+  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch.epoch == 0)
+    fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
+  if (launch.phase != TERN_PHASE_RECEIVE && is_under_way(tickets_.dispatch))
+    fail(TERN_INVALID_STATE, "dispatch: the plan's last send has not been received yet");
   operate(launch, routes, [&](Lane& lane) {
     const PlanContext ctx = context(lane);
     // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
     const bool fused = call.args.routing != nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
+    const DispatchRun run{call, fused, launch.phase, tickets_.dispatch};
+    if (routes) check_nothing_under_way();
+    check_dispatch(ctx, run, routes && !fused ? 1 : 0);
     if (routes) {
-      set_routing(*call.args.routing, lane);
+      set_routing(*call.args.routing);
       if (!fused) {
         run_route(ctx);
         finish_routing();
       }
     }
-    run_dispatch(ctx, {call, fused, launch.phase, tickets_.dispatch});
+    run_dispatch(ctx, run);
     latency_path_ = fused;
     if (launch.phase == TERN_PHASE_SEND) {
       generation_ = exchange_.domain().generation;  // the counts of a fused send come with its receive
@@ -137,8 +135,10 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
 
 void CpuPlan::combine(const CombineCall& call, const tern_launch& launch) {
   check_ready("combine", true);
-  if (tickets_.dispatch != 0) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
-  check_ticket("combine", tickets_.combine, launch.phase);
+  if (is_under_way(tickets_.dispatch)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
+  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.combine.epoch == 0)
+    fail(TERN_INVALID_STATE, "combine: nothing to receive; the plan's last combine was not a send, or has been received");
+  if (launch.phase != TERN_PHASE_RECEIVE && is_under_way(tickets_.combine)) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_.carried)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   operate(launch, false, [&](Lane& lane) {
@@ -191,8 +191,13 @@ bool is_small(const PlanContext& context, int64_t row_bytes) {
   return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kDefaultLatencyMaxKb) << 10;
 }
 
-bool lies_in_window(const PlanContext& context, const void* rows, int64_t row_bytes) {
-  return context.exchange.heap_offset(rows, context.table.num_rows() * row_bytes) >= 0;
+bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy) {
+  const int64_t bytes = context.table.num_rows() * row_bytes;
+  const bool in_window = context.exchange.heap_offset(rows, bytes) >= 0;
+  if (zero_copy && !in_window && (rows != nullptr || context.exchange.options().window_bytes == 0))
+    fail(TERN_INVALID_ARGUMENT, "{}: zero_copy is set, but the {} bytes of rows are not in this rank's window of {} bytes; take them from tern_window_alloc, or set it to 0", operation,
+         bytes, context.exchange.options().window_bytes);
+  return in_window || zero_copy;
 }
 
 void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase) {
@@ -201,6 +206,15 @@ void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase p
   const int64_t slots = context.shape().max_tokens * (trip.bank.slots_in(window.bank_bytes) / trip.tokens_per_round);
   fail(TERN_OUT_OF_MEMORY, "{}: a send must fit one staging bank, {} tokens need {} rounds; create the exchange with staging_bytes of at least {}",
        operation_name(trip.operation), context.shape().max_tokens, trip.num_rounds, window.staging_bytes() / window.bank_bytes * trip.bank.bytes(slots));
+}
+
+void check_ticket(const PlanContext& context, const Ticket& ticket, const RoundTrip& trip) {
+  const char* operation = operation_name(trip.operation);
+  if (ticket.lane_idx != context.lane.index())
+    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was on lane {}, its receive is called on lane {}; use the same", operation, ticket.lane_idx, context.lane.index());
+  if (ticket.shape != trip.shape)
+    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was called with [{}], its receive with [{}]; give it the same arguments", operation, shape_text(ticket.shape),
+         shape_text(trip.shape));
 }
 
 }  // namespace tern::cpu

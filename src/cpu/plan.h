@@ -52,26 +52,39 @@ layout::CallShape call_shape(const PlanShape& shape);
 int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, const char* operation);
 // Small enough for the latency path: fewer trips, more copies. The same answer on every rank.
 bool is_small(const PlanContext& context, int64_t row_bytes);
-// Is this pointer to the outputs' or inputs' rows in the window of this rank?
-bool lies_in_window(const PlanContext& context, const void* rows, int64_t row_bytes);
+// Are these rows of an operation, outputs or inputs, used by the other ranks where they lie? TERN_INVALID_ARGUMENT if the caller promised
+// that with zero_copy and they are not in this rank's window.
+bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy);
 // A send phase must fit one bank.
 void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase);
 
 void run_route(const PlanContext& context);
 
-// `fused`: exchange the counts together with the rows. `ticket`: the epoch of a send that has not been received, 0: none.
+// A send that has not been received.
+struct Ticket {
+  uint64_t epoch = 0;  // 0: there is none
+  int32_t lane_idx = 0;
+  uint32_t generation = 0;
+  layout::CallShape shape;
+};
+// TERN_INVALID_ARGUMENT if a receive is not called as its send was: on the same lane, with the same shape.
+void check_ticket(const PlanContext& context, const Ticket& ticket, const RoundTrip& trip);
+
+// `fused`: exchange the counts together with the rows.
 struct DispatchRun {
   const DispatchCall& call;
   bool fused = false;
   tern_phase phase = TERN_PHASE_WHOLE;
-  uint64_t& ticket;
+  Ticket& ticket;
 };
+// Throws what would keep the dispatch from being started, and changes nothing. `num_rounds_before`: of a route that goes ahead of it.
+void check_dispatch(const PlanContext& context, const DispatchRun& run, int64_t num_rounds_before);
 void run_dispatch(const PlanContext& context, const DispatchRun& run);
 
 struct CombineRun {
   const CombineCall& call;
   tern_phase phase = TERN_PHASE_WHOLE;
-  uint64_t& ticket;
+  Ticket& ticket;
 };
 void run_combine(const PlanContext& context, const CombineRun& run);
 
@@ -87,17 +100,17 @@ class CpuPlan : public DevicePlan {
   tern_plan_info info() const override;
 
  private:
-  // Which sends are under way, as the epoch they used; 0: none.
   struct Tickets {
-    uint64_t dispatch = 0;
-    uint64_t combine = 0;
+    Ticket dispatch;
+    Ticket combine;
   };
 
   PlanContext context(Lane& lane) { return {exchange_, lane, table_, weights_, scratch_}; }
   void check_ready(const char* operation, bool must_be_dispatched) const;
-  void check_ticket(const char* operation, uint64_t ticket, tern_phase phase) const;
-  void drop_stale_tickets();
-  void set_routing(const tern_routing& routing, const Lane& lane);
+  // Must the ticket's receive come first? What was sent in an earlier generation is gone.
+  bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.domain().generation; }
+  void check_nothing_under_way() const;
+  void set_routing(const tern_routing& routing);
   void finish_routing();
   // Runs one operation, again in a new generation if other ranks call for one. `routes`: it does not need an earlier routing.
   template <typename Operation>

@@ -49,13 +49,19 @@ void need(const void* pointer, const char* name) {
   if (pointer == nullptr) fail(TERN_INVALID_ARGUMENT, "{} is NULL", name);
 }
 
+// Structs of every version are whole words long; another size would cut a pointer in two.
+void check_size(size_t size, size_t own_size, const char* name) {
+  constexpr size_t kLongest = 1 << 20;
+  if (size < sizeof(size_t) || size > kLongest || size % sizeof(size_t) != 0)
+    fail(TERN_INVALID_ARGUMENT, "{}: struct_size is {}, must be sizeof({}), {} in this version", name, size, name, own_size);
+}
+
 // A copy of a caller's struct: fields that an older caller does not know are zero; what a newer one knows must be zero.
 template <typename Struct>
 Struct read_struct(const Struct* given, const char* name) {
   need(given, name);
   const size_t size = given->struct_size;
-  if (size < sizeof(size_t) || size > 1 << 20)
-    fail(TERN_INVALID_ARGUMENT, "{}: struct_size is {}, must be sizeof({}), {} in this version", name, size, name, sizeof(Struct));
+  check_size(size, sizeof(Struct), name);
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
   if (size > sizeof(Struct) && std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char byte) { return byte != 0; }))
     fail(TERN_UNSUPPORTED, "{}: fields are set that this version of the library ({}) does not know", name, tern_version());
@@ -81,7 +87,7 @@ void write_struct(Struct* given, const Struct& result) {
 template <typename Struct>
 void check_output(const Struct* given, const char* name) {
   need(given, name);
-  if (given->struct_size < sizeof(size_t)) fail(TERN_INVALID_ARGUMENT, "{}: struct_size is {}, must be sizeof({})", name, given->struct_size, name);
+  check_size(given->struct_size, sizeof(Struct), name);
 }
 
 }  // namespace

@@ -14,8 +14,8 @@ OffsetAllocator::OffsetAllocator(int64_t bytes) {
 }
 
 int64_t OffsetAllocator::allocate(int64_t bytes) {
-  const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  const auto fit = std::find_if(free_.begin(), free_.end(), [&](const auto& range) { return range.second >= rounded; });
+  // Ranges are multiples of kAlignment: one that holds `bytes` holds them rounded up too, and rounding cannot overflow then.
+  const auto fit = std::find_if(free_.begin(), free_.end(), [&](const auto& range) { return range.second >= bytes; });
   if (fit == free_.end()) {
     int64_t left = 0;
     int64_t longest = 0;
@@ -25,6 +25,7 @@ int64_t OffsetAllocator::allocate(int64_t bytes) {
     }
     fail(TERN_OUT_OF_MEMORY, "window: {} bytes asked for, {} are free, at most {} in one piece; create the exchange with a larger window_bytes", bytes, left, longest);
   }
+  const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const auto [offset, size] = *fit;
   free_.erase(fit);
   if (size > rounded) free_[offset + rounded] = size - rounded;

@@ -9,6 +9,8 @@
 namespace tern {
 namespace {
 
+constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();  // rows are numbered by int32_t
+
 // The most rows that a routing of this shape can put into one rank's outputs.
 int64_t most_rows(const PlanShape& shape) {
   const int64_t entries = shape.max_messages() * (shape.num_topk > 0 ? shape.num_topk : 1);
@@ -34,7 +36,7 @@ void check_options(const tern_plan_options& o, int32_t num_ranks) {
   if (o.layout != TERN_LAYOUT_RANK_MAJOR && o.num_topk == 0)
     fail(kBad, "plan: num_topk is 0, but the expert layouts need top-k indices; only rank_major can be routed by token_in_rank");
   if (o.expert_alignment < 0) fail(kBad, "plan: expert_alignment is {}, must not be negative", o.expert_alignment);
-  if (o.row_capacity < 0) fail(kBad, "plan: row_capacity is {}, must not be negative", o.row_capacity);
+  if (o.row_capacity < 0 || o.row_capacity > kMostRows) fail(kBad, "plan: row_capacity is {}, must be 0 (what can arrive at most) to {}", o.row_capacity, kMostRows);
 }
 
 }  // namespace
@@ -50,7 +52,6 @@ PlanShape make_plan_shape(const tern_plan_options& options, int32_t rank, int32_
                   .extent = options.extent,
                   .alignment = options.expert_alignment == 0 ? 1 : options.expert_alignment,
                   .zero_padding = options.zero_padding != 0};
-  constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
   // The first test keeps the arithmetic of the second from overflowing.
   if (shape.max_tokens > kMostRows || shape.max_messages() * (shape.num_topk > 0 ? shape.num_topk : 1) > kMostRows || most_rows(shape) > kMostRows)
     fail(TERN_INVALID_ARGUMENT, "plan: {} ranks with {} tokens each and top-{} could need more than {} rows on one rank; lower max_tokens",

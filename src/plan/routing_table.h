@@ -36,7 +36,7 @@ class RoutingTable {
   std::span<int32_t> counts_of(int32_t rank) { return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())}; }
   std::span<const int32_t> counts_of(int32_t rank) const { return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())}; }
   int32_t& tokens_of(int32_t rank) { return tokens_of_[static_cast<size_t>(rank)]; }
-  int64_t num_counts() const { return shape_.num_experts + shape_.num_ranks; }
+  int64_t num_counts() const { return int64_t{shape_.num_experts} + shape_.num_ranks; }
 
   // Step 3: offsets of everything, on this rank and of this rank's messages elsewhere.
   void finish();

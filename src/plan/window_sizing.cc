@@ -42,7 +42,7 @@ void check_options(const tern_exchange_options& o) {
 }
 
 layout::BankLayout expected_bank(const tern_exchange_options& o, int32_t num_ranks) {
-  return {.num_counts = o.max_experts + num_ranks,
+  return {.num_counts = int64_t{o.max_experts} + num_ranks,
           .slot = {.payload_bytes = o.max_row_bytes, .scale_bytes = 0, .num_experts = o.max_topk, .num_weights = o.max_topk}};
 }
 

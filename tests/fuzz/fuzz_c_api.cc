@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// What libFuzzer, and replay.cc, call with each input. session.h says what is tried and checked.
+#include <cstddef>
+#include <cstdint>
+
+#include "input.h"
+#include "session.h"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  tern::fuzz::Input input(data, size);
+  tern::fuzz::Session(input).run();
+  return 0;
+}

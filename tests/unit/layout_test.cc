@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where bytes lie, checked by the compiler: no two regions overlap, everything is aligned, flags hold what was put into them.
+#include <gtest/gtest.h>
+
+#include "layout/flags.h"
+#include "layout/message.h"
+#include "layout/window.h"
+
+namespace tern::layout {
+namespace {
+
+constexpr int kMostTestedRanks = 16;
+constexpr int kMostTestedLanes = 4;
+
+// Walks over regions that are given in ascending order.
+class Walk {
+ public:
+  constexpr void region(int64_t begin, int64_t bytes, int64_t alignment) {
+    is_good_ = is_good_ && begin >= end_ && begin % alignment == 0 && bytes > 0;
+    end_ = begin + bytes;
+  }
+  constexpr bool ends_within(int64_t total) const { return is_good_ && end_ <= total; }
+
+ private:
+  int64_t end_ = 0;
+  bool is_good_ = true;
+};
+
+constexpr bool regions_are_apart(const WindowLayout& window) {
+  constexpr auto kLine = static_cast<int64_t>(kCacheLine);
+  Walk walk;
+  walk.region(window.failure(), sizeof(FailureCell), kLine);
+  walk.region(window.proposal(), sizeof(ProposalCell), kLine);
+  for (int lane = 0; lane < window.num_lanes; ++lane) {
+    walk.region(window.doorbell(lane), sizeof(Doorbell), kLine);
+    for (int source = 0; source < window.num_ranks; ++source) walk.region(window.cell(lane, source), sizeof(FlagCell), kLine);
+  }
+  if (!walk.ends_within(window.control_bytes())) return false;
+  for (int lane = 0; lane < window.num_lanes; ++lane)
+    for (uint64_t epoch = 0; epoch < kNumBanks; ++epoch)
+      for (int source = 0; source < window.num_ranks; ++source) walk.region(window.bank(lane, epoch, source), window.bank_bytes, kLine);
+  return walk.ends_within(window.total_bytes()) && window.total_bytes() == window.control_bytes() + window.staging_bytes();
+}
+
+constexpr bool all_windows_are_apart() {
+  for (int ranks = 1; ranks <= kMostTestedRanks; ++ranks)
+    for (int lanes = 1; lanes <= kMostTestedLanes; ++lanes)
+      for (const int64_t bank_bytes : {64, 192, 4096})
+        if (!regions_are_apart({.num_ranks = ranks, .num_lanes = lanes, .bank_bytes = bank_bytes})) return false;
+  return true;
+}
+static_assert(all_windows_are_apart());
+static_assert(regions_are_apart({.num_ranks = kMaxRanks, .num_lanes = 1, .bank_bytes = 64}));
+static_assert(regions_are_apart({.num_ranks = 1, .num_lanes = kMaxLanes, .bank_bytes = int64_t{1} << 40}));
+
+// Two epochs in a row never share a bank; the one after the next does.
+constexpr bool banks_alternate() {
+  const WindowLayout window{.num_ranks = 3, .num_lanes = 2, .bank_bytes = 128};
+  for (uint64_t epoch = 1; epoch < 10; ++epoch)
+    if (window.bank(1, epoch, 2) == window.bank(1, epoch + 1, 2) || window.bank(1, epoch, 2) != window.bank(1, epoch + 2, 2)) return false;
+  return true;
+}
+static_assert(banks_alternate());
+
+constexpr bool slot_is_apart(const SlotLayout& slot) {
+  const int64_t end_of_experts = slot.experts() + 4 * slot.num_experts;
+  return slot.payload() == 0 && slot.scales() >= slot.payload_bytes && slot.scales() % 16 == 0 && slot.source_token() >= slot.scales() + slot.scale_bytes &&
+         slot.source_token() % 4 == 0 && slot.experts() == slot.source_token() + 4 && slot.weights() >= end_of_experts && slot.weights() % 4 == 0 &&
+         slot.stride() >= slot.weights() + 4 * slot.num_weights && slot.stride() % static_cast<int64_t>(kCacheLine) == 0;
+}
+
+constexpr bool all_slots_are_apart() {
+  for (const int64_t payload : {0, 16, 48, 14336})
+    for (const int64_t scales : {0, 1, 4, 17, 448})
+      for (const int topk : {0, 1, 8, 64})
+        for (const int weights : {0, 1, topk})
+          if (!slot_is_apart({.payload_bytes = payload, .scale_bytes = scales, .num_experts = topk, .num_weights = weights})) return false;
+  return true;
+}
+static_assert(all_slots_are_apart());
+
+// As many slots fit as bytes() says, and not one more.
+constexpr bool slots_fit() {
+  for (const int64_t counts : {0, 5, 264})
+    for (const int64_t payload : {0, 16, 7168}) {
+      const BankLayout bank{.num_counts = counts, .slot = {.payload_bytes = payload, .num_experts = 8}};
+      if (bank.counts() < static_cast<int64_t>(sizeof(MessageHeader)) || bank.slots() < bank.counts() + 4 * counts) return false;
+      for (int64_t n = 0; n < 20; ++n)
+        if (bank.slots_in(bank.bytes(n)) != n || (n > 0 && bank.slots_in(bank.bytes(n) - 1) != n - 1) || bank.slot_at(n) % static_cast<int64_t>(kCacheLine) != 0) return false;
+      if (bank.slots_in(bank.slots() - 1) != 0 || bank.slots_in(0) != 0) return false;
+    }
+  return true;
+}
+static_assert(slots_fit());
+
+constexpr bool flags_hold(uint64_t epoch) {
+  for (int lane = 0; lane < kMaxLanes; ++lane)
+    for (int operation = 0; operation < 16; ++operation) {
+      const uint64_t flag = make_flag(epoch, lane, operation);
+      if (flag_epoch(flag) != epoch || flag_lane(flag) != lane || flag_operation(flag) != operation) return false;
+      // Flags grow with their epoch, whatever the operations are.
+      if (make_flag(epoch + 1, 0, 0) <= flag) return false;
+    }
+  return true;
+}
+static_assert(flags_hold(0) && flags_hold(1) && flags_hold(0xfffffffe) && flags_hold((uint64_t{1} << 56) - 2));
+
+static_assert(align_up(0, 64) == 0 && align_up(1, 64) == 64 && align_up(64, 64) == 64 && align_up(65, 3) == 66);
+
+// The checks above are made when this file is compiled; this says that it was.
+TEST(Layout, IsCheckedByTheCompiler) { EXPECT_TRUE(all_windows_are_apart() && all_slots_are_apart() && slots_fit() && banks_alternate()); }
+
+}  // namespace
+}  // namespace tern::layout
