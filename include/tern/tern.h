@@ -434,9 +434,10 @@ typedef struct tern_dispatch_args {
   const float* topk_weights TERN_ZERO;      /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights) */
   int32_t carry_weights TERN_ZERO;          /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
 
-  /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where rows arrive. */
+  /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where rows arrive.
+   * Counts, offsets and ranges are those of the routing, also where rows were left out for want of capacity. */
   tern_scale_order out_scale_order TERN_ZERO;
-  void* out_tokens TERN_ZERO;               /* [rows, hidden]. Window memory on every rank (zero copy), or on none */
+  void* out_tokens TERN_ZERO;               /* [rows, hidden]. Window memory on every rank (zero copy), or on none; see zero_copy */
   void* out_scales TERN_ZERO;               /* scales as they arrive, by out_scale_order */
   int32_t* out_topk_idx TERN_ZERO;          /* rank_major: [rows, num_topk] local expert, -1 where the entry is not of this rank; all -1 in unused rows (worst) */
   float* out_topk_weights TERN_ZERO;        /* rank_major: [rows, num_topk], 0 where -1; expert layouts: [rows], the entry's weight */
@@ -447,6 +448,7 @@ typedef struct tern_dispatch_args {
   int32_t* out_expert_counts TERN_ZERO;     /* [E_l] rows (entries) of each expert, not padded */
   int32_t* out_rank_counts TERN_ZERO;       /* [num_ranks] messages from each rank */
   int64_t* out_expert_rank_ranges TERN_ZERO;/* expert layouts: [E_l, num_ranks] count in the low 32 bits, first row (in the expert's group) in the high */
+  int32_t zero_copy TERN_ZERO;              /* 1: out_tokens is window memory on every rank (a rank that receives no rows, and has none, sets it too). 0: as out_tokens lies */
 } tern_dispatch_args;
 
 /* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
@@ -469,6 +471,7 @@ typedef struct tern_combine_args {
   const void* bias[2] TERN_ZERO;            /* [num_tokens, hidden] each, or NULL; added first, in this order */
   void* out_tokens TERN_ZERO;               /* [num_tokens, hidden] */
   float* out_topk_weights TERN_ZERO;        /* [num_tokens, num_topk]: row_weights summed over ranks, ascending */
+  int32_t zero_copy TERN_ZERO;              /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies */
 } tern_combine_args;
 
 /* Brings one result per token back to its owner:

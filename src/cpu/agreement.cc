@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/agreement.h"
+
+#include <algorithm>
+#include <optional>
+
+#include "base/error.h"
+#include "cpu/doorbell.h"
+
+namespace tern::cpu {
+namespace {
+
+struct Proposal {
+  uint64_t generation = 0;
+  bool committed = false;
+  std::vector<uint8_t> mask;
+};
+
+uint64_t load(uint64_t& word) { return std::atomic_ref<uint64_t>(word).load(std::memory_order_seq_cst); }
+void store(uint64_t& word, uint64_t value) { std::atomic_ref<uint64_t>(word).store(value, std::memory_order_seq_cst); }
+
+void publish(const Domain& domain, const Proposal& proposal) {
+  layout::ProposalCell& cell = domain.proposal(domain.rank);
+  const uint64_t version = load(cell.version);
+  store(cell.version, version + 1);
+  store(cell.generation, proposal.generation);
+  store(cell.committed, proposal.committed ? 1 : 0);
+  for (size_t word_idx = 0; word_idx < layout::kMaxRanks / 64; ++word_idx) {
+    uint64_t word = 0;
+    for (size_t bit = 0; bit < 64 && word_idx * 64 + bit < proposal.mask.size(); ++bit)
+      word |= static_cast<uint64_t>(proposal.mask[word_idx * 64 + bit] != 0) << bit;
+    store(cell.mask[word_idx], word);
+  }
+  store(cell.version, version + 2);
+  domain.for_each_member([&](int peer) { ring(domain.doorbell(peer, 0)); });
+}
+
+// nullopt: being written just now.
+std::optional<Proposal> read(const Domain& domain, int owner) {
+  layout::ProposalCell& cell = domain.proposal(owner);
+  const uint64_t version = load(cell.version);
+  if (version % 2 != 0) return std::nullopt;
+  Proposal proposal{load(cell.generation), load(cell.committed) != 0, std::vector<uint8_t>(static_cast<size_t>(domain.num_ranks))};
+  for (size_t r = 0; r < proposal.mask.size(); ++r) proposal.mask[r] = load(cell.mask[r / 64]) >> (r % 64) & 1;
+  if (load(cell.version) != version) return std::nullopt;
+  return proposal;
+}
+
+class Agreement {
+ public:
+  Agreement(const Domain& domain, const AgreementOptions& options)
+      : domain_(domain), options_(options), own_{options.generation, false, options.mask}, deadline_(Deadline::in_ms(options.timeout_ms)) {
+    for (size_t r = 0; r < own_.mask.size(); ++r) own_.mask[r] |= domain.masked[r];
+  }
+
+  std::vector<uint8_t> run() {
+    refuse_if_masked();
+    publish(domain_, own_);
+    layout::Doorbell& bell = domain_.doorbell(domain_.rank, 0);
+    for (;;) {
+      const uint32_t heard = listen(bell);
+      const bool done = step();
+      if (done || changed_) {
+        stop_listening(bell);
+        if (done) return own_.mask;
+        continue;
+      }
+      if (deadline_.passed()) {
+        stop_listening(bell);
+        give_up_silent_ranks();
+        continue;
+      }
+      sleep(bell, heard, std::min<std::chrono::nanoseconds>(deadline_.remaining(), std::chrono::milliseconds(20)));
+    }
+  }
+
+ private:
+  bool goes_on(int r) const { return own_.mask[static_cast<size_t>(r)] == 0; }
+
+  // Looks at every proposal once; true when all who go on have committed to the same set as this rank.
+  bool step() {
+    changed_ = false;
+    silent_.clear();
+    bool all_same = true;
+    bool all_committed = true;
+    Proposal next = own_;
+    for (int r = 0; r < domain_.num_ranks; ++r) {
+      if (r == domain_.rank || !goes_on(r)) continue;
+      const auto theirs = read(domain_, r);
+      if (!theirs || theirs->generation != own_.generation) {
+        silent_.push_back(r);
+        all_same = all_committed = false;
+        continue;
+      }
+      for (size_t i = 0; i < next.mask.size(); ++i) next.mask[i] |= theirs->mask[i];
+      const bool same = theirs->mask == own_.mask;
+      all_same = all_same && same;
+      all_committed = all_committed && same && theirs->committed;
+    }
+    next.committed = all_same && next.mask == own_.mask;
+    if (next.mask != own_.mask || next.committed != own_.committed) {
+      own_ = next;
+      refuse_if_masked();
+      publish(domain_, own_);
+      changed_ = true;
+    }
+    return own_.committed && all_committed;
+  }
+
+  void give_up_silent_ranks() {
+    if (silent_.empty()) fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for the other ranks to agree; call it again", domain_.rank, options_.timeout_ms);
+    std::string names;
+    for (const int r : silent_) names += fmt::format("{}rank {}{}", names.empty() ? "" : ", ", r, describe_rank(domain_.topology, r));
+    if (!options_.allow_mask)
+      fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for {}; set allow_mask to go on without", domain_.rank, options_.timeout_ms, names);
+    for (const int r : silent_) own_.mask[static_cast<size_t>(r)] = 1;
+    own_.committed = false;
+    publish(domain_, own_);
+    deadline_ = Deadline::in_ms(options_.timeout_ms);
+  }
+
+  void refuse_if_masked() const {
+    if (!goes_on(domain_.rank))
+      fail(TERN_MASKED_OUT, "recover: the other ranks go on without rank {} in generation {}; destroy the exchange, and make a new one with all ranks to join again",
+           domain_.rank, own_.generation);
+  }
+
+  const Domain& domain_;
+  const AgreementOptions& options_;
+  Proposal own_;
+  Deadline deadline_;
+  std::vector<int> silent_;
+  bool changed_ = false;
+};
+
+}  // namespace
+
+std::vector<uint8_t> agree_on_mask(const Domain& domain, const AgreementOptions& options) { return Agreement(domain, options).run(); }
+
+}  // namespace tern::cpu

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/exchange.h"
+
+#include <algorithm>
+#include <thread>
+
+#include "base/error.h"
+#include "base/knobs.h"
+#include "cpu/agreement.h"
+#include "cpu/plan.h"
+#include "plan/window_sizing.h"
+
+namespace tern::cpu {
+namespace {
+
+constexpr int64_t kDefaultSpinUs = 50;
+
+LaneOptions lane_options(const tern_exchange_options& options, int num_ranks) {
+  // A rank that spins takes the core from one that it waits for, if there are more ranks than cores.
+  const bool crowded = num_ranks > static_cast<int>(std::thread::hardware_concurrency());
+  const int64_t spin_us = knobs().spin_us.value_or(crowded ? 0 : kDefaultSpinUs);
+  return {options.timeout_ms, std::chrono::microseconds(spin_us), options.on_timeout};
+}
+
+}  // namespace
+
+CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log, Deadline deadline)
+    : options_(options), log_(log), sharer_(make_segment_sharer(topology, bootstrap, deadline)), heap_allocator_(options.window_bytes) {
+  if (topology.num_ranks > layout::kMaxRanks)
+    fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
+  domain_.rank = topology.rank;
+  domain_.num_ranks = topology.num_ranks;
+  domain_.topology = topology;
+  domain_.layout = make_window_layout(options, topology.num_ranks);
+  domain_.windows.resize(static_cast<size_t>(topology.num_ranks));
+  domain_.heaps.resize(static_cast<size_t>(topology.num_ranks));
+  share_windows(std::vector<uint8_t>(static_cast<size_t>(topology.num_ranks)), 0, deadline);
+  for (int i = 0; i < options.num_lanes; ++i)
+    lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, topology.num_ranks)));
+  log_.write(TERN_LOG_INFO, "rank {} of {}: CPU exchange, window {} bytes, {} lanes with {} bytes a bank, heap {} bytes", topology.rank, topology.num_ranks,
+             domain_.layout.total_bytes(), options.num_lanes, domain_.layout.bank_bytes, options.window_bytes);
+}
+
+// Fresh internal windows for everybody who goes on; heaps keep their addresses and contents, on memory that masked ranks cannot reach.
+void CpuExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline) {
+  std::vector<uint8_t> member(masked.size());
+  std::transform(masked.begin(), masked.end(), member.begin(), [](uint8_t m) { return static_cast<uint8_t>(m == 0); });
+  const auto rank = static_cast<size_t>(domain_.rank);
+  auto windows = sharer_->share(sharer_->create(static_cast<size_t>(domain_.layout.total_bytes())), fmt::format("window-{}", generation), member, deadline);
+  std::vector<std::shared_ptr<Segment>> heaps(masked.size());
+  if (options_.window_bytes > 0) {
+    std::shared_ptr<Segment> own = domain_.heaps[rank];
+    if (own == nullptr)
+      own = sharer_->create(static_cast<size_t>(options_.window_bytes));
+    else
+      own->renew();
+    heaps = sharer_->share(own, fmt::format("heap-{}", generation), member, deadline);
+  }
+  const std::lock_guard lock(generation_mutex_);
+  domain_.windows = std::move(windows);
+  domain_.heaps = std::move(heaps);
+  domain_.masked = masked;
+  domain_.generation = generation;
+}
+
+std::unique_ptr<DevicePlan> CpuExchange::create_plan(const PlanShape& shape) { return std::make_unique<CpuPlan>(*this, shape); }
+
+void* CpuExchange::alloc_window(int64_t bytes) {
+  const std::lock_guard lock(heap_mutex_);
+  return domain_.heap(domain_.rank) + heap_allocator_.allocate(bytes);
+}
+
+void CpuExchange::free_window(void* pointer) {
+  const std::lock_guard lock(heap_mutex_);
+  const int64_t offset = heap_offset(pointer, 0);
+  if (offset < 0 || !heap_allocator_.release(offset))
+    fail(TERN_INVALID_ARGUMENT, "window: {} was not returned by tern_window_alloc of this exchange, or is free already", pointer);
+}
+
+int64_t CpuExchange::heap_offset(const void* pointer, int64_t bytes) const {
+  if (options_.window_bytes == 0 || pointer == nullptr) return -1;
+  const int64_t offset = static_cast<const std::byte*>(pointer) - domain_.heap(domain_.rank);
+  return offset >= 0 && offset + bytes <= options_.window_bytes ? offset : -1;
+}
+
+tern_exchange_state CpuExchange::state() const {
+  const std::lock_guard lock(generation_mutex_);
+  tern_exchange_state result;
+  result.generation = domain_.generation;
+  const bool degraded = std::any_of(domain_.masked.begin(), domain_.masked.end(), [](uint8_t m) { return m != 0; });
+  result.health = degraded ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK;
+  std::copy(domain_.masked.begin(), domain_.masked.end(), result.masked);
+  if (const auto failure = recorded_failure(domain_)) {
+    result.failure = *failure;
+    result.health = TERN_HEALTH_FAILED;
+  }
+  return result;
+}
+
+tern_metrics CpuExchange::metrics() const {
+  tern_metrics m;
+  for (const auto& lane : lanes_) {
+    const Counters& c = lane->counters();
+    m.num_routes += c.routes;
+    m.num_dispatches += c.dispatches;
+    m.num_combines += c.combines;
+    m.rounds += c.rounds;
+    m.sent_bytes += c.sent_bytes;
+    m.sent_local_bytes += c.sent_local_bytes;
+    m.received_rows += c.received_rows;
+    m.waits += c.waits;
+    m.sleeps += c.sleeps;
+    m.wait_ns += c.wait_ns;
+    m.timeouts += c.timeouts;
+  }
+  return m;
+}
+
+void CpuExchange::recover(const tern_recover_options& options) {
+  const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
+  AgreementOptions agreement{domain_.generation + 1, std::vector<uint8_t>(static_cast<size_t>(domain_.num_ranks)), options.allow_mask != 0, timeout_ms};
+  if (options.mask != nullptr) std::copy_n(options.mask, domain_.num_ranks, agreement.mask.begin());
+  const std::vector<uint8_t> masked = agree_on_mask(domain_, agreement);
+  share_windows(masked, agreement.generation, Deadline::in_ms(timeout_ms));
+  for (auto& lane : lanes_) lane->restart();
+  log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.rank, domain_.generation,
+             std::count(masked.begin(), masked.end(), 1), domain_.num_ranks);
+}
+
+bool CpuExchange::must_restart() const {
+  if (options_.on_timeout != TERN_ON_TIMEOUT_MASK) return false;
+  const auto failure = recorded_failure(domain_);
+  return failure && failure->operation == TERN_OP_RECOVER;
+}
+
+void CpuExchange::start_operation(Lane& lane) {
+  if (lane.gave_up_any() && !must_restart()) {
+    int first = 0;
+    while (!lane.gave_up(first)) ++first;
+    announce_failure(domain_, {TERN_TIMEOUT, domain_.rank, first, lane.index(), TERN_OP_RECOVER, 0, lane.next_epoch(), 0});
+  }
+  if (!must_restart()) return lane.check_health();
+  std::vector<uint8_t> mask(static_cast<size_t>(domain_.num_ranks));
+  for (int r = 0; r < domain_.num_ranks; ++r) mask[static_cast<size_t>(r)] = lane.gave_up(r);
+  tern_recover_options options;
+  options.mask = mask.data();
+  options.allow_mask = 1;
+  recover(options);
+}
+
+std::unique_ptr<DeviceExchange> make_cpu_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
+                                                  const Log& log, Deadline deadline) {
+  return std::make_unique<CpuExchange>(topology, bootstrap, options, log, deadline);
+}
+
+}  // namespace tern::cpu

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// An exchange on a CPU rank: its windows, lanes, and what happens when a generation ends.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/log.h"
+#include "cpu/domain.h"
+#include "cpu/lane.h"
+#include "memory/offset_allocator.h"
+#include "memory/sharing.h"
+#include "plan/device.h"
+
+namespace tern::cpu {
+
+class CpuExchange : public DeviceExchange {
+ public:
+  // Collective. `options` are complete.
+  CpuExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log, Deadline deadline);
+
+  int32_t num_lanes() const override { return static_cast<int32_t>(lanes_.size()); }
+  std::unique_ptr<DevicePlan> create_plan(const PlanShape& shape) override;
+  void* alloc_window(int64_t bytes) override;
+  void free_window(void* pointer) override;
+  tern_exchange_state state() const override;
+  tern_metrics metrics() const override;
+  void recover(const tern_recover_options& options) override;
+
+  const Domain& domain() const { return domain_; }
+  const tern_exchange_options& options() const { return options_; }
+  Lane& lane(int32_t index) { return *lanes_[static_cast<size_t>(index)]; }
+
+  // Offset of `pointer` in this rank's heap, or -1 if it does not lie there with `bytes` bytes behind it.
+  int64_t heap_offset(const void* pointer, int64_t bytes) const;
+
+  // To be called at the start of every operation: throws what ended the generation; under TERN_ON_TIMEOUT_MASK starts the
+  // next one instead.
+  void start_operation(Lane& lane);
+  // Under TERN_ON_TIMEOUT_MASK: did another rank call for a new generation, so that an operation that failed is to be tried again?
+  bool must_restart() const;
+
+ private:
+  void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
+
+  tern_exchange_options options_;
+  Log log_;
+  std::unique_ptr<SegmentSharer> sharer_;
+  mutable std::mutex generation_mutex_;  // guards what a recovery replaces in domain_ against tern_exchange_get_state
+  Domain domain_;
+  mutable std::mutex heap_mutex_;
+  OffsetAllocator heap_allocator_;
+  std::vector<std::unique_ptr<Lane>> lanes_;
+};
+
+// What an engine folder offers to src/engine.
+std::unique_ptr<DeviceExchange> make_cpu_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
+                                                  const Log& log, Deadline deadline);
+
+}  // namespace tern::cpu

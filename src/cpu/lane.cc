@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/lane.h"
+
+#include <sched.h>
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "rows/rows.h"
+
+namespace tern::cpu {
+namespace {
+
+// Sleeps are cut into pieces of this length, so that a wake-up lost to a dying peer costs no more.
+constexpr std::chrono::milliseconds kLongestSleep{100};
+
+}  // namespace
+
+Lane::Lane(const Domain& domain, int index, const LaneOptions& options)
+    : domain_(&domain),
+      index_(index),
+      options_(options),
+      counters_(std::make_unique<Counters>()),
+      num_messages_(domain.num_ranks),
+      given_up_(domain.num_ranks) {
+  unreceived_.reserve(layout::kNumBanks + 1);
+}
+
+void Lane::restart() {
+  next_epoch_ = 1;
+  consumed_ = 0;
+  unreceived_.clear();
+  std::fill(given_up_.begin(), given_up_.end(), 0);
+  gave_up_any_ = false;
+}
+
+void Lane::check_health() const {
+  if (const auto failure = recorded_failure(*domain_)) throw_recorded(*domain_, *failure);
+}
+
+uint64_t Lane::begin(tern_operation operation, int64_t num_rounds) {
+  const uint64_t last = next_epoch_ + static_cast<uint64_t>(num_rounds) - 1;
+  if (!unreceived_.empty() && unreceived_.front() + layout::kNumBanks <= last)
+    fail(TERN_INVALID_STATE, "{} on lane {}: it needs the staging bank of a send that has not been received yet; at most {} sends may be under way",
+         operation_name(operation), index_, layout::kNumBanks);
+  const uint64_t first = next_epoch_;
+  next_epoch_ = last + 1;
+  return first;
+}
+
+void Lane::begin_round(const RoundTrip& trip, uint64_t epoch) {
+  std::fill(num_messages_.begin(), num_messages_.end(), 0);
+  if (epoch <= layout::kNumBanks) return;
+  domain_->for_each_member([&](int peer) { await_consumed(epoch - layout::kNumBanks, trip.operation, peer); });
+}
+
+void Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
+  uint64_t sent = 0;
+  domain_->for_each_member([&](int peer) {
+    auto& header = *reinterpret_cast<layout::MessageHeader*>(domain_->bank(peer, index_, epoch, domain_->rank));
+    header.shape = trip.shape;
+    header.num_tokens = static_cast<int32_t>(trip.num_tokens);
+    header.num_messages = num_messages_[static_cast<size_t>(peer)];
+    const auto bytes = static_cast<uint64_t>(trip.bank.slots() + header.num_messages * trip.bank.slot.stride());
+    if (peer == domain_->rank)
+      counters_->sent_local_bytes.fetch_add(bytes, std::memory_order_relaxed);
+    else
+      sent += bytes;
+  });
+  counters_->sent_bytes.fetch_add(sent, std::memory_order_relaxed);
+  counters_->rounds.fetch_add(1, std::memory_order_relaxed);
+  store_fence();  // publishes the streaming stores of the round, which the release below does not order
+  const uint64_t flag = layout::make_flag(epoch, index_, trip.operation);
+  domain_->for_each_member([&](int peer) {
+    store_release(domain_->cell(peer, index_, domain_->rank).arrived, flag);
+    ring(domain_->doorbell(peer, index_));
+  });
+  unreceived_.push_back(epoch);
+}
+
+void Lane::finish_epoch(uint64_t epoch) {
+  unreceived_.erase(std::remove(unreceived_.begin(), unreceived_.end(), epoch), unreceived_.end());
+  // Receives may come out of order: only what lies before the oldest open epoch is consumed.
+  const uint64_t consumed = unreceived_.empty() ? next_epoch_ - 1 : unreceived_.front() - 1;
+  if (consumed == consumed_) return;
+  consumed_ = consumed;
+  domain_->for_each_member([&](int peer) {
+    store_release(domain_->cell(peer, index_, domain_->rank).consumed, consumed);
+    ring(domain_->doorbell(peer, index_));
+  });
+}
+
+const std::byte* Lane::await_arrived(const RoundTrip& trip, uint64_t epoch, int source) {
+  if (domain_->is_masked(source)) return nullptr;
+  const uint64_t& word = domain_->cell(domain_->rank, index_, source).arrived;
+  const Awaited awaited{source, trip.operation, epoch, word, true};
+  if (!wait_until(awaited, [&] { return layout::flag_epoch(load_acquire(word)) >= epoch; })) return nullptr;
+  const uint64_t flag = load_acquire(word);
+  if (layout::flag_epoch(flag) == epoch && layout::flag_operation(flag) != trip.operation)
+    fail_mismatch(awaited, fmt::format("rank {} was in {}", source, operation_name(layout::flag_operation(flag))));
+  check_shape(trip, awaited, domain_->header(index_, epoch, source));
+  return domain_->bank(domain_->rank, index_, epoch, source);
+}
+
+void Lane::post_ready(uint64_t epoch, tern_operation operation, int64_t offset) {
+  store_fence();  // rows written with streaming stores before a combine
+  domain_->for_each_member([&](int peer) {
+    layout::FlagCell& cell = domain_->cell(peer, index_, domain_->rank);
+    cell.ready_offset[epoch % layout::kNumBanks] = static_cast<uint64_t>(offset);
+    store_release(cell.ready, layout::make_flag(epoch, index_, operation));
+    ring(domain_->doorbell(peer, index_));
+  });
+}
+
+std::byte* Lane::await_ready(uint64_t epoch, tern_operation operation, int peer) {
+  if (domain_->is_masked(peer)) return nullptr;
+  const layout::FlagCell& cell = domain_->cell(domain_->rank, index_, peer);
+  const Awaited awaited{peer, operation, epoch, cell.ready, true};
+  // A peer that does not use window memory goes on without posting: then its data arrive, and no `ready` was there before.
+  const auto ready = [&] { return layout::flag_epoch(load_acquire(cell.ready)) >= epoch; };
+  const auto passed_by = [&] { return layout::flag_epoch(load_acquire(cell.arrived)) >= epoch && !ready(); };
+  if (!wait_until(awaited, [&] { return ready() || passed_by(); })) return nullptr;
+  if (!ready()) fail_mismatch(awaited, fmt::format("rank {} passed rows outside of its window or called something else", peer));
+  const uint64_t flag = load_acquire(cell.ready);
+  if (layout::flag_epoch(flag) == epoch && layout::flag_operation(flag) != operation)
+    fail_mismatch(awaited, fmt::format("rank {} was in {}", peer, operation_name(layout::flag_operation(flag))));
+  return domain_->heap(peer) + cell.ready_offset[epoch % layout::kNumBanks];
+}
+
+void Lane::await_consumed(uint64_t epoch, tern_operation operation, int peer) {
+  const uint64_t& word = domain_->cell(domain_->rank, index_, peer).consumed;
+  wait_until({peer, operation, epoch, word, false}, [&] { return load_acquire(word) >= epoch; });
+}
+
+template <typename Ready>
+bool Lane::wait_until(const Awaited& awaited, Ready ready) {
+  if (ready()) return true;
+  if (gave_up(awaited.rank)) return false;
+  counters_->waits.fetch_add(1, std::memory_order_relaxed);
+  const auto start = Deadline::Clock::now();
+  const Deadline deadline = Deadline::in_ms(options_.timeout_ms);
+  layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
+  const auto done = [&](bool result) {
+    counters_->wait_ns.fetch_add(static_cast<uint64_t>((Deadline::Clock::now() - start).count()), std::memory_order_relaxed);
+    return result;
+  };
+  while (Deadline::Clock::now() - start < options_.spin) {
+    if (ready()) return done(true);
+    ::sched_yield();
+  }
+  for (;;) {
+    const uint32_t heard = listen(bell);
+    if (ready()) {
+      stop_listening(bell);
+      return done(true);
+    }
+    if (!still_waits_after_failure(awaited)) {
+      stop_listening(bell);
+      return done(false);
+    }
+    if (deadline.passed()) {
+      stop_listening(bell);
+      return done(ready() || give_up(awaited));
+    }
+    counters_->sleeps.fetch_add(1, std::memory_order_relaxed);
+    sleep(bell, heard, std::min<std::chrono::nanoseconds>(deadline.remaining(), kLongestSleep));
+  }
+}
+
+// The deadline has passed. Under TERN_ON_TIMEOUT_MASK the operation goes on without the rank: returns false.
+bool Lane::give_up(const Awaited& awaited) {
+  counters_->timeouts.fetch_add(1, std::memory_order_relaxed);
+  const uint64_t seen = awaited.is_flag ? layout::flag_epoch(load_acquire(awaited.word)) : load_acquire(awaited.word);
+  const tern_failure failure{TERN_TIMEOUT, domain_->rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, seen};
+  if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) {
+    given_up_[static_cast<size_t>(awaited.rank)] = 1;
+    gave_up_any_ = true;
+    return false;
+  }
+  announce_failure(*domain_, failure);
+  throw Failure(TERN_TIMEOUT, failure_text(*domain_, failure));
+}
+
+// Somebody failed. Usually that ends the operation here too; false: go on without the awaited rank.
+bool Lane::still_waits_after_failure(const Awaited& awaited) {
+  const auto failure = recorded_failure(*domain_);
+  if (!failure) return true;
+  // Under TERN_ON_TIMEOUT_MASK a rank that has finished this operation calls for a new generation: what this one waits for
+  // from the others is on its way or was given up there, so it finishes the operation too.
+  if (failure->operation == TERN_OP_RECOVER && awaited.epoch < failure->expected_epoch) {
+    if (awaited.rank != failure->awaited) return true;
+    given_up_[static_cast<size_t>(awaited.rank)] = 1;
+    gave_up_any_ = true;
+    return false;
+  }
+  throw_recorded(*domain_, *failure);
+}
+
+void Lane::fail_mismatch(const Awaited& awaited, const std::string& details) {
+  const tern_failure failure{TERN_MISMATCH, domain_->rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, awaited.epoch};
+  announce_failure(*domain_, failure);
+  throw Failure(TERN_MISMATCH, fmt::format("{} on lane {}, epoch {}: ranks {} and {} disagree: {}. Every rank must make the same calls in the same order",
+                                           operation_name(awaited.operation), index_, awaited.epoch, domain_->rank, awaited.rank, details));
+}
+
+void Lane::check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header) {
+  if (header.shape == trip.shape) return;
+  const auto text = [](const layout::CallShape& s) {
+    return fmt::format("row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}", s.row_bytes,
+                       s.scale_bytes, s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices);
+  };
+  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank, text(trip.shape), awaited.rank, text(header.shape)));
+}
+
+}  // namespace tern::cpu

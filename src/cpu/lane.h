@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// One lane of an exchange on a CPU rank: its epochs, its flags, and the round trip that every operation is made of.
+//
+// A round sends to every rank and receives from every rank, under one epoch:
+//
+//   send:    wait until each peer has consumed epoch - 2 (its bank is free); fill the banks; headers; then the `arrived` flags
+//   receive: wait for each peer's `arrived` flag; use what is in the banks; then say `consumed`
+//
+// A batch larger than the banks takes several rounds, each under its own epoch. The next round is sent before the previous
+// one is received, so that a rank is never idle because of one slow peer.
+//
+// Memory: what a peer wrote before its `arrived` flag is visible once await_arrived() has returned. Threads: one at a time.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <vector>
+
+#include "base/deadline.h"
+#include "cpu/domain.h"
+#include "cpu/doorbell.h"
+#include "cpu/failure.h"
+
+namespace tern::cpu {
+
+struct LaneOptions {
+  int64_t timeout_ms = 0;
+  std::chrono::nanoseconds spin{0};
+  tern_timeout_policy on_timeout = TERN_ON_TIMEOUT_ABORT;
+};
+
+// Read by tern_exchange_get_metrics from any thread.
+struct Counters {
+  std::atomic<uint64_t> routes{0}, dispatches{0}, combines{0}, rounds{0}, sent_bytes{0}, sent_local_bytes{0}, received_rows{0}, waits{0},
+      sleeps{0}, wait_ns{0}, timeouts{0};
+};
+
+// What one operation is to its lane.
+struct RoundTrip {
+  tern_operation operation = TERN_OP_NONE;
+  layout::CallShape shape;
+  layout::BankLayout bank;
+  int64_t num_tokens = 0;        // of this rank's batch
+  int64_t tokens_per_round = 0;  // a round carries what belongs to this many of the owners' tokens
+  int64_t num_rounds = 1;
+};
+
+struct TokenRange {
+  int64_t begin, end;
+};
+// The owners' tokens of a round, not bounded by any rank's number of tokens.
+inline TokenRange tokens_of_round(const RoundTrip& trip, int64_t round) {
+  return {round * trip.tokens_per_round, (round + 1) * trip.tokens_per_round};
+}
+
+class Lane {
+ public:
+  Lane(const Domain& domain, int index, const LaneOptions& options);
+
+  // Epochs start again; `domain` holds fresh windows.
+  void restart();
+
+  // Throws if the generation has failed; to be called at the start of every operation.
+  void check_health() const;
+
+  // Takes the next `num_rounds` epochs and returns the first. TERN_INVALID_STATE if an earlier send still holds a bank that they need.
+  uint64_t begin(tern_operation operation, int64_t num_rounds);
+
+  // Whole operation: fill(round, epoch) writes slots, drain(round, epoch) reads them.
+  template <typename Fill, typename Drain>
+  void run(const RoundTrip& trip, Fill fill, Drain drain) {
+    const uint64_t first = begin(trip.operation, trip.num_rounds);
+    for (int64_t round = 0; round < trip.num_rounds; ++round) {
+      send_round(trip, first + round, [&](uint64_t epoch) { fill(round, epoch); });
+      if (round > 0) receive_round(first + round - 1, [&](uint64_t epoch) { drain(round - 1, epoch); });
+    }
+    receive_round(first + trip.num_rounds - 1, [&](uint64_t epoch) { drain(trip.num_rounds - 1, epoch); });
+  }
+
+  template <typename Fill>
+  void send_round(const RoundTrip& trip, uint64_t epoch, Fill fill) {
+    begin_round(trip, epoch);
+    fill(epoch);
+    publish_round(trip, epoch);
+  }
+
+  template <typename Drain>
+  void receive_round(uint64_t epoch, Drain drain) {
+    drain(epoch);
+    finish_epoch(epoch);
+  }
+
+  // For fill: the next free slot in this rank's bank at `destination`, as an address in that rank's window.
+  std::byte* next_slot(const RoundTrip& trip, uint64_t epoch, int destination) {
+    const int64_t slot_idx = num_messages_[static_cast<size_t>(destination)]++;
+    return domain_->bank(destination, index_, epoch, domain_->rank) + trip.bank.slot_at(slot_idx);
+  }
+
+  // For drain: waits until what `source` sends in this epoch is here; its bank, or nullptr if the rank is masked or has just been given up.
+  const std::byte* await_arrived(const RoundTrip& trip, uint64_t epoch, int source);
+
+  // This rank's rows lie at `offset` of its heap and are free to be written (dispatch) or complete (combine).
+  void post_ready(uint64_t epoch, tern_operation operation, int64_t offset);
+  // Where `peer`'s rows lie, or nullptr if it has been given up.
+  std::byte* await_ready(uint64_t epoch, tern_operation operation, int peer);
+  // Waits until `peer` has consumed everything up to `epoch`.
+  void await_consumed(uint64_t epoch, tern_operation operation, int peer);
+
+  const Domain& domain() const { return *domain_; }
+  int index() const { return index_; }
+  Counters& counters() { return *counters_; }
+  const Counters& counters() const { return *counters_; }
+  // Ranks given up by the running operation under TERN_ON_TIMEOUT_MASK.
+  bool gave_up_any() const { return gave_up_any_; }
+  bool gave_up(int r) const { return given_up_[static_cast<size_t>(r)] != 0; }
+  uint64_t next_epoch() const { return next_epoch_; }
+
+ private:
+  struct Awaited {
+    int rank;
+    tern_operation operation;
+    uint64_t epoch;
+    const uint64_t& word;  // flag or epoch that is waited for
+    bool is_flag;
+  };
+
+  void begin_round(const RoundTrip& trip, uint64_t epoch);
+  void publish_round(const RoundTrip& trip, uint64_t epoch);
+  void finish_epoch(uint64_t epoch);
+  // True when the awaited word has reached its epoch; false when the rank is given up; throws on failure and deadline.
+  template <typename Ready>
+  bool wait_until(const Awaited& awaited, Ready ready);
+  bool give_up(const Awaited& awaited);
+  bool still_waits_after_failure(const Awaited& awaited);
+  [[noreturn]] void fail_mismatch(const Awaited& awaited, const std::string& details);
+  void check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header);
+
+  const Domain* domain_;
+  int index_;
+  LaneOptions options_;
+  std::unique_ptr<Counters> counters_;
+  uint64_t next_epoch_ = 1;
+  uint64_t consumed_ = 0;               // as published
+  std::vector<uint64_t> unreceived_;    // epochs sent and not yet received, ascending
+  std::vector<int32_t> num_messages_;   // [num_ranks] slots filled in the round under way
+  std::vector<uint8_t> given_up_;       // [num_ranks]
+  bool gave_up_any_ = false;
+};
+
+}  // namespace tern::cpu

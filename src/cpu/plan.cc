@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "base/error.h"
+#include "base/knobs.h"
+
+namespace tern::cpu {
+namespace {
+
+constexpr int64_t kDefaultLatencyMaxKb = 1024;
+
+size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<size_t>(rows * shape.num_topk); }
+
+}  // namespace
+
+PlanScratch::PlanScratch(const PlanShape& shape)
+    : row_address(static_cast<size_t>(shape.num_ranks)),
+      next_message(static_cast<size_t>(shape.num_ranks)),
+      arrived(static_cast<size_t>(shape.num_ranks)),
+      next_slot(static_cast<size_t>(shape.num_ranks)) {
+  const auto most_per_token = static_cast<size_t>(std::max(shape.num_ranks, shape.num_topk));
+  payload_places.reserve(most_per_token);
+  scale_places.reserve(most_per_token);
+  terms.reserve(most_per_token);
+  group_ends.reserve(most_per_token);
+}
+
+CpuPlan::CpuPlan(CpuExchange& exchange, const PlanShape& shape)
+    : exchange_(exchange),
+      table_(shape),
+      weights_{std::vector<float>(topk_elements(shape.max_tokens, shape)), std::vector<float>(topk_elements(shape.max_messages(), shape)),
+               std::vector<float>(topk_elements(shape.max_messages(), shape))},
+      scratch_(shape),
+      received_per_rank_(static_cast<size_t>(shape.num_ranks)),
+      received_per_expert_(static_cast<size_t>(shape.local_experts())),
+      sent_per_rank_(static_cast<size_t>(shape.num_ranks)),
+      pair_counts_(static_cast<size_t>(shape.num_ranks) * static_cast<size_t>(shape.num_ranks)) {}
+
+template <typename Operation>
+void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operation) {
+  Lane& lane = exchange_.lane(launch.lane);
+  for (;;) {
+    exchange_.start_operation(lane);
+    if (!routes && generation_ != exchange_.domain().generation)
+      fail(TERN_STALE_PLAN, "the plan was routed in generation {}, the exchange is in generation {} since its last recovery; route it again", generation_,
+           exchange_.domain().generation);
+    try {
+      return operation(lane);
+    } catch (const Failure&) {
+      if (!exchange_.must_restart()) throw;
+    }
+  }
+}
+
+void CpuPlan::check_ready(const char* operation, bool must_be_dispatched) const {
+  if (!routed_) fail(TERN_INVALID_STATE, "{}: the plan is not routed; call tern_plan_route, or give the dispatch a routing", operation);
+  if (must_be_dispatched && !dispatched_) fail(TERN_INVALID_STATE, "{}: the plan has not been dispatched; its rows are not known here", operation);
+}
+
+void CpuPlan::set_routing(const tern_routing& routing) {
+  if (tickets_.dispatch != 0 || tickets_.combine != 0)
+    fail(TERN_INVALID_STATE, "route: a send along this plan has not been received yet");
+  routed_ = dispatched_ = false;
+  weights_.carried = false;
+  table_.set_routing(routing, exchange_.domain().masked);
+}
+
+void CpuPlan::finish_routing() {
+  const PlanShape& s = shape();
+  for (int32_t r = 0; r < s.num_ranks; ++r) {
+    received_per_rank_[static_cast<size_t>(r)] = table_.messages_between(r, s.rank);
+    sent_per_rank_[static_cast<size_t>(r)] = table_.messages_between(s.rank, r);
+    for (int32_t to = 0; to < s.num_ranks; ++to) pair_counts_[static_cast<size_t>(r * s.num_ranks + to)] = table_.messages_between(r, to);
+  }
+  for (int32_t e = 0; e < s.local_experts(); ++e) received_per_expert_[static_cast<size_t>(e)] = table_.received_entries(e);
+  generation_ = exchange_.domain().generation;
+  routed_ = true;
+}
+
+void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
+  operate(launch, true, [&](Lane& lane) {
+    set_routing(routing);
+    run_route(context(lane));
+    finish_routing();
+    latency_path_ = false;
+    lane.counters().routes.fetch_add(1, std::memory_order_relaxed);
+  });
+}
+
+void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
+  const bool routes = call.args.routing != nullptr && launch.phase != TERN_PHASE_RECEIVE;
+  if (!routes) check_ready("dispatch", false);
+  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch == 0)
+    fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
+  if (launch.phase != TERN_PHASE_RECEIVE && tickets_.dispatch != 0)
+    fail(TERN_INVALID_STATE, "dispatch: the plan's last send has not been received yet");
+  operate(launch, routes, [&](Lane& lane) {
+    const PlanContext ctx = context(lane);
+    // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
+    const bool fused = call.args.routing != nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
+    if (routes) {
+      set_routing(*call.args.routing);
+      if (!fused) {
+        run_route(ctx);
+        finish_routing();
+      }
+    }
+    run_dispatch(ctx, {call, fused, launch.phase, tickets_.dispatch});
+    latency_path_ = fused;
+    if (launch.phase == TERN_PHASE_SEND) {
+      // The counts of a fused send come with its receive.
+      routed_ = true;
+      generation_ = exchange_.domain().generation;
+      return;
+    }
+    if (fused) finish_routing();
+    dispatched_ = true;
+    lane.counters().dispatches.fetch_add(1, std::memory_order_relaxed);
+    lane.counters().received_rows.fetch_add(static_cast<uint64_t>(table_.num_received()), std::memory_order_relaxed);
+  });
+  if (launch.phase == TERN_PHASE_SEND || !table_.exceeds_capacity()) return;
+  fail(TERN_CAPACITY_EXCEEDED, "dispatch: {} messages with {} entries arrived, which is more than the outputs' {} rows hold; what lies beyond was left out",
+       table_.num_received(), std::accumulate(received_per_expert_.begin(), received_per_expert_.end(), int64_t{0}), shape().row_capacity);
+}
+
+void CpuPlan::combine(const CombineCall& call, const tern_launch& launch) {
+  check_ready("combine", true);
+  if (tickets_.dispatch != 0) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
+  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.combine == 0)
+    fail(TERN_INVALID_STATE, "combine: nothing to receive; the plan's last combine was not a send, or has been received");
+  if (launch.phase != TERN_PHASE_RECEIVE && tickets_.combine != 0) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
+  if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_.carried)
+    fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
+  operate(launch, false, [&](Lane& lane) {
+    run_combine(context(lane), {call, launch.phase, tickets_.combine});
+    if (launch.phase != TERN_PHASE_SEND) lane.counters().combines.fetch_add(1, std::memory_order_relaxed);
+  });
+}
+
+tern_plan_info CpuPlan::info() const {
+  check_ready("plan info", false);
+  tern_plan_info info;
+  info.num_tokens = table_.num_tokens();
+  info.num_received = table_.num_received();
+  info.num_rows = table_.num_rows();
+  info.row_capacity = shape().row_capacity;
+  info.generation = generation_;
+  info.latency_path = latency_path_;
+  info.received_per_rank = received_per_rank_.data();
+  info.received_per_expert = received_per_expert_.data();
+  info.sent_per_rank = sent_per_rank_.data();
+  info.pair_counts = pair_counts_.data();
+  return info;
+}
+
+layout::CallShape call_shape(const PlanShape& shape) {
+  return {.max_tokens = shape.max_tokens,
+          .row_capacity = shape.row_capacity,
+          .num_experts = shape.num_experts,
+          .num_topk = shape.num_topk,
+          .choices = static_cast<int32_t>(shape.layout) << 4 | static_cast<int32_t>(shape.extent),
+          .alignment = shape.alignment};
+}
+
+int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, const char* operation) {
+  const layout::WindowLayout& window = context.domain().layout;
+  const int64_t tokens = bank.slots_in(window.bank_bytes) / slots_per_token;
+  if (tokens == 0)
+    fail(TERN_OUT_OF_MEMORY, "{}: one token needs {} bytes of a staging bank, which has {}; create the exchange with staging_bytes of at least {}, better {} for {} tokens in one round",
+         operation, bank.bytes(slots_per_token), window.bank_bytes, window.staging_bytes() / window.bank_bytes * bank.bytes(slots_per_token),
+         window.staging_bytes() / window.bank_bytes * bank.bytes(slots_per_token * context.shape().max_tokens), context.shape().max_tokens);
+  return tokens;
+}
+
+bool is_small(const PlanContext& context, int64_t row_bytes) {
+  switch (context.exchange.options().mode) {
+    case TERN_MODE_THROUGHPUT: return false;
+    case TERN_MODE_LATENCY: return true;
+    case TERN_MODE_AUTO: break;
+  }
+  return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kDefaultLatencyMaxKb) << 10;
+}
+
+bool lies_in_window(const PlanContext& context, const void* rows, int64_t row_bytes) {
+  return context.exchange.heap_offset(rows, context.table.num_rows() * row_bytes) >= 0;
+}
+
+void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase) {
+  if (phase == TERN_PHASE_WHOLE || trip.num_rounds == 1) return;
+  const layout::WindowLayout& window = context.domain().layout;
+  const int64_t slots = context.shape().max_tokens * (trip.bank.slots_in(window.bank_bytes) / trip.tokens_per_round);
+  fail(TERN_OUT_OF_MEMORY, "{}: a send must fit one staging bank, {} tokens need {} rounds; create the exchange with staging_bytes of at least {}",
+       operation_name(trip.operation), context.shape().max_tokens, trip.num_rounds, window.staging_bytes() / window.bank_bytes * trip.bank.bytes(slots));
+}
+
+}  // namespace tern::cpu

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// A plan on a CPU rank: the routing table, the weights that travelled, and the operations along it. The operations themselves
+// are in route.cc, dispatch.cc and combine.cc.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/exchange.h"
+#include "plan/device.h"
+#include "plan/routing_table.h"
+#include "rows/rows.h"
+
+namespace tern::cpu {
+
+// What combine needs to know about weights; [..., num_topk] each.
+struct PlanWeights {
+  std::vector<float> sent;       // [max_tokens] this rank's tokens, as the last dispatch carried them
+  std::vector<float> received;   // [max_messages] of the messages received with them
+  std::vector<float> from_owner; // [max_messages] given by the owners at the running combine
+  bool carried = false;          // by the last dispatch
+};
+
+// Memory that an operation works in, so that none allocates.
+struct PlanScratch {
+  explicit PlanScratch(const PlanShape& shape);
+
+  std::vector<std::byte*> row_address;     // [num_ranks] zero copy: where each rank's rows lie
+  std::vector<std::byte*> payload_places;  // dispatch: where the row that is being sent goes
+  std::vector<std::byte*> scale_places;
+  std::vector<int64_t> next_message;       // [num_ranks] combine: next message of each owner
+  std::vector<const std::byte*> arrived;   // [num_ranks] combine: bank of each rank in this round
+  std::vector<int32_t> next_slot;          // [num_ranks] combine: next slot in it
+  std::vector<SumTerm> terms;              // combine: of the token that is being summed
+  std::vector<int32_t> group_ends;
+};
+
+// Everything that an operation works on.
+struct PlanContext {
+  CpuExchange& exchange;
+  Lane& lane;
+  RoutingTable& table;
+  PlanWeights& weights;
+  PlanScratch& scratch;
+  const Domain& domain() const { return lane.domain(); }
+  const PlanShape& shape() const { return table.shape(); }
+};
+
+// Parts of the operations that concern all of them.
+layout::CallShape call_shape(const PlanShape& shape);
+// Tokens whose slots fit a bank; TERN_OUT_OF_MEMORY says what staging would be needed if not even one does.
+int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, const char* operation);
+// Small enough for the latency path: fewer trips, more copies. The same answer on every rank.
+bool is_small(const PlanContext& context, int64_t row_bytes);
+// Is this pointer to the outputs' or inputs' rows in the window of this rank?
+bool lies_in_window(const PlanContext& context, const void* rows, int64_t row_bytes);
+// A send phase must fit one bank.
+void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase);
+
+void run_route(const PlanContext& context);
+
+// `fused`: exchange the counts together with the rows. `ticket`: the epoch of a send that has not been received, 0: none.
+struct DispatchRun {
+  const DispatchCall& call;
+  bool fused = false;
+  tern_phase phase = TERN_PHASE_WHOLE;
+  uint64_t& ticket;
+};
+void run_dispatch(const PlanContext& context, const DispatchRun& run);
+
+struct CombineRun {
+  const CombineCall& call;
+  tern_phase phase = TERN_PHASE_WHOLE;
+  uint64_t& ticket;
+};
+void run_combine(const PlanContext& context, const CombineRun& run);
+
+class CpuPlan : public DevicePlan {
+ public:
+  CpuPlan(CpuExchange& exchange, const PlanShape& shape);
+
+  const PlanShape& shape() const override { return table_.shape(); }
+  void check_routing(const tern_routing& routing) const override { table_.check(routing); }
+  void route(const tern_routing& routing, const tern_launch& launch) override;
+  void dispatch(const DispatchCall& call, const tern_launch& launch) override;
+  void combine(const CombineCall& call, const tern_launch& launch) override;
+  tern_plan_info info() const override;
+
+ private:
+  // Which sends are under way, as the epoch they used; 0: none.
+  struct Tickets {
+    uint64_t dispatch = 0;
+    uint64_t combine = 0;
+  };
+
+  PlanContext context(Lane& lane) { return {exchange_, lane, table_, weights_, scratch_}; }
+  void check_ready(const char* operation, bool must_be_dispatched) const;
+  void set_routing(const tern_routing& routing);
+  void finish_routing();
+  // Runs one operation, again in a new generation if other ranks call for one. `routes`: it does not need an earlier routing.
+  template <typename Operation>
+  void operate(const tern_launch& launch, bool routes, Operation operation);
+
+  CpuExchange& exchange_;
+  RoutingTable table_;
+  PlanWeights weights_;
+  PlanScratch scratch_;
+  Tickets tickets_;
+  uint32_t generation_ = 0;
+  bool routed_ = false;
+  bool dispatched_ = false;
+  bool latency_path_ = false;
+  std::vector<int32_t> received_per_rank_, received_per_expert_, sent_per_rank_, pair_counts_;
+};
+
+}  // namespace tern::cpu

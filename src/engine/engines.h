@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engines that a build may lack. Each absence is a file that says so: no_cuda.cc.
+#pragma once
+
+#include <memory>
+
+#include "base/deadline.h"
+#include "base/log.h"
+#include "plan/device.h"
+#include "topology/bootstrap.h"
+#include "topology/topology.h"
+
+namespace tern {
+
+// Is the engine built in, and is there a GPU that it can use?
+bool cuda_engine_present();
+std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
+                                                   Deadline deadline);
+
+}  // namespace tern

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "cpu/exchange.h"
+#include "engine/engines.h"
+#include "engine/objects.h"
+#include "plan/routing_table.h"
+#include "plan/window_sizing.h"
+
+namespace tern {
+namespace {
+
+// What the ranks must agree on. Travels as bytes.
+struct Configuration {
+  int32_t version;
+  int32_t device;
+  int64_t staging_bytes, window_bytes, max_tokens, max_row_bytes, timeout_ms;
+  int32_t max_topk, max_experts, num_lanes, on_timeout, mode, bank_kib;
+  bool operator==(const Configuration&) const = default;
+};
+
+std::string configuration_text(const Configuration& c) {
+  return fmt::format(
+      "version {}, device {}, staging_bytes {}, window_bytes {}, max_tokens {}, max_row_bytes {}, max_topk {}, max_experts {}, num_lanes {}, timeout_ms {}, on_timeout {}, "
+      "mode {}, banks of {} KiB",
+      c.version, c.device, c.staging_bytes, c.window_bytes, c.max_tokens, c.max_row_bytes, c.max_topk, c.max_experts, c.num_lanes, c.timeout_ms, c.on_timeout, c.mode, c.bank_kib);
+}
+
+void compare_configuration(Group& group, const tern_exchange_options& o, Deadline deadline) {
+  const int num_ranks = group.topology.num_ranks;
+  const Configuration own{tern_version(), o.device, o.staging_bytes, o.window_bytes, o.max_tokens, o.max_row_bytes, o.timeout_ms,
+                          o.max_topk, o.max_experts, o.num_lanes, o.on_timeout, o.mode,
+                          static_cast<int32_t>(make_window_layout(o, num_ranks).bank_bytes >> 10)};
+  std::vector<Configuration> all(static_cast<size_t>(num_ranks));
+  group.bootstrap->allgather(&own, all.data(), sizeof(own), deadline);
+  for (int r = 0; r < num_ranks; ++r)
+    if (all[static_cast<size_t>(r)] != own)
+      fail(TERN_MISMATCH, "exchange: rank {} asks for [{}], rank {} for [{}]; every rank must use the same options, environment and version", group.topology.rank,
+           configuration_text(own), r, configuration_text(all[static_cast<size_t>(r)]));
+}
+
+}  // namespace
+
+std::shared_ptr<Exchange> make_exchange(std::shared_ptr<Group> group, const tern_exchange_options& options) {
+  tern_exchange_options complete = complete_options(options);
+  if (complete.device == TERN_DEVICE_AUTO) complete.device = cuda_engine_present() ? TERN_DEVICE_CUDA : TERN_DEVICE_CPU;
+  const Deadline deadline = Deadline::in_ms(complete.timeout_ms);
+  make_window_layout(complete, group->topology.num_ranks);  // refuses bad sizes before anybody is kept waiting
+  compare_configuration(*group, complete, deadline);
+  auto exchange = std::make_shared<Exchange>(Exchange{group, complete, nullptr});
+  exchange->device = complete.device == TERN_DEVICE_CUDA
+                         ? make_cuda_exchange(group->topology, *group->bootstrap, complete, group->log, deadline)
+                         : cpu::make_cpu_exchange(group->topology, *group->bootstrap, complete, group->log, deadline);
+  return exchange;
+}
+
+tern_memory_info query_memory(const Group& group, const tern_exchange_options& options) {
+  const tern_exchange_options complete = complete_options(options);
+  const layout::WindowLayout window = make_window_layout(complete, group.topology.num_ranks);
+  tern_memory_info info;
+  info.control_bytes = window.control_bytes();
+  info.staging_bytes = window.staging_bytes();
+  info.window_bytes = complete.window_bytes;
+  info.total_bytes = info.control_bytes + info.staging_bytes + info.window_bytes;
+  return info;
+}
+
+void count_routing(const Topology& topology, const PlanShape& shape, const tern_routing& routing, const tern_routing_counts& counts) {
+  RoutingTable table(shape);
+  table.check(routing);
+  table.set_routing(routing, std::vector<uint8_t>(static_cast<size_t>(shape.num_ranks)));
+  const auto own = table.counts_of(shape.rank);
+  if (counts.tokens_per_expert != nullptr) std::copy_n(own.begin(), shape.num_experts, counts.tokens_per_expert);
+  if (counts.tokens_per_rank != nullptr) std::copy_n(own.begin() + shape.num_experts, shape.num_ranks, counts.tokens_per_rank);
+  if (counts.token_in_rank != nullptr) std::memset(counts.token_in_rank, 0, static_cast<size_t>(routing.num_tokens * shape.num_ranks));
+  if (counts.tokens_per_node != nullptr) std::fill_n(counts.tokens_per_node, topology.num_nodes, 0);
+  for (int64_t token = 0; token < routing.num_tokens; ++token) {
+    std::vector<uint8_t> in_node(static_cast<size_t>(topology.num_nodes));
+    for (const Message message : table.messages_of(token)) {
+      if (counts.token_in_rank != nullptr) counts.token_in_rank[token * shape.num_ranks + message.rank] = 1;
+      const auto node = static_cast<size_t>(topology.node[static_cast<size_t>(message.rank)]);
+      if (counts.tokens_per_node != nullptr && in_node[node] == 0) ++counts.tokens_per_node[node];
+      in_node[node] = 1;
+    }
+  }
+}
+
+}  // namespace tern

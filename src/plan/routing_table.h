@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// The routing of one batch as one rank knows it: what it sends where, what arrives from whom, and in which row each entry
+// comes to lie. Pure host arithmetic; engines move the bytes.
+//
+// It is filled in three steps: set_routing() from the caller's top-k indices; the counts of every rank, copied to counts_of()
+// as they arrive; finish(). As messages arrive, place_message() gives each its rows and remembers them for combine.
+//
+// Words: a *message* is one token on its way to one rank; an *entry* is one (token, k) pair with an expert. All memory is
+// taken by the constructor. Threads: one at a time.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "plan/plan_shape.h"
+
+namespace tern {
+
+struct Message {
+  int32_t rank;      // where it goes
+  int32_t position;  // among this rank's messages to there, in token order
+};
+
+class RoutingTable {
+ public:
+  explicit RoutingTable(const PlanShape& shape);
+
+  // TERN_INVALID_ARGUMENT if the routing does not fit the shape. Changes nothing.
+  void check(const tern_routing& routing) const;
+
+  // Step 1: this rank's side. Entries and messages to ranks with masked[rank] != 0 are dropped. `routing` has been checked.
+  void set_routing(const tern_routing& routing, std::span<const uint8_t> masked);
+
+  // Step 2: entries per expert [num_experts], then messages per rank [num_ranks], of each rank; this rank's own are set by step 1.
+  std::span<int32_t> counts_of(int32_t rank) { return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())}; }
+  std::span<const int32_t> counts_of(int32_t rank) const { return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())}; }
+  int32_t& tokens_of(int32_t rank) { return tokens_of_[static_cast<size_t>(rank)]; }
+  int64_t num_counts() const { return shape_.num_experts + shape_.num_ranks; }
+
+  // Step 3: offsets of everything, on this rank and of this rank's messages elsewhere.
+  void finish();
+
+  const PlanShape& shape() const { return shape_; }
+  int64_t num_tokens() const { return tokens_of_[static_cast<size_t>(shape_.rank)]; }
+  int64_t most_tokens_of_any_rank() const;
+
+  // --- This rank as a sender.
+  std::span<const Message> messages_of(int64_t token) const {
+    return {messages_.data() + message_begin_[token], messages_.data() + message_begin_[token + 1]};
+  }
+  // Global expert of an entry, -1: none (or on a masked rank).
+  int32_t expert_of(int64_t token, int32_t k) const { return experts_[token * shape_.num_topk + k]; }
+  // Row at the destination, -1: beyond its capacity. Expert layouts: of an entry; rank_major: of a message.
+  int32_t entry_row(int64_t token, int32_t k) const { return entry_rows_[token * shape_.num_topk + k]; }
+  int32_t message_row(Message message) const;
+
+  // --- This rank as a receiver.
+  int32_t messages_between(int32_t source, int32_t destination) const { return counts_of(source)[shape_.num_experts + destination]; }
+  int64_t num_received() const { return received_begin_.back(); }
+  int64_t received_begin(int32_t source) const { return received_begin_[static_cast<size_t>(source)]; }
+  int32_t received_entries(int32_t local_expert) const;
+  // First row of a local expert's group; group_begin(local_experts()) is the end of the last one.
+  int64_t group_begin(int32_t local_expert) const { return group_begin_[static_cast<size_t>(local_expert)]; }
+  // Rows of one source in a local expert's group: how many, and the first, counted from the group's begin.
+  int32_t source_entries(int32_t source, int32_t local_expert) const;
+  int64_t source_begin(int32_t source, int32_t local_expert) const { return source_begin_[local_expert * shape_.num_ranks + source]; }
+  // Rows that the outputs must have.
+  int64_t num_rows() const;
+  // True: some rows lie beyond the capacity and are left out.
+  bool exceeds_capacity() const { return exceeds_capacity_; }
+
+  // Starts placing a batch's messages from the first again.
+  void restart_placing();
+  // The next message of `source` has come: gives its entries their rows. `experts`: local, [num_topk], -1: not here.
+  // Returns its index among all received messages.
+  int64_t place_message(int32_t source, int32_t source_token, std::span<const int32_t> experts);
+  int32_t source_token(int64_t message) const { return source_tokens_[message]; }
+  // Row of the message's entry k in the outputs (rank_major: of the message, for any local k), -1: not here or beyond the capacity.
+  int32_t placed_row(int64_t message, int32_t k) const { return placed_rows_[message * shape_.num_topk + k]; }
+  int32_t received_row(int64_t message) const { return message < shape_.row_capacity ? static_cast<int32_t>(message) : -1; }
+
+ private:
+  int32_t* own_counts() { return counts_.data() + shape_.rank * num_counts(); }
+  void set_topk(const tern_routing& routing, std::span<const uint8_t> masked);
+  void set_token_in_rank(const tern_routing& routing, std::span<const uint8_t> masked);
+  void add_message(int32_t rank);
+  void set_received();
+  void set_entry_rows();
+  int64_t entries_of_expert(int32_t expert) const;
+  int64_t entries_before(int32_t source, int32_t expert) const;
+  // Row, or -1 if it lies beyond the group's or the outputs' end.
+  int32_t bounded_row(int64_t group_begin, int64_t row_in_group) const;
+
+  PlanShape shape_;
+  std::vector<int32_t> experts_;        // [max_tokens, num_topk]
+  std::vector<int32_t> entry_rows_;     // [max_tokens, num_topk]
+  std::vector<Message> messages_;       // by token, ranks ascending
+  std::vector<int32_t> message_begin_;  // [max_tokens + 1]
+  std::vector<int32_t> counts_;         // [num_ranks, num_counts]
+  std::vector<int32_t> tokens_of_;      // [num_ranks]
+  std::vector<int64_t> rank_row_begin_; // [num_ranks] first rank_major row of this rank's messages there
+  std::vector<int64_t> next_row_;       // [num_experts] scratch of finish(): next row in the expert's group
+  std::vector<int64_t> received_begin_; // [num_ranks + 1]
+  std::vector<int64_t> group_begin_;    // [local_experts + 1]
+  std::vector<int64_t> source_begin_;   // [local_experts, num_ranks]
+  std::vector<int64_t> next_message_;   // [num_ranks] placing: next message index
+  std::vector<int64_t> next_entry_;     // [local_experts, num_ranks] placing: next row in the expert's group
+  std::vector<int32_t> source_tokens_;  // [max_messages]
+  std::vector<int32_t> placed_rows_;    // [max_messages, num_topk]
+  bool exceeds_capacity_ = false;
+};
+
+}  // namespace tern
