@@ -14,6 +14,15 @@ namespace {
 
 constexpr int64_t kHuge = std::numeric_limits<int64_t>::max() / 2;
 
+// A value that the enumeration does not have, as a caller from C can pass it.
+template <typename Enum>
+Enum no_such(int32_t value) {
+  Enum result;
+  static_assert(sizeof result == sizeof value);
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+
 // A change that makes a struct invalid.
 template <typename Struct>
 struct Wrong {
@@ -114,8 +123,8 @@ class Arguments : public testing::Test {
 TEST(Status, NamesAndVersion) {
   EXPECT_STREQ(tern_status_name(TERN_OK), "TERN_OK");
   EXPECT_STREQ(tern_status_name(TERN_INTERNAL_ERROR), "TERN_INTERNAL_ERROR");
-  EXPECT_STREQ(tern_status_name(static_cast<tern_status>(99)), "TERN_UNKNOWN");
-  EXPECT_STREQ(tern_status_name(static_cast<tern_status>(-1)), "TERN_UNKNOWN");
+  EXPECT_STREQ(tern_status_name(no_such<tern_status>(99)), "TERN_UNKNOWN");
+  EXPECT_STREQ(tern_status_name(no_such<tern_status>(-1)), "TERN_UNKNOWN");
   EXPECT_EQ(tern_version(), TERN_VERSION_MAJOR * 10000 + TERN_VERSION_MINOR * 100 + TERN_VERSION_PATCH);
 }
 
@@ -134,7 +143,7 @@ TEST(GroupArguments, Local) {
       {"struct_size 7", [](auto& o) { o.struct_size = 7; }},
       {"timeout_ms", [](auto& o) { o.timeout_ms = -1; }},
       {"name", [](auto& o) { o.name = "a name of sixty-four bytes or more, which is longer than is allowed"; }},
-      {"log_level", [](auto& o) { o.log_level = static_cast<tern_log_level>(77); }},
+      {"log_level", [](auto& o) { o.log_level = no_such<tern_log_level>(77); }},
   };
   for (const auto& [what, change] : wrongs) {
     tern_group_options options;
@@ -174,7 +183,7 @@ TEST_F(Arguments, ExchangeOptions) {
   const Wrong<tern_exchange_options> wrongs[] = {
       {"struct_size 0", [](auto& o) { o.struct_size = 0; }},
       {"struct_size 8", [](auto& o) { o.struct_size = 8; }},
-      {"device", [](auto& o) { o.device = static_cast<tern_device_type>(9); }},
+      {"device", [](auto& o) { o.device = no_such<tern_device_type>(9); }},
       {"staging_bytes", [](auto& o) { o.staging_bytes = -1; }},
       {"staging_bytes too small", [](auto& o) { o.staging_bytes = 1; }},
       {"window_bytes", [](auto& o) { o.window_bytes = -1; }},
@@ -188,8 +197,8 @@ TEST_F(Arguments, ExchangeOptions) {
       {"num_lanes", [](auto& o) { o.num_lanes = 17; }},
       {"num_lanes", [](auto& o) { o.num_lanes = -1; }},
       {"timeout_ms", [](auto& o) { o.timeout_ms = -1; }},
-      {"on_timeout", [](auto& o) { o.on_timeout = static_cast<tern_timeout_policy>(2); }},
-      {"mode", [](auto& o) { o.mode = static_cast<tern_mode>(3); }},
+      {"on_timeout", [](auto& o) { o.on_timeout = no_such<tern_timeout_policy>(2); }},
+      {"mode", [](auto& o) { o.mode = no_such<tern_mode>(3); }},
   };
   for (const auto& [what, change] : wrongs) {
     tern_exchange_options options;
@@ -264,8 +273,8 @@ TEST_F(Arguments, PlanOptions) {
       {"num_topk 65", [](auto& o) { o.num_topk = 65; }},
       {"num_topk", [](auto& o) { o.num_topk = -1; }},
       {"num_topk 0 with expert_major", [](auto& o) { o.num_topk = 0; }},
-      {"layout", [](auto& o) { o.layout = static_cast<tern_layout>(3); }},
-      {"extent", [](auto& o) { o.extent = static_cast<tern_extent>(2); }},
+      {"layout", [](auto& o) { o.layout = no_such<tern_layout>(3); }},
+      {"extent", [](auto& o) { o.extent = no_such<tern_extent>(2); }},
       {"expert_alignment", [](auto& o) { o.expert_alignment = -1; }},
       {"row_capacity", [](auto& o) { o.row_capacity = -1; }},
   };
@@ -306,7 +315,7 @@ TEST_F(Arguments, Routing) {
       {"no topk_idx", [](auto& r) { r.topk_idx = nullptr; }},
       {"expert too high", [&](auto& r) { r.topk_idx = too_high; }},
       {"expert below -1", [&](auto& r) { r.topk_idx = too_low; }},
-      {"topk_idx_type", [](auto& r) { r.topk_idx_type = static_cast<tern_index_type>(2); }},
+      {"topk_idx_type", [](auto& r) { r.topk_idx_type = no_such<tern_index_type>(2); }},
       {"token_in_rank with top-k", [&](auto& r) { r.topk_idx = nullptr, r.token_in_rank = mask; }},
       {"both", [&](auto& r) { r.token_in_rank = mask; }},
   };
@@ -333,7 +342,7 @@ TEST_F(Arguments, Launch) {
       {"struct_size", [](auto& l) { l.struct_size = 0; }},
       {"lane", [](auto& l) { l.lane = 1; }},
       {"lane", [](auto& l) { l.lane = -1; }},
-      {"phase", [](auto& l) { l.phase = static_cast<tern_phase>(3); }},
+      {"phase", [](auto& l) { l.phase = no_such<tern_phase>(3); }},
       {"num_sms", [](auto& l) { l.num_sms = -1; }},
   };
   const PlanHandle plan = routed_plan();
@@ -360,8 +369,8 @@ TEST_F(Arguments, Dispatch) {
   const Wrong<tern_dispatch_args> wrongs[] = {
       {"struct_size", [](auto& a) { a.struct_size = 0; }},
       {"no tokens", [](auto& a) { a.tokens = nullptr; }},
-      {"dtype", [](auto& a) { a.dtype = static_cast<tern_dtype>(5); }},
-      {"encoding", [](auto& a) { a.encoding = static_cast<tern_encoding>(4); }},
+      {"dtype", [](auto& a) { a.dtype = no_such<tern_dtype>(5); }},
+      {"encoding", [](auto& a) { a.encoding = no_such<tern_encoding>(4); }},
       {"cast of bytes", [](auto& a) { a.encoding = TERN_ENCODING_FP8_F32, a.dtype = TERN_DTYPE_BYTES; }},
       {"cast of fp8", [](auto& a) { a.encoding = TERN_ENCODING_FP8_F32, a.dtype = TERN_DTYPE_FP8_E4M3; }},
       {"cast with scales", [&](auto& a) { a.encoding = TERN_ENCODING_FP8_F32, a.scales = tokens_.data(), a.scale_bytes = 4; }},
@@ -377,7 +386,7 @@ TEST_F(Arguments, Dispatch) {
       {"scale_bytes", [&](auto& a) { a.scales = tokens_.data(), a.scale_bytes = -8; }},
       {"scale_bytes of no whole elements", [&](auto& a) { a.scales = tokens_.data(), a.scale_bytes = 6, a.out_scale_order = TERN_SCALES_COLUMN_MAJOR; }},
       {"scale_element_bytes", [&](auto& a) { a.scales = tokens_.data(), a.scale_bytes = 8, a.scale_element_bytes = -1; }},
-      {"out_scale_order", [&](auto& a) { a.scales = tokens_.data(), a.scale_bytes = 8, a.out_scale_order = static_cast<tern_scale_order>(2); }},
+      {"out_scale_order", [&](auto& a) { a.scales = tokens_.data(), a.scale_bytes = 8, a.out_scale_order = no_such<tern_scale_order>(2); }},
       {"no out_tokens", [](auto& a) { a.out_tokens = nullptr; }},
   };
   const PlanHandle plan = routed_plan();
@@ -417,13 +426,13 @@ TEST_F(Arguments, Combine) {
       {"no rows", [](auto& a) { a.rows = nullptr; }},
       {"dtype bytes", [](auto& a) { a.dtype = TERN_DTYPE_BYTES; }},
       {"dtype fp8", [](auto& a) { a.dtype = TERN_DTYPE_FP8_E4M3; }},
-      {"dtype", [](auto& a) { a.dtype = static_cast<tern_dtype>(-1); }},
-      {"mode", [](auto& a) { a.mode = static_cast<tern_combine_mode>(2); }},
+      {"dtype", [](auto& a) { a.dtype = no_such<tern_dtype>(-1); }},
+      {"mode", [](auto& a) { a.mode = no_such<tern_combine_mode>(2); }},
       {"hidden 0", [](auto& a) { a.hidden = 0; }},
       {"hidden", [](auto& a) { a.hidden = -8; }},
       {"hidden huge", [](auto& a) { a.hidden = kHuge; }},
       {"hidden of 8 bytes", [](auto& a) { a.hidden = 4; }},
-      {"weighting", [](auto& a) { a.weighting = static_cast<tern_weighting>(3); }},
+      {"weighting", [](auto& a) { a.weighting = no_such<tern_weighting>(3); }},
       {"owner without weights", [](auto& a) { a.weighting = TERN_WEIGHTS_OWNER; }},
       {"no out_tokens", [](auto& a) { a.out_tokens = nullptr; }},
       {"weights back without row_weights", [&](auto& a) { a.out_topk_weights = weights_; }},
