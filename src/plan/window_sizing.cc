@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kDefaultTimeoutMs = 30000;
 constexpr int64_t kDefaultStagingMaxMb = 256;
+constexpr auto kGranule = static_cast<int64_t>(layout::kCacheLine);
 
 void check_options(const tern_exchange_options& o) {
   constexpr auto kBad = TERN_INVALID_ARGUMENT;
@@ -66,16 +67,16 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
   const int64_t least = bank.bytes(1);
   int64_t bank_bytes = 0;
   if (o.staging_bytes > 0) {
-    bank_bytes = o.staging_bytes / num_banks / layout::kCacheLine * layout::kCacheLine;
-    const int64_t smallest = sizeof(layout::MessageHeader) + layout::kCacheLine;
+    bank_bytes = o.staging_bytes / num_banks / kGranule * kGranule;
+    const int64_t smallest = static_cast<int64_t>(sizeof(layout::MessageHeader) + layout::kCacheLine);
     if (bank_bytes < smallest)
       fail(TERN_INVALID_ARGUMENT, "exchange: staging_bytes is {}, which leaves {} bytes for each of {} banks ({} lanes x {} x {} ranks); at least {} are needed", o.staging_bytes,
            bank_bytes, num_banks, o.num_lanes, layout::kNumBanks, num_ranks, smallest * num_banks);
   } else {
     const int64_t most = knobs().staging_max_mb.value_or(kDefaultStagingMaxMb) << 20;
-    bank_bytes = std::max(least, std::min(bank.bytes(o.max_tokens), most / num_banks / layout::kCacheLine * layout::kCacheLine));
+    bank_bytes = std::max(least, std::min(bank.bytes(o.max_tokens), most / num_banks / kGranule * kGranule));
   }
-  window.bank_bytes = layout::align_up(bank_bytes, layout::kCacheLine);
+  window.bank_bytes = layout::align_up(bank_bytes, kGranule);
   return window;
 }
 
