@@ -51,7 +51,8 @@ class Combine {
   Combine(const PlanContext& context, const CombineRun& run)
       : ctx_(context), call_(run.call), args_(run.call.args), shape_(context.shape()), scratch_(context.scratch) {
     const bool in_window = args_.zero_copy != 0 || lies_in_window(ctx_, args_.rows, call_.row_bytes);
-    pull_ = in_window && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes);
+    // To be done with pulling is to have consumed, which cannot be said past an earlier send that has not been received.
+    pull_ = in_window && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
     per_entry_ = args_.mode == TERN_COMBINE_EXACT && shape_.has_expert_rows();
     store_ = shape_.max_tokens * call_.row_bytes >= kStreamingBytes ? Store::kStreaming : Store::kCached;
     set_trip();

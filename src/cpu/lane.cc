@@ -38,13 +38,17 @@ void Lane::check_health() const {
   if (const auto failure = recorded_failure(*domain_)) throw_recorded(*domain_, *failure);
 }
 
-uint64_t Lane::begin(tern_operation operation, int64_t num_rounds) {
+void Lane::check_banks_free(tern_operation operation, int64_t num_rounds) const {
   const uint64_t last = next_epoch_ + static_cast<uint64_t>(num_rounds) - 1;
-  if (!unreceived_.empty() && unreceived_.front() + layout::kNumBanks <= last)
-    fail(TERN_INVALID_STATE, "{} on lane {}: it needs the staging bank of a send that has not been received yet; at most {} sends may be under way",
-         operation_name(operation), index_, layout::kNumBanks);
+  if (unreceived_.empty() || unreceived_.front() + layout::kNumBanks > last) return;
+  fail(TERN_INVALID_STATE, "{} on lane {}: it needs the staging bank of a send that has not been received yet; at most {} rounds may be under way",
+       operation_name(operation), index_, layout::kNumBanks);
+}
+
+uint64_t Lane::begin(tern_operation operation, int64_t num_rounds) {
+  check_banks_free(operation, num_rounds);
   const uint64_t first = next_epoch_;
-  next_epoch_ = last + 1;
+  next_epoch_ += static_cast<uint64_t>(num_rounds);
   return first;
 }
 

@@ -63,8 +63,14 @@ class Lane {
   // Throws if the generation has failed; to be called at the start of every operation.
   void check_health() const;
 
-  // Takes the next `num_rounds` epochs and returns the first. TERN_INVALID_STATE if an earlier send still holds a bank that they need.
+  // TERN_INVALID_STATE if an earlier send still holds a bank that the next `num_rounds` epochs need.
+  void check_banks_free(tern_operation operation, int64_t num_rounds) const;
+
+  // Takes the next `num_rounds` epochs, whose banks must be free, and returns the first.
   uint64_t begin(tern_operation operation, int64_t num_rounds);
+
+  // Is a send of this lane still to be received? The same on every rank.
+  bool has_unreceived() const { return !unreceived_.empty(); }
 
   // Whole operation: fill(round, epoch) writes slots, drain(round, epoch) reads them.
   template <typename Fill, typename Drain>

@@ -55,12 +55,26 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
   }
 }
 
+void CpuPlan::check_ticket(const char* operation, uint64_t ticket, tern_phase phase) const {
+  const bool is_stale = generation_ != exchange_.domain().generation;  // refused as such later
+  if (phase == TERN_PHASE_RECEIVE && ticket == 0)
+    fail(TERN_INVALID_STATE, "{}: nothing to receive; the plan's last {} was not a send, or has been received", operation, operation);
+  if (phase != TERN_PHASE_RECEIVE && ticket != 0 && !is_stale) fail(TERN_INVALID_STATE, "{}: the plan's last send has not been received yet", operation);
+}
+
 void CpuPlan::check_ready(const char* operation, bool must_be_dispatched) const {
   if (!routed_) fail(TERN_INVALID_STATE, "{}: the plan is not routed; call tern_plan_route, or give the dispatch a routing", operation);
   if (must_be_dispatched && !dispatched_) fail(TERN_INVALID_STATE, "{}: the plan has not been dispatched; its rows are not known here", operation);
 }
 
-void CpuPlan::set_routing(const tern_routing& routing) {
+// Sends of an earlier generation will never be received.
+void CpuPlan::drop_stale_tickets() {
+  if (generation_ != exchange_.domain().generation) tickets_ = {};
+}
+
+void CpuPlan::set_routing(const tern_routing& routing, const Lane& lane) {
+  lane.check_banks_free(TERN_OP_ROUTE, 1);
+  drop_stale_tickets();
   if (tickets_.dispatch != 0 || tickets_.combine != 0)
     fail(TERN_INVALID_STATE, "route: a send along this plan has not been received yet");
   routed_ = dispatched_ = false;
@@ -82,7 +96,7 @@ void CpuPlan::finish_routing() {
 
 void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
   operate(launch, true, [&](Lane& lane) {
-    set_routing(routing);
+    set_routing(routing, lane);
     run_route(context(lane));
     finish_routing();
     latency_path_ = false;
@@ -92,17 +106,14 @@ void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
 
 void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   const bool routes = call.args.routing != nullptr && launch.phase != TERN_PHASE_RECEIVE;
-  if (!routes) check_ready("dispatch", false);
-  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch == 0)
-    fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
-  if (launch.phase != TERN_PHASE_RECEIVE && tickets_.dispatch != 0)
-    fail(TERN_INVALID_STATE, "dispatch: the plan's last send has not been received yet");
+  if (!routes && launch.phase != TERN_PHASE_RECEIVE) check_ready("dispatch", false);
+  check_ticket("dispatch", tickets_.dispatch, launch.phase);
   operate(launch, routes, [&](Lane& lane) {
     const PlanContext ctx = context(lane);
     // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
     const bool fused = call.args.routing != nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
     if (routes) {
-      set_routing(*call.args.routing);
+      set_routing(*call.args.routing, lane);
       if (!fused) {
         run_route(ctx);
         finish_routing();
@@ -111,9 +122,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
     run_dispatch(ctx, {call, fused, launch.phase, tickets_.dispatch});
     latency_path_ = fused;
     if (launch.phase == TERN_PHASE_SEND) {
-      // The counts of a fused send come with its receive.
-      routed_ = true;
-      generation_ = exchange_.domain().generation;
+      generation_ = exchange_.domain().generation;  // the counts of a fused send come with its receive
       return;
     }
     if (fused) finish_routing();
@@ -129,9 +138,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
 void CpuPlan::combine(const CombineCall& call, const tern_launch& launch) {
   check_ready("combine", true);
   if (tickets_.dispatch != 0) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
-  if (launch.phase == TERN_PHASE_RECEIVE && tickets_.combine == 0)
-    fail(TERN_INVALID_STATE, "combine: nothing to receive; the plan's last combine was not a send, or has been received");
-  if (launch.phase != TERN_PHASE_RECEIVE && tickets_.combine != 0) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
+  check_ticket("combine", tickets_.combine, launch.phase);
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_.carried)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   operate(launch, false, [&](Lane& lane) {

@@ -95,7 +95,9 @@ class CpuPlan : public DevicePlan {
 
   PlanContext context(Lane& lane) { return {exchange_, lane, table_, weights_, scratch_}; }
   void check_ready(const char* operation, bool must_be_dispatched) const;
-  void set_routing(const tern_routing& routing);
+  void check_ticket(const char* operation, uint64_t ticket, tern_phase phase) const;
+  void drop_stale_tickets();
+  void set_routing(const tern_routing& routing, const Lane& lane);
   void finish_routing();
   // Runs one operation, again in a new generation if other ranks call for one. `routes`: it does not need an earlier routing.
   template <typename Operation>
