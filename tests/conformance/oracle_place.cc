@@ -83,7 +83,7 @@ void place_experts(const Routes& routes, int32_t rank, Placement& result) {
       const int64_t count = static_cast<int64_t>(result.rows.size()) - first;
       add_rows(result, Kind::kPadding, first + (count + c.expert_alignment - 1) / c.expert_alignment * c.expert_alignment);
     } else if (c.layout == TERN_LAYOUT_EXPERT_PADDED) {
-      add_rows(result, Kind::kUnused, (local + 1) * c.num_ranks * c.max_tokens);
+      add_rows(result, Kind::kPadding, (local + 1) * c.num_ranks * c.max_tokens);
     }
   }
   if (c.layout != TERN_LAYOUT_RANK_MAJOR) result.expert_offsets.push_back(static_cast<int64_t>(result.rows.size()));

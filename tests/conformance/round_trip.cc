@@ -52,7 +52,7 @@ struct RoundTrip::DispatchCall {
 void RoundTrip::DispatchCall::fill_inputs(const Case& c, int32_t rank, int64_t num_tokens) {
   const int64_t granule = c.scale_element_bytes, num_scales = c.scale_bytes / granule;
   const int64_t token_stride = c.token_bytes() + (c.strided ? 32 : 0);
-  const int64_t scale_stride = c.strided ? 2 * granule : granule, scale_token_stride = num_scales * scale_stride + (c.strided ? granule : 0);
+  const int64_t scale_stride = c.strided ? 2 * granule : granule, scale_token_stride = num_scales * scale_stride + (c.strided && num_scales > 0 ? granule : 0);
   tokens.assign(static_cast<size_t>(num_tokens * token_stride), kPoison);
   scales.assign(static_cast<size_t>(num_tokens * scale_token_stride), kPoison);
   Bytes token_scales(static_cast<size_t>(c.scale_bytes));
@@ -98,7 +98,9 @@ void RoundTrip::DispatchCall::make_outputs(const Case& c, int32_t rank, tern_exc
       buffer = GuardedBuffer(size, nullptr);
   });
   args.out_scale_order = c.scale_order;
-  args.out_tokens = outputs.tokens.data();
+  // NULL is allowed where there are no rows, except in a window: there every rank has something, or none.
+  const bool no_tokens = c.few_outputs && !c.window_dispatch && expected.tokens.empty();
+  args.out_tokens = no_tokens ? nullptr : outputs.tokens.data();
   args.out_scales = outputs.scales.data();
   args.out_topk_idx = pointer<int32_t>(outputs.topk_idx);
   args.out_topk_weights = pointer<float>(outputs.topk_weights);
@@ -245,7 +247,7 @@ void RoundTrip::finish_dispatch(int batch, tern_phase phase) {
   size_t index = 0;
   dispatch_->outputs.for_each([&](const char* name, const GuardedBuffer& buffer) {
     const Bytes& bytes = *expected[index++];
-    if (buffer.data() == nullptr) return;
+    if (buffer.data() == nullptr || (index == 1 && dispatch_->args.out_tokens == nullptr)) return;
     const auto num_rows = std::max<int64_t>(1, static_cast<int64_t>(placement_.rows.size()));
     const std::string difference = compare_bytes(buffer.bytes(), bytes, static_cast<int64_t>(bytes.size()) / num_rows);
     if (!difference.empty()) report(fmt::format("dispatch of batch {}: {}: {}", batch, name, difference));

@@ -15,7 +15,9 @@ Scenario::Scenario(const Case& of, std::vector<uint8_t> masked_ranks) : c(of), m
 
 tern_exchange_options Scenario::exchange_options(int32_t num_trips) const {
   tern_exchange_options options;
-  options.max_tokens = c.max_tokens;
+  // With exact sums every entry of a token crosses the link by itself.
+  const bool sends_entries = c.combine_mode == TERN_COMBINE_EXACT && c.layout != TERN_LAYOUT_RANK_MAJOR;
+  options.max_tokens = c.max_tokens * (sends_entries ? c.num_topk : 1);
   options.max_row_bytes = std::max({c.token_bytes() + c.arriving_scale_bytes(), c.arriving_token_bytes() + c.arriving_scale_bytes(), c.combine_row_bytes()});
   options.max_topk = std::max(c.num_topk, 1);
   options.max_experts = c.num_experts();

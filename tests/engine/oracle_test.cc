@@ -137,7 +137,7 @@ TEST(Place, ExpertMajorIsPaddedToTheAlignment) {
 
 TEST(Place, ExpertPaddedLeavesRoomForEveryToken) {
   const auto placements = place(small_case(TERN_LAYOUT_EXPERT_PADDED), small_routing(), {});
-  EXPECT_EQ(text_of(placements[1]), "1:0:1 . . . 0:0:1 1:0:0 . .");
+  EXPECT_EQ(text_of(placements[1]), "1:0:1 - - - 0:0:1 1:0:0 - -");
 }
 
 TEST(Place, WorstCutsAtTheCapacity) {

@@ -45,6 +45,23 @@ TEST(Phases, EveryLayoutAndMemory) {
         }
 }
 
+// tern.h: staging computed from the shapes lets a dispatch and a combine of them run in one round, as phases need it.
+TEST(Phases, StagingComputedFromTheShapesSuffices) {
+  for (const tern_combine_mode mode : {TERN_COMBINE_HIERARCHICAL, TERN_COMBINE_EXACT}) {
+    Case c = ordinary_case(33);
+    c.phases = true;
+    c.combine_mode = mode;
+    const Scenario scenario(c);
+    tern_exchange_options options = scenario.exchange_options();
+    options.max_tokens = c.max_tokens;
+    expect_right(c, run_threads(c.num_ranks, options, {}, [&](int32_t rank, tern_exchange* exchange) {
+                   RoundTrip trip(scenario, rank, exchange);
+                   trip.run();
+                   return trip.differences();
+                 }));
+  }
+}
+
 TEST(Rounds, BatchesLargerThanTheStaging) {
   for (const tern_layout layout : {TERN_LAYOUT_RANK_MAJOR, TERN_LAYOUT_EXPERT_MAJOR, TERN_LAYOUT_EXPERT_PADDED})
     for (const Routing routing : {Routing::kUniform, Routing::kOneExpert, Routing::kHoles})
