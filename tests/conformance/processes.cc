@@ -89,6 +89,8 @@ constexpr char kEndMark = '\x04';
   } catch (const std::exception& error) {
     report = fmt::format("rank {}: {}", rank, error.what());
   }
+  // Nobody waits for a stage of a rank that has ended.
+  board.slot(rank).stage.store(UINT64_MAX, std::memory_order_release);
   write_all(report_fd, report + kEndMark);
   _exit(0);
 }

@@ -34,7 +34,7 @@ class RankSeat {
 
   // Tells everyone that this rank has reached `stage`. Stages only grow.
   void set_stage(uint64_t stage);
-  // Waits until `rank` (-1: the parent) has reached `stage`; throws std::runtime_error at the deadline.
+  // Waits until `rank` (-1: the parent) has reached `stage` or returned; throws std::runtime_error at the deadline.
   void wait_for_stage(int32_t rank, uint64_t stage) const;
 
  private:

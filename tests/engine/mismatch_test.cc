@@ -13,6 +13,7 @@ constexpr int32_t kNumRanks = 3;
 constexpr int64_t kNumTokens = 4;
 constexpr int64_t kTopk[kNumTokens] = {0, 2, 4, 5};
 constexpr float kWeights[kNumTokens] = {1, 2, 3, 4};
+constexpr float kManyWeights[64] = {};
 
 struct Result {
   tern_status status = TERN_OK;
@@ -126,7 +127,7 @@ TEST(Mismatch, CombineArguments) {
     intent.combine.weighting = TERN_WEIGHTS_OWNER;
     intent.combine.topk_weights = kWeights;
   });
-  expect_mismatch("carry_weights", [](Intent& intent) { intent.combine.carry_weights = 1; });
+  expect_mismatch("carry_weights", [](Intent& intent) { intent.combine.row_weights = kManyWeights; });
   expect_mismatch("window", [](Intent& intent) { intent.window_combine = true; });
 }
 
