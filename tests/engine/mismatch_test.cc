@@ -73,6 +73,7 @@ std::vector<Result> run_ranks(const Change& change) {
   std::vector<Result> results(kNumRanks);
   tern_exchange_options options;
   options.window_bytes = 1 << 18;
+  options.mode = TERN_MODE_THROUGHPUT;  // small batches may go without the window
   const auto differences = run_threads(kNumRanks, options, {.timeout_ms = 20'000}, [&](int32_t rank, tern_exchange* exchange) {
     Result& result = results[static_cast<size_t>(rank)];
     Intent intent = common_intent();
