@@ -6,11 +6,11 @@ namespace tern::conformance {
 namespace {
 
 TEST(Sweep, RandomCasesAsThreads) {
-  for (int64_t seed = 1; seed <= scaled(300); ++seed) expect_right_as_threads(random_case(static_cast<uint64_t>(seed)));
+  for (int64_t seed = 1; seed <= scaled(1500); ++seed) expect_right_as_threads(random_case(static_cast<uint64_t>(seed)));
 }
 
 TEST(Sweep, RandomCasesAsProcesses) {
-  for (int64_t seed = 1001; seed <= 1000 + scaled(100); ++seed) expect_right_as_processes(random_case(static_cast<uint64_t>(seed)));
+  for (int64_t seed = 10001; seed <= 10000 + scaled(300); ++seed) expect_right_as_processes(random_case(static_cast<uint64_t>(seed)));
 }
 
 TEST(Sweep, EveryLayoutExtentEncodingAndOrderOfScales) {
