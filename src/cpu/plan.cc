@@ -10,7 +10,7 @@
 namespace tern::cpu {
 namespace {
 
-constexpr int64_t kDefaultLatencyMaxKb = 1024;
+constexpr int64_t kDefaultLatencyMaxKb = 32;
 constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
 constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
 
