@@ -41,3 +41,11 @@ function(tern_folder name)
     target_link_libraries(tern_${name} INTERFACE ${ARG_DEPS} ${ARG_LINK})
   endif()
 endfunction()
+
+# tern_export_only_abi(TARGET): a shared library that exports the functions of tern.h, under the version node TERN_0, and
+# nothing else. Hidden visibility alone would let templates of the standard library through.
+function(tern_export_only_abi target)
+  set(map ${PROJECT_SOURCE_DIR}/cmake/tern.map)
+  target_link_options(${target} PRIVATE LINKER:--version-script=${map})
+  set_property(TARGET ${target} APPEND PROPERTY LINK_DEPENDS ${map})
+endfunction()

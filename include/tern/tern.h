@@ -449,6 +449,7 @@ typedef struct tern_dispatch_args {
   int32_t* out_rank_counts TERN_ZERO;       /* [num_ranks] messages from each rank */
   int64_t* out_expert_rank_ranges TERN_ZERO;/* expert layouts: [E_l, num_ranks] count in the low 32 bits, first row (in the expert's group) in the high */
   int32_t zero_copy TERN_ZERO;              /* 1: out_tokens is window memory on every rank (a rank that receives no rows, and has none, sets it too). 0: as out_tokens lies */
+  int32_t reserved TERN_ZERO;
 } tern_dispatch_args;
 
 /* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
@@ -472,6 +473,7 @@ typedef struct tern_combine_args {
   void* out_tokens TERN_ZERO;               /* [num_tokens, hidden] */
   float* out_topk_weights TERN_ZERO;        /* [num_tokens, num_topk]: row_weights summed over ranks, ascending */
   int32_t zero_copy TERN_ZERO;              /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies */
+  int32_t reserved TERN_ZERO;
 } tern_combine_args;
 
 /* Brings one result per token back to its owner:

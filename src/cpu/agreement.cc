@@ -99,6 +99,8 @@ class Agreement {
     }
     next.committed = all_same && next.mask == own_.mask;
     if (next.mask != own_.mask || next.committed != own_.committed) {
+      // Ranks that learn of a silent rank need as much time from here as the one that gave it up. Sets only grow, so this ends.
+      if (next.mask != own_.mask) deadline_ = Deadline::in_ms(options_.timeout_ms);
       own_ = next;
       refuse_if_masked();
       publish(domain_, own_);

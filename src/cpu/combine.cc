@@ -14,14 +14,12 @@
 namespace tern::cpu {
 namespace {
 
-constexpr int64_t kStreamingBytes = int64_t{1} << 20;
-
 // The owner's weights on their way to the ranks of the experts, in message order.
 void send_owner_weights(const PlanContext& ctx, const float* topk_weights) {
   const PlanShape& shape = ctx.shape();
   const auto row_bytes = static_cast<size_t>(shape.num_topk) * sizeof(float);
   RoundTrip trip{.operation = TERN_OP_WEIGHTS, .shape = call_shape(shape), .bank = {.num_counts = 0, .slot = {.num_weights = shape.num_topk}}, .num_tokens = ctx.table.num_tokens()};
-  trip.tokens_per_round = tokens_per_round(ctx, trip.bank, 1, "combine");
+  trip.tokens_per_round = tokens_per_round(ctx, trip.bank, 1, TERN_PHASE_WHOLE, "combine");
   trip.num_rounds = std::max<int64_t>(1, (ctx.table.most_tokens_of_any_rank() + trip.tokens_per_round - 1) / trip.tokens_per_round);
   std::vector<int64_t>& next_message = ctx.scratch.next_message;
   for (int r = 0; r < shape.num_ranks; ++r) next_message[static_cast<size_t>(r)] = ctx.table.received_begin(r);
@@ -54,8 +52,8 @@ class Combine {
     // Not behind an open send: `consumed` stays before it, so nobody could tell when the others have done with the rows.
     pull_ = in_window && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
     per_entry_ = args_.mode == TERN_COMBINE_EXACT && shape_.has_expert_rows();
-    store_ = shape_.max_tokens * call_.row_bytes >= kStreamingBytes ? Store::kStreaming : Store::kCached;
-    set_trip();
+    store_ = slot_store(ctx_, call_.row_bytes, run.phase);
+    set_trip(run.phase);
   }
 
   void run(tern_phase phase, Ticket& ticket) {
@@ -85,7 +83,7 @@ class Combine {
   }
 
  private:
-  void set_trip() {
+  void set_trip(tern_phase phase) {
     trip_.operation = TERN_OP_COMBINE;
     trip_.shape = call_shape(shape_);
     trip_.shape.row_bytes = call_.row_bytes;
@@ -96,7 +94,7 @@ class Combine {
     trip_.num_tokens = ctx_.table.num_tokens();
     const int64_t most_tokens = std::max<int64_t>(1, ctx_.table.most_tokens_of_any_rank());
     has_slots_ = !pull_ || call_.carries_weights;
-    trip_.tokens_per_round = has_slots_ ? tokens_per_round(ctx_, trip_.bank, per_entry_ ? shape_.num_topk : 1, "combine") : most_tokens;
+    trip_.tokens_per_round = has_slots_ ? tokens_per_round(ctx_, trip_.bank, per_entry_ ? shape_.num_topk : 1, phase, "combine") : most_tokens;
     trip_.num_rounds = (most_tokens + trip_.tokens_per_round - 1) / trip_.tokens_per_round;
   }
 

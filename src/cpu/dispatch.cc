@@ -16,9 +16,6 @@
 namespace tern::cpu {
 namespace {
 
-// Batches from this size on are written past the caches.
-constexpr int64_t kStreamingBytes = int64_t{1} << 20;
-
 class Dispatch {
  public:
   Dispatch(const PlanContext& context, const DispatchRun& run)
@@ -27,9 +24,9 @@ class Dispatch {
         payloads_(context.scratch.payload_places),
         scales_(context.scratch.scale_places) {
     zero_copy_ = uses_window(ctx_, "dispatch", args_.out_tokens, call_.wire_bytes, args_.zero_copy != 0) && !fused_;
-    const auto batch_bytes = shape_.max_tokens * call_.wire_bytes;
-    store_ = batch_bytes >= kStreamingBytes ? Store::kStreaming : Store::kCached;
-    set_trip();
+    store_ = batch_store(ctx_, call_.wire_bytes);
+    send_store_ = zero_copy_ ? store_ : slot_store(ctx_, call_.wire_bytes, run.phase);
+    set_trip(run.phase);
   }
 
   void check(tern_phase phase, const Ticket& ticket, int64_t num_rounds_before) const {
@@ -59,7 +56,7 @@ class Dispatch {
   }
 
  private:
-  void set_trip() {
+  void set_trip(tern_phase phase) {
     trip_.operation = TERN_OP_DISPATCH;
     trip_.shape = call_shape(shape_);
     trip_.shape.row_bytes = call_.wire_bytes;
@@ -72,7 +69,7 @@ class Dispatch {
                            .num_experts = shape_.num_topk,
                            .num_weights = call_.carries_weights ? shape_.num_topk : 0}};
     trip_.num_tokens = ctx_.table.num_tokens();
-    trip_.tokens_per_round = tokens_per_round(ctx_, trip_.bank, 1, "dispatch");
+    trip_.tokens_per_round = tokens_per_round(ctx_, trip_.bank, 1, phase, "dispatch");
     // Before the counts are known, only the plan's bound is the same on every rank.
     const int64_t most_tokens = fused_ ? shape_.max_tokens : ctx_.table.most_tokens_of_any_rank();
     trip_.num_rounds = std::max<int64_t>(1, (most_tokens + trip_.tokens_per_round - 1) / trip_.tokens_per_round);
@@ -154,12 +151,12 @@ class Dispatch {
     const int64_t stride = args_.token_stride_bytes;
     const auto* row = static_cast<const std::byte*>(args_.tokens) + token * stride;
     if (args_.encoding == TERN_ENCODING_AS_GIVEN) {
-      for (std::byte* place : payloads_) copy_row(place, row, static_cast<size_t>(call_.wire_bytes), store_);
+      for (std::byte* place : payloads_) copy_row(place, row, static_cast<size_t>(call_.wire_bytes), send_store_);
       for (std::byte* place : scales_) gather_scales(place, token);
       return;
     }
     cast_row_fp8(row, args_.dtype, args_.hidden, args_.encoding, payloads_[0], scales_[0]);
-    for (size_t i = 1; i < payloads_.size(); ++i) copy_row(payloads_[i], payloads_[0], static_cast<size_t>(call_.wire_bytes), store_);
+    for (size_t i = 1; i < payloads_.size(); ++i) copy_row(payloads_[i], payloads_[0], static_cast<size_t>(call_.wire_bytes), send_store_);
     for (size_t i = 1; i < scales_.size(); ++i) std::memcpy(scales_[i], scales_[0], static_cast<size_t>(call_.scale_bytes));
   }
 
@@ -225,7 +222,8 @@ class Dispatch {
   const PlanShape& shape_;
   DispatchOutputs outputs_;
   bool zero_copy_ = false;
-  Store store_ = Store::kCached;
+  Store send_store_ = Store::kCached;  // into windows
+  Store store_ = Store::kCached;       // into the outputs
   RoundTrip trip_;
   std::vector<std::byte*>& row_address_;
   std::vector<std::byte*>& payloads_;

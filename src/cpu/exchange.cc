@@ -14,11 +14,13 @@ namespace tern::cpu {
 namespace {
 
 constexpr int64_t kDefaultSpinUs = 50;
+constexpr int64_t kCrowdedSpinUs = 20;
 
 LaneOptions lane_options(const tern_exchange_options& options, int num_ranks) {
-  // A rank that spins takes the core from one that it waits for, if there are more ranks than cores.
+  // With more ranks than cores, the rank that is waited for may need this core: spinning gives it away at once, which is cheaper than
+  // to sleep and be woken, but only for as long as nobody else takes it for a whole time slice.
   const bool crowded = num_ranks > static_cast<int>(std::thread::hardware_concurrency());
-  const int64_t spin_us = knobs().spin_us.value_or(crowded ? 0 : kDefaultSpinUs);
+  const int64_t spin_us = knobs().spin_us.value_or(crowded ? kCrowdedSpinUs : kDefaultSpinUs);
   return {options.timeout_ms, std::chrono::microseconds(spin_us), options.on_timeout};
 }
 

@@ -77,8 +77,9 @@ void DispatchOutputs::clear_rows(int64_t begin, int64_t end, bool zero) {
     write_source(static_cast<int32_t>(row), -1, -1);
     if (shape_.has_expert_rows()) {
       if (args_.out_row_expert != nullptr) args_.out_row_expert[row] = -1;
-    } else if (args_.out_topk_idx != nullptr) {
-      std::fill_n(args_.out_topk_idx + row * shape_.num_topk, shape_.num_topk, -1);
+    } else {
+      if (args_.out_topk_idx != nullptr) std::fill_n(args_.out_topk_idx + row * shape_.num_topk, shape_.num_topk, -1);
+      if (args_.out_topk_weights != nullptr && call_.carries_weights) std::fill_n(args_.out_topk_weights + row * shape_.num_topk, shape_.num_topk, 0.0f);
     }
     if (!zero) continue;
     std::memset(static_cast<std::byte*>(args_.out_tokens) + row * call_.wire_bytes, 0, static_cast<size_t>(call_.wire_bytes));

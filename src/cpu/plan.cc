@@ -10,7 +10,9 @@
 namespace tern::cpu {
 namespace {
 
-constexpr int64_t kDefaultLatencyMaxKb = 1024;
+constexpr int64_t kDefaultLatencyMaxKb = 32;
+constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
+constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
 
 size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<size_t>(rows * shape.num_topk); }
 
@@ -98,7 +100,7 @@ void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
 
 void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   const bool routes = call.args.routing != nullptr && launch.phase != TERN_PHASE_RECEIVE;
-  if (!routes) check_ready("dispatch", false);
+  if (!routes && launch.phase != TERN_PHASE_RECEIVE) check_ready("dispatch", false);
   if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch.epoch == 0)
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
   if (launch.phase != TERN_PHASE_RECEIVE && is_under_way(tickets_.dispatch))
@@ -120,9 +122,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
     run_dispatch(ctx, run);
     latency_path_ = fused;
     if (launch.phase == TERN_PHASE_SEND) {
-      // The counts of a fused send come with its receive.
-      routed_ = true;
-      generation_ = exchange_.domain().generation;
+      generation_ = exchange_.domain().generation;  // the counts of a fused send come with its receive
       return;
     }
     if (fused) finish_routing();
@@ -174,14 +174,23 @@ layout::CallShape call_shape(const PlanShape& shape) {
           .alignment = shape.alignment};
 }
 
-int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, const char* operation) {
+int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, tern_phase phase, const char* operation) {
   const layout::WindowLayout& window = context.domain().layout;
   const int64_t tokens = bank.slots_in(window.bank_bytes) / slots_per_token;
   if (tokens == 0)
     fail(TERN_OUT_OF_MEMORY, "{}: one token needs {} bytes of a staging bank, which has {}; create the exchange with staging_bytes of at least {}, better {} for {} tokens in one round",
          operation, bank.bytes(slots_per_token), window.bank_bytes, window.staging_bytes() / window.bank_bytes * bank.bytes(slots_per_token),
          window.staging_bytes() / window.bank_bytes * bank.bytes(slots_per_token * context.shape().max_tokens), context.shape().max_tokens);
-  return tokens;
+  if (phase != TERN_PHASE_WHOLE || context.lane.has_unreceived()) return tokens;
+  return std::clamp<int64_t>(kRoundBytes / (bank.slot.stride() * slots_per_token), 1, tokens);
+}
+
+Store batch_store(const PlanContext& context, int64_t row_bytes) {
+  return context.shape().max_tokens * row_bytes >= kStreamingBytes ? Store::kStreaming : Store::kCached;
+}
+
+Store slot_store(const PlanContext& context, int64_t row_bytes, tern_phase phase) {
+  return phase == TERN_PHASE_WHOLE ? Store::kCached : batch_store(context, row_bytes);
 }
 
 bool is_small(const PlanContext& context, int64_t row_bytes) {

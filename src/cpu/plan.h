@@ -48,8 +48,14 @@ struct PlanContext {
 
 // Parts of the operations that concern all of them.
 layout::CallShape call_shape(const PlanShape& shape);
-// Tokens whose slots fit a bank; TERN_OUT_OF_MEMORY says what staging would be needed if not even one does.
-int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, const char* operation);
+// Tokens whose slots fit a bank; TERN_OUT_OF_MEMORY says what staging would be needed if not even one does. An operation in one
+// piece takes only as much of a bank as stays in the caches until the other side reads it; sends, and what runs while one is under way,
+// must do without rounds if they can.
+int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, tern_phase phase, const char* operation);
+// How rows of the batch are written where nobody here reads them: a large batch past the caches.
+Store batch_store(const PlanContext& context, int64_t row_bytes);
+// How slots are written: past the caches only if they are read much later, and are too much for them.
+Store slot_store(const PlanContext& context, int64_t row_bytes, tern_phase phase);
 // Small enough for the latency path: fewer trips, more copies. The same answer on every rank.
 bool is_small(const PlanContext& context, int64_t row_bytes);
 // Are these rows of an operation, outputs or inputs, used by the other ranks where they lie? TERN_INVALID_ARGUMENT if the caller promised

@@ -33,8 +33,8 @@ size_t page_bytes() { return static_cast<size_t>(::sysconf(_SC_PAGESIZE)); }
 [[noreturn]] void fail_memory(const char* call, size_t bytes) {
   const std::string cause = errno_text(call);
   const bool exhausted = errno == ENOMEM || errno == ENOSPC || errno == EFAULT;
-  fail(exhausted ? TERN_OUT_OF_MEMORY : TERN_SYSTEM_ERROR, "segment of {} bytes: {}; fewer bytes, or more memory for this machine or container",
-       bytes, cause);
+  fail(exhausted ? TERN_OUT_OF_MEMORY : TERN_SYSTEM_ERROR,
+       "segment of {} bytes: {}; fewer bytes, or more memory for this machine or container", bytes, cause);
 }
 
 // What the system can give without killing anybody for it; the largest number if it does not say.
@@ -59,8 +59,8 @@ uint64_t available_bytes() {
 void check_available(size_t bytes) {
   const uint64_t available = available_bytes();
   if (bytes > available)
-    fail(TERN_OUT_OF_MEMORY, "segment of {} bytes: the system has {} bytes left; ask for less, or give this machine or container more", bytes,
-         available);
+    fail(TERN_OUT_OF_MEMORY, "segment of {} bytes: the system has {} bytes left; ask for less, or give this machine or container more",
+         bytes, available);
 }
 
 // Without MADV_POPULATE_WRITE: reserve the pages in the file, then touch them.

@@ -56,8 +56,8 @@ void check_share(int rank, size_t num_ranks, const std::shared_ptr<Segment>& min
                  std::span<const uint8_t> is_member) {
   constexpr size_t kLongestTagBytes = 48;
   if (mine == nullptr || tag.empty() || tag.size() > kLongestTagBytes || is_member.size() != num_ranks || is_member[rank] == 0)
-    fail(TERN_INTERNAL_ERROR, "share(\"{}\"): rank {} of {} needs a segment, a tag of 1 to {} bytes and to be a member ({} entries)", tag, rank,
-         num_ranks, kLongestTagBytes, is_member.size());
+    fail(TERN_INTERNAL_ERROR, "share(\"{}\"): rank {} of {} needs a segment, a tag of 1 to {} bytes and to be a member ({} entries)", tag,
+         rank, num_ranks, kLongestTagBytes, is_member.size());
 }
 
 }  // namespace tern

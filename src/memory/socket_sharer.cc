@@ -162,8 +162,8 @@ bool Swap::give_to(int rank) {
   }
   const uid_t user = user_behind(socket.get());
   if (user != ::geteuid())
-    fail(TERN_SYSTEM_ERROR, "sharing of segments: rank {} belongs to user {}, rank {} to user {}; run all ranks as the same user", rank, user,
-         topology_.rank, ::geteuid());
+    fail(TERN_SYSTEM_ERROR, "sharing of segments: rank {} belongs to user {}, rank {} to user {}; run all ranks as the same user", rank,
+         user, topology_.rank, ::geteuid());
   if (send_descriptor(socket.get(), {.rank = topology_.rank}, mine_->fd())) return true;
   // The receiver has gone meanwhile, or too many descriptors of this user are on their way.
   if (errno == EAGAIN || errno == ETOOMANYREFS || errno == EPIPE || errno == ECONNRESET || errno == EINTR) return false;

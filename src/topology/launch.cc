@@ -57,14 +57,15 @@ bool read_pair(const Environment& environment, const RankAndSize& names, Launch&
 Launch ask_launcher(const Environment& environment) {
   Launch launch;
   if (read_pair(environment, {"torchrun", "RANK", "WORLD_SIZE"}, launch)) {
-    launch.job = fmt::format("torchrun {} {}", text(environment, "TORCHELASTIC_RUN_ID").value_or(""),
-                             text(environment, "MASTER_PORT").value_or(""));
+    launch.job =
+        fmt::format("torchrun {} {}", text(environment, "TORCHELASTIC_RUN_ID").value_or(""), text(environment, "MASTER_PORT").value_or(""));
     if (number(environment, "LOCAL_WORLD_SIZE") == launch.num_ranks) launch.host = "127.0.0.1";
   } else if (read_pair(environment, {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"}, launch)) {
     launch.job = fmt::format("Open MPI {}", text(environment, "PMIX_NAMESPACE").value_or(""));
     if (number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") == launch.num_ranks) launch.host = "127.0.0.1";
   } else if (inside_slurm_step(environment) && read_pair(environment, {"Slurm", "SLURM_PROCID", "SLURM_NTASKS"}, launch)) {
-    launch.job = fmt::format("Slurm {}.{}", text(environment, "SLURM_JOB_ID").value_or(""), text(environment, "SLURM_STEP_ID").value_or(""));
+    launch.job =
+        fmt::format("Slurm {}.{}", text(environment, "SLURM_JOB_ID").value_or(""), text(environment, "SLURM_STEP_ID").value_or(""));
     if (number(environment, "SLURM_STEP_NUM_NODES") == 1)
       launch.host = "127.0.0.1";
     else if (const auto hosts = text(environment, "SLURM_STEP_NODELIST"))

@@ -11,11 +11,11 @@
 namespace tern {
 
 struct Launch {
-  std::string launcher;   // for people to read: "torchrun"
-  std::string job;        // equal on all ranks of a job, and on no other job of the machine if the launcher can tell
+  std::string launcher;  // for people to read: "torchrun"
+  std::string job;       // equal on all ranks of a job, and on no other job of the machine if the launcher can tell
   int rank = 0;
   int num_ranks = 1;
-  std::string host;       // where rank 0 listens; "" with one rank
+  std::string host;  // where rank 0 listens; "" with one rank
   uint16_t port = 0;
 };
 

@@ -77,7 +77,8 @@ bool retry_until(Deadline deadline, Attempt attempt) {
 
 class Host {
  public:
-  Host(const Launch& launch, const std::string& group) : launch_(launch), group_(group), links_(launch.num_ranks), nonces_(launch.num_ranks) {}
+  Host(const Launch& launch, const std::string& group)
+      : launch_(launch), group_(group), links_(launch.num_ranks), nonces_(launch.num_ranks) {}
 
   std::vector<Fd> gather_ranks(Deadline deadline);
 
@@ -131,10 +132,9 @@ std::vector<Fd> Host::gather_ranks(Deadline deadline) {
       if (Fd connection = accept_from(listener.get())) admit(std::move(connection), gathered_by);
       continue;
     }
-    const Failure failure(TERN_TIMEOUT,
-                          fmt::format("group \"{}\": {} of {} did not come to rank 0 at {} until the deadline{}{}", group_,
-                                      name_ranks(missing()), launch_.num_ranks, address(launch_),
-                                      last_refusal_.empty() ? "" : "; refused: ", last_refusal_));
+    const Failure failure(TERN_TIMEOUT, fmt::format("group \"{}\": {} of {} did not come to rank 0 at {} until the deadline{}{}", group_,
+                                                    name_ranks(missing()), launch_.num_ranks, address(launch_),
+                                                    last_refusal_.empty() ? "" : "; refused: ", last_refusal_));
     for (const Fd& link : links_)
       if (link) send_failure(link.get(), failure.status(), failure.what());
     throw failure;
@@ -240,8 +240,7 @@ std::unique_ptr<Bootstrap> meet(const Launch& launch, const std::string& group_n
   if (group_name.size() >= sizeof(Hello::group))
     fail(TERN_INVALID_ARGUMENT, "group: the name \"{}\" has {} bytes, at most {} are allowed", group_name, group_name.size(),
          sizeof(Hello::group) - 1);
-  std::vector<Fd> links =
-      launch.rank == 0 ? Host(launch, group_name).gather_ranks(deadline) : find_rank_0(launch, group_name, deadline);
+  std::vector<Fd> links = launch.rank == 0 ? Host(launch, group_name).gather_ranks(deadline) : find_rank_0(launch, group_name, deadline);
   auto bootstrap = make_star_bootstrap(launch.rank, launch.num_ranks, std::move(links));
   bootstrap->allgather(nullptr, nullptr, 0, deadline);  // nobody has met before all have
   return bootstrap;

@@ -38,8 +38,8 @@ bool is_loopback_name(const std::string& host) { return host == "localhost" || h
 Opened listen_on(const addrinfo& address) {
   Fd fd(::socket(address.ai_family, kSocketFlags, 0));
   if (!fd) return {Fd(), errno_text("socket")};
-  set_option(fd.get(), SOL_SOCKET, SO_REUSEADDR, 1);                                        // connections of an earlier group may linger
-  if (address.ai_family == AF_INET6) set_option(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, 0);   // "every address" includes IPv4
+  set_option(fd.get(), SOL_SOCKET, SO_REUSEADDR, 1);                                      // connections of an earlier group may linger
+  if (address.ai_family == AF_INET6) set_option(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, 0);  // "every address" includes IPv4
   if (::bind(fd.get(), address.ai_addr, address.ai_addrlen) != 0) return {Fd(), errno_text("bind")};
   if (::listen(fd.get(), SOMAXCONN) != 0) return {Fd(), errno_text("listen")};
   return {std::move(fd), ""};

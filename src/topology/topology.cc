@@ -139,8 +139,8 @@ bool Topology::same_process(int r) const {
 
 std::string describe_process(const RankInfo& info) {
   const RankInfo self = describe_self("");
-  const bool visible = info.boot_id == self.boot_id && info.pid_namespace != 0 && info.pid_namespace == self.pid_namespace &&
-                       info.start_time != 0;
+  const bool visible =
+      info.boot_id == self.boot_id && info.pid_namespace != 0 && info.pid_namespace == self.pid_namespace && info.start_time != 0;
   if (!visible) return "";
   const auto stat = read_stat(info.pid);
   if (!stat) {

@@ -20,11 +20,11 @@ namespace tern {
 
 // What a rank tells the others about itself. Travels as bytes, so it holds no pointers.
 struct RankInfo {
-  uint64_t format;                  // layout of this struct; ranks with another one are refused
-  uint64_t network_namespace;       // inode; abstract Unix sockets reach only as far. 0: not known
-  uint64_t pid_namespace;           // inode; `pid` means something only inside. 0: not known
-  uint64_t start_time;              // of the process, in clock ticks since boot: tells a process from a later one of the same pid. 0: not known
-  uint64_t process_nonce;           // random, one per process image (a fork keeps it): with pid, the identity of the address space
+  uint64_t format;             // layout of this struct; ranks with another one are refused
+  uint64_t network_namespace;  // inode; abstract Unix sockets reach only as far. 0: not known
+  uint64_t pid_namespace;      // inode; `pid` means something only inside. 0: not known
+  uint64_t start_time;         // of the process, in clock ticks since boot: tells a process from a later one of the same pid. 0: not known
+  uint64_t process_nonce;      // random, one per process image (a fork keeps it): with pid, the identity of the address space
   int64_t pid;
   std::array<char, 40> boot_id;     // of the running kernel, as text; the host's name where the kernel does not say
   std::array<char, 72> host_name;   // for people to read
@@ -34,7 +34,7 @@ struct RankInfo {
 struct Topology {
   int rank = 0;
   int num_ranks = 0;
-  std::vector<RankInfo> ranks;     // [num_ranks]
+  std::vector<RankInfo> ranks;  // [num_ranks]
 
   // Nodes are numbered in the order of their lowest rank. Ranks with the same declared name share a node; ranks without a
   // declared name share a node if they share a host.

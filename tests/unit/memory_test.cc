@@ -14,43 +14,16 @@
 #include <thread>
 
 #include "base/error.h"
-#include "forked_ranks.h"
 #include "memory/segment.h"
 #include "memory/sharing.h"
+#include "test_ranks.h"
 #include "topology/launch.h"
 #include "topology/rendezvous.h"
 
 namespace tern {
 namespace {
 
-using testing::Children;
-using testing::expect_all_ok;
-using testing::expect_text;
-using testing::Gate;
-using testing::require;
-using testing::run_forked;
-
-Deadline ample() { return Deadline::in_ms(60'000); }
-
-template <typename Act>
-std::string outcome(Act act) {
-  try {
-    act();
-    return "ok";
-  } catch (const Failure& failure) {
-    return std::string(status_name(failure.status())) + ": " + failure.what();
-  }
-}
-
-std::vector<std::string> run_threads(int num_ranks, const std::function<void(int)>& body) {
-  std::vector<std::string> outcomes(num_ranks);
-  std::vector<std::thread> threads;
-  for (int r = 0; r < num_ranks; ++r) threads.emplace_back([&, r] { outcomes[r] = outcome([&] { body(r); }); });
-  for (std::thread& thread : threads) thread.join();
-  return outcomes;
-}
-
-void expect_parts(const std::string& text, std::initializer_list<const char*> parts) { expect_text({.text = text}, parts); }
+using namespace test;
 
 Fd duplicate(int fd) { return Fd(::fcntl(fd, F_DUPFD_CLOEXEC, 0)); }
 
@@ -226,7 +199,8 @@ TEST(Sharing, DifferentHostsAreNotThereYet) {
 // The ranks of one test meet at an address that no other test uses.
 Launch launch_at_own_port(int num_ranks) {
   static int num_launches = 0;
-  Launch launch = {.launcher = "test", .job = fmt::format("{} {}", ::getpid(), num_launches++), .num_ranks = num_ranks, .host = "127.0.0.1"};
+  Launch launch = {
+      .launcher = "test", .job = fmt::format("{} {}", ::getpid(), num_launches++), .num_ranks = num_ranks, .host = "127.0.0.1"};
   launch.port = static_cast<uint16_t>(20000 + stable_hash(launch.job) % 12768);
   return launch;
 }
@@ -238,9 +212,7 @@ struct Rank {
     topology = discover(*bootstrap, "", ample());
     sharer = make_segment_sharer(topology, *bootstrap, ample());
   }
-  void barrier() {
-    bootstrap->allgather(nullptr, nullptr, 0, ample());
-  }
+  void barrier() { bootstrap->allgather(nullptr, nullptr, 0, ample()); }
   std::unique_ptr<Bootstrap> bootstrap;
   Topology topology;
   std::unique_ptr<SegmentSharer> sharer;

@@ -32,6 +32,9 @@ using As = hn::Rebind<Element, Floats>;
 template <typename Element>
 using Vec = hn::Vec<As<Element>>;
 
+// Of all of these types. (Highway's MaxLanes is too small for the narrower ones on SVE.)
+inline constexpr size_t kMaxLanes = hn::MaxLanes(Floats());
+
 inline constexpr size_t kLineBytes = 64;
 inline constexpr size_t kScaleBlock = 128;  // channels that share a scale
 inline constexpr size_t kSumBlock = 1024;   // channels that are summed in the first-level cache
@@ -43,7 +46,7 @@ template <typename Element>
 HWY_INLINE Vec<Element> load(const Element* from, size_t num) {
   const As<Element> tag;
   if (HWY_LIKELY(num >= hn::Lanes(tag))) return hn::LoadU(tag, from);
-  HWY_ALIGN_MAX Element padded[hn::MaxLanes(tag)] = {};
+  HWY_ALIGN_MAX Element padded[kMaxLanes] = {};
   std::memcpy(padded, from, num * sizeof(Element));
   return hn::Load(tag, padded);
 }
@@ -52,7 +55,7 @@ template <typename Element>
 HWY_INLINE void store(Vec<Element> vector, Element* to, size_t num) {
   const As<Element> tag;
   if (HWY_LIKELY(num >= hn::Lanes(tag))) return hn::StoreU(vector, tag, to);
-  HWY_ALIGN_MAX Element padded[hn::MaxLanes(tag)];
+  HWY_ALIGN_MAX Element padded[kMaxLanes];
   hn::Store(vector, tag, padded);
   std::memcpy(to, padded, num * sizeof(Element));
 }

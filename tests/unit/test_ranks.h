@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Ranks as real processes, for tests: forks, runs a body in each child, collects what became of it within a bounded time.
+// Ranks for tests, as threads and as real processes: forks, runs a body in each child, collects what became of it within a
+// bounded time.
 //
 //   const auto results = run_forked(4, [](int rank) { ...; require(seen == 3, "seen 3"); });
 //   expect_all_ok(results);
@@ -8,30 +9,60 @@
 // torn down twice.
 #pragma once
 
+#include <arpa/inet.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <functional>
+#include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/deadline.h"
 #include "base/error.h"
 #include "base/fd.h"
 
-namespace tern::testing {
+namespace tern::test {
 
 struct ChildResult {
-  std::string text;        // "ok", or what the body threw: "TERN_TIMEOUT: ..."; "" if the child was killed
-  int killed_by = 0;       // a signal, 0: the child ended by itself
-  bool ok() const { return text == "ok" && killed_by == 0; }
+  std::string text;   // "ok", or what the body threw: "TERN_TIMEOUT: ..."; "" if the child was killed
+  int killed_by = 0;  // a signal, 0: the child ended by itself
+  int exit_code = 0;  // not 0 also when a sanitizer had something to say
+  bool ok() const { return text == "ok" && killed_by == 0 && exit_code == 0; }
 };
 
 inline void require(bool holds, const std::string& what) {
   if (!holds) throw std::runtime_error("required: " + what);
+}
+
+constexpr int64_t kAmpleMs = 60'000;
+inline Deadline ample() { return Deadline::in_ms(kAmpleMs); }
+
+// What `act` throws, as "STATUS: text"; "ok" if nothing.
+template <typename Act>
+std::string outcome(Act act) {
+  try {
+    act();
+    return "ok";
+  } catch (const Failure& failure) {
+    return std::string(status_name(failure.status())) + ": " + failure.what();
+  }
+}
+
+inline std::vector<std::string> run_threads(int num_ranks, const std::function<void(int)>& body) {
+  std::vector<std::string> outcomes(num_ranks);
+  std::vector<std::thread> threads;
+  for (int r = 0; r < num_ranks; ++r) threads.emplace_back([&, r] { outcomes[r] = outcome([&] { body(r); }); });
+  for (std::thread& thread : threads) thread.join();
+  return outcomes;
 }
 
 // Opens when every process that has it has left or ended. Make it before the children; whoever does not hold it shut leaves.
@@ -43,9 +74,7 @@ class Gate {
     inside_ = Fd(ends[0]);
     holder_ = Fd(ends[1]);
   }
-  void leave() {
-    const Fd closed = std::move(holder_);
-  }
+  void leave() { const Fd closed = std::move(holder_); }
   void wait() {
     leave();
     pollfd event = {inside_.get(), 0, 0};  // the end of the pipe is reported always
@@ -75,6 +104,7 @@ class Children {
       int status = 0;
       ::waitpid(child.pid, &status, 0);
       if (WIFSIGNALED(status)) result.killed_by = WTERMSIG(status);
+      if (WIFEXITED(status)) result.exit_code = WEXITSTATUS(status);
       results.push_back(result);
     }
     children_.clear();
@@ -90,6 +120,7 @@ class Children {
   void start(int index, const std::function<void(int)>& body) {
     int ends[2];
     if (::pipe(ends) != 0) fail_errno("pipe", "test");
+    std::fflush(nullptr);  // or the child would write it too
     const pid_t pid = ::fork();
     if (pid < 0) fail_errno("fork", "test");
     if (pid != 0) {
@@ -131,11 +162,41 @@ inline std::vector<ChildResult> run_forked(int num_children, const std::function
 
 inline void expect_all_ok(const std::vector<ChildResult>& results) {
   for (size_t i = 0; i < results.size(); ++i)
-    EXPECT_TRUE(results[i].ok()) << "child " << i << ": " << results[i].text << " (signal " << results[i].killed_by << ")";
+    EXPECT_TRUE(results[i].ok()) << "child " << i << ": " << results[i].text << " (signal " << results[i].killed_by << ", exit code "
+                                 << results[i].exit_code << ")";
 }
 
 inline void expect_text(const ChildResult& result, std::initializer_list<const char*> parts) {
+  EXPECT_EQ(result.exit_code, 0) << result.text;
   for (const char* part : parts) EXPECT_NE(result.text.find(part), std::string::npos) << "no \"" << part << "\" in: " << result.text;
 }
 
-}  // namespace tern::testing
+inline void expect_parts(const std::string& text, std::initializer_list<const char*> parts) { expect_text({.text = text}, parts); }
+
+using Variables = std::map<std::string, std::string>;
+
+// For children: a process of its own has an environment of its own.
+inline void set_variables(const Variables& variables) {
+  for (const auto& [name, value] : variables) ::setenv(name.c_str(), value.c_str(), 1);
+}
+
+inline Variables torchrun_variables(int rank, int num_ranks, uint16_t master_port) {
+  return {{"RANK", std::to_string(rank)},
+          {"WORLD_SIZE", std::to_string(num_ranks)},
+          {"MASTER_ADDR", "127.0.0.1"},
+          {"MASTER_PORT", std::to_string(master_port)}};
+}
+
+// A port that was free a moment ago, and so was the next one.
+inline uint16_t free_port() {
+  const Fd fd(::socket(AF_INET, SOCK_STREAM, 0));
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t bytes = sizeof(address);
+  require(::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), bytes) == 0, "bind");
+  require(::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &bytes) == 0, "getsockname");
+  return ntohs(address.sin_port);
+}
+
+}  // namespace tern::test

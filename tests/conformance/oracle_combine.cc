@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "conformance/number.h"
+#include "conformance/oracle.h"
+
+namespace tern::conformance {
+namespace {
+
+// A row that holds an entry of the token in question. Rows beyond the capacity do not exist, and count as nothing.
+struct Share {
+  int32_t rank;
+  int64_t row;
+  int32_t k;  // -1 with rank_major
+};
+
+// Every token's shares, by ascending rank; within a rank by ascending k.
+std::vector<std::vector<Share>> shares_of(const Case& c, const std::vector<Placement>& placements, int32_t owner) {
+  std::vector<std::vector<Share>> result(static_cast<size_t>(placements[static_cast<size_t>(owner)].num_tokens));
+  for (int32_t rank = 0; rank < c.num_ranks; ++rank) {
+    const std::vector<Origin>& rows = placements[static_cast<size_t>(rank)].rows;
+    for (size_t row = 0; row < rows.size(); ++row) {
+      if (rows[row].kind != Origin::Kind::kToken || rows[row].source_rank != owner) continue;
+      result[static_cast<size_t>(rows[row].source_token)].push_back({rank, static_cast<int64_t>(row), rows[row].k});
+    }
+  }
+  for (std::vector<Share>& shares : result)
+    std::sort(shares.begin(), shares.end(), [](const Share& a, const Share& b) { return std::tie(a.rank, a.k) < std::tie(b.rank, b.k); });
+  return result;
+}
+
+class Summer {
+ public:
+  Summer(const Case& c, int batch, int32_t owner) : c_(c), batch_(batch), owner_(owner) {}
+
+  // acc += w * row, product and sum rounded separately.
+  void add(std::vector<float>& acc, const Share& share, int64_t token) const {
+    Bytes row(static_cast<size_t>(c_.combine_row_bytes()));
+    make_result(c_, batch_, share.rank, share.row, row);
+    const int64_t entry = token * c_.num_topk + share.k;
+    const WeightUse use = c_.weighting == TERN_WEIGHTS_OWNER ? WeightUse::kOwner : WeightUse::kDispatch;
+    const float weight = c_.weighting == TERN_WEIGHTS_NONE ? 1.0f : make_weight(c_, batch_, owner_, use, entry);
+    for (size_t i = 0; i < acc.size(); ++i) {
+      const float value = decode(c_.combine_dtype, row.data(), static_cast<int64_t>(i));
+      const float product = c_.weighting == TERN_WEIGHTS_NONE ? value : weight * value;
+      acc[i] = acc[i] + product;
+    }
+  }
+
+  // acc += wire(sum), which leaves sum at zero.
+  void add_rounded(std::vector<float>& acc, std::vector<float>& sum) const {
+    uint8_t wire[4];
+    for (size_t i = 0; i < acc.size(); ++i) {
+      encode(c_.combine_dtype, std::exchange(sum[i], 0.0f), wire, 0);
+      acc[i] = acc[i] + decode(c_.combine_dtype, wire, 0);
+    }
+  }
+
+  void add_biases(std::vector<float>& acc, int64_t token) const {
+    Bytes row(static_cast<size_t>(c_.combine_row_bytes()));
+    for (int bias = 0; bias < c_.num_biases; ++bias) {
+      make_bias(c_, batch_, owner_, bias, token, row);
+      for (size_t i = 0; i < acc.size(); ++i) acc[i] = acc[i] + decode(c_.combine_dtype, row.data(), static_cast<int64_t>(i));
+    }
+  }
+
+ private:
+  const Case& c_;
+  const int batch_;
+  const int32_t owner_;
+};
+
+void combine_token(const Case& c, const Summer& summer, const std::vector<Share>& shares, int64_t token, Bytes& out) {
+  const auto hidden = static_cast<size_t>(c.combine_hidden());
+  std::vector<float> acc(hidden, 0.0f), sum(hidden, 0.0f);
+  summer.add_biases(acc, token);
+  if (c.combine_mode == TERN_COMBINE_EXACT && c.layout != TERN_LAYOUT_RANK_MAJOR) {
+    for (int32_t k = 0; k < c.num_topk; ++k)
+      for (const Share& share : shares)
+        if (share.k == k) summer.add(acc, share, token);
+  } else {
+    for (size_t i = 0; i < shares.size(); ++i) {
+      summer.add(sum, shares[i], token);
+      if (i + 1 == shares.size() || shares[i + 1].rank != shares[i].rank) summer.add_rounded(acc, sum);
+    }
+  }
+  for (size_t i = 0; i < hidden; ++i) encode(c.combine_dtype, acc[i], out.data(), token * c.combine_hidden() + static_cast<int64_t>(i));
+}
+
+void return_weights(const Case& c, int batch, const std::vector<Share>& shares, int64_t token, Bytes& out) {
+  for (int32_t k = 0; k < c.num_topk; ++k) {
+    float sum = 0.0f;
+    for (const Share& share : shares) {
+      if (c.layout == TERN_LAYOUT_RANK_MAJOR)
+        sum = sum + make_weight(c, batch, share.rank, WeightUse::kRow, share.row * c.num_topk + k);
+      else if (share.k == k)
+        sum = sum + make_weight(c, batch, share.rank, WeightUse::kRow, share.row);
+    }
+    encode(TERN_DTYPE_FP32, sum, out.data(), token * c.num_topk + k);
+  }
+}
+
+}  // namespace
+
+CombineBytes combine_oracle(const Case& c, const std::vector<Placement>& placements, int batch, int32_t rank) {
+  const std::vector<std::vector<Share>> shares = shares_of(c, placements, rank);
+  CombineBytes result;
+  result.tokens.assign(shares.size() * static_cast<size_t>(c.combine_row_bytes()), kPoison);
+  if (c.return_weights) result.weights.assign(shares.size() * static_cast<size_t>(c.num_topk) * sizeof(float), kPoison);
+  const Summer summer(c, batch, rank);
+  for (size_t token = 0; token < shares.size(); ++token) {
+    combine_token(c, summer, shares[token], static_cast<int64_t>(token), result.tokens);
+    if (c.return_weights) return_weights(c, batch, shares[token], static_cast<int64_t>(token), result.weights);
+  }
+  return result;
+}
+
+}  // namespace tern::conformance

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "conformance/runner.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <thread>
+#include <tern/tern.hpp>
+
+#include "conformance/processes.h"
+#include "conformance/round_trip.h"
+
+namespace tern::conformance {
+namespace {
+
+// Groups of one machine must not meet by accident.
+std::string group_name() {
+  static std::atomic<int> counter{0};
+  return fmt::format("conformance-{}-{}", getpid(), counter++);
+}
+
+std::vector<std::string> run_rank(const Group& group, const tern_exchange_options& options, const RankBody& body) {
+  const int32_t rank = group.rank();
+  try {
+    const Exchange exchange(group, options);
+    return body(rank, exchange.get());
+  } catch (const std::exception& error) {
+    return {fmt::format("rank {}: {}", rank, error.what())};
+  }
+}
+
+RankBody round_trip_body(const Scenario& scenario, std::vector<std::vector<uint8_t>>* outputs) {
+  return [&scenario, outputs](int32_t rank, tern_exchange* exchange) {
+    RoundTrip trip(scenario, rank, exchange);
+    trip.run();
+    if (outputs != nullptr) (*outputs)[static_cast<size_t>(rank)] = trip.output_bytes();
+    return trip.differences();
+  };
+}
+
+tern_exchange_options with(tern_exchange_options options, const RunOptions& run) {
+  options.device = run.device;
+  options.timeout_ms = run.timeout_ms;
+  return options;
+}
+
+// A report is lines of text, then, after an empty line, the outputs.
+constexpr const char* kOutputsMark = "\n\noutputs\n";
+
+}  // namespace
+
+std::vector<std::string> run_threads(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options, const RankBody& body) {
+  tern_group_options group_options;
+  const std::string name = group_name();
+  group_options.name = name.c_str();
+  group_options.timeout_ms = options.timeout_ms;
+  const std::vector<Group> groups = Group::local(num_ranks, group_options);
+  std::vector<std::vector<std::string>> differences(groups.size());
+  std::vector<std::thread> threads;
+  for (size_t rank = 0; rank < groups.size(); ++rank)
+    threads.emplace_back([&, rank] { differences[rank] = run_rank(groups[rank], with(exchange_options, options), body); });
+  for (std::thread& thread : threads) thread.join();
+
+  std::vector<std::string> result;
+  for (const auto& of_rank : differences) result.insert(result.end(), of_rank.begin(), of_rank.end());
+  return result;
+}
+
+std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options, const RankBody& body) {
+  const std::string name = group_name();
+  std::vector<std::vector<uint8_t>> own_outputs(static_cast<size_t>(num_ranks));
+  std::vector<std::vector<uint8_t>>& outputs = options.outputs != nullptr ? *options.outputs : own_outputs;
+  RankProcesses ranks(num_ranks, 8 * options.timeout_ms, [&](RankSeat& seat) {
+    tern_group_options group_options;
+    group_options.name = name.c_str();
+    group_options.timeout_ms = options.timeout_ms;
+    const Group group = Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat, group_options);
+    std::string report = join_lines(run_rank(group, with(exchange_options, options), body));
+    const std::vector<uint8_t>& left = outputs[static_cast<size_t>(seat.rank())];
+    if (!left.empty()) report.append(kOutputsMark).append(left.begin(), left.end());
+    return report;
+  });
+
+  std::vector<std::string> result;
+  const std::vector<RankReport> reports = ranks.join();
+  for (size_t rank = 0; rank < reports.size(); ++rank) {
+    const std::string& text = reports[rank].text;
+    const size_t mark = text.find(kOutputsMark);
+    const std::string lines = text.substr(0, mark);
+    if (!reports[rank].finished) result.push_back(fmt::format("rank {}: the process ended or hung without a report: {}", rank, lines));
+    else if (!lines.empty()) result.push_back(lines);
+    if (mark != std::string::npos) outputs[rank].assign(text.begin() + static_cast<int64_t>(mark + std::string(kOutputsMark).size()), text.end());
+  }
+  return result;
+}
+
+std::vector<std::string> run_as_threads(const Case& c, const RunOptions& options) {
+  const Scenario scenario(c);
+  if (options.outputs != nullptr) options.outputs->assign(static_cast<size_t>(c.num_ranks), {});
+  return run_threads(c.num_ranks, scenario.exchange_options(), options, round_trip_body(scenario, options.outputs));
+}
+
+std::vector<std::string> run_as_processes(const Case& c, const RunOptions& options) {
+  const Scenario scenario(c);
+  if (options.outputs != nullptr) options.outputs->assign(static_cast<size_t>(c.num_ranks), {});
+  return run_processes(c.num_ranks, scenario.exchange_options(), options, round_trip_body(scenario, options.outputs));
+}
+
+std::string join_lines(const std::vector<std::string>& lines) {
+  std::string result;
+  for (const std::string& line : lines) result.append(result.empty() ? "" : "\n").append(line);
+  return result;
+}
+
+}  // namespace tern::conformance

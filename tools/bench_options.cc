@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tools/bench_options.h"
+
+#include <fmt/ranges.h>
+
+#include <filesystem>
+#include <optional>
+#include <vector>
+
+#include "base/error.h"
+#include "routing/routing_file.h"
+
+namespace tern::tools {
+namespace {
+
+constexpr int kDefaultRanks = 4;
+constexpr int64_t kDefaultTokens = 1024;
+
+struct Model {
+  const char* name;
+  int64_t hidden;
+  int experts, topk;
+  RoutingKind routing;
+};
+
+constexpr Model kModels[] = {
+    {"deepseek-v3", 7168, 256, 8, RoutingKind::kGroupLimited},
+    {"kimi-k2", 7168, 384, 8, RoutingKind::kUniform},
+    {"qwen3-235b", 4096, 128, 8, RoutingKind::kUniform},
+    {"qwen3-30b", 2048, 128, 8, RoutingKind::kUniform},
+    {"gpt-oss-120b", 2880, 128, 4, RoutingKind::kUniform},
+    {"mixtral", 4096, 8, 2, RoutingKind::kUniform},
+    {"custom", 0, 0, 0, RoutingKind::kUniform},
+};
+
+struct Generator {
+  const char* name;
+  RoutingKind kind;
+};
+
+constexpr Generator kGenerators[] = {{"uniform", RoutingKind::kUniform},
+                                     {"zipf", RoutingKind::kZipf},
+                                     {"group-limited", RoutingKind::kGroupLimited},
+                                     {"one-rank", RoutingKind::kOneRank},
+                                     {"one-expert", RoutingKind::kOneExpert}};
+
+template <typename Table>
+std::vector<std::string> names_of(const Table& table) {
+  std::vector<std::string> names;
+  for (const auto& entry : table) names.emplace_back(entry.name);
+  return names;
+}
+
+const Model& find_model(const std::string& name) {
+  for (const Model& model : kModels) {
+    if (name == model.name) return model;
+  }
+  fail(TERN_INVALID_ARGUMENT, "model \"{}\" is none of: {}", name, fmt::join(names_of(kModels), ", "));
+}
+
+// The generator that is asked for; none if --routing names a file.
+std::optional<RoutingKind> find_generator(const TrafficOptions& options, const Model& model) {
+  if (options.routing.empty()) return options.skew > 0 ? RoutingKind::kZipf : model.routing;
+  for (const Generator& generator : kGenerators) {
+    if (options.routing == generator.name) return generator.kind;
+  }
+  return std::nullopt;
+}
+
+Traffic replay(const TrafficOptions& options, const Model& model) {
+  if (!std::filesystem::exists(options.routing))
+    fail(TERN_INVALID_ARGUMENT, "--routing \"{}\" is neither a file nor one of: {}", options.routing,
+         fmt::join(names_of(kGenerators), ", "));
+  Traffic traffic{read_routing(options.routing), "file " + options.routing, model.hidden};
+  const auto require_equal = [&](const char* flag, int64_t asked, int64_t found) {
+    if (asked != 0 && asked != found)
+      fail(TERN_INVALID_ARGUMENT, "{} {} is asked for, {} holds {}: leave the flag out", flag, asked, options.routing, found);
+  };
+  require_equal("--ranks", options.ranks, traffic.routing.num_ranks());
+  require_equal("--tokens", options.tokens, traffic.routing.max_tokens());
+  require_equal("--experts", options.experts, traffic.routing.num_experts);
+  require_equal("--topk", options.topk, traffic.routing.num_topk);
+  return traffic;
+}
+
+std::string describe(RoutingKind kind, const RoutingOptions& options) {
+  if (kind == RoutingKind::kZipf) return fmt::format("zipf {}", options.skew);
+  for (const Generator& generator : kGenerators) {
+    if (generator.kind == kind) return generator.name;
+  }
+  return "";
+}
+
+}  // namespace
+
+void add_traffic_flags(CLI::App& app, TrafficOptions& options) {
+  app.add_option("--model", options.model, "Shape to take: " + fmt::format("{}", fmt::join(names_of(kModels), ", ")))
+      ->check(CLI::IsMember(names_of(kModels)))
+      ->capture_default_str();
+  app.add_option("--routing", options.routing,
+                 fmt::format("Generator ({}) or a routing file; default: as the model routes, zipf with --skew",
+                             fmt::join(names_of(kGenerators), ", ")));
+  app.add_option("--ranks", options.ranks, "Ranks; default 4, or as many as the launcher started")->check(CLI::Range(1, 1024));
+  app.add_option("--tokens", options.tokens, "Tokens on each rank (1024)")->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
+  app.add_option("--experts", options.experts, "Experts in all; default: the model's")->check(CLI::Range(1, 1 << 20));
+  app.add_option("--topk", options.topk, "Experts of each token; default: the model's")->check(CLI::Range(1, 64));
+  app.add_option("--skew", options.skew, "Popularity of experts falls as 1 / position^SKEW")->check(CLI::Range(0.0, 16.0));
+  app.add_option("--seed", options.seed, "Of routing and contents; the same seed gives the same batch everywhere")->capture_default_str();
+}
+
+void add_bench_flags(CLI::App& app, BenchOptions& options) {
+  app.add_option("--device", options.device, "cpu, cuda or auto")->check(CLI::IsMember({"cpu", "cuda", "auto"}))->capture_default_str();
+  app.add_option("--launch", options.launch,
+                 "Start ranks here as processes or threads; default: the launcher's ranks (torchrun, mpirun, srun), else processes")
+      ->check(CLI::IsMember({"processes", "threads"}));
+  add_traffic_flags(app, options.traffic);
+  app.add_option("--hidden", options.hidden, "Elements of a row; default: the model's")->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
+  app.add_option("--dtype", options.dtype, fmt::format("{}", fmt::join(row_format_names(), ", ")))
+      ->check(CLI::IsMember(row_format_names()))
+      ->capture_default_str();
+  app.add_option("--layout", options.layout, fmt::format("{}", fmt::join(layout_names(), ", ")))
+      ->check(CLI::IsMember(layout_names()))
+      ->capture_default_str();
+  app.add_option("--mode", options.mode, "auto, throughput or latency")
+      ->check(CLI::IsMember({"auto", "throughput", "latency"}))
+      ->capture_default_str();
+  app.add_option("--buffers", options.buffers, "Where outputs lie: window (zero copy), caller, or both")
+      ->check(CLI::IsMember({"window", "caller", "both"}))
+      ->capture_default_str();
+  app.add_option("--iters", options.iters, "Timed repetitions")->check(CLI::Range(int64_t{1}, int64_t{1000000}))->capture_default_str();
+  app.add_option("--timeout", options.timeout_ms, "Deadline of every wait, milliseconds")
+      ->check(CLI::Range(int64_t{1}, int64_t{86400000}))
+      ->capture_default_str();
+  app.add_option("--json", options.json, "Also write the results to this file");
+}
+
+Traffic make_traffic(const TrafficOptions& options, int num_ranks) {
+  const Model& model = find_model(options.model);
+  const auto kind = find_generator(options, model);
+  if (!kind) return replay(options, model);
+
+  const int experts = options.experts != 0 ? options.experts : model.experts, topk = options.topk != 0 ? options.topk : model.topk;
+  if (experts == 0 || topk == 0) fail(TERN_INVALID_ARGUMENT, "--model custom needs --experts and --topk");
+  const RoutingShape shape{num_ranks, options.tokens != 0 ? options.tokens : kDefaultTokens, topk, experts};
+  const RoutingOptions routing{.kind = *kind, .skew = options.skew > 0 ? options.skew : 1.0, .seed = options.seed};
+  return {generate_routing(shape, routing), describe(*kind, routing), model.hidden};
+}
+
+LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeout_ms) {
+  LaunchOptions options{.num_ranks = ranks != 0 ? ranks : kDefaultRanks, .timeout_ms = timeout_ms};
+  const auto found = find_launcher();
+  if (launch == "threads") {
+    options.kind = LaunchKind::kThreads;
+  } else if (launch.empty() && found) {
+    options.kind = LaunchKind::kEnvironment;
+    if (ranks == 0) options.num_ranks = found->num_ranks;
+  }
+  return options;
+}
+
+tern_device_type parse_device(const std::string& name) {
+  if (name == "cpu") return TERN_DEVICE_CPU;
+  return name == "cuda" ? TERN_DEVICE_CUDA : TERN_DEVICE_AUTO;
+}
+
+tern_mode parse_mode(const std::string& name) {
+  if (name == "throughput") return TERN_MODE_THROUGHPUT;
+  return name == "latency" ? TERN_MODE_LATENCY : TERN_MODE_AUTO;
+}
+
+}  // namespace tern::tools

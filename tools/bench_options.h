@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What `tern bench` and `tern routing` are asked to do: the flags, and what they amount to.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "routing/routing.h"
+#include "tools/batch.h"
+#include "tools/launch.h"
+
+namespace tern::tools {
+
+// The flags that choose a routing; 0 or "" means: from the model.
+struct TrafficOptions {
+  std::string model = "deepseek-v3";
+  std::string routing;  // a generator's name or a file
+  int ranks = 0;
+  int64_t tokens = 0;
+  int experts = 0;
+  int topk = 0;
+  double skew = 0;
+  uint64_t seed = 1;
+};
+
+struct BenchOptions {
+  TrafficOptions traffic;
+  std::string device = "auto";
+  std::string launch;
+  std::string dtype = "bf16";
+  std::string layout = "rank_major";
+  std::string mode = "auto";
+  std::string buffers = "both";
+  std::string json;
+  int64_t hidden = 0;
+  int64_t iters = 30;
+  int64_t timeout_ms = 30000;
+};
+
+struct Traffic {
+  Routing routing;
+  std::string description;  // "uniform", "zipf 1.2", "file layer.routing"
+  int64_t model_hidden = 0;
+};
+
+void add_traffic_flags(CLI::App& app, TrafficOptions& options);
+void add_bench_flags(CLI::App& app, BenchOptions& options);
+
+// Generates the routing, or reads it. `num_ranks` is used where neither a flag nor a file says it.
+Traffic make_traffic(const TrafficOptions& options, int num_ranks);
+
+// Processes of a launcher where one is found and `launch` is "", else what is asked for.
+LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeout_ms);
+
+tern_device_type parse_device(const std::string& name);
+tern_mode parse_mode(const std::string& name);
+
+}  // namespace tern::tools

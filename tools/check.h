@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// `tern check`: shows on this machine that the engines present compute the right thing, by the project's own conformance
+// cases, with ranks as processes and as threads.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <string>
+
+namespace tern::tools {
+
+struct CheckOptions {
+  std::string device = "auto";
+  int64_t timeout_ms = 10000;
+  bool verbose = false;
+};
+
+void add_check_flags(CLI::App& app, CheckOptions& options);
+
+// 0 if every case passed.
+int run_check(const CheckOptions& options);
+
+}  // namespace tern::tools

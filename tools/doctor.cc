@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tools/doctor.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+#include "base/knobs.h"
+#include "tools/gpus.h"
+#include "tools/kernel_features.h"
+#include "tools/launch.h"
+#include "tools/machine.h"
+#include "tools/network.h"
+#include "tools/probe.h"
+
+namespace tern::tools {
+namespace {
+
+// One way for tokens to travel.
+struct Path {
+  std::string name;
+  bool taken = false;
+  std::string why;     // it is not taken
+  std::string remedy;  // what would enable it
+};
+
+struct Findings {
+  CpuFacts cpu = read_cpu_facts();
+  MemoryFacts memory = read_memory_facts();
+  std::string kernel = kernel_release();
+  std::vector<KernelFeature> features = probe_kernel_features();
+  GpuReport gpus = read_gpus();
+  NetworkReport network = read_network();
+  std::vector<KnobDescription> knobs = describe_knobs();
+  std::optional<FoundLauncher> launcher = find_launcher();
+  std::vector<Path> paths;
+};
+
+Path cpu_path(LaunchKind kind, const std::string& remedy) {
+  const Probe probe = probe_launch(kind);
+  return {probe.name, probe.works, probe.reason, probe.works ? "" : remedy};
+}
+
+Path cuda_path(const GpuReport& gpus) {
+  const Probe probe = probe_engine(TERN_DEVICE_CUDA);
+  if (probe.works) return {"CUDA engine", true, "", ""};
+  const bool has_gpu = !gpus.gpus.empty();
+  return {"CUDA engine", false, has_gpu ? probe.reason : gpus.problem + "; " + probe.reason,
+          has_gpu ? "a build of Tern with the CUDA engine" : "an NVIDIA GPU with its driver, and a build of Tern with the CUDA engine"};
+}
+
+// This version joins ranks of one host only, whatever the network offers.
+Path network_path(const NetworkReport& network) {
+  const std::string there = network.libfabric.empty() ? network.problem : "libfabric " + network.libfabric + " is there";
+  return {"network between nodes", false, "this version exchanges tokens between the ranks of one host only (" + there + ")",
+          "a version of Tern with the network transport" + std::string(network.libfabric.empty() ? ", and libfabric (libfabric1)" : "")};
+}
+
+Findings examine() {
+  Findings findings;
+  // Processes first: they are forked, and the library may keep threads of its own.
+  findings.paths.push_back(cpu_path(LaunchKind::kProcesses, "memfd and futex as listed above, and sockets between processes of one user"));
+  findings.paths.push_back(cpu_path(LaunchKind::kThreads, "memfd and futex as listed above"));
+  findings.paths.push_back(cuda_path(findings.gpus));
+  findings.paths.push_back(network_path(findings.network));
+  return findings;
+}
+
+void print_heading(const char* name) { fmt::print("\n{}\n", name); }
+
+void print_fact(const std::string& name, const std::string& value) { fmt::print("  {:<24}{}\n", name, value); }
+
+std::string limit_text(uint64_t limit, bool bytes) {
+  if (limit == UINT64_MAX) return "unlimited";
+  return bytes ? human_bytes(static_cast<double>(limit)) : std::to_string(limit);
+}
+
+void print_machine(const Findings& findings) {
+  const CpuFacts& cpu = findings.cpu;
+  const MemoryFacts& memory = findings.memory;
+  print_heading("Processor");
+  print_fact("model", cpu.model);
+  print_fact("cores", fmt::format("{}, usable by this process: {}", cpu.num_cores, cpu.num_usable));
+  print_fact("control group limit", cpu.cgroup_limit ? fmt::format("{:.1f} cores", *cpu.cgroup_limit) : "none");
+  print_fact("NUMA nodes", cpu.numa_node_cpus.empty()
+                               ? "not told"
+                               : fmt::format("{} (cores {})", cpu.numa_node_cpus.size(), fmt::join(cpu.numa_node_cpus, " | ")));
+  print_heading("Memory");
+  print_fact("total, available", fmt::format("{}, {}", human_bytes(static_cast<double>(memory.total_bytes)),
+                                             human_bytes(static_cast<double>(memory.available_bytes))));
+  print_fact("/dev/shm free", memory.shm_free_bytes
+                                  ? human_bytes(static_cast<double>(*memory.shm_free_bytes)) + " (not used by Tern, which takes memfd)"
+                                  : "absent");
+  print_fact("huge pages", fmt::format("{} of {}", memory.huge_pages, human_bytes(static_cast<double>(memory.huge_page_bytes))));
+  print_fact("transparent huge pages", fmt::format("{}; shared memory: {}", memory.transparent_huge_pages, memory.shared_huge_pages));
+  print_fact("locked memory limit", limit_text(memory.locked_limit_bytes, true));
+  print_fact("open files limit", limit_text(memory.open_files_limit, false));
+  print_heading("Kernel");
+  print_fact("Linux", findings.kernel);
+  for (const KernelFeature& feature : findings.features)
+    print_fact(feature.name, fmt::format("{:<4}{}", feature.works ? "yes" : "NO", feature.note));
+}
+
+void print_devices(const Findings& findings) {
+  print_heading("GPUs");
+  const GpuReport& report = findings.gpus;
+  if (!report.driver.empty()) print_fact("NVIDIA driver", report.driver);
+  if (!report.problem.empty()) print_fact("none", report.problem);
+  for (size_t i = 0; i < report.gpus.size(); ++i) {
+    const GpuFacts& gpu = report.gpus[i];
+    print_fact(fmt::format("GPU {}", i), fmt::format("{}, {}, compute {}.{}, {} NVLinks; to the others: {}", gpu.name,
+                                                     human_bytes(static_cast<double>(gpu.memory_bytes)), gpu.compute_major,
+                                                     gpu.compute_minor, gpu.num_nvlinks, fmt::join(gpu.link_to, " ")));
+  }
+  print_heading("Network");
+  print_fact("libfabric", findings.network.libfabric.empty() ? findings.network.problem : findings.network.libfabric);
+  if (!findings.network.libfabric.empty())
+    print_fact("providers", findings.network.providers.empty() ? findings.network.problem
+                                                               : fmt::format("{}", fmt::join(findings.network.providers, ", ")));
+  print_fact("RDMA devices",
+             findings.network.rdma_devices.empty() ? "none" : fmt::format("{}", fmt::join(findings.network.rdma_devices, ", ")));
+}
+
+void print_findings(const Findings& findings) {
+  fmt::print("Tern {}\n", version_text(tern_version()));
+  print_machine(findings);
+  print_devices(findings);
+  print_heading("Environment");
+  print_fact("launcher", findings.launcher ? fmt::format("{}: rank {} of {}", findings.launcher->name, findings.launcher->rank,
+                                                         findings.launcher->num_ranks)
+                                           : "none");
+  for (const KnobDescription& knob : findings.knobs)
+    print_fact(knob.name, fmt::format("{:<8}{}", knob.value.empty() ? "unset" : knob.value, knob.meaning));
+  print_heading("Ways for tokens to travel");
+  for (const Path& path : findings.paths) {
+    print_fact(path.name, path.taken ? "yes" : "no: " + path.why);
+    if (!path.taken) print_fact("", "would need: " + path.remedy);
+  }
+}
+
+using Json = nlohmann::ordered_json;
+
+Json machine_json(const Findings& findings) {
+  const CpuFacts& cpu = findings.cpu;
+  const MemoryFacts& memory = findings.memory;
+  Json features = Json::array();
+  for (const KernelFeature& feature : findings.features)
+    features.push_back({{"name", feature.name}, {"works", feature.works}, {"note", feature.note}});
+  return {{"cpu",
+           {{"model", cpu.model},
+            {"cores", cpu.num_cores},
+            {"usable_cores", cpu.num_usable},
+            {"cgroup_limit_cores", cpu.cgroup_limit ? Json(*cpu.cgroup_limit) : Json()},
+            {"numa_nodes", cpu.numa_node_cpus}}},
+          {"memory",
+           {{"total_bytes", memory.total_bytes},
+            {"available_bytes", memory.available_bytes},
+            {"shm_free_bytes", memory.shm_free_bytes ? Json(*memory.shm_free_bytes) : Json()},
+            {"huge_pages", memory.huge_pages},
+            {"huge_page_bytes", memory.huge_page_bytes},
+            {"transparent_huge_pages", memory.transparent_huge_pages},
+            {"shared_huge_pages", memory.shared_huge_pages},
+            {"locked_limit_bytes", memory.locked_limit_bytes},
+            {"open_files_limit", memory.open_files_limit}}},
+          {"kernel", {{"release", findings.kernel}, {"features", features}}}};
+}
+
+Json devices_json(const Findings& findings) {
+  Json gpus = Json::array();
+  for (const GpuFacts& gpu : findings.gpus.gpus) {
+    gpus.push_back({{"name", gpu.name},
+                    {"memory_bytes", gpu.memory_bytes},
+                    {"compute_capability", fmt::format("{}.{}", gpu.compute_major, gpu.compute_minor)},
+                    {"nvlinks", gpu.num_nvlinks},
+                    {"link_to", gpu.link_to}});
+  }
+  const NetworkReport& network = findings.network;
+  return {{"gpus", {{"driver", findings.gpus.driver}, {"problem", findings.gpus.problem}, {"list", gpus}}},
+          {"network",
+           {{"libfabric", network.libfabric},
+            {"providers", network.providers},
+            {"problem", network.problem},
+            {"rdma_devices", network.rdma_devices}}}};
+}
+
+Json findings_json(const Findings& findings) {
+  Json knobs = Json::array(), paths = Json::array();
+  for (const KnobDescription& knob : findings.knobs)
+    knobs.push_back({{"name", knob.name}, {"value", knob.value}, {"meaning", knob.meaning}});
+  for (const Path& path : findings.paths)
+    paths.push_back({{"name", path.name}, {"taken", path.taken}, {"why", path.why}, {"would_need", path.remedy}});
+  Json document{{"version", version_text(tern_version())}};
+  document.update(machine_json(findings));
+  document.update(devices_json(findings));
+  document["launcher"] =
+      findings.launcher
+          ? Json{{"name", findings.launcher->name}, {"rank", findings.launcher->rank}, {"ranks", findings.launcher->num_ranks}}
+          : Json();
+  document["knobs"] = knobs;
+  document["paths"] = paths;
+  return document;
+}
+
+}  // namespace
+
+void add_doctor_flags(CLI::App& app, DoctorOptions& options) {
+  app.add_option("--json", options.json, "Write the findings to this file, or instead of the text to standard output with \"-\"");
+}
+
+int run_doctor(const DoctorOptions& options) {
+  const Findings findings = examine();
+  if (options.json == "-")
+    fmt::print("{}\n", findings_json(findings).dump(2));
+  else
+    print_findings(findings);
+  if (!options.json.empty() && options.json != "-") {
+    std::ofstream file(options.json);
+    file << findings_json(findings).dump(2) << '\n';
+    file.close();
+    if (!file) fail_errno("write", fmt::format("findings cannot be written to {}", options.json));
+  }
+  return std::ranges::any_of(findings.paths, &Path::taken) ? 0 : 2;
+}
+
+}  // namespace tern::tools

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tools/meter.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+namespace tern::tools {
+namespace {
+
+constexpr int64_t kMostWarmUps = 5;
+
+int64_t now_ns() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+}  // namespace
+
+double Times::quantile_us(double share) const {
+  if (us.empty()) return 0;
+  std::vector<double> sorted = us;
+  std::ranges::sort(sorted);
+  const auto position = static_cast<size_t>(std::ceil(share * static_cast<double>(sorted.size())));
+  return sorted[std::max<size_t>(position, 1) - 1];
+}
+
+size_t Meter::board_bytes(int num_ranks, int64_t num_iters) {
+  return sizeof(Stamp) * static_cast<size_t>(num_ranks) * static_cast<size_t>(num_iters);
+}
+
+Times Meter::collect(const std::function<void()>& run, Span span) const {
+  auto* stamps = context_.board.shared_as<Stamp>();  // [num_iters, num_ranks]
+  const int num_ranks = context_.num_ranks;
+  for (int64_t i = 0; i < std::min(num_iters_, kMostWarmUps); ++i) run();
+  for (int64_t i = 0; i < num_iters_; ++i) {
+    context_.align();
+    const int64_t start_ns = now_ns();
+    run();
+    stamps[i * num_ranks + context_.rank] = {start_ns, now_ns()};
+  }
+  context_.align();
+  Times times;
+  for (int64_t i = 0; i < num_iters_; ++i) {
+    const Stamp* of_run = stamps + i * num_ranks;
+    int64_t slowest_ns = 0, first_ns = INT64_MAX, last_ns = 0;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      slowest_ns = std::max(slowest_ns, of_run[rank].end_ns - of_run[rank].start_ns);
+      first_ns = std::min(first_ns, of_run[rank].start_ns);
+      last_ns = std::max(last_ns, of_run[rank].end_ns);
+    }
+    times.us.push_back(static_cast<double>(span == Span::kSlowestRank ? slowest_ns : last_ns - first_ns) * 1e-3);
+  }
+  context_.align();  // the stamps may be overwritten only when everybody has read them
+  return times;
+}
+
+}  // namespace tern::tools

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// Finds out by trying: can this process exchange tokens on an engine, with ranks as threads or as processes?
+#pragma once
+
+#include <tern/tern.h>
+
+#include <string>
+
+#include "tools/launch.h"
+
+namespace tern::tools {
+
+struct Probe {
+  std::string name;
+  bool works = false;
+  std::string reason;  // why not, and what would help
+};
+
+// One rank, one token there and back.
+Probe probe_engine(tern_device_type device);
+
+// The same between two ranks on the CPU.
+Probe probe_launch(LaunchKind kind);
+
+}  // namespace tern::tools
