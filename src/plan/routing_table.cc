@@ -45,6 +45,9 @@ void RoutingTable::check(const tern_routing& routing) const {
   if (shape_.num_topk == 0) {
     if (routing.token_in_rank == nullptr && routing.num_tokens > 0)
       fail(kBad, "routing: token_in_rank is NULL, but the plan's num_topk is 0, which means routing by token_in_rank");
+    for (int32_t expert = 0; expert < shape_.num_experts && routing.tokens_per_expert != nullptr; ++expert)
+      if (routing.tokens_per_expert[expert] < 0)
+        fail(kBad, "routing: tokens_per_expert of expert {} is {}, must not be negative", expert, routing.tokens_per_expert[expert]);
     return;
   }
   if (routing.token_in_rank != nullptr) fail(kBad, "routing: token_in_rank needs a plan with num_topk 0; this one has {}", shape_.num_topk);

@@ -303,6 +303,8 @@ TEST(RoutingTable, RefusesRoutingsThatDoNotFit) {
   };
   for (const tern_routing& routing : bad_for_topk) EXPECT_EQ(check(topk, routing), TERN_INVALID_ARGUMENT);
   EXPECT_EQ(check(by_mask, {.num_tokens = 1}), TERN_INVALID_ARGUMENT);
+  const std::vector<int32_t> counts = {0, 1, 2, 3, 4, -1};
+  EXPECT_EQ(check(by_mask, {.num_tokens = 4, .token_in_rank = mask.data(), .tokens_per_expert = counts.data()}), TERN_INVALID_ARGUMENT);
   for (const int64_t wrong : {int64_t{-2}, int64_t{6}, int64_t{1} << 32, std::numeric_limits<int64_t>::min()}) {
     std::vector<int64_t> bad = good;
     bad[7] = wrong;
