@@ -27,6 +27,7 @@ class Input {
 
   // Half of the calls are tame: all their arguments are in range.
   void start_call() { wild_ = byte() % 2 != 0; }
+  void start_tame_call() { wild_ = false; }
   bool is_wild() const { return wild_; }
 
   // True for one byte value in n.

@@ -51,6 +51,9 @@ int64_t most_rows(const tern_plan_options& o) {
 
 bool has_expert_rows(const TestedPlan& plan) { return plan.options.layout != TERN_LAYOUT_RANK_MAJOR; }
 
+// Mostly short rows, that fit into window memory; sometimes several blocks of scales.
+int64_t any_hidden(Input& input) { return input.multiple(1, input.one_in(4) ? 20 : 3, input.odd_one_in(8) ? 1 : 16); }
+
 }  // namespace
 
 RoutingArgs::RoutingArgs(Input& input, int64_t max_tokens, int64_t num_topk, int64_t num_experts) : arrays(input), given(input) {
@@ -63,8 +66,13 @@ RoutingArgs::RoutingArgs(Input& input, int64_t max_tokens, int64_t num_topk, int
   const int64_t index_bytes = product({num_entries, is_narrow ? 4 : 8});
   const bool by_mask = (num_topk == 0) != input.odd_one_in(8);
   if (!by_mask || input.odd_one_in(8)) fields.topk_idx = input.odd_one_in(8) ? nullptr : arrays.make<std::byte>(index_bytes);
-  if (by_mask) fields.token_in_rank = arrays.maybe<uint8_t>(seen.num_tokens);
-  if (by_mask) fields.tokens_per_expert = arrays.maybe<int32_t>(product({num_experts, 4}));
+  if (by_mask) fields.token_in_rank = input.odd_one_in(8) ? nullptr : arrays.make<uint8_t>(seen.num_tokens);
+  if (by_mask && input.one_in(2)) {
+    const int64_t bytes = product({num_experts, 4});
+    auto* counts = arrays.make<int32_t>(bytes);
+    if (bytes > 0 && bytes <= kMostBytes) std::fill_n(counts, num_experts, input.small_number(0, 100));
+    fields.tokens_per_expert = counts;
+  }
   may_be_passed = arrays.has_all() || seen.num_tokens > max_tokens;
   if (fields.topk_idx != nullptr && index_bytes > 0 && index_bytes <= kMostBytes) {
     Numbers numbers(input.word());
@@ -81,11 +89,21 @@ RoutingArgs::RoutingArgs(Input& input, int64_t max_tokens, int64_t num_topk, int
   pointer = given.pointer(fields);
 }
 
-tern_launch Session::any_launch() {
+// The call that the plan is ready for.
+void Session::advance(TestedPlan& plan) {
+  if (plan.sent_dispatch) return dispatch(plan);
+  if (plan.sent_combine) return combine(plan);
+  const bool can_route_itself = plan.options.extent == TERN_EXTENT_WORST;
+  if (input_.one_in(6) || (!plan.is_routed && !can_route_itself)) return route(plan);
+  if (!plan.is_dispatched || input_.one_in(3)) return dispatch(plan);
+  combine(plan);
+}
+
+tern_launch Session::any_launch(tern_phase phase) {
   tern_launch launch;
   launch.lane = input_.small_number(0, 0);
   if (launch.lane == kWitnessLane) launch.lane = 2;
-  launch.phase = input_.value_of<tern_phase>(3);
+  launch.phase = input_.is_wild() ? input_.value_of<tern_phase>(3) : phase;
   launch.num_sms = input_.small_number(0, 1);
   return launch;
 }
@@ -99,15 +117,16 @@ tern_plan_info Session::info_of(const TestedPlan& plan) const {
 void Session::route(TestedPlan& plan) {
   RoutingArgs routing(input_, plan.options.max_tokens, plan.options.num_topk, plan.options.num_experts);
   if (!routing.may_be_passed) return;
-  tern_launch launch = any_launch();
-  if (!input_.is_wild()) launch.phase = TERN_PHASE_WHOLE;
+  const tern_launch launch = any_launch(TERN_PHASE_WHOLE);
   Given<tern_launch> given_launch(input_);
   tern_launch* launch_pointer = given_launch.optional_pointer(input_, launch);
   Given<tern_plan_info> given_info(input_);
   tern_plan_info* info = given_info.optional_pointer(input_, {});
-  make(
+  const tern_status status = make(
       "route", [&] { return tern_plan_route(input_.odd_one_in(16) ? nullptr : plan.handle, routing.pointer, launch_pointer, info); },
       [&] { return info == nullptr || given_info.is_unchanged(); });
+  if (status == TERN_OK) plan.is_routed = true;
+  if (status == TERN_OK) plan.is_dispatched = false;
 }
 
 void Session::count_routing() {
@@ -124,7 +143,7 @@ void Session::count_routing() {
   if (!routing.arrays.has_all() || !outputs.has_all()) return;
   Given<tern_routing_counts> given(input_);
   tern_routing_counts* pointer = given.pointer(counts);
-  const tern_launch launch = any_launch();
+  const tern_launch launch = any_launch(TERN_PHASE_WHOLE);
   Given<tern_launch> given_launch(input_);
   tern_launch* launch_pointer = given_launch.optional_pointer(input_, launch);
   make(
@@ -135,7 +154,7 @@ void Session::count_routing() {
 std::byte* Session::make_rows(Arrays& arrays, int64_t bytes, bool& in_window) {
   in_window = false;
   const size_t choice = input_.byte();
-  if (choice % 2 == 0 || windows_.empty()) return choice % 16 == 14 ? nullptr : arrays.make<std::byte>(bytes);
+  if (choice % 2 == 0 || windows_.empty()) return input_.odd_one_in(16) ? nullptr : arrays.make<std::byte>(bytes);
   const WindowMemory& window = windows_[choice / 2 % windows_.size()];
   if (bytes > window.size_bytes) return arrays.make<std::byte>(bytes);
   in_window = true;
@@ -145,7 +164,8 @@ std::byte* Session::make_rows(Arrays& arrays, int64_t bytes, bool& in_window) {
 SentDispatch Session::any_dispatch(const TestedPlan& plan) {
   SentDispatch call;
   const tern_plan_options& o = plan.options;
-  if ((o.extent == TERN_EXTENT_WORST || input_.is_wild()) && input_.one_in(2)) {
+  const bool must_route = !plan.is_routed && !input_.is_wild();
+  if (must_route || ((o.extent == TERN_EXTENT_WORST || input_.is_wild()) && input_.one_in(2))) {
     call.routing = std::make_shared<RoutingArgs>(input_, o.max_tokens, o.num_topk, o.num_experts);
     call.args.routing = call.routing->pointer;
   }
@@ -153,7 +173,7 @@ SentDispatch Session::any_dispatch(const TestedPlan& plan) {
   args.dtype = input_.value_of<tern_dtype>(5);
   args.encoding = input_.one_in(2) ? TERN_ENCODING_AS_GIVEN : input_.value_of<tern_encoding>(4);
   if (!input_.is_wild() && args.dtype > TERN_DTYPE_FP32) args.encoding = TERN_ENCODING_AS_GIVEN;
-  args.hidden = input_.multiple(1, 20, input_.odd_one_in(8) ? 1 : 16);
+  args.hidden = any_hidden(input_);
   if (input_.one_in(4))
     args.token_stride_bytes =
         input_.is_wild() ? input_.multiple(1, 8, 16) : args.hidden * dtype_bytes(args.dtype) + input_.in_range(0, 8) * 16;
@@ -205,7 +225,7 @@ bool Session::add_arrays(tern_dispatch_args& args, const TestedPlan& plan, int64
 }
 
 void Session::dispatch(TestedPlan& plan) {
-  const tern_launch launch = any_launch();
+  const tern_launch launch = any_launch(plan.sent_dispatch ? TERN_PHASE_RECEIVE : input_.one_in(3) ? TERN_PHASE_SEND : TERN_PHASE_WHOLE);
   Given<tern_launch> given_launch(input_);
   const bool completes = launch.phase == TERN_PHASE_RECEIVE && plan.sent_dispatch && !input_.odd_one_in(3);
   const SentDispatch call = completes ? *plan.sent_dispatch : any_dispatch(plan);
@@ -223,16 +243,18 @@ void Session::dispatch(TestedPlan& plan) {
       "dispatch", [&] { return tern_dispatch(input_.odd_one_in(16) ? nullptr : plan.handle, pointer, launch_pointer); },
       [&] { return memory.outputs.are_unchanged(); });
   if (status != TERN_OK && status != TERN_CAPACITY_EXCEEDED) return;
+  const bool is_sent = launch_pointer != nullptr && given_launch.seen(launch).phase == TERN_PHASE_SEND;
   plan.sent_dispatch.reset();
-  if (launch_pointer == nullptr || given_launch.seen(launch).phase != TERN_PHASE_SEND) return;
-  plan.sent_dispatch = SentDispatch{call.args, call.routing};
+  if (is_sent) plan.sent_dispatch = SentDispatch{call.args, call.routing};
+  plan.is_dispatched = !is_sent;
+  plan.is_routed = plan.is_routed || !is_sent;
 }
 
 tern_combine_args Session::any_combine(const TestedPlan& plan) {
   tern_combine_args args;
   args.dtype = input_.value_of<tern_dtype>(3);
   args.mode = input_.value_of<tern_combine_mode>(2);
-  args.hidden = input_.multiple(1, 20, input_.odd_one_in(8) ? 1 : 16);
+  args.hidden = any_hidden(input_);
   if (has_expert_rows(plan) || input_.is_wild()) args.weighting = input_.value_of<tern_weighting>(3);
   if (plan.options.num_topk > 0 || input_.is_wild()) args.carry_weights = input_.small_number(0, 1);
   return args;
@@ -257,7 +279,7 @@ bool Session::add_arrays(tern_combine_args& args, const TestedPlan& plan, CallMe
 }
 
 void Session::combine(TestedPlan& plan) {
-  const tern_launch launch = any_launch();
+  const tern_launch launch = any_launch(plan.sent_combine ? TERN_PHASE_RECEIVE : input_.one_in(3) ? TERN_PHASE_SEND : TERN_PHASE_WHOLE);
   Given<tern_launch> given_launch(input_);
   const bool completes = launch.phase == TERN_PHASE_RECEIVE && plan.sent_combine && !input_.odd_one_in(3);
   const tern_combine_args fields = completes ? *plan.sent_combine : any_combine(plan);

@@ -52,6 +52,8 @@ struct SentDispatch {
 struct TestedPlan {
   tern_plan* handle = nullptr;
   tern_plan_options options;  // as the library saw them
+  bool is_routed = false;
+  bool is_dispatched = false;
   std::optional<SentDispatch> sent_dispatch;
   std::optional<tern_combine_args> sent_combine;
 };
@@ -93,6 +95,7 @@ class Session {
   void check_outcome(const char* name, tern_status status) const;
 
   // Calls on objects: object_calls.cc.
+  void prepare();
   void call_any();
   void create_plan();
   void destroy_plan();
@@ -105,11 +108,13 @@ class Session {
   void create_allgather_group();
 
   // Operations: operation_calls.cc.
+  void advance(TestedPlan& plan);
   void route(TestedPlan& plan);
   void count_routing();
   void dispatch(TestedPlan& plan);
   void combine(TestedPlan& plan);
-  tern_launch any_launch();
+  // In a tame call with this phase.
+  tern_launch any_launch(tern_phase phase);
   tern_plan_info info_of(const TestedPlan& plan) const;
   SentDispatch any_dispatch(const TestedPlan& plan);
   tern_combine_args any_combine(const TestedPlan& plan);
