@@ -290,8 +290,7 @@ TEST(RoutingTable, RefusesRoutingsThatDoNotFit) {
   EXPECT_EQ(check(topk, {}), TERN_OK);
   EXPECT_EQ(check(by_mask, {}), TERN_OK);
   EXPECT_EQ(check(by_mask, {.num_tokens = 4, .token_in_rank = mask.data()}), TERN_OK);
-  const int two = 2;
-  const auto no_index_type = static_cast<tern_index_type>(two);
+  const auto index_type = [](int value) { return static_cast<tern_index_type>(value); };
   const std::vector<tern_routing> bad_for_topk = {
       {.topk_idx = good.data(), .num_tokens = -1},
       {.topk_idx = good.data(), .num_tokens = 5},
@@ -299,7 +298,7 @@ TEST(RoutingTable, RefusesRoutingsThatDoNotFit) {
       {.topk_idx = nullptr, .num_tokens = 1},
       {.num_tokens = 4, .token_in_rank = mask.data()},
       {.topk_idx = good.data(), .num_tokens = 4, .token_in_rank = mask.data()},
-      {.topk_idx = good.data(), .topk_idx_type = no_index_type, .num_tokens = 4},
+      {.topk_idx = good.data(), .topk_idx_type = index_type(2), .num_tokens = 4},
   };
   for (const tern_routing& routing : bad_for_topk) EXPECT_EQ(check(topk, routing), TERN_INVALID_ARGUMENT);
   EXPECT_EQ(check(by_mask, {.num_tokens = 1}), TERN_INVALID_ARGUMENT);
