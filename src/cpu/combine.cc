@@ -20,6 +20,7 @@ void send_owner_weights(const PlanContext& ctx, const float* topk_weights) {
   const auto row_bytes = static_cast<size_t>(shape.num_topk) * sizeof(float);
   RoundTrip trip{.operation = TERN_OP_WEIGHTS, .shape = call_shape(shape), .bank = {.num_counts = 0, .slot = {.num_weights = shape.num_topk}}, .num_tokens = ctx.table.num_tokens()};
   trip.tokens_per_round = tokens_per_round(ctx, trip.bank, 1, TERN_PHASE_WHOLE, "combine");
+  trip.shape.tokens_per_round = trip.tokens_per_round;
   trip.num_rounds = std::max<int64_t>(1, (ctx.table.most_tokens_of_any_rank() + trip.tokens_per_round - 1) / trip.tokens_per_round);
   std::vector<int64_t>& next_message = ctx.scratch.next_message;
   for (int r = 0; r < shape.num_ranks; ++r) next_message[static_cast<size_t>(r)] = ctx.table.received_begin(r);
@@ -95,6 +96,7 @@ class Combine {
     const int64_t most_tokens = std::max<int64_t>(1, ctx_.table.most_tokens_of_any_rank());
     has_slots_ = !pull_ || call_.carries_weights;
     trip_.tokens_per_round = has_slots_ ? tokens_per_round(ctx_, trip_.bank, per_entry_ ? shape_.num_topk : 1, phase, "combine") : most_tokens;
+    trip_.shape.tokens_per_round = trip_.tokens_per_round;
     trip_.num_rounds = (most_tokens + trip_.tokens_per_round - 1) / trip_.tokens_per_round;
   }
 

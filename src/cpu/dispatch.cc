@@ -72,6 +72,7 @@ class Dispatch {
     trip_.tokens_per_round = tokens_per_round(ctx_, trip_.bank, 1, phase, "dispatch");
     // Before the counts are known, only the plan's bound is the same on every rank.
     const int64_t most_tokens = fused_ ? shape_.max_tokens : ctx_.table.most_tokens_of_any_rank();
+    trip_.shape.tokens_per_round = trip_.tokens_per_round;
     trip_.num_rounds = std::max<int64_t>(1, (most_tokens + trip_.tokens_per_round - 1) / trip_.tokens_per_round);
   }
 

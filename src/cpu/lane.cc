@@ -17,8 +17,8 @@ constexpr std::chrono::milliseconds kLongestSleep{100};
 }  // namespace
 
 std::string shape_text(const layout::CallShape& s) {
-  return fmt::format("row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}", s.row_bytes, s.scale_bytes,
-                     s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices);
+  return fmt::format("row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}, {} tokens a round", s.row_bytes, s.scale_bytes,
+                     s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices, s.tokens_per_round);
 }
 
 Lane::Lane(const Domain& domain, int index, const LaneOptions& options)
