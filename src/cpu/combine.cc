@@ -53,6 +53,7 @@ class Combine {
     // Not behind an open send: `consumed` stays before it, so nobody could tell when the others have done with the rows.
     pull_ = in_window && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
     per_entry_ = args_.mode == TERN_COMBINE_EXACT && shape_.has_expert_rows();
+    own_in_place_ = !pull_ && run.phase == TERN_PHASE_WHOLE && !shape_.has_expert_rows();
     store_ = slot_store(ctx_, call_.row_bytes, run.phase);
     set_trip(run.phase);
   }
@@ -131,7 +132,8 @@ class Combine {
       return;
     }
     std::byte* slot = ctx_.lane.next_slot(trip_, epoch, owner);
-    if (!pull_) write_message_row(message, slot + trip_.bank.slot.payload());
+    const bool stays = own_in_place_ && owner == shape_.rank;
+    if (!pull_ && !stays) write_message_row(message, slot + trip_.bank.slot.payload());
     if (call_.carries_weights) write_message_weights(message, reinterpret_cast<float*>(slot + trip_.bank.slot.weights()));
   }
 
@@ -215,9 +217,16 @@ class Combine {
       }
       if (pull_)
         pull_message(token, message);
+      else if (own_in_place_ && message.rank == shape_.rank)
+        add_own_row(message);
       else if (slot != nullptr)
         scratch_.terms.push_back({slot + trip_.bank.slot.payload(), 1.0f});
     }
+  }
+
+  void add_own_row(Message message) {
+    const int32_t row = ctx_.table.message_row(message);
+    if (row >= 0) scratch_.terms.push_back({expert_row(row), 1.0f});
   }
 
   // The rows of one message where they lie; a group of its own, so that the sum on its rank is rounded as if it were made there.
@@ -269,6 +278,7 @@ class Combine {
   const PlanShape& shape_;
   PlanScratch& scratch_;
   bool pull_ = false;       // owners read the rows in their experts' windows
+  bool own_in_place_ = false;  // this rank's rows for its own tokens are not copied to a slot
   bool per_entry_ = false;  // every expert's row goes to the owner
   bool has_slots_ = true;
   Store store_ = Store::kCached;

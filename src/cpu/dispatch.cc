@@ -25,6 +25,7 @@ class Dispatch {
         scales_(context.scratch.scale_places) {
     zero_copy_ = uses_window(ctx_, "dispatch", args_.out_tokens, call_.wire_bytes, args_.zero_copy != 0) && !fused_;
     store_ = batch_store(ctx_, call_.wire_bytes);
+    own_in_place_ = !zero_copy_ && run.phase == TERN_PHASE_WHOLE && args_.encoding == TERN_ENCODING_AS_GIVEN;
     send_store_ = zero_copy_ ? store_ : slot_store(ctx_, call_.wire_bytes, run.phase);
     set_trip(run.phase);
   }
@@ -111,7 +112,7 @@ class Dispatch {
       if (call_.scale_bytes > 0) scales_.push_back(slot + trip_.bank.slot.scales());
       if (zero_copy_)
         add_final_rows(token, message);
-      else
+      else if (!own_in_place_ || message.rank != shape_.rank)
         payloads_.push_back(slot + trip_.bank.slot.payload());
     }
     write_row(token);
@@ -148,18 +149,19 @@ class Dispatch {
 
   // Writes the row to all its places; a cast row is made in the first of them.
   void write_row(int64_t token) {
-    if (payloads_.empty()) return;
-    const int64_t stride = args_.token_stride_bytes;
-    const auto* row = static_cast<const std::byte*>(args_.tokens) + token * stride;
+    const std::byte* row = token_row(token);
     if (args_.encoding == TERN_ENCODING_AS_GIVEN) {
       for (std::byte* place : payloads_) copy_row(place, row, static_cast<size_t>(call_.wire_bytes), send_store_);
       for (std::byte* place : scales_) gather_scales(place, token);
       return;
     }
+    if (payloads_.empty()) return;
     cast_row_fp8(row, args_.dtype, args_.hidden, args_.encoding, payloads_[0], scales_[0]);
     for (size_t i = 1; i < payloads_.size(); ++i) copy_row(payloads_[i], payloads_[0], static_cast<size_t>(call_.wire_bytes), send_store_);
     for (size_t i = 1; i < scales_.size(); ++i) std::memcpy(scales_[i], scales_[0], static_cast<size_t>(call_.scale_bytes));
   }
+
+  const std::byte* token_row(int64_t token) const { return static_cast<const std::byte*>(args_.tokens) + token * args_.token_stride_bytes; }
 
   void gather_scales(std::byte* place, int64_t token) const {
     const auto* scales = static_cast<const std::byte*>(args_.scales) + token * args_.scale_token_stride_bytes;
@@ -210,6 +212,7 @@ class Dispatch {
           .payload = zero_copy_ ? nullptr : slot + layout.payload(),
           .scales = slot + layout.scales()};
       std::memcpy(&message.source_token, slot + layout.source_token(), sizeof(message.source_token));
+      if (own_in_place_ && source == shape_.rank) message.payload = token_row(message.source_token);
       const int64_t index = ctx_.table.place_message(source, message.source_token, message.experts);
       std::copy(message.weights.begin(), message.weights.end(), ctx_.weights.received.begin() + index * shape_.num_topk);
       outputs_.write(index, message, store_);
@@ -223,6 +226,7 @@ class Dispatch {
   const PlanShape& shape_;
   DispatchOutputs outputs_;
   bool zero_copy_ = false;
+  bool own_in_place_ = false;  // rows to this rank itself stay in the caller's tokens until they are put in place
   Store send_store_ = Store::kCached;  // into windows
   Store store_ = Store::kCached;       // into the outputs
   RoundTrip trip_;
