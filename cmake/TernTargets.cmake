@@ -12,15 +12,17 @@ target_compile_options(tern_flags INTERFACE
   # The order and rounding of sums is part of the contract: no multiply-add may be formed behind our back.
   -ffp-contract=off>)
 if(TERN_SANITIZE)
-  target_compile_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -g -fno-sanitize-recover=all)
+  target_compile_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -g -fno-sanitize-recover=all
+    # Callers may pass numbers that are no value of their enum. Without -fstrict-enums compilers keep them, and we check them.
+    -fno-sanitize=enum)
   target_link_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE})
 endif()
 if(TERN_BUILD_FUZZ)
   if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
     message(FATAL_ERROR "TERN_BUILD_FUZZ needs clang++ (CMAKE_CXX_COMPILER); found ${CMAKE_CXX_COMPILER_ID}")
   endif()
-  # The library tells the fuzzer where it has been. Numbers that are no value of their enum are part of what is tried.
-  target_compile_options(tern_flags INTERFACE -fsanitize=fuzzer-no-link -fno-sanitize=enum)
+  # The library tells the fuzzer where it has been.
+  target_compile_options(tern_flags INTERFACE -fsanitize=fuzzer-no-link)
   target_link_options(tern_flags INTERFACE -fsanitize=fuzzer-no-link)
 endif()
 

@@ -52,6 +52,10 @@ class Input {
       default: return static_cast<int64_t>(word());
     }
   }
+  // A number from the range times `unit`; what leaves the integers comes back at their other end.
+  int64_t multiple(int64_t low, int64_t high, uint64_t unit) {
+    return static_cast<int64_t>(static_cast<uint64_t>(number(low, high)) * unit);
+  }
   int32_t small_number(int32_t low, int32_t high) { return static_cast<int32_t>(number(low, high)); }
 
   // One of the first `count` values of an enum, in a wild call sometimes a number that is none.

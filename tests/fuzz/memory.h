@@ -19,7 +19,7 @@ namespace tern::fuzz {
 inline constexpr int64_t kMostBytes = int64_t{4} << 20;
 
 // A size that has left what can be touched.
-inline constexpr int64_t kTooMuch = int64_t{1} << 62;
+inline constexpr int64_t kTooMuch = int64_t{1} << 61;
 
 // The product of sizes that may be anything: 0 if one is not positive, kTooMuch where it leaves the integers.
 inline int64_t product(std::initializer_list<int64_t> factors) {
@@ -30,7 +30,7 @@ inline int64_t product(std::initializer_list<int64_t> factors) {
   }
   return result;
 }
-inline int64_t sum(int64_t a, int64_t b) { return std::min(kTooMuch, a + b); }
+inline int64_t sum(int64_t a, int64_t b) { return std::min(kTooMuch, std::min(kTooMuch, a) + std::min(kTooMuch, b)); }
 
 // The arrays of one call.
 class Arrays {

@@ -46,8 +46,8 @@ tern_exchange_options any_exchange_options(Input& input) {
   tern_exchange_options options;
   options.device = input.value_of<tern_device_type>(3);
   options.device_index = input.small_number(-1, 1);
-  options.staging_bytes = input.one_in(2) ? 0 : input.number(1, 200) * 1024;
-  options.window_bytes = input.one_in(2) ? 0 : input.number(1, 200) * 1024;
+  options.staging_bytes = input.one_in(2) ? 0 : input.multiple(1, 200, 1024);
+  options.window_bytes = input.one_in(2) ? 0 : input.multiple(1, 200, 1024);
   options.max_tokens = input.number(0, 16);
   options.max_row_bytes = input.number(0, 200);
   options.max_topk = input.small_number(0, 9);
@@ -63,7 +63,9 @@ tern_exchange_options any_exchange_options(Input& input) {
 }  // namespace
 
 Session::Session(Input& input) : input_(input) {
-  require(tern_group_create_local(nullptr, 1, &group_) == TERN_OK, "group", "a group of one rank cannot be made");
+  tern_group_options quiet;
+  quiet.log = ignore_line;
+  require(tern_group_create_local(&quiet, 1, &group_) == TERN_OK, "group", "a group of one rank cannot be made");
   tern_exchange_options options;
   options.device = TERN_DEVICE_CPU;
   options.staging_bytes = (2 + int64_t{input.byte()}) << 12;
@@ -120,7 +122,8 @@ void Session::check_outcome(const char* name, tern_status status) const {
   const std::string text = tern_last_error();
   require(std::strcmp(tern_status_name(status), "TERN_UNKNOWN") != 0, name, "it returned a status that is none");
   require(status != TERN_INTERNAL_ERROR, name, "it returned TERN_INTERNAL_ERROR");
-  require(status != TERN_TIMEOUT && status != TERN_ABORTED && status != TERN_MISMATCH, name, "one rank alone waited for, or disagreed with, itself");
+  require(status != TERN_TIMEOUT && status != TERN_ABORTED && status != TERN_MISMATCH, name,
+          "one rank alone waited for, or disagreed with, itself");
   require(status == TERN_OK || (!text.empty() && text != "group is NULL"), name, "it failed without a text");
 }
 
@@ -136,8 +139,8 @@ Session::State Session::state() const {
     const tern_status status = tern_plan_get_info(plan.handle, &info);
     result.plans.push_back(status);
     if (status != TERN_OK) continue;
-    result.plans.insert(result.plans.end(), {info.num_tokens, info.num_received, info.num_rows, info.row_capacity, info.generation, info.latency_path,
-                                             info.received_per_rank[0], info.sent_per_rank[0], info.pair_counts[0]});
+    result.plans.insert(result.plans.end(), {info.num_tokens, info.num_received, info.num_rows, info.row_capacity, info.generation,
+                                             info.latency_path, info.received_per_rank[0], info.sent_per_rank[0], info.pair_counts[0]});
     result.plans.insert(result.plans.end(), info.received_per_expert, info.received_per_expert + plan.options.num_experts);
   }
   return result;
@@ -180,16 +183,19 @@ void Session::get_infos() {
   get("get_state", tern_exchange_state{}, [&](tern_exchange_state* s) { return tern_exchange_get_state(exchange_, s); });
   get("get_metrics", tern_metrics{}, [&](tern_metrics* m) { return tern_exchange_get_metrics(exchange_, m); });
   get("group_get_info", tern_group_info{}, [&](tern_group_info* i) { return tern_group_get_info(group_, i); });
-  for (const TestedPlan& plan : plans_) get("plan_get_info", tern_plan_info{}, [&](tern_plan_info* i) { return tern_plan_get_info(plan.handle, i); });
+  for (const TestedPlan& plan : plans_)
+    get("plan_get_info", tern_plan_info{}, [&](tern_plan_info* i) { return tern_plan_get_info(plan.handle, i); });
 }
 
 void Session::allocate_window() {
   if (windows_.size() == kMostWindows) return free_window();
-  const int64_t bytes = input_.one_in(2) ? input_.number(1, 256) * 64 : input_.number(1, 256);
+  const int64_t bytes = input_.one_in(2) ? input_.multiple(1, 256, 64) : input_.number(1, 256);
   void* memory = nullptr;
-  const tern_status status = make("window_alloc", [&] { return tern_window_alloc(exchange_, bytes, &memory); }, [&] { return memory == nullptr; });
+  const tern_status status =
+      make("window_alloc", [&] { return tern_window_alloc(exchange_, bytes, &memory); }, [&] { return memory == nullptr; });
   if (status != TERN_OK) return;
-  require(bytes > 0 && bytes <= 32768 && reinterpret_cast<uintptr_t>(memory) % 256 == 0, "window_alloc", "it gave what it cannot have, or badly aligned");
+  require(bytes > 0 && bytes <= 32768 && reinterpret_cast<uintptr_t>(memory) % 256 == 0, "window_alloc",
+          "it gave what it cannot have, or badly aligned");
   auto* data = static_cast<std::byte*>(memory);
   for (const WindowMemory& other : windows_)
     require(data + bytes <= other.data || other.data + other.size_bytes <= data, "window_alloc", "it gave memory that is in use");
@@ -240,10 +246,11 @@ void Session::create_exchange() {
   const tern_status can_be = make("query_memory", [&] { return tern_exchange_query_memory(group_, pointer, &info); }, never_written);
   if (can_be == TERN_OK && info.total_bytes > kSmallExchangeBytes && info.total_bytes < kAbsurdExchangeBytes) return;
   tern_exchange* exchange = nullptr;
-  const tern_status status = make(
-      "exchange_create", [&] { return tern_exchange_create(group_, pointer, &exchange); }, [&] { return exchange == nullptr; });
+  const tern_status status =
+      make("exchange_create", [&] { return tern_exchange_create(group_, pointer, &exchange); }, [&] { return exchange == nullptr; });
   require(can_be == TERN_OK ? info.total_bytes >= 0 : status == can_be, "exchange_create", "it disagrees with tern_exchange_query_memory");
-  require(can_be != TERN_OK || info.total_bytes < kAbsurdExchangeBytes || status != TERN_OK, "exchange_create", "it gave more memory than there is");
+  require(can_be != TERN_OK || info.total_bytes < kAbsurdExchangeBytes || status != TERN_OK, "exchange_create",
+          "it gave more memory than there is");
   tern_exchange_destroy(exchange);
 }
 
@@ -269,9 +276,13 @@ void Session::create_allgather_group() {
   tern_group* group = nullptr;
   const tern_status status = make(
       "group_create_from_allgather",
-      [&] { return tern_group_create_from_allgather(given.optional_pointer(input_, options), rank, num_ranks, gather_from_self, &num_ranks, &group); },
+      [&] {
+        return tern_group_create_from_allgather(given.optional_pointer(input_, options), rank, num_ranks, gather_from_self, &num_ranks,
+                                                &group);
+      },
       [&] { return group == nullptr; });
-  require(status != TERN_OK || (num_ranks == 1 && rank == 0), "group_create_from_allgather", "it made a group although the caller's all-gather failed");
+  require(status != TERN_OK || (num_ranks == 1 && rank == 0), "group_create_from_allgather",
+          "it made a group although the caller's all-gather failed");
   tern_group_destroy(group);
 }
 

@@ -20,7 +20,9 @@ int64_t dtype_bytes(tern_dtype dtype) {
 }
 
 // Bytes that `count` pieces of `bytes` reach over, `stride` apart.
-int64_t reach(int64_t count, int64_t stride, int64_t bytes) { return count <= 0 ? 0 : sum(product({count - 1, stride}), std::max<int64_t>(0, bytes)); }
+int64_t reach(int64_t count, int64_t stride, int64_t bytes) {
+  return count <= 0 ? 0 : sum(product({count - 1, stride}), std::max<int64_t>(0, bytes));
+}
 
 // Numbers that follow from one.
 class Numbers {
@@ -151,11 +153,13 @@ SentDispatch Session::any_dispatch(const TestedPlan& plan) {
   args.dtype = input_.value_of<tern_dtype>(5);
   args.encoding = input_.one_in(2) ? TERN_ENCODING_AS_GIVEN : input_.value_of<tern_encoding>(4);
   if (!input_.is_wild() && args.dtype > TERN_DTYPE_FP32) args.encoding = TERN_ENCODING_AS_GIVEN;
-  args.hidden = input_.number(1, 20) * 16 + (input_.odd_one_in(8) ? input_.byte() : 0);
-  if (input_.one_in(4)) args.token_stride_bytes = input_.number(1, 8) * 16 + (input_.is_wild() ? 0 : args.hidden * dtype_bytes(args.dtype));
+  args.hidden = input_.multiple(1, 20, input_.odd_one_in(8) ? 1 : 16);
+  if (input_.one_in(4))
+    args.token_stride_bytes =
+        input_.is_wild() ? input_.multiple(1, 8, 16) : args.hidden * dtype_bytes(args.dtype) + input_.in_range(0, 8) * 16;
   if (input_.is_wild() || args.encoding == TERN_ENCODING_AS_GIVEN) {
-    args.scale_bytes = input_.one_in(2) ? 0 : input_.number(1, 16) * (input_.is_wild() ? 1 : 4);
-    if (input_.one_in(4)) args.scale_element_bytes = input_.number(0, 1) * 4;
+    args.scale_bytes = input_.one_in(2) ? 0 : input_.multiple(1, 16, input_.is_wild() ? 1 : 4);
+    if (input_.one_in(4)) args.scale_element_bytes = input_.multiple(0, 1, 4);
     if (input_.one_in(4)) args.scale_token_stride_bytes = input_.number(0, 200);
     if (input_.one_in(4)) args.scale_element_stride_bytes = input_.number(0, 20);
   }
@@ -195,7 +199,8 @@ bool Session::add_arrays(tern_dispatch_args& args, const TestedPlan& plan, int64
   args.out_rank_counts = out.maybe<int32_t>(4);
   args.out_expert_rank_ranges = out.maybe<int64_t>(product({o.num_experts, 8}));
   // What is refused before any memory is looked at needs none.
-  const bool is_refused = row_bytes == 0 || row_bytes > kMostRowBytes || token_stride < row_bytes || args.scale_bytes < 0 || args.scale_bytes > kMostRowBytes;
+  const bool is_refused =
+      row_bytes == 0 || row_bytes > kMostRowBytes || token_stride < row_bytes || args.scale_bytes < 0 || args.scale_bytes > kMostRowBytes;
   return is_refused || (memory.inputs.has_all() && out.has_all());
 }
 
@@ -212,7 +217,8 @@ void Session::dispatch(TestedPlan& plan) {
   CallMemory memory(input_);
   if (!add_arrays(args, plan, num_tokens, memory)) return;
   tern_dispatch_args* pointer = given.pointer(args);
-  tern_launch* launch_pointer = launch.phase == TERN_PHASE_WHOLE ? given_launch.optional_pointer(input_, launch) : given_launch.pointer(launch);
+  tern_launch* launch_pointer =
+      launch.phase == TERN_PHASE_WHOLE ? given_launch.optional_pointer(input_, launch) : given_launch.pointer(launch);
   const tern_status status = make(
       "dispatch", [&] { return tern_dispatch(input_.odd_one_in(16) ? nullptr : plan.handle, pointer, launch_pointer); },
       [&] { return memory.outputs.are_unchanged(); });
@@ -226,7 +232,7 @@ tern_combine_args Session::any_combine(const TestedPlan& plan) {
   tern_combine_args args;
   args.dtype = input_.value_of<tern_dtype>(3);
   args.mode = input_.value_of<tern_combine_mode>(2);
-  args.hidden = input_.number(1, 20) * 16 + (input_.odd_one_in(8) ? input_.byte() : 0);
+  args.hidden = input_.multiple(1, 20, input_.odd_one_in(8) ? 1 : 16);
   if (has_expert_rows(plan) || input_.is_wild()) args.weighting = input_.value_of<tern_weighting>(3);
   if (plan.options.num_topk > 0 || input_.is_wild()) args.carry_weights = input_.small_number(0, 1);
   return args;
@@ -241,7 +247,8 @@ bool Session::add_arrays(tern_combine_args& args, const TestedPlan& plan, CallMe
   args.rows = make_rows(memory.inputs, product({info.num_rows, row_bytes}), in_window);
   args.zero_copy = in_window ? input_.small_number(0, 1) : input_.odd_one_in(8);
   if (args.weighting == TERN_WEIGHTS_OWNER) args.topk_weights = memory.inputs.make<float>(product({info.num_tokens, num_topk, 4}));
-  if (args.carry_weights != 0) args.row_weights = memory.inputs.make<float>(product({info.num_rows, has_expert_rows(plan) ? 1 : num_topk, 4}));
+  if (args.carry_weights != 0)
+    args.row_weights = memory.inputs.make<float>(product({info.num_rows, has_expert_rows(plan) ? 1 : num_topk, 4}));
   for (const void*& bias : args.bias) bias = memory.inputs.maybe<std::byte>(token_bytes);
   args.out_tokens = memory.outputs.make<std::byte>(token_bytes);
   args.out_topk_weights = memory.outputs.maybe<float>(product({info.num_tokens, num_topk, 4}));
@@ -259,7 +266,8 @@ void Session::combine(TestedPlan& plan) {
   CallMemory memory(input_);
   if (!add_arrays(args, plan, memory)) return;
   tern_combine_args* pointer = given.pointer(args);
-  tern_launch* launch_pointer = launch.phase == TERN_PHASE_WHOLE ? given_launch.optional_pointer(input_, launch) : given_launch.pointer(launch);
+  tern_launch* launch_pointer =
+      launch.phase == TERN_PHASE_WHOLE ? given_launch.optional_pointer(input_, launch) : given_launch.pointer(launch);
   const tern_status status = make(
       "combine", [&] { return tern_combine(input_.odd_one_in(16) ? nullptr : plan.handle, pointer, launch_pointer); },
       [&] { return memory.outputs.are_unchanged(); });

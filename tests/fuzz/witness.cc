@@ -57,7 +57,8 @@ void Witness::make_round_trip(const char* after) {
   dispatch.out_tokens = rows.data();
   require(tern_dispatch(plan_, &dispatch, &launch) == TERN_OK, after, "a known-good dispatch fails after it");
   for (size_t i = 0; i < rows.size(); ++i)
-    require(rows[i] == tokens[static_cast<size_t>(kRowTokens[i / kHidden] * kHidden) + i % kHidden], after, "a known-good dispatch brings other rows after it");
+    require(rows[i] == tokens[static_cast<size_t>(kRowTokens[i / kHidden] * kHidden) + i % kHidden], after,
+            "a known-good dispatch brings other rows after it");
 
   std::vector<float> result(tokens.size());
   tern_combine_args combine;
@@ -66,7 +67,8 @@ void Witness::make_round_trip(const char* after) {
   combine.hidden = kHidden;
   combine.out_tokens = result.data();
   require(tern_combine(plan_, &combine, &launch) == TERN_OK, after, "a known-good combine fails after it");
-  for (size_t i = 0; i < result.size(); ++i) require(result[i] == kEntriesOfToken[i / kHidden] * tokens[i], after, "a known-good combine sums otherwise after it");
+  for (size_t i = 0; i < result.size(); ++i)
+    require(result[i] == kEntriesOfToken[i / kHidden] * tokens[i], after, "a known-good combine sums otherwise after it");
 }
 
 }  // namespace tern::fuzz

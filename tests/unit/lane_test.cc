@@ -23,7 +23,12 @@ constexpr int64_t kSlotsPerBank = 4;
 layout::BankLayout test_bank() { return {.num_counts = 0, .slot = {.payload_bytes = sizeof(uint64_t)}}; }
 
 RoundTrip test_trip(int64_t num_rounds, tern_operation operation = TERN_OP_DISPATCH) {
-  return {.operation = operation, .shape = {.row_bytes = 16}, .bank = test_bank(), .num_tokens = 0, .tokens_per_round = kSlotsPerBank, .num_rounds = num_rounds};
+  return {.operation = operation,
+          .shape = {.row_bytes = 16},
+          .bank = test_bank(),
+          .num_tokens = 0,
+          .tokens_per_round = kSlotsPerBank,
+          .num_rounds = num_rounds};
 }
 
 // The windows of some ranks, and a view of them for each.
@@ -68,7 +73,9 @@ uint64_t message(uint64_t epoch, int source, int destination, int64_t slot) {
   return epoch << 32 | static_cast<uint64_t>(source) << 24 | static_cast<uint64_t>(destination) << 16 | static_cast<uint64_t>(slot);
 }
 
-int64_t num_messages(uint64_t epoch, int source, int destination) { return static_cast<int64_t>(epoch * 7 + static_cast<uint64_t>(source * 3 + destination)) % (kSlotsPerBank + 1); }
+int64_t num_messages(uint64_t epoch, int source, int destination) {
+  return static_cast<int64_t>(epoch * 7 + static_cast<uint64_t>(source * 3 + destination)) % (kSlotsPerBank + 1);
+}
 
 void fill(Lane& lane, const RoundTrip& trip, uint64_t epoch) {
   const Domain& domain = lane.domain();
@@ -252,7 +259,10 @@ TEST(Lane, GoesOnWithoutWhoWasGivenUp) {
   std::vector<int> silent(2);
   lane.run(
       trip, [&](int64_t, uint64_t epoch) { fill(lane, trip, epoch); },
-      [&](int64_t, uint64_t epoch) { lane.domain().for_each_member([&](int from) { silent[static_cast<size_t>(from)] += lane.await_arrived(trip, epoch, from) == nullptr; }); });
+      [&](int64_t, uint64_t epoch) {
+        lane.domain().for_each_member(
+            [&](int from) { silent[static_cast<size_t>(from)] += lane.await_arrived(trip, epoch, from) == nullptr; });
+      });
   EXPECT_TRUE(lane.gave_up_any());
   EXPECT_TRUE(lane.gave_up(1));
   EXPECT_THAT(silent, testing::ElementsAre(0, 3));

@@ -64,8 +64,9 @@ static_assert(banks_alternate());
 
 constexpr bool slot_is_apart(const SlotLayout& slot) {
   const int64_t end_of_experts = slot.experts() + 4 * slot.num_experts;
-  return slot.payload() == 0 && slot.scales() >= slot.payload_bytes && slot.scales() % 16 == 0 && slot.source_token() >= slot.scales() + slot.scale_bytes &&
-         slot.source_token() % 4 == 0 && slot.experts() == slot.source_token() + 4 && slot.weights() >= end_of_experts && slot.weights() % 4 == 0 &&
+  return slot.payload() == 0 && slot.scales() >= slot.payload_bytes && slot.scales() % 16 == 0 &&
+         slot.source_token() >= slot.scales() + slot.scale_bytes && slot.source_token() % 4 == 0 &&
+         slot.experts() == slot.source_token() + 4 && slot.weights() >= end_of_experts && slot.weights() % 4 == 0 &&
          slot.stride() >= slot.weights() + 4 * slot.num_weights && slot.stride() % static_cast<int64_t>(kCacheLine) == 0;
 }
 
@@ -86,7 +87,9 @@ constexpr bool slots_fit() {
       const BankLayout bank{.num_counts = counts, .slot = {.payload_bytes = payload, .num_experts = 8}};
       if (bank.counts() < static_cast<int64_t>(sizeof(MessageHeader)) || bank.slots() < bank.counts() + 4 * counts) return false;
       for (int64_t n = 0; n < 20; ++n)
-        if (bank.slots_in(bank.bytes(n)) != n || (n > 0 && bank.slots_in(bank.bytes(n) - 1) != n - 1) || bank.slot_at(n) % static_cast<int64_t>(kCacheLine) != 0) return false;
+        if (bank.slots_in(bank.bytes(n)) != n || (n > 0 && bank.slots_in(bank.bytes(n) - 1) != n - 1) ||
+            bank.slot_at(n) % static_cast<int64_t>(kCacheLine) != 0)
+          return false;
       if (bank.slots_in(bank.slots() - 1) != 0 || bank.slots_in(0) != 0) return false;
     }
   return true;

@@ -42,9 +42,7 @@ class Model {
     }
     return -1;
   }
-  void mark(int64_t offset, int64_t bytes, bool used) {
-    std::fill_n(used_.begin() + offset / kGranule, granules(bytes), used);
-  }
+  void mark(int64_t offset, int64_t bytes, bool used) { std::fill_n(used_.begin() + offset / kGranule, granules(bytes), used); }
   static size_t granules(int64_t bytes) { return static_cast<size_t>((bytes + kGranule - 1) / kGranule); }
 
  private:
@@ -96,7 +94,8 @@ TEST(OffsetAllocator, SaysWhatIsLeft) {
   ASSERT_EQ(allocator.allocate(kGranule), 0);
   ASSERT_EQ(allocator.allocate(2 * kGranule), kGranule);
   ASSERT_TRUE(allocator.release(0));
-  EXPECT_EQ(text_of_refusal(allocator, 600), "window: 600 bytes asked for, 768 are free, at most 512 in one piece; create the exchange with a larger window_bytes");
+  EXPECT_EQ(text_of_refusal(allocator, 600),
+            "window: 600 bytes asked for, 768 are free, at most 512 in one piece; create the exchange with a larger window_bytes");
 }
 
 TEST(OffsetAllocator, RefusesWhatNoWindowCanHold) {

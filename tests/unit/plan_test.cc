@@ -34,8 +34,8 @@ struct Batch {
   tern_plan_options options;
   int32_t num_ranks = 0;
   std::vector<uint8_t> masked;
-  std::vector<int64_t> num_tokens;                // [rank]
-  std::vector<std::vector<int64_t>> topk_idx;     // [rank][token, k]
+  std::vector<int64_t> num_tokens;                  // [rank]
+  std::vector<std::vector<int64_t>> topk_idx;       // [rank][token, k]
   std::vector<std::vector<uint8_t>> token_in_rank;  // [rank][token, rank], with num_topk 0
 
   int32_t local_experts() const { return options.num_experts / num_ranks; }
@@ -108,8 +108,8 @@ struct Entry {
 
 // What one rank receives, as lists in the order of the contract.
 struct Arrivals {
-  std::vector<Entry> messages;               // k = -1
-  std::vector<std::vector<Entry>> entries;   // [local expert]
+  std::vector<Entry> messages;              // k = -1
+  std::vector<std::vector<Entry>> entries;  // [local expert]
 };
 
 Arrivals arrivals_at(const Batch& b, int32_t destination) {
@@ -216,7 +216,8 @@ void check_receiver(const Batch& b, RoutingTable& table, int32_t rank) {
 
 void check_sender(const Batch& b, const RoutingTable& table, int32_t rank) {
   std::vector<ExpectedRows> rows;
-  for (int32_t r = 0; r < b.num_ranks; ++r) rows.push_back(b.masked[static_cast<size_t>(r)] != 0 ? ExpectedRows{} : expected_rows(b, arrivals_at(b, r)));
+  for (int32_t r = 0; r < b.num_ranks; ++r)
+    rows.push_back(b.masked[static_cast<size_t>(r)] != 0 ? ExpectedRows{} : expected_rows(b, arrivals_at(b, r)));
   const auto s = static_cast<size_t>(rank);
   ASSERT_EQ(table.num_tokens(), b.num_tokens[s]);
   for (int64_t token = 0; token < b.num_tokens[s]; ++token) {
@@ -232,7 +233,8 @@ void check_sender(const Batch& b, const RoutingTable& table, int32_t rank) {
       }
     }
     for (int32_t to = 0; to < b.num_ranks && b.options.num_topk == 0; ++to)
-      if (b.token_in_rank[s][static_cast<size_t>(token * b.num_ranks + to)] != 0 && b.masked[static_cast<size_t>(to)] == 0) destinations.push_back(to);
+      if (b.token_in_rank[s][static_cast<size_t>(token * b.num_ranks + to)] != 0 && b.masked[static_cast<size_t>(to)] == 0)
+        destinations.push_back(to);
     std::ranges::sort(destinations);
     destinations.erase(std::unique(destinations.begin(), destinations.end()), destinations.end());
     const auto messages = table.messages_of(token);
@@ -312,7 +314,14 @@ TEST(RoutingTable, RefusesRoutingsThatDoNotFit) {
 // The capacity that a plan has by default is what the worst routing needs, and no more.
 TEST(PlanShape, CapacityIsWhatCanArrive) {
   const auto capacity = [](tern_layout layout, int32_t alignment, int64_t given = 0) {
-    return make_plan_shape({.max_tokens = 3, .num_experts = 4, .num_topk = 2, .layout = layout, .extent = TERN_EXTENT_WORST, .expert_alignment = alignment, .row_capacity = given}, 0, 2)
+    return make_plan_shape({.max_tokens = 3,
+                            .num_experts = 4,
+                            .num_topk = 2,
+                            .layout = layout,
+                            .extent = TERN_EXTENT_WORST,
+                            .expert_alignment = alignment,
+                            .row_capacity = given},
+                           0, 2)
         .row_capacity;
   };
   EXPECT_EQ(capacity(TERN_LAYOUT_RANK_MAJOR, 8), 6);
@@ -334,12 +343,17 @@ TEST(PlanShape, RefusesWhatCannotBe) {
   EXPECT_EQ(with([](auto&) {}), TERN_OK);
   for (const int64_t tokens : {int64_t{0}, int64_t{-1}, int64_t{kMost32}, int64_t{kMost32} + 1, kMost64, -kMost64})
     EXPECT_EQ(with([&](auto& o) { o.max_tokens = tokens; }), TERN_INVALID_ARGUMENT) << tokens;
-  for (const int32_t experts : {0, -2, 5, kMost32, -kMost32}) EXPECT_EQ(with([&](auto& o) { o.num_experts = experts; }), TERN_INVALID_ARGUMENT) << experts;
+  for (const int32_t experts : {0, -2, 5, kMost32, -kMost32})
+    EXPECT_EQ(with([&](auto& o) { o.num_experts = experts; }), TERN_INVALID_ARGUMENT) << experts;
   for (const int32_t topk : {-1, 65, kMost32, 0}) EXPECT_EQ(with([&](auto& o) { o.num_topk = topk; }), TERN_INVALID_ARGUMENT) << topk;
-  for (const int value : {-1, 3, kMost32}) EXPECT_EQ(with([&](auto& o) { o.layout = static_cast<tern_layout>(value); }), TERN_INVALID_ARGUMENT) << value;
-  for (const int value : {-1, 2, kMost32}) EXPECT_EQ(with([&](auto& o) { o.extent = static_cast<tern_extent>(value); }), TERN_INVALID_ARGUMENT) << value;
-  for (const int32_t alignment : {-1, kMost32}) EXPECT_EQ(with([&](auto& o) { o.expert_alignment = alignment; }), TERN_INVALID_ARGUMENT) << alignment;
-  for (const int64_t capacity : {int64_t{-1}, int64_t{kMost32} + 1, kMost64}) EXPECT_EQ(with([&](auto& o) { o.row_capacity = capacity; }), TERN_INVALID_ARGUMENT) << capacity;
+  for (const int value : {-1, 3, kMost32})
+    EXPECT_EQ(with([&](auto& o) { o.layout = static_cast<tern_layout>(value); }), TERN_INVALID_ARGUMENT) << value;
+  for (const int value : {-1, 2, kMost32})
+    EXPECT_EQ(with([&](auto& o) { o.extent = static_cast<tern_extent>(value); }), TERN_INVALID_ARGUMENT) << value;
+  for (const int32_t alignment : {-1, kMost32})
+    EXPECT_EQ(with([&](auto& o) { o.expert_alignment = alignment; }), TERN_INVALID_ARGUMENT) << alignment;
+  for (const int64_t capacity : {int64_t{-1}, int64_t{kMost32} + 1, kMost64})
+    EXPECT_EQ(with([&](auto& o) { o.row_capacity = capacity; }), TERN_INVALID_ARGUMENT) << capacity;
 }
 
 // Row numbers are 32 bits wide: the largest plan that has that many is allowed, one token more is not.

@@ -50,7 +50,8 @@ TEST(WindowSizing, HoldsTheShapesInOneRound) {
           o.max_experts = 16 * num_ranks;
           o.num_lanes = 2;
           const layout::WindowLayout window = make_window_layout(complete_options(o), num_ranks);
-          const layout::BankLayout bank{.num_counts = o.max_experts + num_ranks, .slot = {.payload_bytes = row_bytes, .scale_bytes = 0, .num_experts = topk, .num_weights = topk}};
+          const layout::BankLayout bank{.num_counts = o.max_experts + num_ranks,
+                                        .slot = {.payload_bytes = row_bytes, .scale_bytes = 0, .num_experts = topk, .num_weights = topk}};
           EXPECT_GE(bank.slots_in(window.bank_bytes), max_tokens);
           EXPECT_EQ(window.bank_bytes % static_cast<int64_t>(layout::kCacheLine), 0);
         }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The heap of a small machine: what asks for more than a few MiB at once gets std::bad_alloc, also under sanitizers, which would
-// end the process. So an absurd size that is not refused before memory is asked for fails alike everywhere.
+// Replaces the program's operators new and delete.
+#include "small_heap.h"
+
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -8,7 +10,9 @@ namespace {
 
 constexpr std::size_t kMostBytes = std::size_t{8} << 20;
 
-void* allocate(std::size_t bytes) noexcept { return bytes > kMostBytes ? nullptr : std::malloc(bytes == 0 ? 1 : bytes); }
+std::atomic<bool> is_small{false};
+
+void* allocate(std::size_t bytes) noexcept { return is_small && bytes > kMostBytes ? nullptr : std::malloc(bytes == 0 ? 1 : bytes); }
 
 void* allocate_or_throw(std::size_t bytes) {
   void* memory = allocate(bytes);
@@ -17,6 +21,13 @@ void* allocate_or_throw(std::size_t bytes) {
 }
 
 }  // namespace
+
+namespace tern::fuzz {
+
+SmallHeap::SmallHeap() { is_small = true; }
+SmallHeap::~SmallHeap() { is_small = false; }
+
+}  // namespace tern::fuzz
 
 void* operator new(std::size_t bytes) { return allocate_or_throw(bytes); }
 void* operator new[](std::size_t bytes) { return allocate_or_throw(bytes); }
