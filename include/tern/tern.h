@@ -233,7 +233,8 @@ typedef struct tern_exchange_options {
   tern_device_type device TERN_ZERO;
   int32_t device_index TERN_ZERO;      /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices */
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
-   * of them need one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). */
+   * of them fit one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). A send must fit one round. A combine in mode
+   * EXACT sends a row per entry: for its sends, count each token max_topk times in max_tokens. */
   int64_t staging_bytes TERN_ZERO;
   int64_t window_bytes TERN_ZERO;      /* memory for tern_window_alloc; 0: none */
   int64_t max_tokens TERN_ZERO;        /* shapes to be expected, per rank; all 0: 128 tokens of 16 KiB, top-8 of 256 experts */
@@ -352,7 +353,7 @@ typedef struct tern_plan_options {
   tern_layout layout TERN_ZERO;
   tern_extent extent TERN_ZERO;
   int32_t expert_alignment TERN_ZERO;  /* expert_major: rows of a group are padded to a multiple of it; 0: 1 */
-  int32_t zero_padding TERN_ZERO;      /* 1: dispatch writes zeros (scales too) into padding rows */
+  int32_t zero_padding TERN_ZERO;      /* 1: dispatch writes zeros (scales too) into padding rows: to the end of each group, in expert_padded to the end of each expert */
   int64_t row_capacity TERN_ZERO;      /* worst: rows of the outputs, equal on all ranks; 0: what can arrive at most. expert_padded: always E_l * num_ranks * max_tokens */
 } tern_plan_options;
 
@@ -428,13 +429,13 @@ typedef struct tern_dispatch_args {
   int64_t token_stride_bytes TERN_ZERO;     /* 0: dense */
   const void* scales TERN_ZERO;             /* AS_GIVEN: [num_tokens, scale_bytes] opaque; NULL: none */
   int64_t scale_bytes TERN_ZERO;            /* AS_GIVEN: bytes of scales per token, > 0 with scales; equal on all ranks, also on those with no tokens */
-  int64_t scale_element_bytes TERN_ZERO;    /* granule that COLUMN_MAJOR transposes and strides count; 0: 4 */
+  int64_t scale_element_bytes TERN_ZERO;    /* granule that COLUMN_MAJOR transposes and strides count; 0: 4, or 1 where scale_bytes is no multiple of 4 */
   int64_t scale_token_stride_bytes TERN_ZERO;   /* 0: dense */
   int64_t scale_element_stride_bytes TERN_ZERO; /* 0: scale_element_bytes */
   const float* topk_weights TERN_ZERO;      /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights) */
   int32_t carry_weights TERN_ZERO;          /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
 
-  /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where rows arrive.
+  /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where the outputs have rows.
    * Counts, offsets and ranges are those of the routing, also where rows were left out for want of capacity. */
   tern_scale_order out_scale_order TERN_ZERO;
   void* out_tokens TERN_ZERO;               /* [rows, hidden]. Window memory on every rank (zero copy), or on none; see zero_copy */
@@ -467,11 +468,11 @@ typedef struct tern_combine_args {
   int64_t hidden TERN_ZERO;
   tern_weighting weighting TERN_ZERO;       /* rank_major: TERN_WEIGHTS_NONE */
   int32_t carry_weights TERN_ZERO;          /* 1: row_weights travel; a rank that received no rows sets it too. 0: as row_weights != NULL */
-  const float* topk_weights TERN_ZERO;      /* WEIGHTS_OWNER: [num_tokens, num_topk] */
+  const float* topk_weights TERN_ZERO;      /* WEIGHTS_OWNER: [num_tokens, num_topk]. HIERARCHICAL sends them ahead, in a round of their own: no other send may be under way then */
   const float* row_weights TERN_ZERO;       /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
   const void* bias[2] TERN_ZERO;            /* [num_tokens, hidden] each, or NULL; added first, in this order */
   void* out_tokens TERN_ZERO;               /* [num_tokens, hidden] */
-  float* out_topk_weights TERN_ZERO;        /* [num_tokens, num_topk]: row_weights summed over ranks, ascending */
+  float* out_topk_weights TERN_ZERO;        /* [num_tokens, num_topk]: row_weights summed over ranks, ascending; needs weights that travel */
   int32_t zero_copy TERN_ZERO;              /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies */
   int32_t reserved TERN_ZERO;
 } tern_combine_args;

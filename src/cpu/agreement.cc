@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <thread>
 
 #include "base/error.h"
 #include "cpu/doorbell.h"
@@ -35,8 +36,8 @@ void publish(const Domain& domain, const Proposal& proposal) {
   domain.for_each_member([&](int peer) { ring(domain.doorbell(peer, 0)); });
 }
 
-// nullopt: being written just now.
-std::optional<Proposal> read(const Domain& domain, int owner) {
+// nullopt: it is being written.
+std::optional<Proposal> try_read(const Domain& domain, int owner) {
   layout::ProposalCell& cell = domain.proposal(owner);
   const uint64_t version = load(cell.version);
   if (version % 2 != 0) return std::nullopt;
@@ -44,6 +45,16 @@ std::optional<Proposal> read(const Domain& domain, int owner) {
   for (size_t r = 0; r < proposal.mask.size(); ++r) proposal.mask[r] = load(cell.mask[r / 64]) >> (r % 64) & 1;
   if (load(cell.version) != version) return std::nullopt;
   return proposal;
+}
+
+// A cell is half written for less than a microsecond, unless its owner was stopped or killed in the middle.
+std::optional<Proposal> read(const Domain& domain, int owner) {
+  constexpr int kMostAttempts = 1000;
+  for (int attempt = 0; attempt < kMostAttempts; ++attempt) {
+    if (auto proposal = try_read(domain, owner)) return proposal;
+    std::this_thread::yield();
+  }
+  return std::nullopt;
 }
 
 class Agreement {

@@ -117,6 +117,8 @@ CombineCall make_combine_call(const tern_combine_args& args, const DevicePlan& p
   call.carries_weights = a.row_weights != nullptr || a.carry_weights != 0;
   const bool has_rows = info.num_received > 0;
   check_weights("combine", call.carries_weights, a.row_weights, has_rows, shape.num_topk);
+  if (a.out_topk_weights != nullptr && !call.carries_weights)
+    fail(kBad, "combine: out_topk_weights is given, but no weights travel; give row_weights on the ranks that have rows, and set carry_weights on those that have none");
   if (a.rows == nullptr && has_rows && launch.phase != TERN_PHASE_RECEIVE) fail(kBad, "combine: rows is NULL, but this rank has received {} messages", info.num_received);
   if (a.out_tokens == nullptr && info.num_tokens > 0) fail(kBad, "combine: out_tokens is NULL with {} tokens", info.num_tokens);
   return call;

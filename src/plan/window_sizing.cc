@@ -64,7 +64,7 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
   layout::WindowLayout window{.num_ranks = num_ranks, .num_lanes = o.num_lanes};
   const int64_t num_banks = int64_t{o.num_lanes} * layout::kNumBanks * num_ranks;
   const layout::BankLayout bank = expected_bank(o, num_ranks);
-  const int64_t least = bank.bytes(1);
+  const int64_t least = bank.bytes(o.max_topk);  // one token's entries, each by itself in an exact combine
   int64_t bank_bytes = 0;
   if (o.staging_bytes > 0) {
     bank_bytes = o.staging_bytes / num_banks / kGranule * kGranule;

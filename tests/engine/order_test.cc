@@ -46,7 +46,8 @@ TEST(Phases, EveryLayoutAndMemory) {
         }
 }
 
-// tern.h: staging computed from the shapes lets a dispatch and a combine of them run in one round, as phases need it.
+// tern.h: staging computed from the shapes lets a dispatch and a combine of them run in one round, as phases need it; with mode EXACT each
+// token counts once for each of its entries.
 TEST(Phases, StagingComputedFromTheShapesSuffices) {
   for (const tern_combine_mode mode : {TERN_COMBINE_HIERARCHICAL, TERN_COMBINE_EXACT}) {
     Case c = ordinary_case(33);
@@ -54,7 +55,7 @@ TEST(Phases, StagingComputedFromTheShapesSuffices) {
     c.combine_mode = mode;
     const Scenario scenario(c);
     tern_exchange_options options = scenario.exchange_options();
-    options.max_tokens = c.max_tokens;
+    options.max_tokens = mode == TERN_COMBINE_EXACT ? c.max_tokens * c.num_topk : c.max_tokens;
     expect_right(c, run_threads(c.num_ranks, options, {}, [&](int32_t rank, tern_exchange* exchange) {
                    RoundTrip trip(scenario, rank, exchange);
                    trip.run();
