@@ -121,7 +121,8 @@ class Agreement {
   }
 
   void give_up_silent_ranks() {
-    if (silent_.empty()) fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for the other ranks to agree; call it again", domain_.rank, options_.timeout_ms);
+    if (silent_.empty())
+      fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for the other ranks to agree; call it again", domain_.rank, options_.timeout_ms);
     std::string names;
     for (const int r : silent_) names += fmt::format("{}rank {}{}", names.empty() ? "" : ", ", r, describe_rank(domain_.topology, r));
     if (!options_.allow_mask)
@@ -134,7 +135,9 @@ class Agreement {
 
   void refuse_if_masked() const {
     if (!goes_on(domain_.rank))
-      fail(TERN_MASKED_OUT, "recover: the other ranks go on without rank {} in generation {}; destroy the exchange, and make a new one with all ranks to join again",
+      fail(TERN_MASKED_OUT,
+           "recover: the other ranks go on without rank {} in generation {}; destroy the exchange, and make a new one with all ranks to "
+           "join again",
            domain_.rank, own_.generation);
   }
 

@@ -19,7 +19,12 @@ namespace {
 class Dispatch {
  public:
   Dispatch(const PlanContext& context, const DispatchRun& run)
-      : ctx_(context), call_(run.call), args_(run.call.args), fused_(run.fused), shape_(context.shape()), outputs_(context.table, run.call),
+      : ctx_(context),
+        call_(run.call),
+        args_(run.call.args),
+        fused_(run.fused),
+        shape_(context.shape()),
+        outputs_(context.table, run.call),
         row_address_(context.scratch.row_address),
         payloads_(context.scratch.payload_places),
         scales_(context.scratch.scale_places) {
@@ -62,8 +67,9 @@ class Dispatch {
     trip_.shape = call_shape(shape_);
     trip_.shape.row_bytes = call_.wire_bytes;
     trip_.shape.scale_bytes = call_.scale_bytes;
-    trip_.shape.choices |= static_cast<int32_t>(args_.dtype) << 8 | static_cast<int32_t>(args_.encoding) << 12 | static_cast<int32_t>(call_.carries_weights) << 16 |
-                           static_cast<int32_t>(zero_copy_) << 17 | static_cast<int32_t>(fused_) << 18;
+    trip_.shape.choices |= static_cast<int32_t>(args_.dtype) << 8 | static_cast<int32_t>(args_.encoding) << 12 |
+                           static_cast<int32_t>(call_.carries_weights) << 16 | static_cast<int32_t>(zero_copy_) << 17 |
+                           static_cast<int32_t>(fused_) << 18;
     trip_.bank = {.num_counts = fused_ ? ctx_.table.num_counts() : 0,
                   .slot = {.payload_bytes = zero_copy_ ? 0 : call_.wire_bytes,
                            .scale_bytes = call_.scale_bytes,
@@ -100,7 +106,8 @@ class Dispatch {
 
   void exchange_addresses(uint64_t epoch) {
     ctx_.lane.post_ready(epoch, trip_.operation, std::max<int64_t>(0, ctx_.exchange.heap_offset(args_.out_tokens, 0)));
-    ctx_.domain().for_each_member([&](int peer) { row_address_[static_cast<size_t>(peer)] = ctx_.lane.await_ready(epoch, trip_.operation, peer); });
+    ctx_.domain().for_each_member(
+        [&](int peer) { row_address_[static_cast<size_t>(peer)] = ctx_.lane.await_ready(epoch, trip_.operation, peer); });
   }
 
   void send_token(int64_t token, uint64_t epoch) {
@@ -127,7 +134,9 @@ class Dispatch {
       const int32_t expert = ctx_.table.expert_of(token, k);
       experts[k] = expert >= 0 && shape_.rank_of_expert(expert) == destination ? expert % shape_.local_experts() : -1;
     }
-    if (layout.num_weights > 0) std::memcpy(slot + layout.weights(), args_.topk_weights + token * shape_.num_topk, static_cast<size_t>(shape_.num_topk) * sizeof(float));
+    if (layout.num_weights > 0)
+      std::memcpy(slot + layout.weights(), args_.topk_weights + token * shape_.num_topk,
+                  static_cast<size_t>(shape_.num_topk) * sizeof(float));
   }
 
   // Where the token's row goes in the windows of `message.rank`: one place, or one for each local expert.
@@ -170,7 +179,8 @@ class Dispatch {
       std::memcpy(place, scales, static_cast<size_t>(call_.scale_bytes));
       return;
     }
-    for (int64_t at = 0; at < call_.scale_bytes; at += element, scales += args_.scale_element_stride_bytes) std::memcpy(place + at, scales, static_cast<size_t>(element));
+    for (int64_t at = 0; at < call_.scale_bytes; at += element, scales += args_.scale_element_stride_bytes)
+      std::memcpy(place + at, scales, static_cast<size_t>(element));
   }
 
   // ---- Receiving.
@@ -205,12 +215,11 @@ class Dispatch {
     const int32_t num_messages = reinterpret_cast<const layout::MessageHeader*>(bank)->num_messages;
     for (int32_t i = 0; i < num_messages; ++i) {
       const std::byte* slot = bank + trip_.bank.slot_at(i);
-      ArrivedMessage message{
-          .source = source,
-          .experts = {reinterpret_cast<const int32_t*>(slot + layout.experts()), static_cast<size_t>(shape_.num_topk)},
-          .weights = {reinterpret_cast<const float*>(slot + layout.weights()), static_cast<size_t>(layout.num_weights)},
-          .payload = zero_copy_ ? nullptr : slot + layout.payload(),
-          .scales = slot + layout.scales()};
+      ArrivedMessage message{.source = source,
+                             .experts = {reinterpret_cast<const int32_t*>(slot + layout.experts()), static_cast<size_t>(shape_.num_topk)},
+                             .weights = {reinterpret_cast<const float*>(slot + layout.weights()), static_cast<size_t>(layout.num_weights)},
+                             .payload = zero_copy_ ? nullptr : slot + layout.payload(),
+                             .scales = slot + layout.scales()};
       std::memcpy(&message.source_token, slot + layout.source_token(), sizeof(message.source_token));
       if (own_in_place_ && source == shape_.rank) message.payload = token_row(message.source_token);
       const int64_t index = ctx_.table.place_message(source, message.source_token, message.experts);
@@ -226,7 +235,7 @@ class Dispatch {
   const PlanShape& shape_;
   DispatchOutputs outputs_;
   bool zero_copy_ = false;
-  bool own_in_place_ = false;  // rows to this rank itself stay in the caller's tokens until they are put in place
+  bool own_in_place_ = false;          // rows to this rank itself stay in the caller's tokens until they are put in place
   Store send_store_ = Store::kCached;  // into windows
   Store store_ = Store::kCached;       // into the outputs
   RoundTrip trip_;
