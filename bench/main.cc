@@ -36,7 +36,9 @@ struct Options {
 
 void add_options(CLI::App& app, Options& options) {
   app.add_option("--tokens", options.num_tokens, "tokens per rank")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--small-tokens", options.num_small_tokens, "tokens per rank of the small batch")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--small-tokens", options.num_small_tokens, "tokens per rank of the small batch")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app.add_option("--hidden", options.hidden, "elements of a row, a multiple of 8")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--experts", options.num_experts, "experts, a multiple of the ranks")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--topk", options.num_topk, "experts per token")->check(CLI::Range(1, 64))->capture_default_str();
@@ -52,8 +54,10 @@ void add_options(CLI::App& app, Options& options) {
 
 void check_options(const Options& options, int num_ranks) {
   if (num_ranks > 64) fail(TERN_INVALID_ARGUMENT, "there are {} ranks; this program compares up to 64", num_ranks);
-  if (options.num_experts % num_ranks != 0) fail(TERN_INVALID_ARGUMENT, "{} experts on {} ranks: must be a multiple", options.num_experts, num_ranks);
-  if (options.num_topk > options.num_experts) fail(TERN_INVALID_ARGUMENT, "top-{} of {} experts cannot be", options.num_topk, options.num_experts);
+  if (options.num_experts % num_ranks != 0)
+    fail(TERN_INVALID_ARGUMENT, "{} experts on {} ranks: must be a multiple", options.num_experts, num_ranks);
+  if (options.num_topk > options.num_experts)
+    fail(TERN_INVALID_ARGUMENT, "top-{} of {} experts cannot be", options.num_topk, options.num_experts);
   if (options.hidden % 8 != 0) fail(TERN_INVALID_ARGUMENT, "hidden is {}; must be a multiple of 8", options.hidden);
 }
 
@@ -79,7 +83,8 @@ class Comparison {
     const Shape& shape = workload_.shape();
     for (int source = 0; source < shape.num_ranks; ++source) {
       const double mean_row_bytes = static_cast<double>(shape.row_bytes()) / shape.num_ranks;
-      for (int to = 0; to < shape.num_ranks; ++to) section.wire_bytes += static_cast<double>(workload_.num_rows(source, to)) * mean_row_bytes;
+      for (int to = 0; to < shape.num_ranks; ++to)
+        section.wire_bytes += static_cast<double>(workload_.num_rows(source, to)) * mean_row_bytes;
       section.local_wire_bytes += static_cast<double>(workload_.num_rows(source, source)) * mean_row_bytes;
     }
     std::vector<bool> verified;

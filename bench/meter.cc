@@ -11,8 +11,8 @@
 #include <chrono>
 #include <climits>
 #include <cmath>
-#include <ctime>
 #include <cstring>
+#include <ctime>
 #include <numeric>
 #include <random>
 

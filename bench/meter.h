@@ -41,7 +41,7 @@ class Meter {
  private:
   struct Board;
   Board& board() const;
-  void meet() const;         // asleep until all are there: ranks that still work need the cores
+  void meet() const;               // asleep until all are there: ranks that still work need the cores
   int64_t start_together() const;  // awake: when the last one came, in ns
   double take_sample(const Contender& contender, int num_chained) const;
 

@@ -11,7 +11,8 @@ namespace {
 
 class MpiAllToAll : public AllToAll {
  public:
-  explicit MpiAllToAll(const Processes& processes) : name_(processes.mpi_version()), send_(processes.num_ranks()), receive_(processes.num_ranks()) {}
+  explicit MpiAllToAll(const Processes& processes)
+      : name_(processes.mpi_version()), send_(processes.num_ranks()), receive_(processes.num_ranks()) {}
 
   std::string name() const override { return name_; }
 

@@ -30,7 +30,8 @@ template <typename CopyRow>
 void PlainCopy::dispatch(CopyRow copy_row) const {
   const Shape& shape = workload_.shape();
   std::byte* next[64];
-  for (int rank = 0; rank < shape.num_ranks; ++rank) next[rank] = window(rank) + workload_.first_row(workload_.rank(), rank) * shape.row_bytes();
+  for (int rank = 0; rank < shape.num_ranks; ++rank)
+    next[rank] = window(rank) + workload_.first_row(workload_.rank(), rank) * shape.row_bytes();
   const std::byte* token = workload_.tokens();
   for (const uint64_t destinations : workload_.destinations()) {
     for_each_rank(destinations, [&](int rank) {
@@ -57,7 +58,9 @@ void PlainCopy::give_back(CopyRow copy_row) const {
 }
 
 void PlainCopy::add_to(Contenders& contenders) const {
-  const auto rows = [&](int64_t num_rows) { return std::span(window(workload_.rank()), static_cast<size_t>(num_rows * workload_.shape().row_bytes())); };
+  const auto rows = [&](int64_t num_rows) {
+    return std::span(window(workload_.rank()), static_cast<size_t>(num_rows * workload_.shape().row_bytes()));
+  };
   const auto add = [&](const char* operation, const char* name, Result result, std::function<void()> run) {
     const auto output = rows(result == Result::kDispatched ? workload_.num_received() : workload_.num_sent());
     contenders.push_back({operation, name, Kind::kCeiling, result, output, std::move(run)});

@@ -29,7 +29,8 @@ std::string ceiling_of(const std::string& operation) { return operation == "comb
 
 // The time of the named library in the same operation; 0: it is not there.
 double median_of(const Section& section, const std::string& operation, const std::string& name) {
-  const auto line = std::find_if(section.lines.begin(), section.lines.end(), [&](const Line& l) { return l.operation == operation && l.name == name; });
+  const auto line =
+      std::find_if(section.lines.begin(), section.lines.end(), [&](const Line& l) { return l.operation == operation && l.name == name; });
   return line == section.lines.end() ? 0 : line->measured.median_us;
 }
 
@@ -69,12 +70,14 @@ std::string machine_text(const nlohmann::json& machine) {
 std::string table_text(const Section& section) {
   const Shape& shape = section.shape;
   const auto others = other_libraries(section);
-  std::string text = fmt::format("\n{} ranks, {} tokens each, hidden {}, top-{} of {} experts, bf16; {} samples{}\n", shape.num_ranks, shape.num_tokens,
-                                 shape.hidden, shape.num_topk, shape.num_experts, section.repetition.num_samples,
-                                 section.repetition.num_chained == 1 ? "" : fmt::format(" of {} exchanges in a row", section.repetition.num_chained));
+  std::string text =
+      fmt::format("\n{} ranks, {} tokens each, hidden {}, top-{} of {} experts, bf16; {} samples{}\n", shape.num_ranks, shape.num_tokens,
+                  shape.hidden, shape.num_topk, shape.num_experts, section.repetition.num_samples,
+                  section.repetition.num_chained == 1 ? "" : fmt::format(" of {} exchanges in a row", section.repetition.num_chained));
   text += fmt::format("wire bytes per rank: {:.2f} MB, {:.0f} % of them to the rank itself\n\n", section.wire_bytes / 1e6,
                       100 * section.local_wire_bytes / section.wire_bytes);
-  text += fmt::format("{:<18} | {:<29} | {:>9} | {:>9} | {:>9} | {:>10}", "operation", "by", "median us", "p99 us", "GB/s rank", "of ceiling");
+  text +=
+      fmt::format("{:<18} | {:<29} | {:>9} | {:>9} | {:>9} | {:>10}", "operation", "by", "median us", "p99 us", "GB/s rank", "of ceiling");
   for (const auto& other : others) text += fmt::format(" | {:>{}}", "x " + other, other.size() + 2);
   std::string rule = fmt::format("\n{:-<18} | {:-<29} | {:->9} | {:->9} | {:->9} | {:->10}", "", "", ":", ":", ":", ":");
   for (const auto& other : others) rule += fmt::format(" | {:->{}}", ":", other.size() + 2);
@@ -84,7 +87,9 @@ std::string table_text(const Section& section) {
                         line.measured.p99_us, gbps(section, line), 100 * ceiling_median(section, line) / line.measured.median_us);
     for (const auto& other : others) {
       const double theirs = median_of(section, line.operation, other);
-      text += fmt::format(" | {:>{}}", line.kind == Kind::kTern && theirs > 0 ? fmt::format("{:.2f}", theirs / line.measured.median_us) : "", other.size() + 2);
+      text +=
+          fmt::format(" | {:>{}}", line.kind == Kind::kTern && theirs > 0 ? fmt::format("{:.2f}", theirs / line.measured.median_us) : "",
+                      other.size() + 2);
     }
     text += line.verified ? "\n" : " WRONG DATA\n";
   }

@@ -39,7 +39,11 @@ tern_routing TernExchange::routing() const { return {.topk_idx = workload_.topk_
 
 tern_plan_options TernExchange::plan_options(tern_extent extent) const {
   const Shape& shape = workload_.shape();
-  return {.max_tokens = shape.num_tokens, .num_experts = shape.num_experts, .num_topk = shape.num_topk, .layout = TERN_LAYOUT_RANK_MAJOR, .extent = extent};
+  return {.max_tokens = shape.num_tokens,
+          .num_experts = shape.num_experts,
+          .num_topk = shape.num_topk,
+          .layout = TERN_LAYOUT_RANK_MAJOR,
+          .extent = extent};
 }
 
 void TernExchange::dispatch(Plan& plan, void* out) {
@@ -61,7 +65,8 @@ void TernExchange::add_to(Contenders& contenders) {
     dispatch(routed_plan_, out);
   };
   const auto one_call = [this](void* out) {
-    one_call_plan_.dispatch(routing(), {.tokens = workload_.tokens(), .dtype = TERN_DTYPE_BF16, .hidden = workload_.shape().hidden, .out_tokens = out});
+    one_call_plan_.dispatch(
+        routing(), {.tokens = workload_.tokens(), .dtype = TERN_DTYPE_BF16, .hidden = workload_.shape().hidden, .out_tokens = out});
   };
   const auto add = [&](const char* operation, const char* name, std::span<std::byte> output, std::function<void()> run) {
     const Result result = output.data() == combined.data() ? Result::kCombined : Result::kDispatched;

@@ -32,8 +32,8 @@ class TernExchange {
   WindowBuffer rows_window_;  // the experts' rows
   std::shared_ptr<Segment> out_memory_;
   std::shared_ptr<Segment> combined_;
-  Plan plan_;          // routed once, and used again
-  Plan routed_plan_;   // routed anew each time
+  Plan plan_;         // routed once, and used again
+  Plan routed_plan_;  // routed anew each time
   Plan one_call_plan_;
 };
 

@@ -28,7 +28,7 @@ struct RowName {
 // Random bf16 numbers with magnitudes from 2^-7 to 2.
 void make_row(const Shape& shape, const RowName& name, std::byte* row) {
   const uint64_t seed = mix(shape.seed ^ mix(static_cast<uint64_t>(name.token) << 16 ^ static_cast<uint64_t>(name.source) << 8 ^
-                                            static_cast<uint64_t>(name.expert_rank + 1)));
+                                             static_cast<uint64_t>(name.expert_rank + 1)));
   for (int64_t at = 0; at < shape.row_bytes(); at += 8) {
     const uint64_t four = (mix(seed + static_cast<uint64_t>(at)) & 0x83ff83ff83ff83ff) | 0x3c003c003c003c00;
     std::memcpy(row + at, &four, std::min<size_t>(sizeof(four), static_cast<size_t>(shape.row_bytes() - at)));

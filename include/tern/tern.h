@@ -62,18 +62,18 @@ extern "C" {
 
 typedef enum tern_status {
   TERN_OK = 0,
-  TERN_INVALID_ARGUMENT = 1,    /* a pointer, size, shape or dtype that cannot be; nothing was done */
-  TERN_INVALID_STATE = 2,       /* right arguments, wrong moment: a plan not routed, a receive without its send */
-  TERN_OUT_OF_MEMORY = 3,       /* the window is too small for what is asked (the text says how much is needed), or the system has none */
-  TERN_UNSUPPORTED = 4,         /* valid, but not available on this machine or in this build */
-  TERN_TIMEOUT = 5,             /* this rank waited for another one until the deadline */
-  TERN_ABORTED = 6,             /* another rank failed and told this one */
-  TERN_MISMATCH = 7,            /* ranks called different operations, shapes or versions */
-  TERN_STALE_PLAN = 8,          /* the plan was routed before the last recovery; route it again */
-  TERN_MASKED_OUT = 9,          /* the other ranks went on without this one */
-  TERN_CAPACITY_EXCEEDED = 10,  /* worst extent: more rows arrived than the plan has room for; the operation completed without them */
-  TERN_SYSTEM_ERROR = 11,       /* the operating system or a driver refused a call */
-  TERN_INTERNAL_ERROR = 12      /* a defect in Tern */
+  TERN_INVALID_ARGUMENT = 1,   /* a pointer, size, shape or dtype that cannot be; nothing was done */
+  TERN_INVALID_STATE = 2,      /* right arguments, wrong moment: a plan not routed, a receive without its send */
+  TERN_OUT_OF_MEMORY = 3,      /* the window is too small for what is asked (the text says how much is needed), or the system has none */
+  TERN_UNSUPPORTED = 4,        /* valid, but not available on this machine or in this build */
+  TERN_TIMEOUT = 5,            /* this rank waited for another one until the deadline */
+  TERN_ABORTED = 6,            /* another rank failed and told this one */
+  TERN_MISMATCH = 7,           /* ranks called different operations, shapes or versions */
+  TERN_STALE_PLAN = 8,         /* the plan was routed before the last recovery; route it again */
+  TERN_MASKED_OUT = 9,         /* the other ranks went on without this one */
+  TERN_CAPACITY_EXCEEDED = 10, /* worst extent: more rows arrived than the plan has room for; the operation completed without them */
+  TERN_SYSTEM_ERROR = 11,      /* the operating system or a driver refused a call */
+  TERN_INTERNAL_ERROR = 12     /* a defect in Tern */
 } tern_status;
 
 /* The name of a status ("TERN_TIMEOUT"); "TERN_UNKNOWN" for a number that is none. Static storage, any thread. */
@@ -157,7 +157,8 @@ typedef enum tern_weighting {
 
 typedef enum tern_timeout_policy {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
-  TERN_ON_TIMEOUT_MASK = 1   /* the operation goes on with a share of zero for the missing rank; the next one starts a generation without it */
+  TERN_ON_TIMEOUT_MASK =
+      1 /* the operation goes on with a share of zero for the missing rank; the next one starts a generation without it */
 } tern_timeout_policy;
 
 typedef enum tern_mode {
@@ -189,12 +190,12 @@ typedef int (*tern_allgather_fn)(void* context, const void* send, void* recv, si
 
 typedef struct tern_group_options {
   size_t struct_size TERN_SIZE_OF(tern_group_options);
-  const char* name TERN_ZERO;          /* tells groups of one job apart; default "tern". At most 63 bytes */
-  const char* node TERN_ZERO;          /* declares which node this rank is on (ranks with equal names share a node); default: found out */
-  int64_t timeout_ms TERN_ZERO;        /* deadline of creation; 0: TERN_TIMEOUT_MS, else 30000 */
-  tern_log_fn log TERN_ZERO;           /* NULL: lines go to standard error */
+  const char* name TERN_ZERO;   /* tells groups of one job apart; default "tern". At most 63 bytes */
+  const char* node TERN_ZERO;   /* declares which node this rank is on (ranks with equal names share a node); default: found out */
+  int64_t timeout_ms TERN_ZERO; /* deadline of creation; 0: TERN_TIMEOUT_MS, else 30000 */
+  tern_log_fn log TERN_ZERO;    /* NULL: lines go to standard error */
   void* log_context TERN_ZERO;
-  tern_log_level log_level TERN_ZERO;  /* TERN_LOG_OFF (0) means the default: TERN_LOG_LEVEL, else warnings */
+  tern_log_level log_level TERN_ZERO; /* TERN_LOG_OFF (0) means the default: TERN_LOG_LEVEL, else warnings */
   int32_t reserved TERN_ZERO;
 } tern_group_options;
 
@@ -202,9 +203,9 @@ typedef struct tern_group_info {
   size_t struct_size TERN_SIZE_OF(tern_group_info);
   int32_t rank TERN_ZERO;
   int32_t num_ranks TERN_ZERO;
-  int32_t node TERN_ZERO;           /* index of this rank's node */
+  int32_t node TERN_ZERO; /* index of this rank's node */
   int32_t num_nodes TERN_ZERO;
-  int32_t rank_in_node TERN_ZERO;   /* = rail */
+  int32_t rank_in_node TERN_ZERO; /* = rail */
   int32_t ranks_in_node TERN_ZERO;
 } tern_group_info;
 
@@ -231,18 +232,19 @@ TERN_API void tern_group_destroy(tern_group* group);
 typedef struct tern_exchange_options {
   size_t struct_size TERN_SIZE_OF(tern_exchange_options);
   tern_device_type device TERN_ZERO;
-  int32_t device_index TERN_ZERO;      /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices */
+  int32_t device_index TERN_ZERO; /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices */
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
-   * of them need one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). */
+   * of them fit one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). A send must fit one round. A combine in mode
+   * EXACT sends a row per entry: for its sends, count each token max_topk times in max_tokens. */
   int64_t staging_bytes TERN_ZERO;
-  int64_t window_bytes TERN_ZERO;      /* memory for tern_window_alloc; 0: none */
-  int64_t max_tokens TERN_ZERO;        /* shapes to be expected, per rank; all 0: 128 tokens of 16 KiB, top-8 of 256 experts */
-  int64_t max_row_bytes TERN_ZERO;     /* the longest row, scales included */
+  int64_t window_bytes TERN_ZERO;  /* memory for tern_window_alloc; 0: none */
+  int64_t max_tokens TERN_ZERO;    /* shapes to be expected, per rank; all 0: 128 tokens of 16 KiB, top-8 of 256 experts */
+  int64_t max_row_bytes TERN_ZERO; /* the longest row, scales included */
   int32_t max_topk TERN_ZERO;
   int32_t max_experts TERN_ZERO;
-  int32_t num_lanes TERN_ZERO;         /* 0: 1; at most 16 */
-  int32_t num_sms TERN_ZERO;           /* GPU: SM budget, 0: chosen; ignored on CPU ranks */
-  int64_t timeout_ms TERN_ZERO;        /* of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000 */
+  int32_t num_lanes TERN_ZERO;  /* 0: 1; at most 16 */
+  int32_t num_sms TERN_ZERO;    /* GPU: SM budget, 0: chosen; ignored on CPU ranks */
+  int64_t timeout_ms TERN_ZERO; /* of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000 */
   tern_timeout_policy on_timeout TERN_ZERO;
   tern_mode mode TERN_ZERO;
 } tern_exchange_options;
@@ -279,11 +281,11 @@ typedef enum tern_health {
 
 /* What the error record holds: "rank `waiter` waited for rank `awaited` in `operation`, lane, epoch `expected`, saw `seen`". */
 typedef struct tern_failure {
-  tern_status status TERN_ZERO;    /* TERN_OK: none */
+  tern_status status TERN_ZERO; /* TERN_OK: none */
   int32_t waiter TERN_ZERO;
   int32_t awaited TERN_ZERO;
   int32_t lane TERN_ZERO;
-  int32_t operation TERN_ZERO;     /* a tern_operation */
+  int32_t operation TERN_ZERO; /* a tern_operation */
   int32_t reserved TERN_ZERO;
   uint64_t expected_epoch TERN_ZERO;
   uint64_t seen_epoch TERN_ZERO;
@@ -301,9 +303,9 @@ typedef enum tern_operation {
 typedef struct tern_exchange_state {
   size_t struct_size TERN_SIZE_OF(tern_exchange_state);
   tern_health health TERN_ZERO;
-  uint32_t generation TERN_ZERO;       /* 0 at creation, grows with every recovery */
-  tern_failure failure TERN_ZERO;      /* of the current generation */
-  uint8_t masked[1024] TERN_ZERO;      /* [rank] 1: masked out. Groups are at most 1024 ranks in one exchange */
+  uint32_t generation TERN_ZERO;  /* 0 at creation, grows with every recovery */
+  tern_failure failure TERN_ZERO; /* of the current generation */
+  uint8_t masked[1024] TERN_ZERO; /* [rank] 1: masked out. Groups are at most 1024 ranks in one exchange */
 } tern_exchange_state;
 
 /* Local, any thread, no wait: also while an operation runs. */
@@ -311,9 +313,9 @@ TERN_API tern_status tern_exchange_get_state(const tern_exchange* exchange, tern
 
 typedef struct tern_recover_options {
   size_t struct_size TERN_SIZE_OF(tern_recover_options);
-  int64_t timeout_ms TERN_ZERO;   /* 0: the exchange's */
-  const uint8_t* mask TERN_ZERO;  /* [num_ranks] 1: go on without this rank, whether or not it answers; NULL: none */
-  int32_t allow_mask TERN_ZERO;   /* 1: ranks that do not answer in time are masked out; 0: that is TERN_TIMEOUT */
+  int64_t timeout_ms TERN_ZERO;  /* 0: the exchange's */
+  const uint8_t* mask TERN_ZERO; /* [num_ranks] 1: go on without this rank, whether or not it answers; NULL: none */
+  int32_t allow_mask TERN_ZERO;  /* 1: ranks that do not answer in time are masked out; 0: that is TERN_TIMEOUT */
   int32_t reserved TERN_ZERO;
 } tern_recover_options;
 
@@ -333,8 +335,8 @@ typedef struct tern_metrics {
   uint64_t sent_bytes TERN_ZERO;       /* payload, scales and metadata written to other ranks */
   uint64_t sent_local_bytes TERN_ZERO; /* the same, to this rank itself */
   uint64_t received_rows TERN_ZERO;
-  uint64_t waits TERN_ZERO;            /* times a flag was not there yet */
-  uint64_t sleeps TERN_ZERO;           /* of these, times the thread went to sleep */
+  uint64_t waits TERN_ZERO;  /* times a flag was not there yet */
+  uint64_t sleeps TERN_ZERO; /* of these, times the thread went to sleep */
   uint64_t wait_ns TERN_ZERO;
   uint64_t timeouts TERN_ZERO;
 } tern_metrics;
@@ -346,14 +348,16 @@ TERN_API tern_status tern_exchange_get_metrics(const tern_exchange* exchange, te
 
 typedef struct tern_plan_options {
   size_t struct_size TERN_SIZE_OF(tern_plan_options);
-  int64_t max_tokens TERN_ZERO;        /* the most tokens that any rank routes, > 0, equal on all ranks */
-  int32_t num_experts TERN_ZERO;       /* > 0, divisible by the number of ranks; expert e lives on rank e / E_l */
-  int32_t num_topk TERN_ZERO;          /* 1..64; with token_in_rank routing: 0 */
+  int64_t max_tokens TERN_ZERO;  /* the most tokens that any rank routes, > 0, equal on all ranks */
+  int32_t num_experts TERN_ZERO; /* > 0, divisible by the number of ranks; expert e lives on rank e / E_l */
+  int32_t num_topk TERN_ZERO;    /* 1..64; with token_in_rank routing: 0 */
   tern_layout layout TERN_ZERO;
   tern_extent extent TERN_ZERO;
-  int32_t expert_alignment TERN_ZERO;  /* expert_major: rows of a group are padded to a multiple of it; 0: 1 */
-  int32_t zero_padding TERN_ZERO;      /* 1: dispatch writes zeros (scales too) into padding rows */
-  int64_t row_capacity TERN_ZERO;      /* worst: rows of the outputs, equal on all ranks; 0: what can arrive at most. expert_padded: always E_l * num_ranks * max_tokens */
+  int32_t expert_alignment TERN_ZERO; /* expert_major: rows of a group are padded to a multiple of it; 0: 1 */
+  int32_t zero_padding
+      TERN_ZERO; /* 1: dispatch writes zeros (scales too) into padding rows: to the end of each group, in expert_padded to the end of each expert */
+  int64_t row_capacity
+      TERN_ZERO; /* worst: rows of the outputs, equal on all ranks; 0: what can arrive at most. expert_padded: always E_l * num_ranks * max_tokens */
 } tern_plan_options;
 
 /* Room for the routing of one batch. Local. All memory that operations along it need is allocated here. */
@@ -362,33 +366,34 @@ TERN_API void tern_plan_destroy(tern_plan* plan);
 
 typedef struct tern_routing {
   size_t struct_size TERN_SIZE_OF(tern_routing);
-  const void* topk_idx TERN_ZERO;              /* [num_tokens, num_topk] global expert numbers, -1: none. Duplicates count each */
+  const void* topk_idx TERN_ZERO; /* [num_tokens, num_topk] global expert numbers, -1: none. Duplicates count each */
   tern_index_type topk_idx_type TERN_ZERO;
   int32_t reserved TERN_ZERO;
-  int64_t num_tokens TERN_ZERO;                /* 0..max_tokens; may differ between ranks */
-  const uint8_t* token_in_rank TERN_ZERO;      /* instead of topk_idx, rank_major only: [num_tokens, num_ranks], nonzero: goes there */
-  const int32_t* tokens_per_expert TERN_ZERO;  /* with token_in_rank, optional: [num_experts], reported as received counts at the experts' ranks */
+  int64_t num_tokens TERN_ZERO;           /* 0..max_tokens; may differ between ranks */
+  const uint8_t* token_in_rank TERN_ZERO; /* instead of topk_idx, rank_major only: [num_tokens, num_ranks], nonzero: goes there */
+  const int32_t* tokens_per_expert
+      TERN_ZERO; /* with token_in_rank, optional: [num_experts], reported as received counts at the experts' ranks */
 } tern_routing;
 
 /* How an operation runs. NULL where a function takes one: all defaults. */
 typedef struct tern_launch {
   size_t struct_size TERN_SIZE_OF(tern_launch);
-  void* stream TERN_ZERO;      /* GPU: cudaStream_t; ignored on CPU ranks */
+  void* stream TERN_ZERO; /* GPU: cudaStream_t; ignored on CPU ranks */
   int32_t lane TERN_ZERO;
-  tern_phase phase TERN_ZERO;  /* route: WHOLE only */
-  int32_t num_sms TERN_ZERO;   /* 0: the exchange's */
+  tern_phase phase TERN_ZERO; /* route: WHOLE only */
+  int32_t num_sms TERN_ZERO;  /* 0: the exchange's */
   int32_t reserved TERN_ZERO;
 } tern_launch;
 
 /* What the host knows of a routed plan. With extent WORST on a GPU the counts are not known to the host and are -1. */
 typedef struct tern_plan_info {
   size_t struct_size TERN_SIZE_OF(tern_plan_info);
-  int64_t num_tokens TERN_ZERO;          /* routed by this rank */
-  int64_t num_received TERN_ZERO;        /* (token, rank) messages that arrive here: the rows of rank_major */
-  int64_t num_rows TERN_ZERO;            /* rows the outputs must have: exact: as counted, padding included; worst: the capacity */
-  int64_t row_capacity TERN_ZERO;        /* most rows that can be asked for by any routing of this plan's options */
+  int64_t num_tokens TERN_ZERO;   /* routed by this rank */
+  int64_t num_received TERN_ZERO; /* (token, rank) messages that arrive here: the rows of rank_major */
+  int64_t num_rows TERN_ZERO;     /* rows the outputs must have: exact: as counted, padding included; worst: the capacity */
+  int64_t row_capacity TERN_ZERO; /* most rows that can be asked for by any routing of this plan's options */
   uint32_t generation TERN_ZERO;
-  int32_t latency_path TERN_ZERO;        /* 1: the last operation took the latency path, 0: throughput */
+  int32_t latency_path TERN_ZERO;               /* 1: the last operation took the latency path, 0: throughput */
   const int32_t* received_per_rank TERN_ZERO;   /* [num_ranks] messages by source rank */
   const int32_t* received_per_expert TERN_ZERO; /* [E_l] entries by local expert, not padded; or what tokens_per_expert said */
   const int32_t* sent_per_rank TERN_ZERO;       /* [num_ranks] messages by destination */
@@ -405,10 +410,10 @@ TERN_API tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* i
 /* Counts of a routing by itself, without any exchange. Each output may be NULL. Local; a pure function of its inputs. */
 typedef struct tern_routing_counts {
   size_t struct_size TERN_SIZE_OF(tern_routing_counts);
-  int32_t* tokens_per_rank TERN_ZERO;    /* [num_ranks] */
-  int32_t* tokens_per_node TERN_ZERO;    /* [num_nodes] */
-  int32_t* tokens_per_expert TERN_ZERO;  /* [num_experts] entries */
-  uint8_t* token_in_rank TERN_ZERO;      /* [num_tokens, num_ranks] */
+  int32_t* tokens_per_rank TERN_ZERO;   /* [num_ranks] */
+  int32_t* tokens_per_node TERN_ZERO;   /* [num_nodes] */
+  int32_t* tokens_per_expert TERN_ZERO; /* [num_experts] entries */
+  uint8_t* token_in_rank TERN_ZERO;     /* [num_tokens, num_ranks] */
 } tern_routing_counts;
 TERN_API tern_status tern_count_routing(tern_exchange* exchange, const tern_routing* routing, int32_t num_experts, int32_t num_topk,
                                         const tern_launch* launch, const tern_routing_counts* counts);
@@ -421,34 +426,39 @@ typedef struct tern_dispatch_args {
   const tern_routing* routing TERN_ZERO;
 
   /* What goes out. */
-  const void* tokens TERN_ZERO;             /* [num_tokens, hidden]; NULL allowed only with 0 tokens */
+  const void* tokens TERN_ZERO; /* [num_tokens, hidden]; NULL allowed only with 0 tokens */
   tern_dtype dtype TERN_ZERO;
   tern_encoding encoding TERN_ZERO;
-  int64_t hidden TERN_ZERO;                 /* > 0; a row is a multiple of 16 bytes (after a cast too) */
-  int64_t token_stride_bytes TERN_ZERO;     /* 0: dense */
-  const void* scales TERN_ZERO;             /* AS_GIVEN: [num_tokens, scale_bytes] opaque; NULL: none */
-  int64_t scale_bytes TERN_ZERO;            /* AS_GIVEN: bytes of scales per token, > 0 with scales; equal on all ranks, also on those with no tokens */
-  int64_t scale_element_bytes TERN_ZERO;    /* granule that COLUMN_MAJOR transposes and strides count; 0: 4 */
+  int64_t hidden TERN_ZERO;             /* > 0; a row is a multiple of 16 bytes (after a cast too) */
+  int64_t token_stride_bytes TERN_ZERO; /* 0: dense */
+  const void* scales TERN_ZERO;         /* AS_GIVEN: [num_tokens, scale_bytes] opaque; NULL: none */
+  int64_t scale_bytes
+      TERN_ZERO; /* AS_GIVEN: bytes of scales per token, > 0 with scales; equal on all ranks, also on those with no tokens */
+  int64_t scale_element_bytes
+      TERN_ZERO; /* granule that COLUMN_MAJOR transposes and strides count; 0: 4, or 1 where scale_bytes is no multiple of 4 */
   int64_t scale_token_stride_bytes TERN_ZERO;   /* 0: dense */
   int64_t scale_element_stride_bytes TERN_ZERO; /* 0: scale_element_bytes */
-  const float* topk_weights TERN_ZERO;      /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights) */
-  int32_t carry_weights TERN_ZERO;          /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
+  const float* topk_weights TERN_ZERO;          /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights) */
+  int32_t carry_weights TERN_ZERO;              /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
 
-  /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where rows arrive.
+  /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where the outputs have rows.
    * Counts, offsets and ranges are those of the routing, also where rows were left out for want of capacity. */
   tern_scale_order out_scale_order TERN_ZERO;
-  void* out_tokens TERN_ZERO;               /* [rows, hidden]. Window memory on every rank (zero copy), or on none; see zero_copy */
-  void* out_scales TERN_ZERO;               /* scales as they arrive, by out_scale_order */
-  int32_t* out_topk_idx TERN_ZERO;          /* rank_major: [rows, num_topk] local expert, -1 where the entry is not of this rank; all -1 in unused rows (worst) */
-  float* out_topk_weights TERN_ZERO;        /* rank_major: [rows, num_topk], 0 where -1; expert layouts: [rows], the entry's weight */
-  int32_t* out_source_token TERN_ZERO;      /* [rows] index of the token on its rank; -1 in padding and unused rows */
-  int32_t* out_source_rank TERN_ZERO;       /* [rows]; -1 likewise */
-  int32_t* out_row_expert TERN_ZERO;        /* expert layouts: [rows] local expert; -1 likewise */
-  int64_t* out_expert_offsets TERN_ZERO;    /* expert_major: [E_l + 1] first row of each expert's group, padding included */
-  int32_t* out_expert_counts TERN_ZERO;     /* [E_l] rows (entries) of each expert, not padded */
-  int32_t* out_rank_counts TERN_ZERO;       /* [num_ranks] messages from each rank */
-  int64_t* out_expert_rank_ranges TERN_ZERO;/* expert layouts: [E_l, num_ranks] count in the low 32 bits, first row (in the expert's group) in the high */
-  int32_t zero_copy TERN_ZERO;              /* 1: out_tokens is window memory on every rank (a rank that receives no rows, and has none, sets it too). 0: as out_tokens lies */
+  void* out_tokens TERN_ZERO; /* [rows, hidden]. Window memory on every rank (zero copy), or on none; see zero_copy */
+  void* out_scales TERN_ZERO; /* scales as they arrive, by out_scale_order */
+  int32_t* out_topk_idx
+      TERN_ZERO; /* rank_major: [rows, num_topk] local expert, -1 where the entry is not of this rank; all -1 in unused rows (worst) */
+  float* out_topk_weights TERN_ZERO;     /* rank_major: [rows, num_topk], 0 where -1; expert layouts: [rows], the entry's weight */
+  int32_t* out_source_token TERN_ZERO;   /* [rows] index of the token on its rank; -1 in padding and unused rows */
+  int32_t* out_source_rank TERN_ZERO;    /* [rows]; -1 likewise */
+  int32_t* out_row_expert TERN_ZERO;     /* expert layouts: [rows] local expert; -1 likewise */
+  int64_t* out_expert_offsets TERN_ZERO; /* expert_major: [E_l + 1] first row of each expert's group, padding included */
+  int32_t* out_expert_counts TERN_ZERO;  /* [E_l] rows (entries) of each expert, not padded */
+  int32_t* out_rank_counts TERN_ZERO;    /* [num_ranks] messages from each rank */
+  int64_t* out_expert_rank_ranges
+      TERN_ZERO; /* expert layouts: [E_l, num_ranks] count in the low 32 bits, first row (in the expert's group) in the high */
+  int32_t zero_copy
+      TERN_ZERO; /* 1: out_tokens is window memory on every rank (a rank that receives no rows, and has none, sets it too). 0: as out_tokens lies */
   int32_t reserved TERN_ZERO;
 } tern_dispatch_args;
 
@@ -461,18 +471,20 @@ TERN_API tern_status tern_dispatch(tern_plan* plan, const tern_dispatch_args* ar
 
 typedef struct tern_combine_args {
   size_t struct_size TERN_SIZE_OF(tern_combine_args);
-  const void* rows TERN_ZERO;               /* [rows, hidden] in the plan's layout. Window memory on every rank (pulled in place), or on none */
-  tern_dtype dtype TERN_ZERO;               /* bf16, fp16 or fp32; also the wire type and that of bias and out_tokens */
+  const void* rows TERN_ZERO; /* [rows, hidden] in the plan's layout. Window memory on every rank (pulled in place), or on none */
+  tern_dtype dtype TERN_ZERO; /* bf16, fp16 or fp32; also the wire type and that of bias and out_tokens */
   tern_combine_mode mode TERN_ZERO;
   int64_t hidden TERN_ZERO;
-  tern_weighting weighting TERN_ZERO;       /* rank_major: TERN_WEIGHTS_NONE */
-  int32_t carry_weights TERN_ZERO;          /* 1: row_weights travel; a rank that received no rows sets it too. 0: as row_weights != NULL */
-  const float* topk_weights TERN_ZERO;      /* WEIGHTS_OWNER: [num_tokens, num_topk] */
-  const float* row_weights TERN_ZERO;       /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
-  const void* bias[2] TERN_ZERO;            /* [num_tokens, hidden] each, or NULL; added first, in this order */
-  void* out_tokens TERN_ZERO;               /* [num_tokens, hidden] */
-  float* out_topk_weights TERN_ZERO;        /* [num_tokens, num_topk]: row_weights summed over ranks, ascending */
-  int32_t zero_copy TERN_ZERO;              /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies */
+  tern_weighting weighting TERN_ZERO; /* rank_major: TERN_WEIGHTS_NONE */
+  int32_t carry_weights TERN_ZERO;    /* 1: row_weights travel; a rank that received no rows sets it too. 0: as row_weights != NULL */
+  const float* topk_weights
+      TERN_ZERO; /* WEIGHTS_OWNER: [num_tokens, num_topk]. HIERARCHICAL sends them ahead, in a round of their own: no other send may be under way then */
+  const float* row_weights TERN_ZERO; /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
+  const void* bias[2] TERN_ZERO;      /* [num_tokens, hidden] each, or NULL; added first, in this order */
+  void* out_tokens TERN_ZERO;         /* [num_tokens, hidden] */
+  float* out_topk_weights TERN_ZERO;  /* [num_tokens, num_topk]: row_weights summed over ranks, ascending; needs weights that travel */
+  int32_t zero_copy
+      TERN_ZERO; /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies */
   int32_t reserved TERN_ZERO;
 } tern_combine_args;
 

@@ -57,7 +57,8 @@ class Group {
     return Group(handle);
   }
 
-  static Group from_allgather(int32_t rank, int32_t num_ranks, tern_allgather_fn allgather, void* context, tern_group_options options = {}) {
+  static Group from_allgather(int32_t rank, int32_t num_ranks, tern_allgather_fn allgather, void* context,
+                              tern_group_options options = {}) {
     tern_group* handle = nullptr;
     detail::check(tern_group_create_from_allgather(&options, rank, num_ranks, allgather, context, &handle));
     return Group(handle);
@@ -113,9 +114,7 @@ class Exchange {
     return result;
   }
 
-  void recover(tern_recover_options options = {}) {
-    detail::check(tern_exchange_recover(get(), &options));
-  }
+  void recover(tern_recover_options options = {}) { detail::check(tern_exchange_recover(get(), &options)); }
 
   tern_exchange* get() const { return handle_.get(); }
 
@@ -169,9 +168,7 @@ class Plan {
   }
 
   // args.routing stays NULL here: the next function is for that.
-  void dispatch(tern_dispatch_args args, tern_launch launch = {}) {
-    detail::check(tern_dispatch(get(), &args, &launch));
-  }
+  void dispatch(tern_dispatch_args args, tern_launch launch = {}) { detail::check(tern_dispatch(get(), &args, &launch)); }
 
   // Routes and dispatches in one operation (extent WORST).
   void dispatch(tern_routing routing, tern_dispatch_args args, tern_launch launch = {}) {
@@ -179,9 +176,7 @@ class Plan {
     dispatch(args, launch);
   }
 
-  void combine(tern_combine_args args, tern_launch launch = {}) {
-    detail::check(tern_combine(get(), &args, &launch));
-  }
+  void combine(tern_combine_args args, tern_launch launch = {}) { detail::check(tern_combine(get(), &args, &launch)); }
 
   tern_plan* get() const { return handle_.get(); }
 

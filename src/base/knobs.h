@@ -10,12 +10,12 @@
 namespace tern {
 
 struct Knobs {
-  std::optional<int64_t> timeout_ms;       // TERN_TIMEOUT_MS: default deadline of every wait
-  std::optional<int64_t> log_level;        // TERN_LOG_LEVEL: 0 off .. 4 debug
-  std::optional<int64_t> spin_us;          // TERN_SPIN_US: how long a CPU rank spins for a flag before it sleeps
-  std::optional<int64_t> staging_max_mb;   // TERN_STAGING_MAX_MB: bound of the staging computed from shapes
-  std::optional<int64_t> latency_max_kb;   // TERN_LATENCY_MAX_KB: batches up to this many payload KiB per rank take the latency path
-  std::optional<std::string> rendezvous;   // TERN_RENDEZVOUS: host:port where the ranks of a launcher meet
+  std::optional<int64_t> timeout_ms;      // TERN_TIMEOUT_MS: default deadline of every wait
+  std::optional<int64_t> log_level;       // TERN_LOG_LEVEL: 0 off .. 4 debug
+  std::optional<int64_t> spin_us;         // TERN_SPIN_US: how long a CPU rank spins for a flag before it sleeps
+  std::optional<int64_t> staging_max_mb;  // TERN_STAGING_MAX_MB: bound of the staging computed from shapes
+  std::optional<int64_t> latency_max_kb;  // TERN_LATENCY_MAX_KB: batches up to this many payload KiB per rank take the latency path
+  std::optional<std::string> rendezvous;  // TERN_RENDEZVOUS: host:port where the ranks of a launcher meet
 };
 
 // The values found in the environment at the first call; later changes of the environment are not seen.

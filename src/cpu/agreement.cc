@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <thread>
 
 #include "base/error.h"
 #include "cpu/doorbell.h"
@@ -35,8 +36,8 @@ void publish(const Domain& domain, const Proposal& proposal) {
   domain.for_each_member([&](int peer) { ring(domain.doorbell(peer, 0)); });
 }
 
-// nullopt: being written just now.
-std::optional<Proposal> read(const Domain& domain, int owner) {
+// nullopt: it is being written.
+std::optional<Proposal> try_read(const Domain& domain, int owner) {
   layout::ProposalCell& cell = domain.proposal(owner);
   const uint64_t version = load(cell.version);
   if (version % 2 != 0) return std::nullopt;
@@ -44,6 +45,16 @@ std::optional<Proposal> read(const Domain& domain, int owner) {
   for (size_t r = 0; r < proposal.mask.size(); ++r) proposal.mask[r] = load(cell.mask[r / 64]) >> (r % 64) & 1;
   if (load(cell.version) != version) return std::nullopt;
   return proposal;
+}
+
+// A cell is half written for less than a microsecond, unless its owner was stopped or killed in the middle.
+std::optional<Proposal> read(const Domain& domain, int owner) {
+  constexpr int kMostAttempts = 1000;
+  for (int attempt = 0; attempt < kMostAttempts; ++attempt) {
+    if (auto proposal = try_read(domain, owner)) return proposal;
+    std::this_thread::yield();
+  }
+  return std::nullopt;
 }
 
 class Agreement {
@@ -110,7 +121,8 @@ class Agreement {
   }
 
   void give_up_silent_ranks() {
-    if (silent_.empty()) fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for the other ranks to agree; call it again", domain_.rank, options_.timeout_ms);
+    if (silent_.empty())
+      fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for the other ranks to agree; call it again", domain_.rank, options_.timeout_ms);
     std::string names;
     for (const int r : silent_) names += fmt::format("{}rank {}{}", names.empty() ? "" : ", ", r, describe_rank(domain_.topology, r));
     if (!options_.allow_mask)
@@ -123,7 +135,9 @@ class Agreement {
 
   void refuse_if_masked() const {
     if (!goes_on(domain_.rank))
-      fail(TERN_MASKED_OUT, "recover: the other ranks go on without rank {} in generation {}; destroy the exchange, and make a new one with all ranks to join again",
+      fail(TERN_MASKED_OUT,
+           "recover: the other ranks go on without rank {} in generation {}; destroy the exchange, and make a new one with all ranks to "
+           "join again",
            domain_.rank, own_.generation);
   }
 

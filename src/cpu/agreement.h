@@ -15,9 +15,9 @@
 namespace tern::cpu {
 
 struct AgreementOptions {
-  uint32_t generation = 0;        // the one to be started
-  std::vector<uint8_t> mask;      // [num_ranks] ranks to go on without, in any case
-  bool allow_mask = false;        // add ranks that do not answer
+  uint32_t generation = 0;    // the one to be started
+  std::vector<uint8_t> mask;  // [num_ranks] ranks to go on without, in any case
+  bool allow_mask = false;    // add ranks that do not answer
   int64_t timeout_ms = 0;
 };
 

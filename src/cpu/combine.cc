@@ -18,8 +18,12 @@ namespace {
 void send_owner_weights(const PlanContext& ctx, const float* topk_weights) {
   const PlanShape& shape = ctx.shape();
   const auto row_bytes = static_cast<size_t>(shape.num_topk) * sizeof(float);
-  RoundTrip trip{.operation = TERN_OP_WEIGHTS, .shape = call_shape(shape), .bank = {.num_counts = 0, .slot = {.num_weights = shape.num_topk}}, .num_tokens = ctx.table.num_tokens()};
+  RoundTrip trip{.operation = TERN_OP_WEIGHTS,
+                 .shape = call_shape(shape),
+                 .bank = {.num_counts = 0, .slot = {.num_weights = shape.num_topk}},
+                 .num_tokens = ctx.table.num_tokens()};
   trip.tokens_per_round = tokens_per_round(ctx, trip.bank, 1, TERN_PHASE_WHOLE, "combine");
+  trip.shape.tokens_per_round = trip.tokens_per_round;
   trip.num_rounds = std::max<int64_t>(1, (ctx.table.most_tokens_of_any_rank() + trip.tokens_per_round - 1) / trip.tokens_per_round);
   std::vector<int64_t>& next_message = ctx.scratch.next_message;
   for (int r = 0; r < shape.num_ranks; ++r) next_message[static_cast<size_t>(r)] = ctx.table.received_begin(r);
@@ -28,7 +32,8 @@ void send_owner_weights(const PlanContext& ctx, const float* topk_weights) {
     const TokenRange range = tokens_of_round(trip, round);
     for (int64_t token = range.begin; token < std::min(range.end, trip.num_tokens); ++token)
       for (const Message message : ctx.table.messages_of(token))
-        std::memcpy(ctx.lane.next_slot(trip, epoch, message.rank) + trip.bank.slot.weights(), topk_weights + token * shape.num_topk, row_bytes);
+        std::memcpy(ctx.lane.next_slot(trip, epoch, message.rank) + trip.bank.slot.weights(), topk_weights + token * shape.num_topk,
+                    row_bytes);
   };
   const auto drain = [&](int64_t, uint64_t epoch) {
     ctx.domain().for_each_member([&](int owner) {
@@ -37,7 +42,8 @@ void send_owner_weights(const PlanContext& ctx, const float* topk_weights) {
       const int32_t num_messages = reinterpret_cast<const layout::MessageHeader*>(bank)->num_messages;
       for (int32_t i = 0; i < num_messages; ++i) {
         const int64_t message = next_message[static_cast<size_t>(owner)]++;
-        std::memcpy(ctx.weights.from_owner.data() + message * shape.num_topk, bank + trip.bank.slot_at(i) + trip.bank.slot.weights(), row_bytes);
+        std::memcpy(ctx.weights.from_owner.data() + message * shape.num_topk, bank + trip.bank.slot_at(i) + trip.bank.slot.weights(),
+                    row_bytes);
       }
     });
   };
@@ -52,6 +58,7 @@ class Combine {
     // Not behind an open send: `consumed` stays before it, so nobody could tell when the others have done with the rows.
     pull_ = in_window && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
     per_entry_ = args_.mode == TERN_COMBINE_EXACT && shape_.has_expert_rows();
+    own_in_place_ = !pull_ && run.phase == TERN_PHASE_WHOLE && !shape_.has_expert_rows();
     store_ = slot_store(ctx_, call_.row_bytes, run.phase);
     set_trip(run.phase);
   }
@@ -79,7 +86,8 @@ class Combine {
     ctx_.lane.run(
         trip_, [&](int64_t round, uint64_t epoch) { fill(round, epoch); }, [&](int64_t round, uint64_t epoch) { drain(round, epoch); });
     // The caller may write into its rows again as soon as this returns.
-    if (pull_) ctx_.domain().for_each_member([&](int peer) { ctx_.lane.await_consumed(ctx_.lane.next_epoch() - 1, trip_.operation, peer); });
+    if (pull_)
+      ctx_.domain().for_each_member([&](int peer) { ctx_.lane.await_consumed(ctx_.lane.next_epoch() - 1, trip_.operation, peer); });
   }
 
  private:
@@ -87,14 +95,17 @@ class Combine {
     trip_.operation = TERN_OP_COMBINE;
     trip_.shape = call_shape(shape_);
     trip_.shape.row_bytes = call_.row_bytes;
-    trip_.shape.choices |= static_cast<int32_t>(args_.dtype) << 8 | static_cast<int32_t>(args_.mode) << 12 | static_cast<int32_t>(args_.weighting) << 16 |
-                           static_cast<int32_t>(call_.carries_weights) << 20 | static_cast<int32_t>(pull_) << 21;
+    trip_.shape.choices |= static_cast<int32_t>(args_.dtype) << 8 | static_cast<int32_t>(args_.mode) << 12 |
+                           static_cast<int32_t>(args_.weighting) << 16 | static_cast<int32_t>(call_.carries_weights) << 20 |
+                           static_cast<int32_t>(pull_) << 21;
     const int32_t num_weights = !call_.carries_weights ? 0 : per_entry_ ? 1 : shape_.num_topk;
     trip_.bank.slot = {.payload_bytes = pull_ ? 0 : call_.row_bytes, .num_weights = num_weights};
     trip_.num_tokens = ctx_.table.num_tokens();
     const int64_t most_tokens = std::max<int64_t>(1, ctx_.table.most_tokens_of_any_rank());
     has_slots_ = !pull_ || call_.carries_weights;
-    trip_.tokens_per_round = has_slots_ ? tokens_per_round(ctx_, trip_.bank, per_entry_ ? shape_.num_topk : 1, phase, "combine") : most_tokens;
+    trip_.tokens_per_round =
+        has_slots_ ? tokens_per_round(ctx_, trip_.bank, per_entry_ ? shape_.num_topk : 1, phase, "combine") : most_tokens;
+    trip_.shape.tokens_per_round = trip_.tokens_per_round;
     trip_.num_rounds = (most_tokens + trip_.tokens_per_round - 1) / trip_.tokens_per_round;
   }
 
@@ -117,7 +128,8 @@ class Combine {
 
   void exchange_addresses(uint64_t epoch) {
     ctx_.lane.post_ready(epoch, trip_.operation, std::max<int64_t>(0, ctx_.exchange.heap_offset(args_.rows, 0)));
-    ctx_.domain().for_each_member([&](int peer) { scratch_.row_address[static_cast<size_t>(peer)] = ctx_.lane.await_ready(epoch, trip_.operation, peer); });
+    ctx_.domain().for_each_member(
+        [&](int peer) { scratch_.row_address[static_cast<size_t>(peer)] = ctx_.lane.await_ready(epoch, trip_.operation, peer); });
   }
 
   void send_message(int64_t message, int owner, uint64_t epoch) {
@@ -129,7 +141,8 @@ class Combine {
       return;
     }
     std::byte* slot = ctx_.lane.next_slot(trip_, epoch, owner);
-    if (!pull_) write_message_row(message, slot + trip_.bank.slot.payload());
+    const bool stays = own_in_place_ && owner == shape_.rank;
+    if (!pull_ && !stays) write_message_row(message, slot + trip_.bank.slot.payload());
     if (call_.carries_weights) write_message_weights(message, reinterpret_cast<float*>(slot + trip_.bank.slot.weights()));
   }
 
@@ -153,7 +166,14 @@ class Combine {
         if (row >= 0) scratch_.terms.push_back({expert_row(row), weights[static_cast<size_t>(message * shape_.num_topk + k)]});
       }
     }
-    sum_rows({.dtype = args_.dtype, .hidden = args_.hidden, .weighted = args_.weighting != TERN_WEIGHTS_NONE, .terms = scratch_.terms, .group_ends = {}, .bias = {}, .out = out, .store = store_});
+    sum_rows({.dtype = args_.dtype,
+              .hidden = args_.hidden,
+              .weighted = args_.weighting != TERN_WEIGHTS_NONE,
+              .terms = scratch_.terms,
+              .group_ends = {},
+              .bias = {},
+              .out = out,
+              .store = store_});
   }
 
   void write_message_weights(int64_t message, float* out) const {
@@ -169,7 +189,8 @@ class Combine {
 
   void drain(int64_t round, uint64_t epoch) {
     std::fill(scratch_.next_slot.begin(), scratch_.next_slot.end(), 0);
-    ctx_.domain().for_each_member([&](int peer) { scratch_.arrived[static_cast<size_t>(peer)] = ctx_.lane.await_arrived(trip_, epoch, peer); });
+    ctx_.domain().for_each_member(
+        [&](int peer) { scratch_.arrived[static_cast<size_t>(peer)] = ctx_.lane.await_arrived(trip_, epoch, peer); });
     const TokenRange range = tokens_of_round(trip_, round);
     for (int64_t token = range.begin; token < std::min(range.end, trip_.num_tokens); ++token) {
       scratch_.terms.clear();
@@ -198,7 +219,8 @@ class Combine {
       const int32_t row = ctx_.table.entry_row(token, k);
       if (row < 0) continue;
       const std::byte* slot = has_slots_ ? next_arrived_slot(rank) : nullptr;
-      if (slot != nullptr && out_weights != nullptr && call_.carries_weights) out_weights[k] += *reinterpret_cast<const float*>(slot + trip_.bank.slot.weights());
+      if (slot != nullptr && out_weights != nullptr && call_.carries_weights)
+        out_weights[k] += *reinterpret_cast<const float*>(slot + trip_.bank.slot.weights());
       const std::byte* payload = pull_ ? pulled_row(rank, row) : slot == nullptr ? nullptr : slot + trip_.bank.slot.payload();
       if (payload != nullptr) scratch_.terms.push_back({payload, owner_weight(token, k)});
     }
@@ -213,9 +235,16 @@ class Combine {
       }
       if (pull_)
         pull_message(token, message);
+      else if (own_in_place_ && message.rank == shape_.rank)
+        add_own_row(message);
       else if (slot != nullptr)
         scratch_.terms.push_back({slot + trip_.bank.slot.payload(), 1.0f});
     }
+  }
+
+  void add_own_row(Message message) {
+    const int32_t row = ctx_.table.message_row(message);
+    if (row >= 0) scratch_.terms.push_back({expert_row(row), 1.0f});
   }
 
   // The rows of one message where they lie; a group of its own, so that the sum on its rank is rounded as if it were made there.
@@ -248,7 +277,9 @@ class Combine {
   }
 
   void write_result(int64_t token) {
-    const auto row_of = [&](const void* matrix) { return matrix == nullptr ? nullptr : static_cast<const std::byte*>(matrix) + token * call_.row_bytes; };
+    const auto row_of = [&](const void* matrix) {
+      return matrix == nullptr ? nullptr : static_cast<const std::byte*>(matrix) + token * call_.row_bytes;
+    };
     // Rows that were summed at their experts' ranks are weighted already.
     const bool weighted = args_.weighting != TERN_WEIGHTS_NONE && (pull_ || per_entry_);
     sum_rows({.dtype = args_.dtype,
@@ -266,8 +297,9 @@ class Combine {
   const tern_combine_args& args_;
   const PlanShape& shape_;
   PlanScratch& scratch_;
-  bool pull_ = false;       // owners read the rows in their experts' windows
-  bool per_entry_ = false;  // every expert's row goes to the owner
+  bool pull_ = false;          // owners read the rows in their experts' windows
+  bool own_in_place_ = false;  // this rank's rows for its own tokens are not copied to a slot
+  bool per_entry_ = false;     // every expert's row goes to the owner
   bool has_slots_ = true;
   Store store_ = Store::kCached;
   RoundTrip trip_;

@@ -19,12 +19,18 @@ namespace {
 class Dispatch {
  public:
   Dispatch(const PlanContext& context, const DispatchRun& run)
-      : ctx_(context), call_(run.call), args_(run.call.args), fused_(run.fused), shape_(context.shape()), outputs_(context.table, run.call),
+      : ctx_(context),
+        call_(run.call),
+        args_(run.call.args),
+        fused_(run.fused),
+        shape_(context.shape()),
+        outputs_(context.table, run.call),
         row_address_(context.scratch.row_address),
         payloads_(context.scratch.payload_places),
         scales_(context.scratch.scale_places) {
     zero_copy_ = uses_window(ctx_, "dispatch", args_.out_tokens, call_.wire_bytes, args_.zero_copy != 0) && !fused_;
     store_ = batch_store(ctx_, call_.wire_bytes);
+    own_in_place_ = !zero_copy_ && run.phase == TERN_PHASE_WHOLE && args_.encoding == TERN_ENCODING_AS_GIVEN;
     send_store_ = zero_copy_ ? store_ : slot_store(ctx_, call_.wire_bytes, run.phase);
     set_trip(run.phase);
   }
@@ -61,8 +67,9 @@ class Dispatch {
     trip_.shape = call_shape(shape_);
     trip_.shape.row_bytes = call_.wire_bytes;
     trip_.shape.scale_bytes = call_.scale_bytes;
-    trip_.shape.choices |= static_cast<int32_t>(args_.dtype) << 8 | static_cast<int32_t>(args_.encoding) << 12 | static_cast<int32_t>(call_.carries_weights) << 16 |
-                           static_cast<int32_t>(zero_copy_) << 17 | static_cast<int32_t>(fused_) << 18;
+    trip_.shape.choices |= static_cast<int32_t>(args_.dtype) << 8 | static_cast<int32_t>(args_.encoding) << 12 |
+                           static_cast<int32_t>(call_.carries_weights) << 16 | static_cast<int32_t>(zero_copy_) << 17 |
+                           static_cast<int32_t>(fused_) << 18;
     trip_.bank = {.num_counts = fused_ ? ctx_.table.num_counts() : 0,
                   .slot = {.payload_bytes = zero_copy_ ? 0 : call_.wire_bytes,
                            .scale_bytes = call_.scale_bytes,
@@ -72,6 +79,7 @@ class Dispatch {
     trip_.tokens_per_round = tokens_per_round(ctx_, trip_.bank, 1, phase, "dispatch");
     // Before the counts are known, only the plan's bound is the same on every rank.
     const int64_t most_tokens = fused_ ? shape_.max_tokens : ctx_.table.most_tokens_of_any_rank();
+    trip_.shape.tokens_per_round = trip_.tokens_per_round;
     trip_.num_rounds = std::max<int64_t>(1, (most_tokens + trip_.tokens_per_round - 1) / trip_.tokens_per_round);
   }
 
@@ -98,7 +106,8 @@ class Dispatch {
 
   void exchange_addresses(uint64_t epoch) {
     ctx_.lane.post_ready(epoch, trip_.operation, std::max<int64_t>(0, ctx_.exchange.heap_offset(args_.out_tokens, 0)));
-    ctx_.domain().for_each_member([&](int peer) { row_address_[static_cast<size_t>(peer)] = ctx_.lane.await_ready(epoch, trip_.operation, peer); });
+    ctx_.domain().for_each_member(
+        [&](int peer) { row_address_[static_cast<size_t>(peer)] = ctx_.lane.await_ready(epoch, trip_.operation, peer); });
   }
 
   void send_token(int64_t token, uint64_t epoch) {
@@ -110,7 +119,7 @@ class Dispatch {
       if (call_.scale_bytes > 0) scales_.push_back(slot + trip_.bank.slot.scales());
       if (zero_copy_)
         add_final_rows(token, message);
-      else
+      else if (!own_in_place_ || message.rank != shape_.rank)
         payloads_.push_back(slot + trip_.bank.slot.payload());
     }
     write_row(token);
@@ -125,7 +134,9 @@ class Dispatch {
       const int32_t expert = ctx_.table.expert_of(token, k);
       experts[k] = expert >= 0 && shape_.rank_of_expert(expert) == destination ? expert % shape_.local_experts() : -1;
     }
-    if (layout.num_weights > 0) std::memcpy(slot + layout.weights(), args_.topk_weights + token * shape_.num_topk, static_cast<size_t>(shape_.num_topk) * sizeof(float));
+    if (layout.num_weights > 0)
+      std::memcpy(slot + layout.weights(), args_.topk_weights + token * shape_.num_topk,
+                  static_cast<size_t>(shape_.num_topk) * sizeof(float));
   }
 
   // Where the token's row goes in the windows of `message.rank`: one place, or one for each local expert.
@@ -147,18 +158,19 @@ class Dispatch {
 
   // Writes the row to all its places; a cast row is made in the first of them.
   void write_row(int64_t token) {
-    if (payloads_.empty()) return;
-    const int64_t stride = args_.token_stride_bytes;
-    const auto* row = static_cast<const std::byte*>(args_.tokens) + token * stride;
+    const std::byte* row = token_row(token);
     if (args_.encoding == TERN_ENCODING_AS_GIVEN) {
       for (std::byte* place : payloads_) copy_row(place, row, static_cast<size_t>(call_.wire_bytes), send_store_);
       for (std::byte* place : scales_) gather_scales(place, token);
       return;
     }
+    if (payloads_.empty()) return;
     cast_row_fp8(row, args_.dtype, args_.hidden, args_.encoding, payloads_[0], scales_[0]);
     for (size_t i = 1; i < payloads_.size(); ++i) copy_row(payloads_[i], payloads_[0], static_cast<size_t>(call_.wire_bytes), send_store_);
     for (size_t i = 1; i < scales_.size(); ++i) std::memcpy(scales_[i], scales_[0], static_cast<size_t>(call_.scale_bytes));
   }
+
+  const std::byte* token_row(int64_t token) const { return static_cast<const std::byte*>(args_.tokens) + token * args_.token_stride_bytes; }
 
   void gather_scales(std::byte* place, int64_t token) const {
     const auto* scales = static_cast<const std::byte*>(args_.scales) + token * args_.scale_token_stride_bytes;
@@ -167,7 +179,8 @@ class Dispatch {
       std::memcpy(place, scales, static_cast<size_t>(call_.scale_bytes));
       return;
     }
-    for (int64_t at = 0; at < call_.scale_bytes; at += element, scales += args_.scale_element_stride_bytes) std::memcpy(place + at, scales, static_cast<size_t>(element));
+    for (int64_t at = 0; at < call_.scale_bytes; at += element, scales += args_.scale_element_stride_bytes)
+      std::memcpy(place + at, scales, static_cast<size_t>(element));
   }
 
   // ---- Receiving.
@@ -202,13 +215,13 @@ class Dispatch {
     const int32_t num_messages = reinterpret_cast<const layout::MessageHeader*>(bank)->num_messages;
     for (int32_t i = 0; i < num_messages; ++i) {
       const std::byte* slot = bank + trip_.bank.slot_at(i);
-      ArrivedMessage message{
-          .source = source,
-          .experts = {reinterpret_cast<const int32_t*>(slot + layout.experts()), static_cast<size_t>(shape_.num_topk)},
-          .weights = {reinterpret_cast<const float*>(slot + layout.weights()), static_cast<size_t>(layout.num_weights)},
-          .payload = zero_copy_ ? nullptr : slot + layout.payload(),
-          .scales = slot + layout.scales()};
+      ArrivedMessage message{.source = source,
+                             .experts = {reinterpret_cast<const int32_t*>(slot + layout.experts()), static_cast<size_t>(shape_.num_topk)},
+                             .weights = {reinterpret_cast<const float*>(slot + layout.weights()), static_cast<size_t>(layout.num_weights)},
+                             .payload = zero_copy_ ? nullptr : slot + layout.payload(),
+                             .scales = slot + layout.scales()};
       std::memcpy(&message.source_token, slot + layout.source_token(), sizeof(message.source_token));
+      if (own_in_place_ && source == shape_.rank) message.payload = token_row(message.source_token);
       const int64_t index = ctx_.table.place_message(source, message.source_token, message.experts);
       std::copy(message.weights.begin(), message.weights.end(), ctx_.weights.received.begin() + index * shape_.num_topk);
       outputs_.write(index, message, store_);
@@ -222,6 +235,7 @@ class Dispatch {
   const PlanShape& shape_;
   DispatchOutputs outputs_;
   bool zero_copy_ = false;
+  bool own_in_place_ = false;          // rows to this rank itself stay in the caller's tokens until they are put in place
   Store send_store_ = Store::kCached;  // into windows
   Store store_ = Store::kCached;       // into the outputs
   RoundTrip trip_;

@@ -27,9 +27,9 @@ struct Domain {
   uint32_t generation = 0;
   layout::WindowLayout layout;
   Topology topology;
-  std::vector<uint8_t> masked;                      // [num_ranks]
-  std::vector<std::shared_ptr<Segment>> windows;    // [num_ranks] internal window, nullptr: masked
-  std::vector<std::shared_ptr<Segment>> heaps;      // [num_ranks] memory of tern_window_alloc; all nullptr: none
+  std::vector<uint8_t> masked;                    // [num_ranks]
+  std::vector<std::shared_ptr<Segment>> windows;  // [num_ranks] internal window, nullptr: masked
+  std::vector<std::shared_ptr<Segment>> heaps;    // [num_ranks] memory of tern_window_alloc; all nullptr: none
 
   bool is_masked(int r) const { return masked[static_cast<size_t>(r)] != 0; }
   std::byte* window(int owner) const { return windows[static_cast<size_t>(owner)]->data(); }

@@ -26,7 +26,8 @@ LaneOptions lane_options(const tern_exchange_options& options, int num_ranks) {
 
 }  // namespace
 
-CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log, Deadline deadline)
+CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
+                         Deadline deadline)
     : options_(options), log_(log), sharer_(make_segment_sharer(topology, bootstrap, deadline)), heap_allocator_(options.window_bytes) {
   if (topology.num_ranks > layout::kMaxRanks)
     fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
@@ -39,8 +40,8 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
   share_windows(std::vector<uint8_t>(static_cast<size_t>(topology.num_ranks)), 0, deadline);
   for (int i = 0; i < options.num_lanes; ++i)
     lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, topology.num_ranks)));
-  log_.write(TERN_LOG_INFO, "rank {} of {}: CPU exchange, window {} bytes, {} lanes with {} bytes a bank, heap {} bytes", topology.rank, topology.num_ranks,
-             domain_.layout.total_bytes(), options.num_lanes, domain_.layout.bank_bytes, options.window_bytes);
+  log_.write(TERN_LOG_INFO, "rank {} of {}: CPU exchange, window {} bytes, {} lanes with {} bytes a bank, heap {} bytes", topology.rank,
+             topology.num_ranks, domain_.layout.total_bytes(), options.num_lanes, domain_.layout.bank_bytes, options.window_bytes);
 }
 
 // Fresh internal windows for everybody who goes on; heaps keep their addresses and contents, on memory that masked ranks cannot reach.
@@ -48,7 +49,8 @@ void CpuExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t gen
   std::vector<uint8_t> member(masked.size());
   std::transform(masked.begin(), masked.end(), member.begin(), [](uint8_t m) { return static_cast<uint8_t>(m == 0); });
   const auto rank = static_cast<size_t>(domain_.rank);
-  auto windows = sharer_->share(sharer_->create(static_cast<size_t>(domain_.layout.total_bytes())), fmt::format("window-{}", generation), member, deadline);
+  auto windows = sharer_->share(sharer_->create(static_cast<size_t>(domain_.layout.total_bytes())), fmt::format("window-{}", generation),
+                                member, deadline);
   std::vector<std::shared_ptr<Segment>> heaps(masked.size());
   if (options_.window_bytes > 0) {
     std::shared_ptr<Segment> own = domain_.heaps[rank];
@@ -121,8 +123,11 @@ tern_metrics CpuExchange::metrics() const {
 
 void CpuExchange::recover(const tern_recover_options& options) {
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
-  AgreementOptions agreement{domain_.generation + 1, std::vector<uint8_t>(static_cast<size_t>(domain_.num_ranks)), options.allow_mask != 0, timeout_ms};
-  if (options.mask != nullptr) std::transform(options.mask, options.mask + domain_.num_ranks, agreement.mask.begin(), [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
+  AgreementOptions agreement{domain_.generation + 1, std::vector<uint8_t>(static_cast<size_t>(domain_.num_ranks)), options.allow_mask != 0,
+                             timeout_ms};
+  if (options.mask != nullptr)
+    std::transform(options.mask, options.mask + domain_.num_ranks, agreement.mask.begin(),
+                   [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
   const std::vector<uint8_t> masked = agree_on_mask(domain_, agreement);
   share_windows(masked, agreement.generation, Deadline::in_ms(timeout_ms));
   for (auto& lane : lanes_) lane->restart();

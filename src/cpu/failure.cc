@@ -31,7 +31,8 @@ const char* operation_name(int operation) {
 std::string failure_text(const Domain& domain, const tern_failure& f) {
   if (f.status == TERN_MISMATCH) return mismatch_text(f) + kAdvice;
   return fmt::format("rank {} waited until its deadline for rank {}{}: {}, lane {}, epoch {}, saw {}{}", f.waiter, f.awaited,
-                     describe_rank(domain.topology, f.awaited), operation_name(f.operation), f.lane, f.expected_epoch, f.seen_epoch, kAdvice);
+                     describe_rank(domain.topology, f.awaited), operation_name(f.operation), f.lane, f.expected_epoch, f.seen_epoch,
+                     kAdvice);
 }
 
 std::optional<tern_failure> recorded_failure(const Domain& domain) {

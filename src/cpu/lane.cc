@@ -17,8 +17,9 @@ constexpr std::chrono::milliseconds kLongestSleep{100};
 }  // namespace
 
 std::string shape_text(const layout::CallShape& s) {
-  return fmt::format("row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}", s.row_bytes, s.scale_bytes,
-                     s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices);
+  return fmt::format(
+      "row {} bytes, scales {} bytes, max_tokens {}, {} experts, top-{}, row_capacity {}, alignment {}, choices {:#x}, {} tokens a round",
+      s.row_bytes, s.scale_bytes, s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices, s.tokens_per_round);
 }
 
 Lane::Lane(const Domain& domain, int index, const LaneOptions& options)
@@ -46,7 +47,8 @@ void Lane::check_health() const {
 void Lane::check_room(tern_operation operation, int64_t num_rounds) const {
   const uint64_t last = next_epoch_ + static_cast<uint64_t>(num_rounds) - 1;
   if (!unreceived_.empty() && unreceived_.front() + layout::kNumBanks <= last)
-    fail(TERN_INVALID_STATE, "{} on lane {}: it needs the staging bank of a send that has not been received yet; at most {} sends may be under way",
+    fail(TERN_INVALID_STATE,
+         "{} on lane {}: it needs the staging bank of a send that has not been received yet; at most {} sends may be under way",
          operation_name(operation), index_, layout::kNumBanks);
 }
 
@@ -208,13 +210,15 @@ bool Lane::still_waits_after_failure(const Awaited& awaited) {
 void Lane::fail_mismatch(const Awaited& awaited, const std::string& details) {
   const tern_failure failure{TERN_MISMATCH, domain_->rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, awaited.epoch};
   announce_failure(*domain_, failure);
-  throw Failure(TERN_MISMATCH, fmt::format("{} on lane {}, epoch {}: ranks {} and {} disagree: {}. Every rank must make the same calls in the same order",
-                                           operation_name(awaited.operation), index_, awaited.epoch, domain_->rank, awaited.rank, details));
+  throw Failure(TERN_MISMATCH,
+                fmt::format("{} on lane {}, epoch {}: ranks {} and {} disagree: {}. Every rank must make the same calls in the same order",
+                            operation_name(awaited.operation), index_, awaited.epoch, domain_->rank, awaited.rank, details));
 }
 
 void Lane::check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header) {
   if (header.shape == trip.shape) return;
-  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank, shape_text(trip.shape), awaited.rank, shape_text(header.shape)));
+  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank, shape_text(trip.shape), awaited.rank,
+                                     shape_text(header.shape)));
 }
 
 }  // namespace tern::cpu

@@ -149,10 +149,10 @@ class Lane {
   LaneOptions options_;
   std::unique_ptr<Counters> counters_;
   uint64_t next_epoch_ = 1;
-  uint64_t consumed_ = 0;               // as published
-  std::vector<uint64_t> unreceived_;    // epochs sent and not yet received, ascending
-  std::vector<int32_t> num_messages_;   // [num_ranks] slots filled in the round under way
-  std::vector<uint8_t> given_up_;       // [num_ranks]
+  uint64_t consumed_ = 0;              // as published
+  std::vector<uint64_t> unreceived_;   // epochs sent and not yet received, ascending
+  std::vector<int32_t> num_messages_;  // [num_ranks] slots filled in the round under way
+  std::vector<uint8_t> given_up_;      // [num_ranks]
   bool gave_up_any_ = false;
 };
 

@@ -30,7 +30,8 @@ void DispatchOutputs::write_rank_major(int64_t message_idx, const ArrivedMessage
     const int64_t at = int64_t{row} * shape_.num_topk + k;
     const int32_t expert = message.experts[static_cast<size_t>(k)];
     if (args_.out_topk_idx != nullptr) args_.out_topk_idx[at] = expert;
-    if (args_.out_topk_weights != nullptr && !message.weights.empty()) args_.out_topk_weights[at] = expert >= 0 ? message.weights[static_cast<size_t>(k)] : 0.0f;
+    if (args_.out_topk_weights != nullptr && !message.weights.empty())
+      args_.out_topk_weights[at] = expert >= 0 ? message.weights[static_cast<size_t>(k)] : 0.0f;
   }
 }
 
@@ -43,14 +44,16 @@ void DispatchOutputs::write_entry(int32_t row, int32_t k, const ArrivedMessage& 
 
 void DispatchOutputs::write_payload(int32_t row, const ArrivedMessage& message, Store store) {
   if (message.payload != nullptr)
-    copy_row(static_cast<std::byte*>(args_.out_tokens) + row * call_.wire_bytes, message.payload, static_cast<size_t>(call_.wire_bytes), store);
+    copy_row(static_cast<std::byte*>(args_.out_tokens) + row * call_.wire_bytes, message.payload, static_cast<size_t>(call_.wire_bytes),
+             store);
   if (args_.out_scales == nullptr || call_.scale_bytes == 0) return;
   if (args_.out_scale_order == TERN_SCALES_ROW_MAJOR) {
     std::memcpy(scale_address(row, 0), message.scales, static_cast<size_t>(call_.scale_bytes));
     return;
   }
   const auto element = static_cast<size_t>(call_.scale_element_bytes);
-  for (int64_t i = 0; i < num_scale_elements_; ++i) std::memcpy(scale_address(row, i), message.scales + static_cast<size_t>(i) * element, element);
+  for (int64_t i = 0; i < num_scale_elements_; ++i)
+    std::memcpy(scale_address(row, i), message.scales + static_cast<size_t>(i) * element, element);
 }
 
 // Row-major: [rows, elements]. Column-major: [elements, rows], in expert_padded for each expert by itself.
@@ -79,7 +82,8 @@ void DispatchOutputs::clear_rows(int64_t begin, int64_t end, bool zero) {
       if (args_.out_row_expert != nullptr) args_.out_row_expert[row] = -1;
     } else {
       if (args_.out_topk_idx != nullptr) std::fill_n(args_.out_topk_idx + row * shape_.num_topk, shape_.num_topk, -1);
-      if (args_.out_topk_weights != nullptr && call_.carries_weights) std::fill_n(args_.out_topk_weights + row * shape_.num_topk, shape_.num_topk, 0.0f);
+      if (args_.out_topk_weights != nullptr && call_.carries_weights)
+        std::fill_n(args_.out_topk_weights + row * shape_.num_topk, shape_.num_topk, 0.0f);
     }
     if (!zero) continue;
     std::memset(static_cast<std::byte*>(args_.out_tokens) + row * call_.wire_bytes, 0, static_cast<size_t>(call_.wire_bytes));
@@ -93,7 +97,8 @@ void DispatchOutputs::clear_missing(int32_t source) {
     clear_rows(std::min(begin, shape_.row_capacity), std::min(begin + count, shape_.row_capacity), true);
   };
   if (!shape_.has_expert_rows()) return clear(table_.received_begin(source), table_.messages_between(source, shape_.rank));
-  for (int32_t e = 0; e < shape_.local_experts(); ++e) clear(table_.group_begin(e) + table_.source_begin(source, e), table_.source_entries(source, e));
+  for (int32_t e = 0; e < shape_.local_experts(); ++e)
+    clear(table_.group_begin(e) + table_.source_begin(source, e), table_.source_entries(source, e));
 }
 
 void DispatchOutputs::finish() {
@@ -121,8 +126,10 @@ void DispatchOutputs::write_counts() {
     for (int32_t r = 0; r < shape_.num_ranks; ++r)
       args_.out_expert_rank_ranges[e * shape_.num_ranks + r] = table_.source_begin(r, e) << 32 | table_.source_entries(r, e);
   }
-  if (shape_.has_expert_rows() && args_.out_expert_offsets != nullptr) args_.out_expert_offsets[shape_.local_experts()] = table_.group_begin(shape_.local_experts());
-  for (int32_t r = 0; r < shape_.num_ranks && args_.out_rank_counts != nullptr; ++r) args_.out_rank_counts[r] = table_.messages_between(r, shape_.rank);
+  if (shape_.has_expert_rows() && args_.out_expert_offsets != nullptr)
+    args_.out_expert_offsets[shape_.local_experts()] = table_.group_begin(shape_.local_experts());
+  for (int32_t r = 0; r < shape_.num_ranks && args_.out_rank_counts != nullptr; ++r)
+    args_.out_rank_counts[r] = table_.messages_between(r, shape_.rank);
 }
 
 }  // namespace tern::cpu

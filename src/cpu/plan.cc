@@ -47,7 +47,8 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
   for (;;) {
     exchange_.start_operation(lane);
     if (!routes && generation_ != exchange_.domain().generation)
-      fail(TERN_STALE_PLAN, "the plan was routed in generation {}, the exchange is in generation {} since its last recovery; route it again", generation_,
+      fail(TERN_STALE_PLAN,
+           "the plan was routed in generation {}, the exchange is in generation {} since its last recovery; route it again", generation_,
            exchange_.domain().generation);
     try {
       return operation(lane);
@@ -59,7 +60,8 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
 
 void CpuPlan::check_ready(const char* operation, bool must_be_dispatched) const {
   if (!routed_) fail(TERN_INVALID_STATE, "{}: the plan is not routed; call tern_plan_route, or give the dispatch a routing", operation);
-  if (must_be_dispatched && !dispatched_) fail(TERN_INVALID_STATE, "{}: the plan has not been dispatched; its rows are not known here", operation);
+  if (must_be_dispatched && !dispatched_)
+    fail(TERN_INVALID_STATE, "{}: the plan has not been dispatched; its rows are not known here", operation);
 }
 
 void CpuPlan::check_nothing_under_way() const {
@@ -131,7 +133,8 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
     lane.counters().received_rows.fetch_add(static_cast<uint64_t>(table_.num_received()), std::memory_order_relaxed);
   });
   if (launch.phase == TERN_PHASE_SEND || !table_.exceeds_capacity()) return;
-  fail(TERN_CAPACITY_EXCEEDED, "dispatch: {} messages with {} entries arrived, which is more than the outputs' {} rows hold; what lies beyond was left out",
+  fail(TERN_CAPACITY_EXCEEDED,
+       "dispatch: {} messages with {} entries arrived, which is more than the outputs' {} rows hold; what lies beyond was left out",
        table_.num_received(), std::accumulate(received_per_expert_.begin(), received_per_expert_.end(), int64_t{0}), shape().row_capacity);
 }
 
@@ -140,7 +143,8 @@ void CpuPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (is_under_way(tickets_.dispatch)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
   if (launch.phase == TERN_PHASE_RECEIVE && tickets_.combine.epoch == 0)
     fail(TERN_INVALID_STATE, "combine: nothing to receive; the plan's last combine was not a send, or has been received");
-  if (launch.phase != TERN_PHASE_RECEIVE && is_under_way(tickets_.combine)) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
+  if (launch.phase != TERN_PHASE_RECEIVE && is_under_way(tickets_.combine))
+    fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_.carried)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   operate(launch, false, [&](Lane& lane) {
@@ -174,12 +178,16 @@ layout::CallShape call_shape(const PlanShape& shape) {
           .alignment = shape.alignment};
 }
 
-int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, tern_phase phase, const char* operation) {
+int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, tern_phase phase,
+                         const char* operation) {
   const layout::WindowLayout& window = context.domain().layout;
   const int64_t tokens = bank.slots_in(window.bank_bytes) / slots_per_token;
   if (tokens == 0)
-    fail(TERN_OUT_OF_MEMORY, "{}: one token needs {} bytes of a staging bank, which has {}; create the exchange with staging_bytes of at least {}, better {} for {} tokens in one round",
-         operation, bank.bytes(slots_per_token), window.bank_bytes, window.staging_bytes() / window.bank_bytes * bank.bytes(slots_per_token),
+    fail(TERN_OUT_OF_MEMORY,
+         "{}: one token needs {} bytes of a staging bank, which has {}; create the exchange with staging_bytes of at least {}, better {} "
+         "for {} tokens in one round",
+         operation, bank.bytes(slots_per_token), window.bank_bytes,
+         window.staging_bytes() / window.bank_bytes * bank.bytes(slots_per_token),
          window.staging_bytes() / window.bank_bytes * bank.bytes(slots_per_token * context.shape().max_tokens), context.shape().max_tokens);
   if (phase != TERN_PHASE_WHOLE || context.lane.has_unreceived()) return tokens;
   return std::clamp<int64_t>(kRoundBytes / (bank.slot.stride() * slots_per_token), 1, tokens);
@@ -206,8 +214,10 @@ bool uses_window(const PlanContext& context, const char* operation, const void* 
   const int64_t bytes = context.table.num_rows() * row_bytes;
   const bool in_window = context.exchange.heap_offset(rows, bytes) >= 0;
   if (zero_copy && !in_window && (rows != nullptr || context.exchange.options().window_bytes == 0))
-    fail(TERN_INVALID_ARGUMENT, "{}: zero_copy is set, but the {} bytes of rows are not in this rank's window of {} bytes; take them from tern_window_alloc, or set it to 0", operation,
-         bytes, context.exchange.options().window_bytes);
+    fail(TERN_INVALID_ARGUMENT,
+         "{}: zero_copy is set, but the {} bytes of rows are not in this rank's window of {} bytes; take them from tern_window_alloc, or "
+         "set it to 0",
+         operation, bytes, context.exchange.options().window_bytes);
   return in_window || zero_copy;
 }
 
@@ -215,17 +225,20 @@ void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase p
   if (phase == TERN_PHASE_WHOLE || trip.num_rounds == 1) return;
   const layout::WindowLayout& window = context.domain().layout;
   const int64_t slots = context.shape().max_tokens * (trip.bank.slots_in(window.bank_bytes) / trip.tokens_per_round);
-  fail(TERN_OUT_OF_MEMORY, "{}: a send must fit one staging bank, {} tokens need {} rounds; create the exchange with staging_bytes of at least {}",
-       operation_name(trip.operation), context.shape().max_tokens, trip.num_rounds, window.staging_bytes() / window.bank_bytes * trip.bank.bytes(slots));
+  fail(TERN_OUT_OF_MEMORY,
+       "{}: a send must fit one staging bank, {} tokens need {} rounds; create the exchange with staging_bytes of at least {}",
+       operation_name(trip.operation), context.shape().max_tokens, trip.num_rounds,
+       window.staging_bytes() / window.bank_bytes * trip.bank.bytes(slots));
 }
 
 void check_ticket(const PlanContext& context, const Ticket& ticket, const RoundTrip& trip) {
   const char* operation = operation_name(trip.operation);
   if (ticket.lane_idx != context.lane.index())
-    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was on lane {}, its receive is called on lane {}; use the same", operation, ticket.lane_idx, context.lane.index());
+    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was on lane {}, its receive is called on lane {}; use the same", operation,
+         ticket.lane_idx, context.lane.index());
   if (ticket.shape != trip.shape)
-    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was called with [{}], its receive with [{}]; give it the same arguments", operation, shape_text(ticket.shape),
-         shape_text(trip.shape));
+    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was called with [{}], its receive with [{}]; give it the same arguments",
+         operation, shape_text(ticket.shape), shape_text(trip.shape));
 }
 
 }  // namespace tern::cpu

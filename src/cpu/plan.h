@@ -15,10 +15,10 @@ namespace tern::cpu {
 
 // What combine needs to know about weights; [..., num_topk] each.
 struct PlanWeights {
-  std::vector<float> sent;       // [max_tokens] this rank's tokens, as the last dispatch carried them
-  std::vector<float> received;   // [max_messages] of the messages received with them
-  std::vector<float> from_owner; // [max_messages] given by the owners at the running combine
-  bool carried = false;          // by the last dispatch
+  std::vector<float> sent;        // [max_tokens] this rank's tokens, as the last dispatch carried them
+  std::vector<float> received;    // [max_messages] of the messages received with them
+  std::vector<float> from_owner;  // [max_messages] given by the owners at the running combine
+  bool carried = false;           // by the last dispatch
 };
 
 // Memory that an operation works in, so that none allocates.
@@ -28,10 +28,10 @@ struct PlanScratch {
   std::vector<std::byte*> row_address;     // [num_ranks] zero copy: where each rank's rows lie
   std::vector<std::byte*> payload_places;  // dispatch: where the row that is being sent goes
   std::vector<std::byte*> scale_places;
-  std::vector<int64_t> next_message;       // [num_ranks] combine: next message of each owner
-  std::vector<const std::byte*> arrived;   // [num_ranks] combine: bank of each rank in this round
-  std::vector<int32_t> next_slot;          // [num_ranks] combine: next slot in it
-  std::vector<SumTerm> terms;              // combine: of the token that is being summed
+  std::vector<int64_t> next_message;      // [num_ranks] combine: next message of each owner
+  std::vector<const std::byte*> arrived;  // [num_ranks] combine: bank of each rank in this round
+  std::vector<int32_t> next_slot;         // [num_ranks] combine: next slot in it
+  std::vector<SumTerm> terms;             // combine: of the token that is being summed
   std::vector<int32_t> group_ends;
 };
 
@@ -51,7 +51,8 @@ layout::CallShape call_shape(const PlanShape& shape);
 // Tokens whose slots fit a bank; TERN_OUT_OF_MEMORY says what staging would be needed if not even one does. An operation in one
 // piece takes only as much of a bank as stays in the caches until the other side reads it; sends, and what runs while one is under way,
 // must do without rounds if they can.
-int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, tern_phase phase, const char* operation);
+int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, tern_phase phase,
+                         const char* operation);
 // How rows of the batch are written where nobody here reads them: a large batch past the caches.
 Store batch_store(const PlanContext& context, int64_t row_bytes);
 // How slots are written: past the caches only if they are read much later, and are too much for them.

@@ -14,7 +14,9 @@ void run_route(const PlanContext& ctx) {
                  .num_tokens = ctx.table.num_tokens(),
                  .tokens_per_round = 1};
   if (trip.bank.slots() > ctx.domain().layout.bank_bytes)
-    fail(TERN_OUT_OF_MEMORY, "route: the counts of {} experts need {} bytes of a staging bank, which has {}; create the exchange with more staging_bytes or max_experts",
+    fail(TERN_OUT_OF_MEMORY,
+         "route: the counts of {} experts need {} bytes of a staging bank, which has {}; create the exchange with more staging_bytes or "
+         "max_experts",
          ctx.shape().num_experts, trip.bank.slots(), ctx.domain().layout.bank_bytes);
   const auto own = ctx.table.counts_of(ctx.shape().rank);
   const auto send_counts = [&](int64_t, uint64_t epoch) {

@@ -105,8 +105,8 @@ tern_status tern_group_create_from_env(const tern_group_options* options, tern_g
   });
 }
 
-tern_status tern_group_create_from_allgather(const tern_group_options* options, int32_t rank, int32_t num_ranks, tern_allgather_fn allgather, void* context,
-                                             tern_group** group) {
+tern_status tern_group_create_from_allgather(const tern_group_options* options, int32_t rank, int32_t num_ranks,
+                                             tern_allgather_fn allgather, void* context, tern_group** group) {
   return guarded([&] {
     need(group, "group");
     need(reinterpret_cast<const void*>(allgather), "allgather");
@@ -242,8 +242,8 @@ tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* info) {
   });
 }
 
-tern_status tern_count_routing(tern_exchange* exchange, const tern_routing* routing, int32_t num_experts, int32_t num_topk, const tern_launch* launch,
-                               const tern_routing_counts* counts) {
+tern_status tern_count_routing(tern_exchange* exchange, const tern_routing* routing, int32_t num_experts, int32_t num_topk,
+                               const tern_launch* launch, const tern_routing_counts* counts) {
   return guarded([&] {
     need(exchange, "exchange");
     const auto r = read_struct(routing, "tern_routing");

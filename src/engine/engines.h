@@ -14,7 +14,7 @@ namespace tern {
 
 // Is the engine built in, and is there a GPU that it can use?
 bool cuda_engine_present();
-std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
-                                                   Deadline deadline);
+std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
+                                                   const Log& log, Deadline deadline);
 
 }  // namespace tern

@@ -23,22 +23,35 @@ struct Configuration {
 
 std::string configuration_text(const Configuration& c) {
   return fmt::format(
-      "version {}, device {}, staging_bytes {}, window_bytes {}, max_tokens {}, max_row_bytes {}, max_topk {}, max_experts {}, num_lanes {}, timeout_ms {}, on_timeout {}, "
+      "version {}, device {}, staging_bytes {}, window_bytes {}, max_tokens {}, max_row_bytes {}, max_topk {}, max_experts {}, num_lanes "
+      "{}, timeout_ms {}, on_timeout {}, "
       "mode {}, banks of {} KiB",
-      c.version, c.device, c.staging_bytes, c.window_bytes, c.max_tokens, c.max_row_bytes, c.max_topk, c.max_experts, c.num_lanes, c.timeout_ms, c.on_timeout, c.mode, c.bank_kib);
+      c.version, c.device, c.staging_bytes, c.window_bytes, c.max_tokens, c.max_row_bytes, c.max_topk, c.max_experts, c.num_lanes,
+      c.timeout_ms, c.on_timeout, c.mode, c.bank_kib);
 }
 
 void compare_configuration(Group& group, const tern_exchange_options& o, Deadline deadline) {
   const int num_ranks = group.topology.num_ranks;
-  const Configuration own{tern_version(), o.device, o.staging_bytes, o.window_bytes, o.max_tokens, o.max_row_bytes, o.timeout_ms,
-                          o.max_topk, o.max_experts, o.num_lanes, o.on_timeout, o.mode,
+  const Configuration own{tern_version(),
+                          o.device,
+                          o.staging_bytes,
+                          o.window_bytes,
+                          o.max_tokens,
+                          o.max_row_bytes,
+                          o.timeout_ms,
+                          o.max_topk,
+                          o.max_experts,
+                          o.num_lanes,
+                          o.on_timeout,
+                          o.mode,
                           static_cast<int32_t>(make_window_layout(o, num_ranks).bank_bytes >> 10)};
   std::vector<Configuration> all(static_cast<size_t>(num_ranks));
   group.bootstrap->allgather(&own, all.data(), sizeof(own), deadline);
   for (int r = 0; r < num_ranks; ++r)
     if (all[static_cast<size_t>(r)] != own)
-      fail(TERN_MISMATCH, "exchange: rank {} asks for [{}], rank {} for [{}]; every rank must use the same options, environment and version", group.topology.rank,
-           configuration_text(own), r, configuration_text(all[static_cast<size_t>(r)]));
+      fail(TERN_MISMATCH,
+           "exchange: rank {} asks for [{}], rank {} for [{}]; every rank must use the same options, environment and version",
+           group.topology.rank, configuration_text(own), r, configuration_text(all[static_cast<size_t>(r)]));
 }
 
 }  // namespace

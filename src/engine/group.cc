@@ -14,7 +14,8 @@ constexpr size_t kLongestName = 63;
 
 std::string text_or(const char* text, const char* otherwise, const char* what) {
   const std::string value = text == nullptr || *text == '\0' ? otherwise : text;
-  if (value.size() > kLongestName) fail(TERN_INVALID_ARGUMENT, "group: {} has {} bytes, at most {} are allowed", what, value.size(), kLongestName);
+  if (value.size() > kLongestName)
+    fail(TERN_INVALID_ARGUMENT, "group: {} has {} bytes, at most {} are allowed", what, value.size(), kLongestName);
   return value;
 }
 
@@ -42,7 +43,8 @@ std::vector<std::shared_ptr<Group>> make_local_groups(const tern_group_options& 
   auto bootstraps = make_local_bootstraps(num_ranks);
   std::vector<std::shared_ptr<Group>> groups;
   for (int r = 0; r < num_ranks; ++r)
-    groups.push_back(std::make_shared<Group>(Group{make_log(options), std::move(bootstraps[static_cast<size_t>(r)]), make_topology(r, ranks)}));
+    groups.push_back(
+        std::make_shared<Group>(Group{make_log(options), std::move(bootstraps[static_cast<size_t>(r)]), make_topology(r, ranks)}));
   return groups;
 }
 

@@ -8,7 +8,8 @@ namespace tern {
 bool cuda_engine_present() { return false; }
 
 std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology&, Bootstrap&, const tern_exchange_options&, const Log&, Deadline) {
-  fail(TERN_UNSUPPORTED, "exchange: device is TERN_DEVICE_CUDA, but this build of Tern has no CUDA engine; use TERN_DEVICE_CPU or TERN_DEVICE_AUTO");
+  fail(TERN_UNSUPPORTED,
+       "exchange: device is TERN_DEVICE_CUDA, but this build of Tern has no CUDA engine; use TERN_DEVICE_CPU or TERN_DEVICE_AUTO");
 }
 
 }  // namespace tern

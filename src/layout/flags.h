@@ -57,9 +57,9 @@ inline constexpr uint32_t kFailureSet = 2;
 // What a rank proposes while the survivors agree on a new generation; written by the window's owner, read by all. Every word is
 // read and written sequentially consistent, between two equal, even versions.
 struct alignas(kCacheLine) ProposalCell {
-  uint64_t version;     // odd while it is being written
-  uint64_t generation;  // the generation proposed; 0: none yet
-  uint64_t committed;   // 1: every rank that this one knows to go on has proposed the same
+  uint64_t version;               // odd while it is being written
+  uint64_t generation;            // the generation proposed; 0: none yet
+  uint64_t committed;             // 1: every rank that this one knows to go on has proposed the same
   uint64_t mask[kMaxRanks / 64];  // bit r: without rank r
 };
 

@@ -19,6 +19,7 @@ struct CallShape {
   int64_t scale_bytes = 0;
   int64_t max_tokens = 0;
   int64_t row_capacity = 0;
+  int64_t tokens_per_round = 0;
   int32_t num_experts = 0;
   int32_t num_topk = 0;
   int32_t choices = 0;  // layout, extent, dtype, encoding, mode, weights, zero copy: 4 bits each

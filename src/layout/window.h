@@ -35,7 +35,9 @@ struct WindowLayout {
   constexpr int64_t total_bytes() const { return control_bytes() + staging_bytes(); }
 
  private:
-  constexpr int64_t lane_bytes() const { return static_cast<int64_t>(sizeof(Doorbell)) + num_ranks * static_cast<int64_t>(sizeof(FlagCell)); }
+  constexpr int64_t lane_bytes() const {
+    return static_cast<int64_t>(sizeof(Doorbell)) + num_ranks * static_cast<int64_t>(sizeof(FlagCell));
+  }
 };
 
 }  // namespace tern::layout

@@ -23,7 +23,9 @@ int64_t OffsetAllocator::allocate(int64_t bytes) {
       left += size;
       longest = std::max(longest, size);
     }
-    fail(TERN_OUT_OF_MEMORY, "window: {} bytes asked for, {} are free, at most {} in one piece; create the exchange with a larger window_bytes", bytes, left, longest);
+    fail(TERN_OUT_OF_MEMORY,
+         "window: {} bytes asked for, {} are free, at most {} in one piece; create the exchange with a larger window_bytes", bytes, left,
+         longest);
   }
   const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const auto [offset, size] = *fit;

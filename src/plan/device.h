@@ -19,9 +19,9 @@ namespace tern {
 // A validated dispatch, defaults filled in.
 struct DispatchCall {
   tern_dispatch_args args;
-  int64_t row_bytes = 0;      // of a row as given
-  int64_t wire_bytes = 0;     // of a row as it arrives
-  int64_t scale_bytes = 0;    // of a row's scales as they arrive
+  int64_t row_bytes = 0;    // of a row as given
+  int64_t wire_bytes = 0;   // of a row as it arrives
+  int64_t scale_bytes = 0;  // of a row's scales as they arrive
   int64_t scale_element_bytes = 0;
   bool carries_weights = false;
 };

@@ -36,7 +36,8 @@ void check_options(const tern_plan_options& o, int32_t num_ranks) {
   if (o.layout != TERN_LAYOUT_RANK_MAJOR && o.num_topk == 0)
     fail(kBad, "plan: num_topk is 0, but the expert layouts need top-k indices; only rank_major can be routed by token_in_rank");
   if (o.expert_alignment < 0) fail(kBad, "plan: expert_alignment is {}, must not be negative", o.expert_alignment);
-  if (o.row_capacity < 0 || o.row_capacity > kMostRows) fail(kBad, "plan: row_capacity is {}, must be 0 (what can arrive at most) to {}", o.row_capacity, kMostRows);
+  if (o.row_capacity < 0 || o.row_capacity > kMostRows)
+    fail(kBad, "plan: row_capacity is {}, must be 0 (what can arrive at most) to {}", o.row_capacity, kMostRows);
 }
 
 }  // namespace
@@ -53,7 +54,8 @@ PlanShape make_plan_shape(const tern_plan_options& options, int32_t rank, int32_
                   .alignment = options.expert_alignment == 0 ? 1 : options.expert_alignment,
                   .zero_padding = options.zero_padding != 0};
   // The first test keeps the arithmetic of the second from overflowing.
-  if (shape.max_tokens > kMostRows || shape.max_messages() * (shape.num_topk > 0 ? shape.num_topk : 1) > kMostRows || most_rows(shape) > kMostRows)
+  if (shape.max_tokens > kMostRows || shape.max_messages() * (shape.num_topk > 0 ? shape.num_topk : 1) > kMostRows ||
+      most_rows(shape) > kMostRows)
     fail(TERN_INVALID_ARGUMENT, "plan: {} ranks with {} tokens each and top-{} could need more than {} rows on one rank; lower max_tokens",
          num_ranks, shape.max_tokens, shape.num_topk, kMostRows);
   const bool caller_sizes = shape.extent == TERN_EXTENT_WORST && shape.layout != TERN_LAYOUT_EXPERT_PADDED && options.row_capacity > 0;

@@ -57,8 +57,8 @@ void RoutingTable::check(const tern_routing& routing) const {
   for (int64_t i = 0; i < routing.num_tokens * shape_.num_topk; ++i) {
     const int64_t expert = topk_at(routing, i);
     if (expert < -1 || expert >= shape_.num_experts)
-      fail(kBad, "routing: token {} names expert {} at k = {}, must be -1 (none) or 0 to {}", i / shape_.num_topk, expert, i % shape_.num_topk,
-           shape_.num_experts - 1);
+      fail(kBad, "routing: token {} names expert {} at k = {}, must be -1 (none) or 0 to {}", i / shape_.num_topk, expert,
+           i % shape_.num_topk, shape_.num_experts - 1);
   }
 }
 

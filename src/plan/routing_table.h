@@ -34,7 +34,9 @@ class RoutingTable {
 
   // Step 2: entries per expert [num_experts], then messages per rank [num_ranks], of each rank; this rank's own are set by step 1.
   std::span<int32_t> counts_of(int32_t rank) { return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())}; }
-  std::span<const int32_t> counts_of(int32_t rank) const { return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())}; }
+  std::span<const int32_t> counts_of(int32_t rank) const {
+    return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())};
+  }
   int32_t& tokens_of(int32_t rank) { return tokens_of_[static_cast<size_t>(rank)]; }
   int64_t num_counts() const { return int64_t{shape_.num_experts} + shape_.num_ranks; }
 
@@ -93,21 +95,21 @@ class RoutingTable {
   int32_t bounded_row(int64_t group_begin, int64_t row_in_group) const;
 
   PlanShape shape_;
-  std::vector<int32_t> experts_;        // [max_tokens, num_topk]
-  std::vector<int32_t> entry_rows_;     // [max_tokens, num_topk]
-  std::vector<Message> messages_;       // by token, ranks ascending
-  std::vector<int32_t> message_begin_;  // [max_tokens + 1]
-  std::vector<int32_t> counts_;         // [num_ranks, num_counts]
-  std::vector<int32_t> tokens_of_;      // [num_ranks]
-  std::vector<int64_t> rank_row_begin_; // [num_ranks] first rank_major row of this rank's messages there
-  std::vector<int64_t> next_row_;       // [num_experts] scratch of finish(): next row in the expert's group
-  std::vector<int64_t> received_begin_; // [num_ranks + 1]
-  std::vector<int64_t> group_begin_;    // [local_experts + 1]
-  std::vector<int64_t> source_begin_;   // [local_experts, num_ranks]
-  std::vector<int64_t> next_message_;   // [num_ranks] placing: next message index
-  std::vector<int64_t> next_entry_;     // [local_experts, num_ranks] placing: next row in the expert's group
-  std::vector<int32_t> source_tokens_;  // [max_messages]
-  std::vector<int32_t> placed_rows_;    // [max_messages, num_topk]
+  std::vector<int32_t> experts_;         // [max_tokens, num_topk]
+  std::vector<int32_t> entry_rows_;      // [max_tokens, num_topk]
+  std::vector<Message> messages_;        // by token, ranks ascending
+  std::vector<int32_t> message_begin_;   // [max_tokens + 1]
+  std::vector<int32_t> counts_;          // [num_ranks, num_counts]
+  std::vector<int32_t> tokens_of_;       // [num_ranks]
+  std::vector<int64_t> rank_row_begin_;  // [num_ranks] first rank_major row of this rank's messages there
+  std::vector<int64_t> next_row_;        // [num_experts] scratch of finish(): next row in the expert's group
+  std::vector<int64_t> received_begin_;  // [num_ranks + 1]
+  std::vector<int64_t> group_begin_;     // [local_experts + 1]
+  std::vector<int64_t> source_begin_;    // [local_experts, num_ranks]
+  std::vector<int64_t> next_message_;    // [num_ranks] placing: next message index
+  std::vector<int64_t> next_entry_;      // [local_experts, num_ranks] placing: next row in the expert's group
+  std::vector<int32_t> source_tokens_;   // [max_messages]
+  std::vector<int32_t> placed_rows_;     // [max_messages, num_topk]
   bool exceeds_capacity_ = false;
 };
 

@@ -19,7 +19,8 @@ void check_options(const tern_exchange_options& o) {
   const auto not_negative = [](const char* name, int64_t value) {
     if (value < 0) fail(kBad, "exchange: {} is {}, must not be negative", name, value);
   };
-  if (o.device < TERN_DEVICE_AUTO || o.device > TERN_DEVICE_CUDA) fail(kBad, "exchange: device is {}, which is no tern_device_type", static_cast<int>(o.device));
+  if (o.device < TERN_DEVICE_AUTO || o.device > TERN_DEVICE_CUDA)
+    fail(kBad, "exchange: device is {}, which is no tern_device_type", static_cast<int>(o.device));
   not_negative("staging_bytes", o.staging_bytes);
   not_negative("window_bytes", o.window_bytes);
   not_negative("max_tokens", o.max_tokens);
@@ -30,15 +31,18 @@ void check_options(const tern_exchange_options& o) {
   not_negative("timeout_ms", o.timeout_ms);
   constexpr int64_t kMostBytes = int64_t{1} << 46;  // 64 TiB: keeps the arithmetic below from overflowing
   if (o.staging_bytes > kMostBytes || o.window_bytes > kMostBytes || o.max_row_bytes > kMostBytes >> 16 || o.max_tokens > int64_t{1} << 31)
-    fail(kBad, "exchange: staging_bytes {}, window_bytes {}, max_tokens {} or max_row_bytes {} is out of any reasonable range", o.staging_bytes, o.window_bytes,
-         o.max_tokens, o.max_row_bytes);
+    fail(kBad, "exchange: staging_bytes {}, window_bytes {}, max_tokens {} or max_row_bytes {} is out of any reasonable range",
+         o.staging_bytes, o.window_bytes, o.max_tokens, o.max_row_bytes);
   if (o.max_topk > 64) fail(kBad, "exchange: max_topk is {}, must be at most 64", o.max_topk);
-  if (o.num_lanes < 0 || o.num_lanes > layout::kMaxLanes) fail(kBad, "exchange: num_lanes is {}, must be 0 (one) to {}", o.num_lanes, layout::kMaxLanes);
+  if (o.num_lanes < 0 || o.num_lanes > layout::kMaxLanes)
+    fail(kBad, "exchange: num_lanes is {}, must be 0 (one) to {}", o.num_lanes, layout::kMaxLanes);
   if (o.on_timeout != TERN_ON_TIMEOUT_ABORT && o.on_timeout != TERN_ON_TIMEOUT_MASK)
     fail(kBad, "exchange: on_timeout is {}, which is no tern_timeout_policy", static_cast<int>(o.on_timeout));
   if (o.on_timeout == TERN_ON_TIMEOUT_MASK && o.num_lanes > 1)
-    fail(kBad, "exchange: TERN_ON_TIMEOUT_MASK works with one lane, not {}; use tern_exchange_recover, or an exchange for each lane", o.num_lanes);
-  if (o.mode < TERN_MODE_AUTO || o.mode > TERN_MODE_LATENCY) fail(kBad, "exchange: mode is {}, which is no tern_mode", static_cast<int>(o.mode));
+    fail(kBad, "exchange: TERN_ON_TIMEOUT_MASK works with one lane, not {}; use tern_exchange_recover, or an exchange for each lane",
+         o.num_lanes);
+  if (o.mode < TERN_MODE_AUTO || o.mode > TERN_MODE_LATENCY)
+    fail(kBad, "exchange: mode is {}, which is no tern_mode", static_cast<int>(o.mode));
 }
 
 layout::BankLayout expected_bank(const tern_exchange_options& o, int32_t num_ranks) {
@@ -64,14 +68,15 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
   layout::WindowLayout window{.num_ranks = num_ranks, .num_lanes = o.num_lanes};
   const int64_t num_banks = int64_t{o.num_lanes} * layout::kNumBanks * num_ranks;
   const layout::BankLayout bank = expected_bank(o, num_ranks);
-  const int64_t least = bank.bytes(1);
+  const int64_t least = bank.bytes(o.max_topk);  // one token's entries, each by itself in an exact combine
   int64_t bank_bytes = 0;
   if (o.staging_bytes > 0) {
     bank_bytes = o.staging_bytes / num_banks / kGranule * kGranule;
     const int64_t smallest = static_cast<int64_t>(sizeof(layout::MessageHeader) + layout::kCacheLine);
     if (bank_bytes < smallest)
-      fail(TERN_INVALID_ARGUMENT, "exchange: staging_bytes is {}, which leaves {} bytes for each of {} banks ({} lanes x {} x {} ranks); at least {} are needed", o.staging_bytes,
-           bank_bytes, num_banks, o.num_lanes, layout::kNumBanks, num_ranks, smallest * num_banks);
+      fail(TERN_INVALID_ARGUMENT,
+           "exchange: staging_bytes is {}, which leaves {} bytes for each of {} banks ({} lanes x {} x {} ranks); at least {} are needed",
+           o.staging_bytes, bank_bytes, num_banks, o.num_lanes, layout::kNumBanks, num_ranks, smallest * num_banks);
   } else {
     const int64_t most = knobs().staging_max_mb.value_or(kDefaultStagingMaxMb) << 20;
     bank_bytes = std::max(least, std::min(bank.bytes(o.max_tokens), most / num_banks / kGranule * kGranule));

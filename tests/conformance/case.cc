@@ -14,7 +14,8 @@ namespace {
 
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-constexpr const char* kRoutingNames[] = {"uniform", "zipf", "group_limited", "one_expert", "one_rank", "holes", "duplicates", "nothing", "rank_mask"};
+constexpr const char* kRoutingNames[] = {"uniform", "zipf",       "group_limited", "one_expert", "one_rank",
+                                         "holes",   "duplicates", "nothing",       "rank_mask"};
 constexpr const char* kSpreadNames[] = {"full", "random", "empty", "nothing"};
 constexpr const char* kLayoutNames[] = {"rank_major", "expert_major", "expert_padded"};
 constexpr const char* kDtypeNames[] = {"bf16", "fp16", "fp32", "fp8", "bytes"};
@@ -86,8 +87,8 @@ Case Case::normalized() const {
 }
 
 std::string Case::name() const {
-  std::string text = fmt::format("ranks={} tokens={} hidden={} experts={} topk={} {} {}", num_ranks, max_tokens, hidden, num_experts(), num_topk,
-                                 kLayoutNames[layout], kDtypeNames[dtype]);
+  std::string text = fmt::format("ranks={} tokens={} hidden={} experts={} topk={} {} {}", num_ranks, max_tokens, hidden, num_experts(),
+                                 num_topk, kLayoutNames[layout], kDtypeNames[dtype]);
   const auto add = [&](bool differs, const char* what, const auto& value) {
     if (differs) fmt::format_to(std::back_inserter(text), " {}{}", what, value);
   };

@@ -52,13 +52,13 @@ struct Case {
   int64_t hidden = 64;
   tern_dtype dtype = TERN_DTYPE_BF16;
   tern_encoding encoding = TERN_ENCODING_AS_GIVEN;
-  int64_t scale_bytes = 0;          // as given: opaque bytes for each token
+  int64_t scale_bytes = 0;  // as given: opaque bytes for each token
   int64_t scale_element_bytes = 4;
   tern_scale_order scale_order = TERN_SCALES_ROW_MAJOR;
-  bool strided = false;             // inputs with gaps between tokens and between scales
+  bool strided = false;  // inputs with gaps between tokens and between scales
   bool carry_weights = true;
-  bool fused = false;               // the first dispatch routes the plan
-  bool few_outputs = false;         // some optional outputs are NULL
+  bool fused = false;        // the first dispatch routes the plan
+  bool few_outputs = false;  // some optional outputs are NULL
 
   tern_dtype combine_dtype = TERN_DTYPE_BF16;
   tern_combine_mode combine_mode = TERN_COMBINE_HIERARCHICAL;
@@ -66,20 +66,20 @@ struct Case {
   int32_t num_biases = 0;
   bool return_weights = false;
 
-  bool phases = false;              // send, then receive, instead of whole operations
-  bool window_dispatch = false;     // outputs of dispatch lie in the window
-  bool window_combine = false;      // rows of combine lie in the window
-  int64_t staging_bytes = 0;        // 0: enough for one round
+  bool phases = false;           // send, then receive, instead of whole operations
+  bool window_dispatch = false;  // outputs of dispatch lie in the window
+  bool window_combine = false;   // rows of combine lie in the window
+  int64_t staging_bytes = 0;     // 0: enough for one round
   tern_mode mode = TERN_MODE_AUTO;
   int32_t num_lanes = 1;
   int32_t lane = 0;
-  bool delays = false;              // ranks sleep for a few milliseconds at places drawn from the seed
+  bool delays = false;  // ranks sleep for a few milliseconds at places drawn from the seed
 
   int32_t num_experts() const { return num_ranks * experts_per_rank; }
   bool casts() const { return encoding != TERN_ENCODING_AS_GIVEN; }
   bool masks_ranks() const { return routing == Routing::kRankMask; }
 
-  int64_t token_bytes() const;         // of a row as it is sent
+  int64_t token_bytes() const;  // of a row as it is sent
   int64_t arriving_token_bytes() const;
   int64_t arriving_scale_bytes() const;
   int64_t scale_granule_bytes() const { return casts() ? 4 : scale_element_bytes; }

@@ -27,8 +27,8 @@ std::string compare_bytes(std::span<const uint8_t> found, std::span<const uint8_
   size_t num_different = 0;
   for (size_t i = 0; i < found.size(); ++i) num_different += found[i] != expected[i] ? 1 : 0;
   const size_t shown = std::min<size_t>(8, found.size() - at), row = static_cast<size_t>(std::max<int64_t>(row_bytes, 1));
-  return fmt::format("{} of {} bytes differ, first in row {} at byte {}: found {}, expected {}", num_different, found.size(), at / row, at % row,
-                     hex(found.subspan(at, shown)), hex(expected.subspan(at, shown)));
+  return fmt::format("{} of {} bytes differ, first in row {} at byte {}: found {}, expected {}", num_different, found.size(), at / row,
+                     at % row, hex(found.subspan(at, shown)), hex(expected.subspan(at, shown)));
 }
 
 std::string compare_numbers(tern_dtype dtype, std::span<const uint8_t> found, std::span<const uint8_t> expected, int64_t row_elements) {
@@ -42,9 +42,10 @@ std::string compare_numbers(tern_dtype dtype, std::span<const uint8_t> found, st
   }
   if (num_different == 0) return "";
   const auto at = static_cast<size_t>(first * size), width = static_cast<size_t>(size);
-  return fmt::format("{} of {} elements differ, first in row {} at element {}: found {} ({}), expected {} ({})", num_different, num_elements,
-                     first / std::max<int64_t>(row_elements, 1), first % std::max<int64_t>(row_elements, 1), decode(dtype, found.data(), first),
-                     hex(found.subspan(at, width)), decode(dtype, expected.data(), first), hex(expected.subspan(at, width)));
+  return fmt::format("{} of {} elements differ, first in row {} at element {}: found {} ({}), expected {} ({})", num_different,
+                     num_elements, first / std::max<int64_t>(row_elements, 1), first % std::max<int64_t>(row_elements, 1),
+                     decode(dtype, found.data(), first), hex(found.subspan(at, width)), decode(dtype, expected.data(), first),
+                     hex(expected.subspan(at, width)));
 }
 
 }  // namespace tern::conformance

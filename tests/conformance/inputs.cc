@@ -20,8 +20,8 @@ float ordinary_value(uint64_t word, uint32_t spread) {
   return float_of((static_cast<uint32_t>(word) & 0x807FFFFF) | (exponent << 23));
 }
 
-constexpr float kSpecials[] = {0.0f,     -0.0f,  INFINITY, -INFINITY, NAN,      3.38e38f, -3.38e38f, 1e-40f,
-                               -1e-40f,  1e-45f, 65504.0f, 65520.0f,  6.1e-5f,  6e-8f,    448.0f,    464.0f};
+constexpr float kSpecials[] = {0.0f,    -0.0f,  INFINITY, -INFINITY, NAN,     3.38e38f, -3.38e38f, 1e-40f,
+                               -1e-40f, 1e-45f, 65504.0f, 65520.0f,  6.1e-5f, 6e-8f,    448.0f,    464.0f};
 
 // Mostly numbers like those of a network; one row in 16 has some that make trouble.
 void fill_numbers(tern_dtype dtype, const Draw& draw, std::span<uint8_t> row) {
@@ -93,9 +93,7 @@ std::vector<int64_t> choose_experts(const Case& c, const Draw& draw) {
     case Routing::kUniform: return choose_distinct(draw, range(0, c.num_experts()), c.num_topk, false);
     case Routing::kZipf: return choose_distinct(draw, range(0, c.num_experts()), c.num_topk, true);
     case Routing::kGroupLimited: return choose_distinct(draw, experts_of_half(c, Draw(draw.word(1000))), c.num_topk, false);
-    case Routing::kOneExpert:
-      chosen[static_cast<size_t>(draw.below(0, c.num_topk))] = shared.below(1, c.num_experts());
-      return chosen;
+    case Routing::kOneExpert: chosen[static_cast<size_t>(draw.below(0, c.num_topk))] = shared.below(1, c.num_experts()); return chosen;
     case Routing::kOneRank: {
       const int64_t target = shared.below(1, c.num_ranks);
       return choose_distinct(draw, range(target * c.experts_per_rank, c.experts_per_rank), c.num_topk, false);

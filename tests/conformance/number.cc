@@ -38,7 +38,8 @@ uint32_t encode_small(const SmallFormat& format, float value) {
     if (remainder > half || (remainder == half && (rounded & 1) != 0)) rounded += 1;
   }
   // A carry out of the mantissa runs into the exponent, which is what it should do.
-  const uint32_t code = (static_cast<uint32_t>(kept_exponent - format.min_exponent()) << format.mantissa_bits) + static_cast<uint32_t>(rounded);
+  const uint32_t code =
+      (static_cast<uint32_t>(kept_exponent - format.min_exponent()) << format.mantissa_bits) + static_cast<uint32_t>(rounded);
   return sign | (code > format.largest ? format.overflow : code);
 }
 

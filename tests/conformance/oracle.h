@@ -31,16 +31,16 @@ struct Origin {
 
 // Where everything goes on one rank: the result of routing.
 struct Placement {
-  int64_t num_tokens = 0;                   // that this rank routes
-  std::vector<Origin> rows;                 // of the outputs
-  bool overflow = false;                    // more rows than the capacity
-  int64_t num_received = 0;                 // messages
-  std::vector<int32_t> received_per_rank;   // [num_ranks]
-  std::vector<int32_t> received_per_expert; // [experts_per_rank]
-  std::vector<int32_t> sent_per_rank;       // [num_ranks]
-  std::vector<int64_t> expert_offsets;      // expert layouts: [experts_per_rank + 1]
-  std::vector<int64_t> expert_rank_ranges;  // expert layouts: [experts_per_rank, num_ranks]
-  std::vector<int64_t> topk_idx;            // this rank's own, entries to masked ranks replaced by -1
+  int64_t num_tokens = 0;                    // that this rank routes
+  std::vector<Origin> rows;                  // of the outputs
+  bool overflow = false;                     // more rows than the capacity
+  int64_t num_received = 0;                  // messages
+  std::vector<int32_t> received_per_rank;    // [num_ranks]
+  std::vector<int32_t> received_per_expert;  // [experts_per_rank]
+  std::vector<int32_t> sent_per_rank;        // [num_ranks]
+  std::vector<int64_t> expert_offsets;       // expert layouts: [experts_per_rank + 1]
+  std::vector<int64_t> expert_rank_ranges;   // expert layouts: [experts_per_rank, num_ranks]
+  std::vector<int64_t> topk_idx;             // this rank's own, entries to masked ranks replaced by -1
 };
 
 // masked: [num_ranks], nonzero for ranks that take no part; empty: none.

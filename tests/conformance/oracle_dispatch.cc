@@ -115,7 +115,8 @@ class Writer {
     const int64_t rows_in_block = c_.layout == TERN_LAYOUT_EXPERT_PADDED ? c_.num_ranks * c_.max_tokens : num_rows_;
     const int64_t block = row / rows_in_block, row_in_block = row % rows_in_block;
     for (int64_t i = 0; i < num_scales; ++i) {
-      const int64_t at = c_.scale_order == TERN_SCALES_ROW_MAJOR ? row * num_scales + i : (block * num_scales + i) * rows_in_block + row_in_block;
+      const int64_t at =
+          c_.scale_order == TERN_SCALES_ROW_MAJOR ? row * num_scales + i : (block * num_scales + i) * rows_in_block + row_in_block;
       std::copy_n(scales.begin() + i * granule, granule, out_.scales.begin() + at * granule);
     }
   }

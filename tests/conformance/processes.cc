@@ -66,7 +66,8 @@ class SharedBoard {
 namespace {
 
 void wait_for_stage(SharedBoard& board, int32_t rank, uint64_t stage) {
-  if (!board.wait(board.slot(rank).stage, stage)) throw std::runtime_error(fmt::format("rank {} did not reach stage {} in time", rank, stage));
+  if (!board.wait(board.slot(rank).stage, stage))
+    throw std::runtime_error(fmt::format("rank {} did not reach stage {} in time", rank, stage));
 }
 
 void write_all(int fd, const std::string& text) {

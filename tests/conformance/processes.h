@@ -44,8 +44,8 @@ class RankSeat {
 };
 
 struct RankReport {
-  std::string text;        // what the child returned, or the text of the exception that ended it
-  bool finished = false;   // it returned by itself, in time
+  std::string text;       // what the child returned, or the text of the exception that ended it
+  bool finished = false;  // it returned by itself, in time
 };
 
 class RankProcesses {

@@ -19,8 +19,8 @@ enum Stream : uint64_t { kPause = 100, kDropped, kWindowed };
 
 void check_status(const char* call, tern_status found, tern_status expected) {
   if (found == expected) return;
-  throw std::runtime_error(fmt::format("{} returned {}, expected {}; last error: {}", call, tern_status_name(found), tern_status_name(expected),
-                                       found == TERN_OK ? "" : tern_last_error()));
+  throw std::runtime_error(fmt::format("{} returned {}, expected {}; last error: {}", call, tern_status_name(found),
+                                       tern_status_name(expected), found == TERN_OK ? "" : tern_last_error()));
 }
 
 template <typename T>
@@ -52,17 +52,20 @@ struct RoundTrip::DispatchCall {
 void RoundTrip::DispatchCall::fill_inputs(const Case& c, int32_t rank, int64_t num_tokens) {
   const int64_t granule = c.scale_element_bytes, num_scales = c.scale_bytes / granule;
   const int64_t token_stride = c.token_bytes() + (c.strided ? 32 : 0);
-  const int64_t scale_stride = c.strided ? 2 * granule : granule, scale_token_stride = num_scales * scale_stride + (c.strided && num_scales > 0 ? granule : 0);
+  const int64_t scale_stride = c.strided ? 2 * granule : granule,
+                scale_token_stride = num_scales * scale_stride + (c.strided && num_scales > 0 ? granule : 0);
   tokens.assign(static_cast<size_t>(num_tokens * token_stride), kPoison);
   scales.assign(static_cast<size_t>(num_tokens * scale_token_stride), kPoison);
   Bytes token_scales(static_cast<size_t>(c.scale_bytes));
   for (int64_t token = 0; token < num_tokens; ++token) {
-    make_token(c, batch, rank, token, std::span(tokens).subspan(static_cast<size_t>(token * token_stride), static_cast<size_t>(c.token_bytes())));
+    make_token(c, batch, rank, token,
+               std::span(tokens).subspan(static_cast<size_t>(token * token_stride), static_cast<size_t>(c.token_bytes())));
     make_scales(c, batch, rank, token, token_scales);
     for (int64_t i = 0; i < num_scales; ++i)
       std::copy_n(token_scales.begin() + i * granule, granule, scales.begin() + token * scale_token_stride + i * scale_stride);
   }
-  for (int64_t i = 0; c.carry_weights && i < num_tokens * c.num_topk; ++i) weights.push_back(make_weight(c, batch, rank, WeightUse::kDispatch, i));
+  for (int64_t i = 0; c.carry_weights && i < num_tokens * c.num_topk; ++i)
+    weights.push_back(make_weight(c, batch, rank, WeightUse::kDispatch, i));
 
   args.tokens = data_or_null(tokens);
   args.dtype = c.dtype;
@@ -138,10 +141,12 @@ void RoundTrip::CombineCall::fill_inputs(const Case& c, int32_t rank, const Plac
   for (int b = 0; b < c.num_biases; ++b) {
     bias[b].resize(static_cast<size_t>(placement.num_tokens * row_bytes));
     for (int64_t token = 0; token < placement.num_tokens; ++token)
-      make_bias(c, batch, rank, b, token, std::span(bias[b]).subspan(static_cast<size_t>(token * row_bytes), static_cast<size_t>(row_bytes)));
+      make_bias(c, batch, rank, b, token,
+                std::span(bias[b]).subspan(static_cast<size_t>(token * row_bytes), static_cast<size_t>(row_bytes)));
   }
   if (c.weighting == TERN_WEIGHTS_OWNER)
-    for (int64_t i = 0; i < placement.num_tokens * c.num_topk; ++i) owner_weights.push_back(make_weight(c, batch, rank, WeightUse::kOwner, i));
+    for (int64_t i = 0; i < placement.num_tokens * c.num_topk; ++i)
+      owner_weights.push_back(make_weight(c, batch, rank, WeightUse::kOwner, i));
   if (c.return_weights) fill_row_weights(c, rank, placement);
 
   args.rows = rows.data();
@@ -179,7 +184,8 @@ RoundTrip::RoundTrip(const Scenario& scenario, int32_t rank, tern_exchange* exch
   check_status("tern_plan_create", tern_plan_create(exchange, &options, &plan), TERN_OK);
   plan_.reset(plan);
   if (c_.index_type == TERN_INDEX_INT32)
-    for (const int64_t expert : scenario.routings[static_cast<size_t>(rank)].topk_idx) topk_idx_int32_.push_back(static_cast<int32_t>(expert));
+    for (const int64_t expert : scenario.routings[static_cast<size_t>(rank)].topk_idx)
+      topk_idx_int32_.push_back(static_cast<int32_t>(expert));
 }
 
 void RoundTrip::run() {

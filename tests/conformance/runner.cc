@@ -6,8 +6,8 @@
 
 #include <atomic>
 #include <stdexcept>
-#include <thread>
 #include <tern/tern.hpp>
+#include <thread>
 
 #include "conformance/processes.h"
 #include "conformance/round_trip.h"
@@ -51,7 +51,8 @@ constexpr const char* kOutputsMark = "\n\noutputs\n";
 
 }  // namespace
 
-std::vector<std::string> run_threads(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options, const RankBody& body) {
+std::vector<std::string> run_threads(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options,
+                                     const RankBody& body) {
   tern_group_options group_options;
   const std::string name = group_name();
   group_options.name = name.c_str();
@@ -68,7 +69,8 @@ std::vector<std::string> run_threads(int32_t num_ranks, tern_exchange_options ex
   return result;
 }
 
-std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options, const RankBody& body) {
+std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options,
+                                       const RankBody& body) {
   const std::string name = group_name();
   std::vector<std::vector<uint8_t>> own_outputs(static_cast<size_t>(num_ranks));
   std::vector<std::vector<uint8_t>>& outputs = options.outputs != nullptr ? *options.outputs : own_outputs;
@@ -89,9 +91,12 @@ std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options 
     const std::string& text = reports[rank].text;
     const size_t mark = text.find(kOutputsMark);
     const std::string lines = text.substr(0, mark);
-    if (!reports[rank].finished) result.push_back(fmt::format("rank {}: the process ended or hung without a report: {}", rank, lines));
-    else if (!lines.empty()) result.push_back(lines);
-    if (mark != std::string::npos) outputs[rank].assign(text.begin() + static_cast<int64_t>(mark + std::string(kOutputsMark).size()), text.end());
+    if (!reports[rank].finished)
+      result.push_back(fmt::format("rank {}: the process ended or hung without a report: {}", rank, lines));
+    else if (!lines.empty())
+      result.push_back(lines);
+    if (mark != std::string::npos)
+      outputs[rank].assign(text.begin() + static_cast<int64_t>(mark + std::string(kOutputsMark).size()), text.end());
   }
   return result;
 }

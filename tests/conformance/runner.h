@@ -16,18 +16,20 @@ namespace tern::conformance {
 
 struct RunOptions {
   tern_device_type device = TERN_DEVICE_CPU;
-  int64_t timeout_ms = 30'000;                              // of each wait in the library
-  std::vector<std::vector<uint8_t>>* outputs = nullptr;     // threads and processes: [num_ranks] what the last batch left
+  int64_t timeout_ms = 30'000;                           // of each wait in the library
+  std::vector<std::vector<uint8_t>>* outputs = nullptr;  // threads and processes: [num_ranks] what the last batch left
 };
 
 // What a rank does with its exchange; returns differences. It may throw.
 using RankBody = std::function<std::vector<std::string>(int32_t rank, tern_exchange* exchange)>;
 
 // Ranks as threads of this process, sharing one group made with tern_group_create_local.
-std::vector<std::string> run_threads(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options, const RankBody& body);
+std::vector<std::string> run_threads(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options,
+                                     const RankBody& body);
 
 // Ranks as processes, forked from the caller, which must have no other threads.
-std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options, const RankBody& body);
+std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options exchange_options, const RunOptions& options,
+                                       const RankBody& body);
 
 std::vector<std::string> run_as_threads(const Case& c, const RunOptions& options = {});
 std::vector<std::string> run_as_processes(const Case& c, const RunOptions& options = {});

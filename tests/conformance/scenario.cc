@@ -18,7 +18,8 @@ tern_exchange_options Scenario::exchange_options(int32_t num_trips) const {
   // With exact sums every entry of a token crosses the link by itself.
   const bool sends_entries = c.combine_mode == TERN_COMBINE_EXACT && c.layout != TERN_LAYOUT_RANK_MAJOR;
   options.max_tokens = c.max_tokens * (sends_entries ? c.num_topk : 1);
-  options.max_row_bytes = std::max({c.token_bytes() + c.arriving_scale_bytes(), c.arriving_token_bytes() + c.arriving_scale_bytes(), c.combine_row_bytes()});
+  options.max_row_bytes =
+      std::max({c.token_bytes() + c.arriving_scale_bytes(), c.arriving_token_bytes() + c.arriving_scale_bytes(), c.combine_row_bytes()});
   options.max_topk = std::max(c.num_topk, 1);
   options.max_experts = c.num_experts();
   options.num_lanes = c.num_lanes;
@@ -28,7 +29,8 @@ tern_exchange_options Scenario::exchange_options(int32_t num_trips) const {
   for (const Placement& placement : placements) most_rows = std::max(most_rows, placement.rows.size());
   const auto num_rows = static_cast<int64_t>(most_rows);
   if (c.window_dispatch)
-    options.window_bytes += GuardedBuffer::window_bytes(num_rows * c.arriving_token_bytes()) + GuardedBuffer::window_bytes(num_rows * c.arriving_scale_bytes());
+    options.window_bytes +=
+        GuardedBuffer::window_bytes(num_rows * c.arriving_token_bytes()) + GuardedBuffer::window_bytes(num_rows * c.arriving_scale_bytes());
   if (c.window_combine) options.window_bytes += GuardedBuffer::window_bytes(num_rows * c.combine_row_bytes());
   options.window_bytes *= num_trips;
   return options;

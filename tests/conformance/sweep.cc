@@ -94,7 +94,8 @@ Case random_case(uint64_t seed) {
   choose_combine(c, choose);
   choose_driving(c, choose);
   c = c.normalized();
-  if (c.extent == TERN_EXTENT_WORST && c.layout != TERN_LAYOUT_EXPERT_PADDED && choose.one_in(2)) c.row_capacity = choose_capacity(c, choose);
+  if (c.extent == TERN_EXTENT_WORST && c.layout != TERN_LAYOUT_EXPERT_PADDED && choose.one_in(2))
+    c.row_capacity = choose_capacity(c, choose);
   return c;
 }
 

@@ -7,8 +7,8 @@
 #include <chrono>
 #include <filesystem>
 #include <optional>
-#include <thread>
 #include <tern/tern.hpp>
+#include <thread>
 
 #include "conformance/processes.h"
 #include "engine/support.h"
@@ -41,12 +41,15 @@ void require(bool condition, const std::string& what) {
   if (!condition) throw std::runtime_error(what);
 }
 
-void require_ok(tern_status status, const char* what) { require(status == TERN_OK, fmt::format("{}: {}: {}", what, tern_status_name(status), tern_last_error())); }
+void require_ok(tern_status status, const char* what) {
+  require(status == TERN_OK, fmt::format("{}: {}: {}", what, tern_status_name(status), tern_last_error()));
+}
 
 // A rank's group and exchange, in its process.
 struct Member {
   Member(RankSeat& seat, const std::string& name, tern_exchange_options options)
-      : group(Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat, group_options(name))), exchange(group, options) {}
+      : group(Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat, group_options(name))),
+        exchange(group, options) {}
 
   static tern_group_options group_options(const std::string& name) {
     tern_group_options options;
@@ -114,7 +117,8 @@ void require_masked(const Exchange& exchange, const std::vector<uint8_t>& mask, 
   require(state.generation == generation, fmt::format("generation is {}, expected {}", state.generation, generation));
   require(state.failure.status == TERN_OK, "the record of the last generation is still there");
   for (int32_t rank = 0; rank < kNumRanks; ++rank)
-    require(state.masked[rank] == (mask.empty() ? 0 : mask[static_cast<size_t>(rank)]), fmt::format("masked[{}] is {}", rank, state.masked[rank]));
+    require(state.masked[rank] == (mask.empty() ? 0 : mask[static_cast<size_t>(rank)]),
+            fmt::format("masked[{}] is {}", rank, state.masked[rank]));
 }
 
 void recover_masking(const Exchange& exchange) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ranks that disagree about what they do get an error, and nobody hangs.
 #include <functional>
-#include <thread>
 #include <tern/tern.hpp>
+#include <thread>
 
 #include "engine/support.h"
 
@@ -50,7 +50,8 @@ Intent common_intent() {
 tern_status play(tern_exchange* exchange, Intent intent) {
   constexpr int64_t kRoom = 65'536;
   const std::vector<uint8_t> inputs(kRoom, 1);
-  GuardedBuffer rows(kRoom, intent.window_dispatch ? exchange : nullptr), results(kRoom, intent.window_combine ? exchange : nullptr), out(kRoom, nullptr);
+  GuardedBuffer rows(kRoom, intent.window_dispatch ? exchange : nullptr), results(kRoom, intent.window_combine ? exchange : nullptr),
+      out(kRoom, nullptr);
   std::fill_n(results.data(), kRoom, uint8_t{0});
   const PlanHandle plan = make_plan(exchange, intent.plan);
   tern_status status = tern_plan_route(plan.get(), &intent.routing, nullptr, nullptr);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an operator sees: counters, log lines, memory figures, states.
 #include <mutex>
-#include <thread>
 #include <tern/tern.hpp>
+#include <thread>
 
 #include "engine/support.h"
 
@@ -26,7 +26,8 @@ struct LogLines {
   }
   bool has(tern_log_level level, const std::string& part) {
     const std::lock_guard lock(mutex);
-    return std::any_of(lines.begin(), lines.end(), [&](const auto& line) { return line.first == level && line.second.find(part) != std::string::npos; });
+    return std::any_of(lines.begin(), lines.end(),
+                       [&](const auto& line) { return line.first == level && line.second.find(part) != std::string::npos; });
   }
 };
 
@@ -112,7 +113,8 @@ TEST(Log, LinesGoToTheHookByLevel) {
 
 TEST(Memory, QuerySaysWhatCreationTakes) {
   const std::vector<Group> groups = Group::local(4);
-  const tern_exchange_options options = {.device = TERN_DEVICE_CPU, .window_bytes = 4096, .max_tokens = 32, .max_row_bytes = 1024, .num_lanes = 2};
+  const tern_exchange_options options = {
+      .device = TERN_DEVICE_CPU, .window_bytes = 4096, .max_tokens = 32, .max_row_bytes = 1024, .num_lanes = 2};
   const tern_memory_info memory = Exchange::query_memory(groups[0], options);
   EXPECT_EQ(memory.window_bytes, 4096);
   EXPECT_EQ(memory.total_bytes, memory.control_bytes + memory.staging_bytes + memory.window_bytes);

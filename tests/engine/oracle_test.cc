@@ -208,8 +208,8 @@ Bytes cast_row() {
 TEST(Cast, OneScaleForEachBlock) {
   Bytes values, scales;
   cast_oracle(cast_case(TERN_ENCODING_FP8_F32), cast_row(), values, scales);
-  EXPECT_EQ(values[5], 0xFE);                                               // -448
-  EXPECT_EQ(values[6], code_of(TERN_DTYPE_FP8_E4M3, 448.0f / 3.0f));        // about 149.3: 144
+  EXPECT_EQ(values[5], 0xFE);                                         // -448
+  EXPECT_EQ(values[6], code_of(TERN_DTYPE_FP8_E4M3, 448.0f / 3.0f));  // about 149.3: 144
   EXPECT_EQ(values[6], 0x71);
   EXPECT_EQ(values_of<float>(scales), (std::vector<float>{3.0f * (1.0f / 448.0f), 1e-4f * (1.0f / 448.0f)}));
 }
@@ -249,7 +249,8 @@ TEST(Combine, SumsInTheOrderOfTheContract) {
   const float by_k0 = weight(0) * result_of(c, 1, 2), by_k1 = weight(1) * result_of(c, 1, 0);
 
   const CombineBytes hierarchical = combine_oracle(c, placements, 0, 1);
-  EXPECT_EQ(decode(TERN_DTYPE_BF16, hierarchical.tokens.data(), 3), rounded(TERN_DTYPE_BF16, first + rounded(TERN_DTYPE_BF16, by_k0 + by_k1)));
+  EXPECT_EQ(decode(TERN_DTYPE_BF16, hierarchical.tokens.data(), 3),
+            rounded(TERN_DTYPE_BF16, first + rounded(TERN_DTYPE_BF16, by_k0 + by_k1)));
   c.combine_mode = TERN_COMBINE_EXACT;
   const CombineBytes exact = combine_oracle(c, placements, 0, 1);
   EXPECT_EQ(decode(TERN_DTYPE_BF16, exact.tokens.data(), 3), rounded(TERN_DTYPE_BF16, (first + by_k0) + by_k1));
@@ -261,13 +262,14 @@ TEST(Combine, WeightsComeBackSummedOverRanks) {
   const CombineBytes out = combine_oracle(c, place(c, small_routing(), {}), 0, 0);
   const auto row_weight = [&](int32_t rank, int64_t index) { return make_weight(c, 0, rank, WeightUse::kRow, index); };
   // Token 0 is row 0 of both ranks, token 1 row 1 of rank 0.
-  EXPECT_EQ(values_of<float>(out.weights),
-            (std::vector<float>{row_weight(0, 0) + row_weight(1, 0), row_weight(0, 1) + row_weight(1, 1), row_weight(0, 2), row_weight(0, 3)}));
+  EXPECT_EQ(values_of<float>(out.weights), (std::vector<float>{row_weight(0, 0) + row_weight(1, 0), row_weight(0, 1) + row_weight(1, 1),
+                                                               row_weight(0, 2), row_weight(0, 3)}));
 }
 
 TEST(Compare, SaysWhereAndHowMuch) {
   EXPECT_EQ(compare_bytes(Bytes{1, 2}, Bytes{1, 2}, 2), "");
-  EXPECT_EQ(compare_bytes(Bytes{1, 2, 3, 4}, Bytes{1, 2, 9, 9}, 2), "2 of 4 bytes differ, first in row 1 at byte 0: found 0304, expected 0909");
+  EXPECT_EQ(compare_bytes(Bytes{1, 2, 3, 4}, Bytes{1, 2, 9, 9}, 2),
+            "2 of 4 bytes differ, first in row 1 at byte 0: found 0304, expected 0909");
   const Bytes one_nan = {0xC0, 0x7F}, other_nan = {0xC1, 0xFF}, one = {0x80, 0x3F};
   EXPECT_EQ(compare_numbers(TERN_DTYPE_BF16, one_nan, other_nan, 1), "");
   EXPECT_NE(compare_numbers(TERN_DTYPE_BF16, one_nan, one, 1), "");

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How operations follow one another: phases, rounds, sends in flight, ranks that run ahead, lanes and exchanges side by side.
 #include <chrono>
-#include <thread>
 #include <tern/tern.hpp>
+#include <thread>
 
 #include "engine/support.h"
 
@@ -24,7 +24,8 @@ Case ordinary_case(uint64_t seed) {
 // Staging that holds about `num_tokens` tokens of the case, and at least its counts.
 int64_t staging_for(const Case& c, int64_t num_tokens) {
   const int64_t row_bytes = Scenario(c).exchange_options().max_row_bytes;
-  const int64_t token_bytes = (row_bytes + 16 * c.num_topk + 256) * (c.combine_mode == TERN_COMBINE_EXACT ? c.num_topk : std::min(c.num_topk, c.num_ranks));
+  const int64_t token_bytes =
+      (row_bytes + 16 * c.num_topk + 256) * (c.combine_mode == TERN_COMBINE_EXACT ? c.num_topk : std::min(c.num_topk, c.num_ranks));
   const int64_t count_bytes = 8 * (c.num_experts() + c.num_ranks) + 1024;
   return 2 * c.num_lanes * c.num_ranks * std::max(num_tokens * token_bytes, count_bytes);
 }
@@ -45,7 +46,8 @@ TEST(Phases, EveryLayoutAndMemory) {
         }
 }
 
-// tern.h: staging computed from the shapes lets a dispatch and a combine of them run in one round, as phases need it.
+// tern.h: staging computed from the shapes lets a dispatch and a combine of them run in one round, as phases need it; with mode EXACT each
+// token counts once for each of its entries.
 TEST(Phases, StagingComputedFromTheShapesSuffices) {
   for (const tern_combine_mode mode : {TERN_COMBINE_HIERARCHICAL, TERN_COMBINE_EXACT}) {
     Case c = ordinary_case(33);
@@ -53,7 +55,7 @@ TEST(Phases, StagingComputedFromTheShapesSuffices) {
     c.combine_mode = mode;
     const Scenario scenario(c);
     tern_exchange_options options = scenario.exchange_options();
-    options.max_tokens = c.max_tokens;
+    options.max_tokens = mode == TERN_COMBINE_EXACT ? c.max_tokens * c.num_topk : c.max_tokens;
     expect_right(c, run_threads(c.num_ranks, options, {}, [&](int32_t rank, tern_exchange* exchange) {
                    RoundTrip trip(scenario, rank, exchange);
                    trip.run();
@@ -109,7 +111,8 @@ TEST(Rounds, AreCounted) {
 }
 
 // Two sends under way before the first is received, along two plans.
-void run_two_in_flight(const Scenario& a, const Scenario& b, bool receive_in_order, int32_t rank, tern_exchange* exchange, std::vector<std::string>& differences) {
+void run_two_in_flight(const Scenario& a, const Scenario& b, bool receive_in_order, int32_t rank, tern_exchange* exchange,
+                       std::vector<std::string>& differences) {
   RoundTrip first(a, rank, exchange), second(b, rank, exchange);
   if (!a.c.fused) first.route();
   if (!b.c.fused) second.route();
@@ -125,7 +128,8 @@ void run_two_in_flight(const Scenario& a, const Scenario& b, bool receive_in_ord
     earlier.finish_combine(batch, TERN_PHASE_RECEIVE);
     later.finish_combine(batch, TERN_PHASE_RECEIVE);
   }
-  for (const RoundTrip* trip : {&first, &second}) differences.insert(differences.end(), trip->differences().begin(), trip->differences().end());
+  for (const RoundTrip* trip : {&first, &second})
+    differences.insert(differences.end(), trip->differences().begin(), trip->differences().end());
 }
 
 TEST(Phases, TwoSendsInFlight) {
@@ -253,7 +257,8 @@ TEST(Exchanges, TwoOfOneGroup) {
         later.finish_dispatch(0, TERN_PHASE_RECEIVE);
         trip_a.combine(0);
         trip_b.combine(0);
-        for (const RoundTrip* trip : {&trip_a, &trip_b}) differences[self].insert(differences[self].end(), trip->differences().begin(), trip->differences().end());
+        for (const RoundTrip* trip : {&trip_a, &trip_b})
+          differences[self].insert(differences[self].end(), trip->differences().begin(), trip->differences().end());
       } catch (const std::exception& error) {
         differences[self].push_back(fmt::format("rank {}: {}", rank, error.what()));
       }
@@ -289,7 +294,9 @@ TEST(Groups, ExchangesOutliveThem) {
   for (int32_t rank = 0; rank < c.num_ranks; ++rank) {
     threads.emplace_back([&, rank, group = std::move(groups[static_cast<size_t>(rank)])]() mutable {
       const Exchange exchange(group, scenario.exchange_options());
-      { const Group gone = std::move(group); }
+      {
+        const Group gone = std::move(group);
+      }
       RoundTrip trip(scenario, rank, exchange.get());
       trip.run();
       differences[static_cast<size_t>(rank)] = trip.differences();
