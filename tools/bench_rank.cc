@@ -178,7 +178,7 @@ class BenchRank {
     return operation.check();
   }
 
-  static std::optional<std::string> first_of(std::optional<std::string> a, std::optional<std::string> b) { return a ? a : b; }
+  static std::optional<std::string> first_of(const std::optional<std::string>& a, const std::optional<std::string>& b) { return a ? a : b; }
 
   bool small_batch() const {
     if (setting_.options.mode != "auto") return setting_.options.mode == "latency";

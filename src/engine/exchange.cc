@@ -56,7 +56,7 @@ void compare_configuration(Group& group, const tern_exchange_options& o, Deadlin
 
 }  // namespace
 
-std::shared_ptr<Exchange> make_exchange(std::shared_ptr<Group> group, const tern_exchange_options& options) {
+std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, const tern_exchange_options& options) {
   tern_exchange_options complete = complete_options(options);
   if (complete.device == TERN_DEVICE_AUTO) complete.device = cuda_engine_present() ? TERN_DEVICE_CUDA : TERN_DEVICE_CPU;
   const Deadline deadline = Deadline::in_ms(complete.timeout_ms);

@@ -27,7 +27,7 @@ std::vector<std::shared_ptr<Group>> make_local_groups(const tern_group_options& 
 std::shared_ptr<Group> make_env_group(const tern_group_options& options);
 std::shared_ptr<Group> make_allgather_group(const tern_group_options& options, std::unique_ptr<Bootstrap> bootstrap);
 
-std::shared_ptr<Exchange> make_exchange(std::shared_ptr<Group> group, const tern_exchange_options& options);
+std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, const tern_exchange_options& options);
 tern_memory_info query_memory(const Group& group, const tern_exchange_options& options);
 void count_routing(const Topology& topology, const PlanShape& shape, const tern_routing& routing, const tern_routing_counts& counts);
 
