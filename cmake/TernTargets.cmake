@@ -12,9 +12,7 @@ target_compile_options(tern_flags INTERFACE
   # The order and rounding of sums is part of the contract: no multiply-add may be formed behind our back.
   -ffp-contract=off>)
 if(TERN_SANITIZE)
-  target_compile_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -g -fno-sanitize-recover=all
-    # Callers may pass numbers that are no value of their enum. Without -fstrict-enums compilers keep them, and we check them.
-    -fno-sanitize=enum)
+  target_compile_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -g -fno-sanitize-recover=all)
   target_link_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE})
 endif()
 if(TERN_BUILD_FUZZ)

@@ -48,19 +48,22 @@
 #define TERN_API __attribute__((visibility("default")))
 #endif
 
-/* In C++ every field starts at its default, struct_size included; in C, zero the struct and set struct_size. */
+/* In C++ every field starts at its default, struct_size included; in C, zero the struct and set struct_size. Enums are 4 bytes in both;
+ * in C++ their type is fixed, so that a number which is none of them is an error of the call and not of the language. */
 #ifdef __cplusplus
 #define TERN_SIZE_OF(type) = sizeof(type)
 #define TERN_ZERO = {}
+#define TERN_ENUM_TYPE : int32_t
 extern "C" {
 #else
 #define TERN_SIZE_OF(type)
 #define TERN_ZERO
+#define TERN_ENUM_TYPE
 #endif
 
 /* ------------------------------------------------------------------------------------------------ status and errors */
 
-typedef enum tern_status {
+typedef enum tern_status TERN_ENUM_TYPE {
   TERN_OK = 0,
   TERN_INVALID_ARGUMENT = 1,   /* a pointer, size, shape or dtype that cannot be; nothing was done */
   TERN_INVALID_STATE = 2,      /* right arguments, wrong moment: a plan not routed, a receive without its send */
@@ -87,13 +90,13 @@ TERN_API int32_t tern_version(void);
 
 /* ----------------------------------------------------------------------------------------------------------- choices */
 
-typedef enum tern_device_type {
+typedef enum tern_device_type TERN_ENUM_TYPE {
   TERN_DEVICE_AUTO = 0, /* a GPU where there is one and this build has the engine, else the CPU */
   TERN_DEVICE_CPU = 1,
   TERN_DEVICE_CUDA = 2
 } tern_device_type;
 
-typedef enum tern_dtype {
+typedef enum tern_dtype TERN_ENUM_TYPE {
   TERN_DTYPE_BF16 = 0,
   TERN_DTYPE_FP16 = 1,
   TERN_DTYPE_FP32 = 2,
@@ -101,10 +104,10 @@ typedef enum tern_dtype {
   TERN_DTYPE_BYTES = 4 /* opaque: one element is one byte */
 } tern_dtype;
 
-typedef enum tern_index_type { TERN_INDEX_INT64 = 0, TERN_INDEX_INT32 = 1 } tern_index_type;
+typedef enum tern_index_type TERN_ENUM_TYPE { TERN_INDEX_INT64 = 0, TERN_INDEX_INT32 = 1 } tern_index_type;
 
 /* How what arrives is laid out. E_l = num_experts / num_ranks local experts. */
-typedef enum tern_layout {
+typedef enum tern_layout TERN_ENUM_TYPE {
   /* One row per (token, rank), ordered by (source rank, source token). */
   TERN_LAYOUT_RANK_MAJOR = 0,
   /* One row per (token, k) entry of a local expert, grouped by expert, then (source rank, source token, k); each group
@@ -114,18 +117,18 @@ typedef enum tern_layout {
   TERN_LAYOUT_EXPERT_PADDED = 2
 } tern_layout;
 
-typedef enum tern_extent {
+typedef enum tern_extent TERN_ENUM_TYPE {
   TERN_EXTENT_EXACT = 0, /* the host learns the counts when the plan is routed, and sizes the outputs */
   TERN_EXTENT_WORST = 1  /* the caller gives row_capacity; counts stay on the device */
 } tern_extent;
 
-typedef enum tern_phase {
+typedef enum tern_phase TERN_ENUM_TYPE {
   TERN_PHASE_WHOLE = 0,
   TERN_PHASE_SEND = 1,   /* put the data on their way, and return; nothing of Tern runs after that */
   TERN_PHASE_RECEIVE = 2 /* complete what the plan's last send began; called with the same arguments */
 } tern_phase;
 
-typedef enum tern_encoding {
+typedef enum tern_encoding TERN_ENUM_TYPE {
   TERN_ENCODING_AS_GIVEN = 0,
   /* Cast bf16, fp16 or fp32 rows to fp8 e4m3 on the way, one scale for each 128 channels (the last block may be shorter).
    * With amax = max(|x|, 1e-4) over a block, all in FP32: values are x * fl(448 / amax), rounded to nearest even and
@@ -137,31 +140,31 @@ typedef enum tern_encoding {
   TERN_ENCODING_FP8_UE8M0 = 3
 } tern_encoding;
 
-typedef enum tern_scale_order {
+typedef enum tern_scale_order TERN_ENUM_TYPE {
   TERN_SCALES_ROW_MAJOR = 0,   /* [rows, scales] */
   TERN_SCALES_COLUMN_MAJOR = 1 /* [scales, rows]; expert_padded: [E_l, scales, num_ranks * max_tokens] */
 } tern_scale_order;
 
-typedef enum tern_combine_mode {
+typedef enum tern_combine_mode TERN_ENUM_TYPE {
   /* Rows of one token on one rank are summed there, rounded once to the wire type, and cross the link as one row. */
   TERN_COMBINE_HIERARCHICAL = 0,
   /* Every expert's row goes to the token's owner, who sums all of them in ascending k. */
   TERN_COMBINE_EXACT = 1
 } tern_combine_mode;
 
-typedef enum tern_weighting {
+typedef enum tern_weighting TERN_ENUM_TYPE {
   TERN_WEIGHTS_NONE = 0,     /* plain sum */
   TERN_WEIGHTS_DISPATCH = 1, /* the topk_weights that the plan's last dispatch carried */
   TERN_WEIGHTS_OWNER = 2     /* topk_weights of the combine's arguments, given by the tokens' owner */
 } tern_weighting;
 
-typedef enum tern_timeout_policy {
+typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
   TERN_ON_TIMEOUT_MASK =
       1 /* the operation goes on with a share of zero for the missing rank; the next one starts a generation without it */
 } tern_timeout_policy;
 
-typedef enum tern_mode {
+typedef enum tern_mode TERN_ENUM_TYPE {
   TERN_MODE_AUTO = 0, /* by size: see docs/design.md */
   TERN_MODE_THROUGHPUT = 1,
   TERN_MODE_LATENCY = 2
@@ -173,7 +176,7 @@ typedef struct tern_group tern_group;
 typedef struct tern_exchange tern_exchange;
 typedef struct tern_plan tern_plan;
 
-typedef enum tern_log_level {
+typedef enum tern_log_level TERN_ENUM_TYPE {
   TERN_LOG_OFF = 0,
   TERN_LOG_ERROR = 1,
   TERN_LOG_WARNING = 2,
@@ -273,7 +276,7 @@ TERN_API void tern_exchange_destroy(tern_exchange* exchange);
 TERN_API tern_status tern_window_alloc(tern_exchange* exchange, int64_t bytes, void** pointer);
 TERN_API tern_status tern_window_free(tern_exchange* exchange, void* pointer);
 
-typedef enum tern_health {
+typedef enum tern_health TERN_ENUM_TYPE {
   TERN_HEALTH_OK = 0,
   TERN_HEALTH_DEGRADED = 1, /* works, without the masked ranks */
   TERN_HEALTH_FAILED = 2    /* every operation returns the recorded error until tern_exchange_recover */
@@ -291,7 +294,7 @@ typedef struct tern_failure {
   uint64_t seen_epoch TERN_ZERO;
 } tern_failure;
 
-typedef enum tern_operation {
+typedef enum tern_operation TERN_ENUM_TYPE {
   TERN_OP_NONE = 0,
   TERN_OP_ROUTE = 1,
   TERN_OP_DISPATCH = 2,

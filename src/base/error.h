@@ -5,7 +5,7 @@
 //   if (hidden <= 0) fail(TERN_INVALID_ARGUMENT, "dispatch: hidden is {}, must be positive", hidden);
 #pragma once
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <tern/tern.h>
 
 #include <cerrno>

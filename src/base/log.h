@@ -2,7 +2,7 @@
 // Where lines of log go: the caller's hook, or standard error. Owned by a group and shared by what is made from it.
 #pragma once
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <tern/tern.h>
 
 #include <string>

@@ -99,7 +99,7 @@ class Dispatch {
 
   void send_counts(uint64_t epoch) {
     const auto own = ctx_.table.counts_of(shape_.rank);
-    ctx_.domain().for_each_member([&](int peer) {
+    ctx_.lane.for_each_peer([&](int peer) {
       std::memcpy(ctx_.domain().bank(peer, ctx_.lane.index(), epoch, shape_.rank) + trip_.bank.counts(), own.data(), own.size_bytes());
     });
   }

@@ -62,12 +62,12 @@ uint64_t Lane::begin(tern_operation operation, int64_t num_rounds) {
 void Lane::begin_round(const RoundTrip& trip, uint64_t epoch) {
   std::fill(num_messages_.begin(), num_messages_.end(), 0);
   if (epoch <= layout::kNumBanks) return;
-  domain_->for_each_member([&](int peer) { await_consumed(epoch - layout::kNumBanks, trip.operation, peer); });
+  for_each_peer([&](int peer) { await_consumed(epoch - layout::kNumBanks, trip.operation, peer); });
 }
 
 void Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
   uint64_t sent = 0;
-  domain_->for_each_member([&](int peer) {
+  for_each_peer([&](int peer) {
     auto& header = *reinterpret_cast<layout::MessageHeader*>(domain_->bank(peer, index_, epoch, domain_->rank));
     header.shape = trip.shape;
     header.num_tokens = static_cast<int32_t>(trip.num_tokens);
@@ -82,7 +82,7 @@ void Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
   counters_->rounds.fetch_add(1, std::memory_order_relaxed);
   store_fence();  // publishes the streaming stores of the round, which the release below does not order
   const uint64_t flag = layout::make_flag(epoch, index_, trip.operation);
-  domain_->for_each_member([&](int peer) {
+  for_each_peer([&](int peer) {
     store_release(domain_->cell(peer, index_, domain_->rank).arrived, flag);
     ring(domain_->doorbell(peer, index_));
   });
@@ -90,12 +90,13 @@ void Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
 }
 
 void Lane::finish_epoch(uint64_t epoch) {
+  store_fence();  // rows streamed into the caller's outputs, which others may read as soon as the operation returns
   unreceived_.erase(std::remove(unreceived_.begin(), unreceived_.end(), epoch), unreceived_.end());
   // Receives may come out of order: only what lies before the oldest open epoch is consumed.
   const uint64_t consumed = unreceived_.empty() ? next_epoch_ - 1 : unreceived_.front() - 1;
   if (consumed == consumed_) return;
   consumed_ = consumed;
-  domain_->for_each_member([&](int peer) {
+  for_each_peer([&](int peer) {
     store_release(domain_->cell(peer, index_, domain_->rank).consumed, consumed);
     ring(domain_->doorbell(peer, index_));
   });
@@ -115,7 +116,7 @@ const std::byte* Lane::await_arrived(const RoundTrip& trip, uint64_t epoch, int 
 
 void Lane::post_ready(uint64_t epoch, tern_operation operation, int64_t offset) {
   store_fence();  // rows written with streaming stores before a combine
-  domain_->for_each_member([&](int peer) {
+  for_each_peer([&](int peer) {
     layout::FlagCell& cell = domain_->cell(peer, index_, domain_->rank);
     cell.ready_offset[epoch % layout::kNumBanks] = static_cast<uint64_t>(offset);
     store_release(cell.ready, layout::make_flag(epoch, index_, operation));
@@ -145,8 +146,8 @@ void Lane::await_consumed(uint64_t epoch, tern_operation operation, int peer) {
 
 template <typename Ready>
 bool Lane::wait_until(const Awaited& awaited, Ready ready) {
+  if (gave_up(awaited.rank)) return false;  // also if it comes after all: it counts as absent to the end of the operation
   if (ready()) return true;
-  if (gave_up(awaited.rank)) return false;
   counters_->waits.fetch_add(1, std::memory_order_relaxed);
   const auto start = Deadline::Clock::now();
   const Deadline deadline = Deadline::in_ms(options_.timeout_ms);

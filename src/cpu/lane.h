@@ -98,9 +98,20 @@ class Lane {
   }
 
   // For fill: the next free slot in this rank's bank at `destination`, as an address in that rank's window.
+  // A rank that was given up may still read what it was sent before: its slots are in its own bank here, at which nobody looks any more.
   std::byte* next_slot(const RoundTrip& trip, uint64_t epoch, int destination) {
     const int64_t slot_idx = num_messages_[static_cast<size_t>(destination)]++;
-    return domain_->bank(destination, index_, epoch, domain_->rank) + trip.bank.slot_at(slot_idx);
+    std::byte* bank = gave_up(destination) ? domain_->bank(domain_->rank, index_, epoch, destination)
+                                           : domain_->bank(destination, index_, epoch, domain_->rank);
+    return bank + trip.bank.slot_at(slot_idx);
+  }
+
+  // Calls visit(r) for each rank to which this one still writes, itself included.
+  template <typename Visitor>
+  void for_each_peer(Visitor visit) const {
+    domain_->for_each_member([&](int r) {
+      if (!gave_up(r)) visit(r);
+    });
   }
 
   // For drain: waits until what `source` sends in this epoch is here; its bank, or nullptr if the rank is masked or has just been given up.

@@ -53,7 +53,8 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
     try {
       return operation(lane);
     } catch (const Failure&) {
-      if (!exchange_.must_restart()) throw;
+      const bool routed_without_all = routes && lane.gave_up_any();
+      if (!exchange_.must_restart() && !routed_without_all) throw;
     }
   }
 }
@@ -64,9 +65,9 @@ void CpuPlan::check_ready(const char* operation, bool must_be_dispatched) const 
     fail(TERN_INVALID_STATE, "{}: the plan has not been dispatched; its rows are not known here", operation);
 }
 
-void CpuPlan::check_nothing_under_way() const {
+void CpuPlan::check_nothing_under_way(const char* operation) const {
   if (is_under_way(tickets_.dispatch) || is_under_way(tickets_.combine))
-    fail(TERN_INVALID_STATE, "route: a send along this plan has not been received yet");
+    fail(TERN_INVALID_STATE, "{}: a send along this plan has not been received yet", operation);
 }
 
 void CpuPlan::set_routing(const tern_routing& routing) {
@@ -90,7 +91,7 @@ void CpuPlan::finish_routing() {
 
 void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
   operate(launch, true, [&](Lane& lane) {
-    check_nothing_under_way();
+    check_nothing_under_way("route");
     lane.check_room(TERN_OP_ROUTE, 1);
     set_routing(routing);
     run_route(context(lane));
@@ -105,14 +106,12 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (!routes && launch.phase != TERN_PHASE_RECEIVE) check_ready("dispatch", false);
   if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch.epoch == 0)
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
-  if (launch.phase != TERN_PHASE_RECEIVE && is_under_way(tickets_.dispatch))
-    fail(TERN_INVALID_STATE, "dispatch: the plan's last send has not been received yet");
   operate(launch, routes, [&](Lane& lane) {
     const PlanContext ctx = context(lane);
     // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
     const bool fused = call.args.routing != nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
     const DispatchRun run{call, fused, launch.phase, tickets_.dispatch};
-    if (routes) check_nothing_under_way();
+    if (launch.phase != TERN_PHASE_RECEIVE) check_nothing_under_way("dispatch");
     check_dispatch(ctx, run, routes && !fused ? 1 : 0);
     if (routes) {
       set_routing(*call.args.routing);

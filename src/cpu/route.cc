@@ -20,7 +20,7 @@ void run_route(const PlanContext& ctx) {
          ctx.shape().num_experts, trip.bank.slots(), ctx.domain().layout.bank_bytes);
   const auto own = ctx.table.counts_of(ctx.shape().rank);
   const auto send_counts = [&](int64_t, uint64_t epoch) {
-    ctx.domain().for_each_member([&](int peer) {
+    ctx.lane.for_each_peer([&](int peer) {
       std::byte* bank = ctx.domain().bank(peer, ctx.lane.index(), epoch, ctx.shape().rank);
       std::memcpy(bank + trip.bank.counts(), own.data(), own.size_bytes());
     });
@@ -34,6 +34,8 @@ void run_route(const PlanContext& ctx) {
     });
   };
   ctx.lane.run(trip, send_counts, receive_counts);
+  // Others may have the counts of a rank that was given up here: no row may move until all have the same.
+  if (ctx.lane.gave_up_any()) fail(TERN_ABORTED, "route: a rank did not come; the next generation starts without it");
   ctx.table.finish();
 }
 
