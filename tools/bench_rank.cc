@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "base/error.h"
-#include "base/knobs.h"
 #include "tools/bench.h"
 #include "tools/bench_ceiling.h"
 #include "tools/progress.h"
@@ -182,9 +181,8 @@ class BenchRank {
 
   bool small_batch() const {
     if (setting_.options.mode != "auto") return setting_.options.mode == "latency";
-    constexpr int64_t kDefaultLatencyMaxKb = 1024;
-    return shape_.routing.max_tokens() * shape_.format.given_row_bytes(shape_.hidden) <=
-           knobs().latency_max_kb.value_or(kDefaultLatencyMaxKb) * 1024;
+    constexpr int64_t kMostBytes = 1 << 20;  // what is measured in one call too, whichever path the engine then takes
+    return shape_.routing.max_tokens() * shape_.format.given_row_bytes(shape_.hidden) <= kMostBytes;
   }
 
   int64_t num_steps() const { return 2 + (with_windows_ + with_caller_) * (small_batch() ? 5 : 3); }

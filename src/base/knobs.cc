@@ -10,7 +10,9 @@
 namespace tern {
 namespace {
 
-void parse(const char* name, const char* text, std::optional<int64_t>& value) {
+// `Number` is int64_t, or that as an optional.
+template <typename Number>
+void parse(const char* name, const char* text, Number& value) {
   int64_t number = 0;
   const char* end = text + std::strlen(text);
   const auto [stop, error] = std::from_chars(text, end, number);

@@ -10,8 +10,7 @@ namespace tern {
 
 Log::Log(tern_log_fn hook, void* context, tern_log_level level) : hook_(hook), context_(context), level_(level) {
   if (level_ != TERN_LOG_OFF) return;
-  level_ = TERN_LOG_WARNING;
-  if (const auto chosen = knobs().log_level) level_ = static_cast<tern_log_level>(std::min<int64_t>(*chosen, TERN_LOG_DEBUG));
+  level_ = static_cast<tern_log_level>(std::min<int64_t>(knobs().log_level, TERN_LOG_DEBUG));
 }
 
 void Log::emit(tern_log_level level, const std::string& text) const {

@@ -179,14 +179,18 @@ bool Lane::wait_until(const Awaited& awaited, Ready ready) {
   }
 }
 
+void Lane::go_on_without(int rank) {
+  given_up_[static_cast<size_t>(rank)] = 1;
+  gave_up_any_ = true;
+}
+
 // The deadline has passed. Under TERN_ON_TIMEOUT_MASK the operation goes on without the rank: returns false.
 bool Lane::give_up(const Awaited& awaited) {
   counters_->timeouts.fetch_add(1, std::memory_order_relaxed);
   const uint64_t seen = awaited.is_flag ? layout::flag_epoch(load_acquire(awaited.word)) : load_acquire(awaited.word);
   const tern_failure failure{TERN_TIMEOUT, domain_->rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, seen};
   if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) {
-    given_up_[static_cast<size_t>(awaited.rank)] = 1;
-    gave_up_any_ = true;
+    go_on_without(awaited.rank);
     return false;
   }
   announce_failure(*domain_, failure);
@@ -201,8 +205,7 @@ bool Lane::still_waits_after_failure(const Awaited& awaited) {
   // from the others is on its way or was given up there, so it finishes the operation too.
   if (failure->operation == TERN_OP_RECOVER && awaited.epoch < failure->expected_epoch) {
     if (awaited.rank != failure->awaited) return true;
-    given_up_[static_cast<size_t>(awaited.rank)] = 1;
-    gave_up_any_ = true;
+    go_on_without(awaited.rank);
     return false;
   }
   throw_recorded(*domain_, *failure);

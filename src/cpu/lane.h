@@ -151,6 +151,7 @@ class Lane {
   template <typename Ready>
   bool wait_until(const Awaited& awaited, Ready ready);
   bool give_up(const Awaited& awaited);
+  void go_on_without(int rank);
   bool still_waits_after_failure(const Awaited& awaited);
   [[noreturn]] void fail_mismatch(const Awaited& awaited, const std::string& details);
   void check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header);

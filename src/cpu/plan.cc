@@ -10,7 +10,6 @@
 namespace tern::cpu {
 namespace {
 
-constexpr int64_t kDefaultLatencyMaxKb = 32;
 constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
 constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
 
@@ -206,7 +205,7 @@ bool is_small(const PlanContext& context, int64_t row_bytes) {
     case TERN_MODE_LATENCY: return true;
     case TERN_MODE_AUTO: break;
   }
-  return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kDefaultLatencyMaxKb) << 10;
+  return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb << 10;
 }
 
 bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy) {

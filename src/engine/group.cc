@@ -9,7 +9,6 @@
 namespace tern {
 namespace {
 
-constexpr int64_t kDefaultTimeoutMs = 30000;
 constexpr size_t kLongestName = 63;
 
 std::string text_or(const char* text, const char* otherwise, const char* what) {
@@ -27,9 +26,7 @@ void check_options(const tern_group_options& o) {
   text_or(o.node, "", "node");
 }
 
-Deadline creation_deadline(const tern_group_options& o) {
-  return Deadline::in_ms(o.timeout_ms > 0 ? o.timeout_ms : knobs().timeout_ms.value_or(kDefaultTimeoutMs));
-}
+Deadline creation_deadline(const tern_group_options& o) { return Deadline::in_ms(o.timeout_ms > 0 ? o.timeout_ms : knobs().timeout_ms); }
 
 Log make_log(const tern_group_options& o) { return Log(o.log, o.log_context, o.log_level); }
 

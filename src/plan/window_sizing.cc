@@ -10,8 +10,6 @@
 namespace tern {
 namespace {
 
-constexpr int64_t kDefaultTimeoutMs = 30000;
-constexpr int64_t kDefaultStagingMaxMb = 256;
 constexpr auto kGranule = static_cast<int64_t>(layout::kCacheLine);
 
 void check_options(const tern_exchange_options& o) {
@@ -60,7 +58,7 @@ tern_exchange_options complete_options(const tern_exchange_options& options) {
   if (o.max_topk == 0) o.max_topk = 8;
   if (o.max_experts == 0) o.max_experts = 256;
   if (o.num_lanes == 0) o.num_lanes = 1;
-  if (o.timeout_ms == 0) o.timeout_ms = knobs().timeout_ms.value_or(kDefaultTimeoutMs);
+  if (o.timeout_ms == 0) o.timeout_ms = knobs().timeout_ms;
   return o;
 }
 
@@ -78,7 +76,7 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
            "exchange: staging_bytes is {}, which leaves {} bytes for each of {} banks ({} lanes x {} x {} ranks); at least {} are needed",
            o.staging_bytes, bank_bytes, num_banks, o.num_lanes, layout::kNumBanks, num_ranks, smallest * num_banks);
   } else {
-    const int64_t most = knobs().staging_max_mb.value_or(kDefaultStagingMaxMb) << 20;
+    const int64_t most = knobs().staging_max_mb << 20;
     bank_bytes = std::max(least, std::min(bank.bytes(o.max_tokens), most / num_banks / kGranule * kGranule));
   }
   window.bank_bytes = layout::align_up(bank_bytes, kGranule);
