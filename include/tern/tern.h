@@ -246,7 +246,7 @@ typedef struct tern_exchange_options {
   int32_t max_topk TERN_ZERO;
   int32_t max_experts TERN_ZERO;
   int32_t num_lanes TERN_ZERO;  /* 0: 1; at most 16 */
-  int32_t num_sms TERN_ZERO;    /* GPU: SM budget, 0: chosen; ignored on CPU ranks */
+  int32_t num_sms TERN_ZERO;    /* GPU: the most SMs that an operation takes, 0: chosen (docs/design.md says how); ignored on CPU ranks */
   int64_t timeout_ms TERN_ZERO; /* of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000 */
   tern_timeout_policy on_timeout TERN_ZERO;
   tern_mode mode TERN_ZERO;
@@ -376,6 +376,9 @@ typedef struct tern_routing {
   const uint8_t* token_in_rank TERN_ZERO; /* instead of topk_idx, rank_major only: [num_tokens, num_ranks], nonzero: goes there */
   const int32_t* tokens_per_expert
       TERN_ZERO; /* with token_in_rank, optional: [num_experts], reported as received counts at the experts' ranks */
+  /* GPU: where the operation finds the number of tokens, in device memory, at the time it runs; num_tokens is then the most that
+   * may stand there. For graphs whose batches differ in size. NULL: num_tokens */
+  const int32_t* device_num_tokens TERN_ZERO;
 } tern_routing;
 
 /* How an operation runs. NULL where a function takes one: all defaults. */
@@ -384,11 +387,15 @@ typedef struct tern_launch {
   void* stream TERN_ZERO; /* GPU: cudaStream_t; ignored on CPU ranks */
   int32_t lane TERN_ZERO;
   tern_phase phase TERN_ZERO; /* route: WHOLE only */
-  int32_t num_sms TERN_ZERO;  /* 0: the exchange's */
-  int32_t reserved TERN_ZERO;
+  int32_t num_sms TERN_ZERO;  /* GPU: 0: the exchange's, or chosen; see tern_plan_info.num_sms */
+  /* GPU: 1: runs on the exchange's own stream of this lane, so that it overlaps with what `stream` does next. It starts after
+   * `after_event`, or if that is NULL after what is on `stream` by now; whoever needs the results waits for `done_event`. */
+  int32_t own_stream TERN_ZERO;
+  void* after_event TERN_ZERO; /* GPU: a cudaEvent_t that the operation waits for; NULL: none */
+  void* done_event TERN_ZERO;  /* GPU: a cudaEvent_t of the caller, recorded behind the operation; NULL: none */
 } tern_launch;
 
-/* What the host knows of a routed plan. With extent WORST on a GPU the counts are not known to the host and are -1. */
+/* What the host knows of a routed plan. With extent WORST on a GPU the counts are not known to the host: numbers are -1, arrays NULL. */
 typedef struct tern_plan_info {
   size_t struct_size TERN_SIZE_OF(tern_plan_info);
   int64_t num_tokens TERN_ZERO;   /* routed by this rank */
@@ -401,6 +408,8 @@ typedef struct tern_plan_info {
   const int32_t* received_per_expert TERN_ZERO; /* [E_l] entries by local expert, not padded; or what tokens_per_expert said */
   const int32_t* sent_per_rank TERN_ZERO;       /* [num_ranks] messages by destination */
   const int32_t* pair_counts TERN_ZERO;         /* [num_ranks, num_ranks] messages from row rank to column rank */
+  int32_t num_sms TERN_ZERO;                    /* GPU: of the last operation; 0: CPU */
+  int32_t reserved TERN_ZERO;
 } tern_plan_info;
 
 /* Exchanges counts, after which this rank knows where every row goes and what it will receive. `info` may be NULL. The

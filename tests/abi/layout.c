@@ -105,7 +105,7 @@ FIELD(tern_plan_options, expert_alignment, 32);
 FIELD(tern_plan_options, zero_padding, 36);
 FIELD(tern_plan_options, row_capacity, 40);
 
-SIZE(tern_routing, 48);
+SIZE(tern_routing, 56);
 FIELD(tern_routing, struct_size, 0);
 FIELD(tern_routing, topk_idx, 8);
 FIELD(tern_routing, topk_idx_type, 16);
@@ -113,16 +113,19 @@ FIELD(tern_routing, reserved, 20);
 FIELD(tern_routing, num_tokens, 24);
 FIELD(tern_routing, token_in_rank, 32);
 FIELD(tern_routing, tokens_per_expert, 40);
+FIELD(tern_routing, device_num_tokens, 48);
 
-SIZE(tern_launch, 32);
+SIZE(tern_launch, 48);
 FIELD(tern_launch, struct_size, 0);
 FIELD(tern_launch, stream, 8);
 FIELD(tern_launch, lane, 16);
 FIELD(tern_launch, phase, 20);
 FIELD(tern_launch, num_sms, 24);
-FIELD(tern_launch, reserved, 28);
+FIELD(tern_launch, own_stream, 28);
+FIELD(tern_launch, after_event, 32);
+FIELD(tern_launch, done_event, 40);
 
-SIZE(tern_plan_info, 80);
+SIZE(tern_plan_info, 88);
 FIELD(tern_plan_info, struct_size, 0);
 FIELD(tern_plan_info, num_tokens, 8);
 FIELD(tern_plan_info, num_received, 16);
@@ -134,6 +137,8 @@ FIELD(tern_plan_info, received_per_rank, 48);
 FIELD(tern_plan_info, received_per_expert, 56);
 FIELD(tern_plan_info, sent_per_rank, 64);
 FIELD(tern_plan_info, pair_counts, 72);
+FIELD(tern_plan_info, num_sms, 80);
+FIELD(tern_plan_info, reserved, 84);
 
 SIZE(tern_routing_counts, 40);
 FIELD(tern_routing_counts, struct_size, 0);
