@@ -8,7 +8,7 @@
 #include "base/error.h"
 #include "cpu/doorbell.h"
 
-namespace tern::cpu {
+namespace tern {
 namespace {
 
 struct Proposal {
@@ -153,4 +153,4 @@ class Agreement {
 
 std::vector<uint8_t> agree_on_mask(const Domain& domain, const AgreementOptions& options) { return Agreement(domain, options).run(); }
 
-}  // namespace tern::cpu
+}  // namespace tern
