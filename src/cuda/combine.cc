@@ -22,7 +22,7 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
   check_alignment("combine", "bias[0]", a.bias[0]);
   check_alignment("combine", "bias[1]", a.bias[1]);
   check_zero_copy(plan, "combine", a.rows, call.row_bytes, a.zero_copy != 0);
-  const CudaExchange& exchange = plan.exchange();
+  CudaExchange& exchange = plan.exchange();
   // Rows stay where they are if the owners want them as they are: one of a message by itself is the sum already.
   const bool may_stay = launch.phase == TERN_PHASE_WHOLE && (per_entry_ || !plan.shape().has_expert_rows()) &&
                         exchange.lane(launch.lane).open_sends.empty();

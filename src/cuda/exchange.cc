@@ -5,6 +5,7 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <thread>
 
 #include "base/error.h"
 #include "base/knobs.h"
@@ -15,6 +16,7 @@
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
 #include "kernels/route.h"
+#include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 
 namespace tern::cuda {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/agreement.h"
+#include "domain/agreement.h"
 
 #include <algorithm>
 #include <optional>
 #include <thread>
 
 #include "base/error.h"
-#include "cpu/doorbell.h"
+#include "domain/doorbell.h"
 
 namespace tern {
 namespace {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/deadline.h"
-#include "cpu/domain.h"
+#include "domain/domain.h"
 
 namespace tern {
 

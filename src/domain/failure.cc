@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/failure.h"
+#include "domain/failure.h"
 
 #include "base/error.h"
-#include "cpu/doorbell.h"
+#include "domain/doorbell.h"
 
 namespace tern {
 namespace {

@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "cpu/domain.h"
+#include "domain/domain.h"
 
 namespace tern {
 
