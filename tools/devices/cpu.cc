@@ -45,4 +45,9 @@ class CpuDevice : public RankDevice {
 
 std::unique_ptr<RankDevice> make_cpu_device() { return std::make_unique<CpuDevice>(); }
 
+RankDevice& host_device() {
+  static CpuDevice device;
+  return device;
+}
+
 }  // namespace tern::tools

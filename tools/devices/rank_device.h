@@ -67,6 +67,9 @@ class RankDevice {
 // TERN_DEVICE_AUTO: a GPU where there is one, else the CPU. TERN_UNSUPPORTED without a GPU of that index, or in a build without CUDA.
 std::unique_ptr<RankDevice> make_rank_device(tern_device_type type, int32_t device_index);
 
+// The CPU, for callers without a device of their own. Any number of threads.
+RankDevice& host_device();
+
 // 0 without a driver, and in a build without CUDA. Initialises CUDA: processes forked from this one afterwards cannot use it.
 int32_t num_cuda_devices();
 // The same, found out by a child, so that CUDA stays untouched in this process. 0 if CUDA is in use here already.
