@@ -38,12 +38,12 @@ std::string Processes::mpi_version() const {
 
 std::shared_ptr<Segment> Processes::share_memory(int64_t num_bytes) const {
   std::shared_ptr<Segment> segment;
-  if (rank_ == 0) segment = Segment::create(static_cast<size_t>(num_bytes), SharedBy::kProcesses);
+  if (rank_ == 0) segment = HostSegment::create(static_cast<size_t>(num_bytes), SharedBy::kProcesses);
   const std::string path = broadcast(rank_ == 0 ? fmt::format("/proc/{}/fd/{}", ::getpid(), segment->fd()) : "");
   if (rank_ != 0) {
     Fd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
     if (!fd) fail_errno("open", path);
-    segment = Segment::map(std::move(fd));
+    segment = HostSegment::map(std::move(fd));
   }
   MPI_Barrier(MPI_COMM_WORLD);
   return segment;

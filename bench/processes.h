@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "memory/segment.h"
+#include "memory/host_segment.h"
 
 namespace tern::bench {
 

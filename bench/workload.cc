@@ -48,7 +48,7 @@ void sample(int num, int bound, Random& random, int64_t* out) {
 }  // namespace
 
 std::shared_ptr<Segment> make_private_memory(int64_t num_bytes) {
-  return Segment::create(static_cast<size_t>(std::max<int64_t>(num_bytes, 1)), SharedBy::kThreads);
+  return HostSegment::create(static_cast<size_t>(std::max<int64_t>(num_bytes, 1)), SharedBy::kThreads);
 }
 
 Workload::Workload(const Shape& shape, int rank)

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "bench/contender.h"
-#include "memory/segment.h"
+#include "memory/host_segment.h"
 
 namespace tern::bench {
 

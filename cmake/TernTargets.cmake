@@ -12,7 +12,8 @@ target_compile_options(tern_flags INTERFACE
   # The order and rounding of sums is part of the contract: no multiply-add may be formed behind our back.
   -ffp-contract=off>)
 if(TERN_SANITIZE)
-  target_compile_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -g -fno-sanitize-recover=all)
+  target_compile_options(tern_flags INTERFACE
+    $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -g -fno-sanitize-recover=all>)
   target_link_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE})
 endif()
 if(TERN_BUILD_FUZZ)
@@ -20,7 +21,7 @@ if(TERN_BUILD_FUZZ)
     message(FATAL_ERROR "TERN_BUILD_FUZZ needs clang++ (CMAKE_CXX_COMPILER); found ${CMAKE_CXX_COMPILER_ID}")
   endif()
   # The library tells the fuzzer where it has been.
-  target_compile_options(tern_flags INTERFACE -fsanitize=fuzzer-no-link)
+  target_compile_options(tern_flags INTERFACE $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=fuzzer-no-link>)
   target_link_options(tern_flags INTERFACE -fsanitize=fuzzer-no-link)
 endif()
 
@@ -39,6 +40,28 @@ function(tern_folder name)
     add_library(tern_${name} INTERFACE)
     target_include_directories(tern_${name} INTERFACE ${include_dir})
     target_link_libraries(tern_${name} INTERFACE ${ARG_DEPS} ${ARG_LINK})
+  endif()
+endfunction()
+
+if(TERN_WITH_CUDA)
+  # For all that uses CUDA: its headers, the static runtime, and how kernels are compiled. Arithmetic is IEEE's, product and
+  # sum rounded separately, so that sums have the same bits as on the CPU.
+  add_library(tern_cuda_flags INTERFACE)
+  target_compile_options(tern_cuda_flags INTERFACE
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra -Werror=cross-execution-space-call --expt-relaxed-constexpr
+    -fmad=false -prec-div=true -prec-sqrt=true -ftz=false>)
+  target_link_libraries(tern_cuda_flags INTERFACE CUDA::cudart_static)
+endif()
+
+# tern_cuda_folder(NAME [SOURCES file...] [DEPS folder...] [LINK library...]): a folder whose sources, .cu or .cc, use CUDA. The
+# driver's library is never linked: what is needed of it is asked of the runtime, so that one binary runs on every machine.
+function(tern_cuda_folder name)
+  tern_folder(${name} ${ARGN})
+  get_target_property(type tern_${name} TYPE)
+  if(type STREQUAL "INTERFACE_LIBRARY")
+    target_link_libraries(tern_${name} INTERFACE tern_cuda_flags)
+  else()
+    target_link_libraries(tern_${name} PUBLIC tern_cuda_flags)
   endif()
 endfunction()
 

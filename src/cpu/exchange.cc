@@ -8,6 +8,7 @@
 #include "base/knobs.h"
 #include "cpu/agreement.h"
 #include "cpu/plan.h"
+#include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 
 namespace tern::cpu {
@@ -49,13 +50,13 @@ void CpuExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t gen
   std::vector<uint8_t> member(masked.size());
   std::transform(masked.begin(), masked.end(), member.begin(), [](uint8_t m) { return static_cast<uint8_t>(m == 0); });
   const auto rank = static_cast<size_t>(domain_.rank);
-  auto windows = sharer_->share(sharer_->create(static_cast<size_t>(domain_.layout.total_bytes())), fmt::format("window-{}", generation),
-                                member, deadline);
+  const auto create = [&](int64_t bytes) { return HostSegment::create(static_cast<size_t>(bytes), sharer_->shared_by()); };
+  auto windows = sharer_->share(create(domain_.layout.total_bytes()), fmt::format("window-{}", generation), member, deadline);
   std::vector<std::shared_ptr<Segment>> heaps(masked.size());
   if (options_.window_bytes > 0) {
     std::shared_ptr<Segment> own = domain_.heaps[rank];
     if (own == nullptr)
-      own = sharer_->create(static_cast<size_t>(options_.window_bytes));
+      own = create(options_.window_bytes);
     else
       own->renew();
     heaps = sharer_->share(own, fmt::format("heap-{}", generation), member, deadline);

@@ -2,7 +2,7 @@
 // How segments reach the other ranks of a host.
 //
 //   auto sharer = make_segment_sharer(topology, *bootstrap, deadline);
-//   auto mine = sharer->create(bytes);
+//   std::shared_ptr<Segment> mine = HostSegment::create(bytes, sharer->shared_by());
 //   auto windows = sharer->share(mine, "windows-0", all_ranks, deadline);    // windows[r]->data() is rank r's window
 //
 // Lifetime: neither the bootstrap nor the topology is needed once the sharer is made; segments outlive the sharer.
@@ -29,6 +29,7 @@ class SegmentSharer {
   // Gives `mine` to every member and returns theirs by rank: nullptr for the others, own entry = mine. Collective among the
   // members, this rank one of them; is_member[r] != 0 says who, alike on all. `tag` names the call: equal on all members, new
   // each time, at most 48 bytes. Needs no bootstrap, so that survivors can use it after a rank died.
+  // All segments of a call are of one kind and size.
   // TERN_TIMEOUT names the members that did not come and what their processes do. That it returns here does not say that it
   // returns everywhere: a member may fail after it has served this one.
   virtual std::vector<std::shared_ptr<Segment>> share(std::shared_ptr<Segment> mine, const std::string& tag,
@@ -37,10 +38,8 @@ class SegmentSharer {
   // True: the ranks are threads of one process and every entry that share() returns is the owner's own segment.
   virtual bool shares_address_space() const = 0;
 
-  // A segment that share() can give away.
-  std::shared_ptr<Segment> create(size_t bytes) const {
-    return Segment::create(bytes, shares_address_space() ? SharedBy::kThreads : SharedBy::kProcesses);
-  }
+  // What a segment must be made for, so that share() can give it away.
+  SharedBy shared_by() const { return shares_address_space() ? SharedBy::kThreads : SharedBy::kProcesses; }
 };
 
 // All ranks threads of one process: handed over inside it, one mapping for all. Otherwise (also when some of the ranks

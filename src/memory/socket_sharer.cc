@@ -201,7 +201,7 @@ void Swap::take(const Fd& connection) {
   Fd fd = receive_descriptor(connection.get(), parcel);
   const bool expected = fd && parcel.rank >= 0 && parcel.rank < topology_.num_ranks && theirs_[parcel.rank] == nullptr;
   if (expected)
-    theirs_[parcel.rank] = Segment::map(std::move(fd));
+    theirs_[parcel.rank] = mine_->map_peer(std::move(fd));
   else
     refused_ = "; something came that is no segment of a member (out of file descriptors? see ulimit -n)";
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "memory/host_segment.h"
 
 namespace tern::cpu::test {
 namespace {
@@ -37,7 +38,8 @@ class Ranks {
   Ranks(int num_ranks, int num_lanes) {
     const layout::WindowLayout layout{.num_ranks = num_ranks, .num_lanes = num_lanes, .bank_bytes = test_bank().bytes(kSlotsPerBank)};
     std::vector<std::shared_ptr<Segment>> windows;
-    for (int r = 0; r < num_ranks; ++r) windows.push_back(Segment::create(static_cast<size_t>(layout.total_bytes()), SharedBy::kThreads));
+    for (int r = 0; r < num_ranks; ++r)
+      windows.push_back(HostSegment::create(static_cast<size_t>(layout.total_bytes()), SharedBy::kThreads));
     const std::vector<RankInfo> infos(static_cast<size_t>(num_ranks), describe_self(""));
     for (int r = 0; r < num_ranks; ++r) {
       domains_.push_back(std::make_unique<Domain>());
@@ -272,7 +274,8 @@ TEST(Lane, GoesOnWithoutWhoWasGivenUp) {
 
 TEST(Lane, TellsWhereRowsLie) {
   Ranks ranks(2, 1);
-  std::vector<std::shared_ptr<Segment>> heaps = {Segment::create(4096, SharedBy::kThreads), Segment::create(4096, SharedBy::kThreads)};
+  std::vector<std::shared_ptr<Segment>> heaps = {HostSegment::create(4096, SharedBy::kThreads),
+                                                 HostSegment::create(4096, SharedBy::kThreads)};
   for (int r = 0; r < 2; ++r) ranks.domain(r).heaps = heaps;
   ranks.run([&](int rank) {
     Lane lane = ranks.lane(rank, 0);

@@ -14,7 +14,7 @@
 #include <thread>
 
 #include "base/error.h"
-#include "memory/segment.h"
+#include "memory/host_segment.h"
 #include "memory/sharing.h"
 #include "test_ranks.h"
 #include "topology/launch.h"
@@ -27,6 +27,8 @@ using namespace test;
 
 Fd duplicate(int fd) { return Fd(::fcntl(fd, F_DUPFD_CLOEXEC, 0)); }
 
+std::shared_ptr<Segment> create_for(const SegmentSharer& sharer, size_t bytes) { return HostSegment::create(bytes, sharer.shared_by()); }
+
 std::atomic<uint64_t>& word(const Segment& segment, size_t i) { return reinterpret_cast<std::atomic<uint64_t>*>(segment.data())[i]; }
 
 // ----------------------------------------------------------------------------------------------------------- segments
@@ -35,7 +37,7 @@ class Segments : public ::testing::TestWithParam<SharedBy> {};
 
 TEST_P(Segments, AreWholePagesOfZeros) {
   for (const size_t bytes : {1ul, 4096ul, 4097ul, 5ul << 20}) {
-    const auto segment = Segment::create(bytes, GetParam());
+    const auto segment = HostSegment::create(bytes, GetParam());
     EXPECT_GE(segment->size(), bytes);
     EXPECT_EQ(segment->size() % 4096, 0u);
     EXPECT_EQ(segment->fd() >= 0, GetParam() == SharedBy::kProcesses);
@@ -49,20 +51,20 @@ TEST_P(Segments, AreWholePagesOfZeros) {
 
 // Every page must be there at once, so that nothing can run out of memory later.
 TEST_P(Segments, ArePopulated) {
-  const auto segment = Segment::create(1 << 20, GetParam());
+  const auto segment = HostSegment::create(1 << 20, GetParam());
   std::vector<unsigned char> resident(segment->size() / 4096);
   ASSERT_EQ(::mincore(segment->data(), segment->size(), resident.data()), 0);
   for (const unsigned char page : resident) EXPECT_EQ(page & 1, 1);
 }
 
 TEST_P(Segments, OutOfMemoryIsAnError) {
-  expect_parts(outcome([] { Segment::create(1ul << 45, GetParam()); }), {"TERN_OUT_OF_MEMORY", "35184372088832 bytes"});
-  expect_parts(outcome([] { Segment::create(0, GetParam()); }), {"TERN_INVALID_ARGUMENT"});
-  expect_parts(outcome([] { Segment::create(SIZE_MAX, GetParam()); }), {"TERN_INVALID_ARGUMENT"});
+  expect_parts(outcome([] { HostSegment::create(1ul << 45, GetParam()); }), {"TERN_OUT_OF_MEMORY", "35184372088832 bytes"});
+  expect_parts(outcome([] { HostSegment::create(0, GetParam()); }), {"TERN_INVALID_ARGUMENT"});
+  expect_parts(outcome([] { HostSegment::create(SIZE_MAX, GetParam()); }), {"TERN_INVALID_ARGUMENT"});
 }
 
 TEST_P(Segments, RenewKeepsAddressAndContents) {
-  const auto segment = Segment::create(1 << 20, GetParam());
+  const auto segment = HostSegment::create(1 << 20, GetParam());
   std::byte* const data = segment->data();
   for (size_t i = 0; i < segment->size() / 8; ++i) word(*segment, i) = i * i;
   segment->renew();
@@ -77,8 +79,8 @@ TEST_P(Segments, RenewKeepsAddressAndContents) {
 INSTANTIATE_TEST_SUITE_P(Both, Segments, ::testing::Values(SharedBy::kThreads, SharedBy::kProcesses));
 
 TEST(Segment, AMappedDescriptorIsTheSameMemory) {
-  const auto mine = Segment::create(8192, SharedBy::kProcesses);
-  const auto again = Segment::map(duplicate(mine->fd()));
+  const auto mine = HostSegment::create(8192, SharedBy::kProcesses);
+  const auto again = HostSegment::map(duplicate(mine->fd()));
   EXPECT_NE(mine->data(), again->data());
   EXPECT_EQ(mine->size(), again->size());
   word(*mine, 1000) = 42;
@@ -86,24 +88,24 @@ TEST(Segment, AMappedDescriptorIsTheSameMemory) {
 }
 
 TEST(Segment, ItsSizeIsSealed) {
-  const auto mine = Segment::create(8192, SharedBy::kProcesses);
+  const auto mine = HostSegment::create(8192, SharedBy::kProcesses);
   EXPECT_NE(::ftruncate(mine->fd(), 0), 0);
   EXPECT_NE(::ftruncate(mine->fd(), 1 << 20), 0);
 }
 
 TEST(Segment, RefusesForeignDescriptors) {
-  expect_parts(outcome([] { Segment::map(Fd(::open("/dev/null", O_RDWR))); }), {"TERN_SYSTEM_ERROR", "no sealed memory"});
+  expect_parts(outcome([] { HostSegment::map(Fd(::open("/dev/null", O_RDWR))); }), {"TERN_SYSTEM_ERROR", "no sealed memory"});
   expect_parts(outcome([] {
                  Fd unsealed(::memfd_create("test", MFD_CLOEXEC));
                  require(::ftruncate(unsealed.get(), 4096) == 0, "ftruncate");
-                 Segment::map(std::move(unsealed));
+                 HostSegment::map(std::move(unsealed));
                }),
                {"TERN_SYSTEM_ERROR", "no sealed memory"});
-  expect_parts(outcome([] { Segment::map(Fd()); }), {"TERN_SYSTEM_ERROR", "fstat"});
+  expect_parts(outcome([] { HostSegment::map(Fd()); }), {"TERN_SYSTEM_ERROR", "fstat"});
 }
 
 TEST(Segment, RenewShutsOutAProcessThatMapsTheOldBacking) {
-  const auto segment = Segment::create(1 << 16, SharedBy::kProcesses);
+  const auto segment = HostSegment::create(1 << 16, SharedBy::kProcesses);
   word(*segment, 0) = 1;
   Children child(1, [&](int) {
     const Deadline deadline = ample();
@@ -114,7 +116,7 @@ TEST(Segment, RenewShutsOutAProcessThatMapsTheOldBacking) {
     word(*segment, 1) = 666;  // into the old backing
     require(word(*segment, 2) == 0, "writes to the new backing stay unseen");
   });
-  const auto old = Segment::map(duplicate(segment->fd()));
+  const auto old = HostSegment::map(duplicate(segment->fd()));
   segment->renew();
   word(*segment, 2) = 3;
   word(*old, 0) = 2;
@@ -135,7 +137,7 @@ TEST(SharingByThreads, OneMappingForAll) {
       const Topology topology = discover(*bootstraps[r], "", ample());
       const auto sharer = make_segment_sharer(topology, *bootstraps[r], ample());
       require(sharer->shares_address_space(), "one address space");
-      owners[r] = sharer->create(4096);
+      owners[r] = create_for(*sharer, 4096);
       require(owners[r]->fd() < 0, "no descriptor");
       for (int round = 0; round < 3; ++round) {
         const auto all = sharer->share(owners[r], "round-" + std::to_string(round), everyone, ample());
@@ -156,7 +158,7 @@ TEST(SharingByThreads, SurvivorsShareWithoutTheOthers) {
     const auto sharer = make_segment_sharer(discover(*bootstraps[r], "", ample()), *bootstraps[r], ample());
     bootstraps[r].reset();
     if (r == 1) return;
-    const auto all = sharer->share(sharer->create(4096), "survivors", survivors, ample());
+    const auto all = sharer->share(create_for(*sharer, 4096), "survivors", survivors, ample());
     for (int peer = 0; peer < 4; ++peer) require((all[peer] != nullptr) == (survivors[peer] != 0), "members only");
   });
   for (const std::string& text : outcomes) EXPECT_EQ(text, "ok");
@@ -167,7 +169,7 @@ TEST(SharingByThreads, NamesTheMissingMember) {
   const std::vector<uint8_t> everyone(3, 1);
   const auto outcomes = run_threads(3, [&](int r) {
     const auto sharer = make_segment_sharer(discover(*bootstraps[r], "", ample()), *bootstraps[r], ample());
-    if (r != 1) sharer->share(sharer->create(4096), "all", everyone, Deadline::in_ms(r == 0 ? 2000 : 3000));
+    if (r != 1) sharer->share(create_for(*sharer, 4096), "all", everyone, Deadline::in_ms(r == 0 ? 2000 : 3000));
   });
   EXPECT_EQ(outcomes[1], "ok");
   for (const int r : {0, 2}) expect_parts(outcomes[r], {"TERN_TIMEOUT", "waited for rank", "1", "\"all\""});
@@ -178,7 +180,7 @@ TEST(Sharing, RefusesWrongArguments) {
   const auto sharer = make_segment_sharer(discover(*bootstraps[0], "", ample()), *bootstraps[0], ample());
   const std::vector<uint8_t> me = {1}, nobody = {0}, two = {1, 1};
   const auto refused = [&](const std::string& tag, const std::vector<uint8_t>& members) {
-    return outcome([&] { sharer->share(sharer->create(4096), tag, members, ample()); });
+    return outcome([&] { sharer->share(create_for(*sharer, 4096), tag, members, ample()); });
   };
   EXPECT_EQ(refused("tag", me), "ok");
   for (const auto& text : {refused("tag", nobody), refused("tag", two), refused("", me), refused(std::string(49, 't'), me)})
@@ -221,7 +223,7 @@ struct Rank {
 // Every rank writes into every window and finds what the others wrote into its own.
 void check_windows(Rank& rank, const std::string& tag) {
   const int n = rank.topology.num_ranks, me = rank.topology.rank;
-  const auto mine = rank.sharer->create(1 << 16);
+  const auto mine = create_for(*rank.sharer, 1 << 16);
   const auto all = rank.sharer->share(mine, tag, std::vector<uint8_t>(n, 1), ample());
   require(all[me] == mine, "own entry");
   for (int peer = 0; peer < n; ++peer) word(*all[peer], me) = 1000 * peer + me + 1;
@@ -261,7 +263,7 @@ TEST(SharingByProcesses, SurvivorsShareRenewedSegments) {
   const auto results = run_forked(4, [&](int r) {
     Rank rank(launch, r);
     check_windows(rank, "before");
-    const auto mine = rank.sharer->create(4096);
+    const auto mine = create_for(*rank.sharer, 4096);
     const auto before = rank.sharer->share(mine, "windows-0", std::vector<uint8_t>(4, 1), ample());
     word(*mine, 0) = 100 + r;
     rank.barrier();
@@ -288,7 +290,7 @@ TEST(SharingByProcesses, NamesTheMissingMemberAndWhatItDoes) {
     Rank rank(launch, r);
     rank.barrier();
     if (r == 1) ::raise(SIGSTOP);
-    rank.sharer->share(rank.sharer->create(4096), "all", std::vector<uint8_t>(3, 1), Deadline::in_ms(3000));
+    rank.sharer->share(create_for(*rank.sharer, 4096), "all", std::vector<uint8_t>(3, 1), Deadline::in_ms(3000));
   });
   const pid_t stopped = children.pid(1);
   others_gave_up.wait();
@@ -327,7 +329,7 @@ TEST(SharingByProcesses, NothingIsLeftAfterKill) {
   const auto results = run_forked(3, [&](int r) {
     Rank rank(launch, r);
     check_windows(rank, "windows");
-    const auto mine = rank.sharer->create(1 << 20);
+    const auto mine = create_for(*rank.sharer, 1 << 20);
     rank.barrier();
     // In the middle of sharing: rank 2 dies before it comes, the others while they wait for it.
     if (r == 2) ::kill(::getpid(), SIGKILL);
@@ -346,7 +348,7 @@ TEST(SharingByProcesses, RefusesAnotherUser) {
   const auto results = run_forked(2, [&](int r) {
     Rank rank(launch, r);
     if (r == 1) require(::setresuid(65534, 65534, 65534) == 0, "setresuid");
-    rank.sharer->share(rank.sharer->create(4096), "users", std::vector<uint8_t>(2, 1), Deadline::in_ms(3000));
+    rank.sharer->share(create_for(*rank.sharer, 4096), "users", std::vector<uint8_t>(2, 1), Deadline::in_ms(3000));
   });
   // Who connects first says so at once; the other one has perhaps only turned somebody away.
   int num_clear = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "memory/segment.h"
+#include "memory/host_segment.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -109,39 +109,40 @@ Backing make_backing(size_t bytes, SharedBy shared_by) {
 
 }  // namespace
 
-std::shared_ptr<Segment> Segment::create(size_t bytes, SharedBy shared_by) {
+std::shared_ptr<HostSegment> HostSegment::create(size_t bytes, SharedBy shared_by) {
   const size_t page = page_bytes();
   if (bytes == 0 || bytes > SIZE_MAX / 4) fail(TERN_INVALID_ARGUMENT, "segment of {} bytes cannot be", bytes);
   const size_t rounded_bytes = (bytes + page - 1) / page * page;
   Backing backing = make_backing(rounded_bytes, shared_by);
-  return std::shared_ptr<Segment>(new Segment(std::move(backing.fd), backing.data, rounded_bytes));
+  return std::shared_ptr<HostSegment>(new HostSegment(backing.data, rounded_bytes, std::move(backing.fd)));
 }
 
-std::shared_ptr<Segment> Segment::map(Fd fd) {
+std::shared_ptr<HostSegment> HostSegment::map(Fd fd) {
   struct stat status;
   if (::fstat(fd.get(), &status) != 0) fail_errno("fstat", "segment of a peer");
   const int seals = ::fcntl(fd.get(), F_GET_SEALS);
   if (seals < 0 || (seals & kSeals) != kSeals || status.st_size <= 0)
-    fail(TERN_SYSTEM_ERROR, "segment of a peer: the descriptor is no sealed memory (size {}, seals {}); it was not made by Segment::create",
+    fail(TERN_SYSTEM_ERROR,
+         "segment of a peer: the descriptor is no sealed memory (size {}, seals {}); it was not made by HostSegment::create",
          static_cast<int64_t>(status.st_size), seals);
   const auto size_bytes = static_cast<size_t>(status.st_size);
   std::byte* data = map_memory(fd.get(), size_bytes);
-  return std::shared_ptr<Segment>(new Segment(std::move(fd), data, size_bytes));
+  return std::shared_ptr<HostSegment>(new HostSegment(data, size_bytes, std::move(fd)));
 }
 
-Segment::~Segment() { ::munmap(data_, size_bytes_); }
+HostSegment::~HostSegment() { ::munmap(data(), size()); }
 
-void Segment::renew() {
-  if (!fd_) return;
-  Backing fresh = make_backing(size_bytes_, SharedBy::kProcesses);
-  std::memcpy(fresh.data, data_, size_bytes_);
+void HostSegment::renew() {
+  if (fd() < 0) return;
+  Backing fresh = make_backing(size(), SharedBy::kProcesses);
+  std::memcpy(fresh.data, data(), size());
   // Moves the fresh pages over the old ones in one step: at no moment is there a hole, or an address that somebody else may take.
-  if (::mremap(fresh.data, size_bytes_, size_bytes_, MREMAP_MAYMOVE | MREMAP_FIXED, data_) == MAP_FAILED) {
+  if (::mremap(fresh.data, size(), size(), MREMAP_MAYMOVE | MREMAP_FIXED, data()) == MAP_FAILED) {
     const std::string cause = errno_text("mremap");
-    ::munmap(fresh.data, size_bytes_);
-    fail(TERN_SYSTEM_ERROR, "renewing a segment of {} bytes: {}", size_bytes_, cause);
+    ::munmap(fresh.data, size());
+    fail(TERN_SYSTEM_ERROR, "renewing a segment of {} bytes: {}", size(), cause);
   }
-  fd_ = std::move(fresh.fd);
+  replace_fd(std::move(fresh.fd));
 }
 
 }  // namespace tern
