@@ -24,7 +24,7 @@ class GpuFailure : public testing::TestWithParam<tern_extent> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Extents, GpuFailure, testing::Values(TERN_EXTENT_EXACT, TERN_EXTENT_WORST),
-                         [](const auto& info) { return info.param == TERN_EXTENT_EXACT ? "Exact" : "Worst"; });
+                         [](const auto& chosen) { return chosen.param == TERN_EXTENT_EXACT ? "Exact" : "Worst"; });
 
 TEST_P(GpuFailure, KilledRankIsNamedAndMasked) { killed_rank_is_named_and_masked(settings()); }
 TEST_P(GpuFailure, StoppedRankWakesUpAndHarmsNobody) { stopped_rank_wakes_up_and_harms_nobody(settings()); }
