@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/resources.h"
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "base/error.h"
+
+namespace tern::cuda {
+namespace {
+
+constexpr int64_t kZeroingTimeoutMs = 60'000;
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int device) {
+  check(driver().ctx_get_current(&before_), "asking for the current CUDA context");
+  check(cudaSetDevice(device), fmt::format("making device {} the current one", device));
+}
+
+DeviceGuard::~DeviceGuard() { driver().ctx_set_current(before_); }
+
+Stream::Stream(int device, StreamPriority priority) {
+  const DeviceGuard guard(device);
+  int lowest = 0, highest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "asking for the priorities of streams");
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority == StreamPriority::kHighest ? highest : lowest),
+        "creating a stream");
+  stream_ = decltype(stream_)({stream, device});
+}
+
+void Stream::wait(Deadline deadline, std::string_view asked) const {
+  const DeviceGuard guard(stream_.get().device);
+  std::chrono::microseconds pause(0);
+  constexpr std::chrono::microseconds kLongestPause(200);
+  while (true) {
+    const cudaError_t result = cudaStreamQuery(get());
+    if (result == cudaSuccess) return;
+    if (result != cudaErrorNotReady) fail_cuda(result, asked);
+    cudaGetLastError();
+    if (deadline.passed())
+      fail(TERN_TIMEOUT, "CUDA: {}: the GPU has not come to it until the deadline; is another kernel occupying it?", asked);
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause + std::chrono::microseconds(1), kLongestPause);
+  }
+}
+
+Event::Event(int device, EventTiming timing) {
+  const DeviceGuard guard(device);
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, timing == EventTiming::kOn ? cudaEventDefault : cudaEventDisableTiming), "creating an event");
+  event_ = decltype(event_)({event, device});
+}
+
+DeviceBytes allocate_device(int device, size_t num_bytes) {
+  const DeviceGuard guard(device);
+  void* data = nullptr;
+  check(cudaMalloc(&data, std::max<size_t>(num_bytes, 1)), fmt::format("allocating {} bytes on device {}", num_bytes, device));
+  DeviceBytes owner({data, device});
+  const Stream stream(device);
+  check(cudaMemsetAsync(data, 0, num_bytes, stream.get()), "zeroing device memory");
+  stream.wait(Deadline::in_ms(kZeroingTimeoutMs), "zeroing device memory");
+  return owner;
+}
+
+PinnedBytes allocate_pinned(int device, size_t num_bytes) {
+  const DeviceGuard guard(device);
+  void* data = nullptr;
+  check(cudaHostAlloc(&data, std::max<size_t>(num_bytes, 1), cudaHostAllocPortable | cudaHostAllocMapped),
+        fmt::format("allocating {} bytes of pinned host memory", num_bytes));
+  std::memset(data, 0, num_bytes);
+  return PinnedBytes({data, device});
+}
+
+}  // namespace tern::cuda
