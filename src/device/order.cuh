@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ordered accesses to memory that other GPUs, or the host, read and write; clocks and fences. The scope is in the name: gpu (one device) or
+// sys (all devices and the host).
+#pragma once
+
+#include <cstdint>
+
+namespace tern::device {
+
+__device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_release_sys(uint64_t* word, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+// Adds, and returns what was there before. Publishes what this thread has written and seen, and sees what the others published.
+__device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+  return before;
+}
+__device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Nanoseconds, the same clock on the whole device; it moves in steps of up to a microsecond.
+__device__ __forceinline__ uint64_t global_timer_ns() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time)::"memory");
+  return time;
+}
+
+__device__ __forceinline__ uint32_t lane_idx() {
+  uint32_t lane;
+  asm("mov.u32 %0, %laneid;" : "=r"(lane));
+  return lane;
+}
+__device__ __forceinline__ uint32_t lanes_below() {
+  uint32_t mask;
+  asm("mov.u32 %0, %lanemask_lt;" : "=r"(mask));
+  return mask;
+}
+
+// A barrier of `num_threads` threads of the block, whole warps; 0 is __syncthreads().
+__device__ __forceinline__ void sync_some_warps(int barrier, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
+}  // namespace tern::device

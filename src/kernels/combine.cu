@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+// Combine: the owner of a token pulls one row from each rank that had it (or one for each entry), and sums.
+//
+//   staging warps   make what is pulled: for each received message one row in this rank's window, summed over its entries, rounded once; or
+//                   copies of the entries' rows. Rows that are in window memory in the right form already stay there.
+//   pulling warps   walk over this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
+#include "kernels/combine.h"
+#include "kernels/messages.cuh"
+#include "kernels/sums.cuh"
+#include "kernels/transfer.cuh"
+
+namespace tern::kernels {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int64_t kMostSharedBytes = 220 << 10;
+constexpr int kStageBarrier = 1, kPullBarrier = 2;
+
+// The dynamic shared memory of a block: sources, arrivals of all rings, rings.
+struct SharedLayout {
+  int64_t arrivals, rings, bytes;
+
+  __host__ __device__ SharedLayout(const CombineArgs& args, bool bulk_copies) {
+    const int64_t num_warps = args.roles.num_stage_warps + args.roles.num_pull_warps;
+    arrivals = layout::align_up(args.transfer.exchange.num_ranks * static_cast<int64_t>(sizeof(SourceView)), 16);
+    rings = layout::align_up(arrivals + num_warps * args.num_stages * static_cast<int64_t>(sizeof(uint64_t)), 128);
+    bytes = bulk_copies ? rings + num_warps * args.num_stages * args.stage_bytes : arrivals;
+  }
+};
+
+// What this rank makes for the owners of the messages it received: the Rows of sums.cuh.
+class StagedRows {
+ public:
+  __device__ StagedRows(const CombineArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
+      : args_(args), plan_(args.plan), transfer_(transfer), walk_(args.transfer, args.plan, warp, num_warps) {}
+
+  __device__ bool next_row(SumRow& row) {
+    Message message;
+    while (walk_.next(message)) {
+      row = {message.source, message.index, message.token};
+      stage_weights(row);
+      if (args_.rows_staged && !args_.per_entry && !(args_.own_rows_direct && row.rank == transfer_.rank())) return true;
+      if (args_.rows_staged && args_.per_entry) copy_entries(row);
+      __syncwarp();
+      row_done(row);
+    }
+    return false;
+  }
+
+  __device__ bool next_terms(const SumRow& row, int batch, Terms& terms) const {
+    const int k = batch * 32 + static_cast<int>(device::lane_idx());
+    if (!plan_.has_expert_rows()) {
+      const bool valid = k == 0 && row.index < plan_.row_capacity;
+      terms = {args_.rows + row.index * args_.row_bytes, 1.0f, __ballot_sync(~0u, valid)};
+      return batch == 0;
+    }
+    if (batch * 32 >= plan_.num_topk) return false;
+    const int64_t entry = int64_t{row.index} * plan_.topk_stride + k;
+    const int32_t at = k < plan_.num_topk ? plan_.received_rows[entry] : -1;
+    terms.valid = __ballot_sync(~0u, at >= 0);
+    terms.address = args_.rows + at * args_.row_bytes;
+    if (args_.entry_weights != nullptr && at >= 0) terms.weight = args_.entry_weights[entry];
+    return true;
+  }
+
+  __device__ const std::byte* bias(const SumRow&, int) const { return nullptr; }
+  __device__ std::byte* out(const SumRow& row) const { return slot_of(row) + args_.slot.row(); }
+
+  // Counts the message, and tells its owner when the chunk is complete.
+  __device__ void row_done(const SumRow& row) const {
+    if (device::lane_idx() != 0) return;
+    const int chunk = row.token / args_.transfer.tokens_per_chunk;
+    const int32_t* chunk_begin = plan_.chunk_begin + row.rank * (layout::kMaxChunks + 1) + chunk;
+    if (transfer_.complete(row.rank, chunk, 1, static_cast<uint32_t>(chunk_begin[1] - chunk_begin[0]))) transfer_.raise_chunk(row.rank, chunk);
+  }
+
+ private:
+  __device__ std::byte* slot_of(const SumRow& row) const {
+    return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
+  }
+
+  __device__ void copy_entries(const SumRow& row) const {
+    for (int k = 0; k < plan_.num_topk; ++k) {
+      const int32_t at = plan_.received_rows[int64_t{row.index} * plan_.topk_stride + k];
+      if (at >= 0)
+        copy_row(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(out(row) + k * args_.row_bytes); });
+    }
+  }
+
+  __device__ void stage_weights(const SumRow& row) const {
+    if (!args_.returns_weights) return;
+    auto* weights = reinterpret_cast<float*>(slot_of(row) + args_.slot.weights());
+    for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
+      float weight = 0.0f;
+      if (plan_.has_expert_rows()) {
+        const int32_t at = plan_.received_rows[int64_t{row.index} * plan_.topk_stride + k];
+        if (at >= 0) weight = args_.returned_weights[at];
+      } else if (row.index < plan_.row_capacity) {
+        weight = args_.returned_weights[int64_t{row.index} * plan_.num_topk + k];
+      }
+      weights[k] = weight;
+    }
+  }
+
+  const CombineArgs& args_;
+  const PlanView& plan_;
+  const Transfer& transfer_;
+  MessageWalk walk_;
+};
+
+// The results of this rank's tokens: the Rows of sums.cuh.
+class OwnedRows {
+ public:
+  __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, int64_t warp, int64_t num_warps)
+      : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), num_warps_(num_warps) {
+    const TransferArgs& t = args.transfer;
+    next_token_ = t.first_token() + warp;
+    end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+  }
+
+  __device__ bool next_row(SumRow& row) {
+    if (next_token_ >= end_token_) return false;
+    const auto token = static_cast<int32_t>(next_token_);
+    next_token_ += num_warps_;
+    row = {transfer_.rank(), token, token};
+    if (!await_sources(token)) return false;
+    if (args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
+    return true;
+  }
+
+  __device__ bool next_terms(const SumRow& row, int batch, Terms& terms) const {
+    const int i = batch * 32 + static_cast<int>(device::lane_idx());
+    if (args_.per_entry) return next_entries(row.token, i, terms);
+    if (batch * 32 >= plan_.messages_per_token) return false;
+    const MessageRef message = message_of(row.token, i);
+    const bool valid = message.rank >= 0 && message.row >= 0;
+    terms.valid = __ballot_sync(~0u, valid);
+    if (valid) {
+      const SourceView& source = sources_[message.rank];
+      terms.address = source.rows + (source.rows_in_heap ? message.row * args_.row_bytes : row.token * source.row_stride);
+    }
+    return true;
+  }
+
+  __device__ const std::byte* bias(const SumRow& row, int which) const {
+    return args_.bias[which] == nullptr ? nullptr : args_.bias[which] + row.token * args_.row_bytes;
+  }
+  __device__ std::byte* out(const SumRow& row) const { return args_.out_tokens + row.token * args_.row_bytes; }
+  __device__ void row_done(const SumRow&) const {}
+
+ private:
+  __device__ MessageRef message_of(int32_t token, int m) const {
+    if (m >= plan_.messages_per_token) return {-1, -1};
+    return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
+  }
+
+  // Each thread waits for one of the ranks that have a part of the token.
+  __device__ bool await_sources(int32_t token) const {
+    bool ok = true;
+    for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
+      const MessageRef message = message_of(token, m);
+      if (message.rank >= 0) ok = ok && transfer_.await_chunk(sources_[message.rank], message.rank, token);
+    }
+    return __all_sync(~0u, ok) != 0;
+  }
+
+  __device__ bool next_entries(int32_t token, int k, Terms& terms) const {
+    if (k - static_cast<int>(device::lane_idx()) >= plan_.num_topk) return false;
+    const int64_t entry = int64_t{token} * plan_.num_topk + k;
+    const int32_t expert = k < plan_.num_topk ? plan_.experts[entry] : -1;
+    const int32_t at = expert >= 0 ? plan_.entry_rows[entry] : -1;
+    terms.valid = __ballot_sync(~0u, at >= 0);
+    if (at < 0) return true;
+    const SourceView& source = sources_[expert / plan_.local_experts];
+    terms.address = source.rows + (source.rows_in_heap ? at * args_.row_bytes : token * source.row_stride + k * args_.row_bytes);
+    if (args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
+    return true;
+  }
+
+  __device__ void sum_weights(int32_t token) const {
+    for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
+      float sum = 0.0f;
+      for (int m = 0; m < plan_.messages_per_token; ++m) {
+        const MessageRef message = message_of(token, m);
+        if (message.rank < 0) break;
+        const SourceView& source = sources_[message.rank];
+        sum = __fadd_rn(sum, reinterpret_cast<const float*>(source.weights + token * source.weight_stride)[k]);
+      }
+      args_.out_topk_weights[int64_t{token} * plan_.num_topk + k] = sum;
+    }
+  }
+
+  const CombineArgs& args_;
+  const PlanView& plan_;
+  const Transfer& transfer_;
+  const SourceView* const sources_;
+  const int64_t num_warps_;
+  int64_t next_token_;
+  int64_t end_token_;
+};
+
+template <typename Wire, bool kBulk, typename Rows>
+__device__ void sum_rows(const CombineArgs& args, Rows& rows, const Ring& ring) {
+  if constexpr (kBulk) {
+    SumFlow<Wire, Rows> flow(rows, args.row_bytes, args.piece_bytes);
+    run_ring<false>(ring, flow);
+  } else {
+    sum_by_threads<Wire>(rows, args.row_bytes);
+  }
+}
+
+// The part of a staging warp.
+template <typename Wire, bool kBulk>
+__device__ void stage(const CombineArgs& args, const Transfer& transfer, const Ring& ring) {
+  if (!args.transfer.sends) return;
+  __shared__ int all_ok;
+  const int num_threads = args.roles.num_stage_warps * kWarpThreads;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) all_ok = 1;
+  device::sync_some_warps(kStageBarrier, num_threads);
+  if (!transfer.await_staging(thread, num_threads)) all_ok = 0;
+  device::sync_some_warps(kStageBarrier, num_threads);
+  if (all_ok == 0) return;
+  if (blockIdx.x == 0 && thread < kWarpThreads) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+  if (args.slot.stride() == 0) return;
+  const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
+  StagedRows rows(args, transfer, warp, int64_t{args.roles.num_stage_warps} * gridDim.x);
+  sum_rows<Wire, kBulk>(args, rows, ring);
+}
+
+// The part of a pulling warp.
+template <typename Wire, bool kBulk>
+__device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
+  if (!args.transfer.receives) return;
+  __shared__ int all_ok;
+  const int num_threads = args.roles.num_pull_warps * kWarpThreads;
+  const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
+  if (thread == 0) all_ok = 1;
+  device::sync_some_warps(kPullBarrier, num_threads);
+  if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
+  device::sync_some_warps(kPullBarrier, num_threads);
+  if (all_ok == 0) return;
+  if (args.own_rows_direct) {
+    if (thread == 0) {
+      sources[transfer.rank()].rows = args.rows;
+      sources[transfer.rank()].rows_in_heap = true;
+    }
+    device::sync_some_warps(kPullBarrier, num_threads);
+  }
+  const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
+  OwnedRows rows(args, transfer, sources, warp, int64_t{args.roles.num_pull_warps} * gridDim.x);
+  sum_rows<Wire, kBulk>(args, rows, ring);
+}
+
+template <typename Wire, bool kBulk>
+__global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_constant__ CombineArgs args) {
+  extern __shared__ __align__(128) std::byte shared[];
+  const SharedLayout shared_layout(args, kBulk);
+  const Transfer transfer(args.transfer);
+  if (transfer.operation().is_poisoned()) return;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+  const Ring ring{shared + shared_layout.rings + warp * args.num_stages * args.stage_bytes,
+                  reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + warp * args.num_stages, args.num_stages, args.stage_bytes};
+  if constexpr (kBulk) ring.init();
+  if (warp < args.roles.num_stage_warps)
+    stage<Wire, kBulk>(args, transfer, ring);
+  else
+    pull<Wire, kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
+  transfer.finish();
+}
+
+// Calls function(kernel) for the type of the rows.
+template <bool kBulk, typename Function>
+auto with_kernel(int32_t dtype, Function function) {
+  if (dtype == TERN_DTYPE_BF16) return function(combine_kernel<device::Bf16, kBulk>);
+  if (dtype == TERN_DTYPE_FP16) return function(combine_kernel<device::F16, kBulk>);
+  return function(combine_kernel<device::F32, kBulk>);
+}
+
+template <bool kBulk>
+cudaError_t prepare_instances() {
+  constexpr int64_t kBytes = kBulk ? kMostSharedBytes : 128 << 10;
+  const auto prepare = [](auto kernel) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes));
+  };
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
+    if (const cudaError_t error = with_kernel<kBulk>(dtype, prepare); error != cudaSuccess) return error;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+int32_t combine_stage_bytes(int32_t piece_bytes) {
+  return static_cast<int32_t>(layout::align_up(piece_bytes + 32, 16));  // a tag follows the piece
+}
+
+cudaError_t prepare_combine() {
+  const cudaError_t error = prepare_instances<true>();
+  return error != cudaSuccess ? error : prepare_instances<false>();
+}
+
+cudaError_t launch_combine(const CombineArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {
+  const auto shared_bytes = static_cast<size_t>(SharedLayout(args, bulk_copies).bytes);
+  const auto launch = [&](auto kernel) { kernel<<<num_blocks, args.roles.num_threads(), shared_bytes, stream>>>(args); };
+  if (bulk_copies)
+    with_kernel<true>(args.dtype, launch);
+  else
+    with_kernel<false>(args.dtype, launch);
+  return cudaGetLastError();
+}
+
+}  // namespace tern::kernels

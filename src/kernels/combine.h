@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel that combines a round of a dispatched batch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/transfer.h"
+
+namespace tern::kernels {
+
+struct CombineArgs {
+  TransferArgs transfer;
+  PlanView plan;
+  WarpRoles roles;
+  int32_t dtype = 0;
+  int64_t row_bytes = 0;
+  bool per_entry = false;        // every entry's row goes to the owner
+  bool rows_staged = false;      // this rank's rows go through the staging
+  bool own_rows_direct = false;  // those for its own tokens do not, though the others' do
+  layout::StagedSlot slot;       // of a token; rows of its entries follow each other in it
+
+  // At the ranks of the experts.
+  const std::byte* rows = nullptr;         // in the plan's layout
+  const float* entry_weights = nullptr;    // [max_messages, topk_stride] of the entries summed here; nullptr: 1
+  const float* returned_weights = nullptr; // [rows, num_topk] or [rows], handed back
+  bool returns_weights = false;
+
+  // At the owners.
+  const float* token_weights = nullptr;  // [num_tokens, num_topk] of the entries summed there; nullptr: 1
+  const std::byte* bias[2] = {nullptr, nullptr};
+  std::byte* out_tokens = nullptr;
+  float* out_topk_weights = nullptr;
+
+  // Bulk copies: a row is summed in pieces of this many bytes; each warp has a ring of so many stages for the terms' pieces.
+  int32_t piece_bytes = 0;
+  int32_t stage_bytes = 0;
+  int32_t num_stages = 0;
+};
+
+// The bytes of a stage for pieces of this size, and the largest piece.
+int32_t combine_stage_bytes(int32_t piece_bytes);
+inline constexpr int32_t kMostCombinePieceBytes = 2048;
+
+cudaError_t prepare_combine();
+// `num_blocks` blocks; all of them, and those of the peers on the same device, must be able to run at the same time.
+cudaError_t launch_combine(const CombineArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream);
+
+}  // namespace tern::kernels

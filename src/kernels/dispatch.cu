@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dispatch: every rank pulls the rows of its messages from where their sources have them, once for each message, and puts them into all rows
+// of its outputs that they belong to.
+//
+//   staging warps   put this rank's tokens (cast, if asked for) into its window and raise a flag for each finished chunk, unless they are
+//                   in window memory already; then write what follows from the plan alone
+//   pulling warps   walk over the received messages, wait for their chunks, and copy
+//
+// A staging warp waits for nothing that another rank does in this operation, so every chunk is finished some time.
+#include "kernels/dispatch.h"
+#include "kernels/dispatch_outputs.cuh"
+#include "kernels/messages.cuh"
+#include "kernels/ring.cuh"
+#include "kernels/transfer.cuh"
+
+namespace tern::kernels {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int64_t kMostSharedBytes = 220 << 10;
+constexpr int kStageBarrier = 1, kPullBarrier = 2;
+
+// The dynamic shared memory of a block: sources, arrivals of all rings, rings of the staging warps, rings of the pulling warps.
+struct SharedLayout {
+  int64_t arrivals, stage_rings, pull_rings, bytes;
+
+  __host__ __device__ SharedLayout(const DispatchArgs& args, bool bulk_copies) {
+    const RowPieces& p = args.pieces;
+    const WarpRoles& roles = args.roles;
+    const int64_t num_stages = int64_t{roles.num_stage_warps} * p.num_stage_stages + int64_t{roles.num_pull_warps} * p.num_pull_stages;
+    arrivals = layout::align_up(args.transfer.exchange.num_ranks * static_cast<int64_t>(sizeof(SourceView)), 16);
+    stage_rings = layout::align_up(arrivals + num_stages * static_cast<int64_t>(sizeof(uint64_t)), 128);
+    pull_rings = stage_rings + int64_t{roles.num_stage_warps} * p.num_stage_stages * p.piece_bytes;
+    bytes = bulk_copies ? pull_rings + int64_t{roles.num_pull_warps} * p.num_pull_stages * p.stage_bytes : arrivals;
+  }
+};
+
+// What arrives with a message besides its row, and where that goes; one warp.
+class MessageSides {
+ public:
+  __device__ explicit MessageSides(const DispatchArgs& args) : args_(args), plan_(args.plan) {}
+
+  // rows, experts: of the message's entries; not looked at if the layout or the call has none.
+  __device__ void write(int32_t message, const int32_t* rows, const int32_t* experts, const std::byte* scales, const float* weights) const {
+    const int lane = static_cast<int>(device::lane_idx());
+    if (plan_.has_expert_rows()) {
+      for (int k = 0; k < plan_.num_topk; ++k)
+        if (rows[k] >= 0) write_scales(rows[k], scales);
+    } else if (message < args_.out.num_rows) {
+      write_scales(message, scales);
+    }
+    if (!args_.carries_weights) return;
+    for (int k = lane; k < plan_.num_topk; k += kWarpThreads) {
+      const float weight = weights[k];
+      args_.out.plan_weights[int64_t{message} * plan_.topk_stride + k] = weight;
+      if (args_.out.topk_weights == nullptr) continue;
+      if (plan_.has_expert_rows()) {
+        if (rows[k] >= 0) args_.out.topk_weights[rows[k]] = weight;
+      } else if (message < args_.out.num_rows) {
+        args_.out.topk_weights[int64_t{message} * plan_.num_topk + k] = experts[k] >= 0 ? weight : 0.0f;
+      }
+    }
+  }
+
+ private:
+  __device__ void write_scales(int64_t row, const std::byte* scales) const {
+    if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
+    if (args_.scale_word_bytes == 4)
+      copy_scales<uint32_t>(row, scales);
+    else
+      copy_scales<std::byte>(row, scales);
+  }
+
+  template <typename Word>
+  __device__ void copy_scales(int64_t row, const std::byte* scales) const {
+    constexpr int kBytes = sizeof(Word);
+    std::byte* const to_row = args_.out.scales + row * args_.scale_bytes;
+    for (int at = static_cast<int>(device::lane_idx()) * kBytes; at < args_.scale_bytes; at += kWarpThreads * kBytes) {
+      std::byte* to = to_row + at;
+      if (args_.out.scales_by_column)
+        to = OutputWriter::scale_address(args_, row, at / args_.scale_element_bytes) + at % args_.scale_element_bytes;
+      *reinterpret_cast<Word*>(to) = *reinterpret_cast<const Word*>(scales + at);
+    }
+  }
+
+  const DispatchArgs& args_;
+  const PlanView& plan_;
+};
+
+// Puts this rank's tokens into its staging; one warp.
+class TokenStager {
+ public:
+  __device__ TokenStager(const DispatchArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
+      : args_(args), transfer_(transfer), num_warps_(num_warps) {
+    const TransferArgs& t = args.transfer;
+    const int64_t num_tokens = args.plan.num_tokens[t.exchange.rank];
+    end_token_ = min(num_tokens, int64_t{t.end_chunk} * t.tokens_per_chunk);
+    token_ = t.first_token() + warp;
+  }
+
+  // Ordinary loads and stores, or a cast.
+  __device__ void stage_by_threads() {
+    for (; token_ < end_token_; token_ += num_warps_) {
+      if (args_.slot.row_bytes > 0) stage_row(token_);
+      stage_sides(token_);
+      __syncwarp();
+      complete(token_);
+    }
+  }
+
+  // Bulk copies: the functions of run_ring().
+  __device__ bool load(int, std::byte* stage, uint64_t* arrivals) {
+    if (token_ >= end_token_) return false;
+    if (device::lane_idx() == 0) {
+      device::expect_bytes(arrivals, piece_size(load_piece_));
+      device::bulk_load(stage, row_of(token_) + load_piece_ * args_.pieces.piece_bytes, piece_size(load_piece_), arrivals);
+    }
+    if (++load_piece_ == args_.pieces.num_pieces) {
+      load_piece_ = 0;
+      token_ += num_warps_;
+    }
+    return true;
+  }
+  __device__ void store(int n, std::byte* stage) {
+    const int piece = n % args_.pieces.num_pieces;
+    const int64_t token = nth_token(n);
+    if (device::lane_idx() == 0)
+      device::bulk_store(slot_of(token) + args_.slot.row() + piece * args_.pieces.piece_bytes, stage, piece_size(piece));
+    if (piece + 1 == args_.pieces.num_pieces) stage_sides(token);
+  }
+  __device__ void stored(int n) {
+    if (n % args_.pieces.num_pieces + 1 < args_.pieces.num_pieces) return;
+    if (device::lane_idx() == 0) device::fence_async_proxy();  // publishes the bulk stores by the flag that follows
+    complete(nth_token(n));
+  }
+  // Before the first load.
+  __device__ void start() { first_token_ = token_; }
+
+ private:
+  __device__ int64_t nth_token(int n) const { return first_token_ + int64_t{n / args_.pieces.num_pieces} * num_warps_; }
+  __device__ const std::byte* row_of(int64_t token) const { return args_.in.tokens + token * args_.in.token_stride_bytes; }
+  __device__ std::byte* slot_of(int64_t token) const {
+    return transfer_.staging() + (token - args_.transfer.first_token()) * args_.slot.stride();
+  }
+  __device__ uint32_t piece_size(int piece) const {
+    return static_cast<uint32_t>(min(int64_t{args_.pieces.piece_bytes}, args_.row_bytes - int64_t{piece} * args_.pieces.piece_bytes));
+  }
+
+  __device__ void stage_row(int64_t token) const {
+    std::byte* slot = slot_of(token);
+    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
+      copy_row(row_of(token), args_.row_bytes, [&](auto visit) { visit(slot + args_.slot.row()); });
+      return;
+    }
+    device::with_wire_type(args_.in.dtype, [&](auto wire) {
+      cast_row<decltype(wire)>(row_of(token), args_.in.hidden, args_.in.encoding, slot + args_.slot.row(), slot + args_.slot.scales());
+    });
+  }
+
+  // Scales as given, and weights.
+  __device__ void stage_sides(int64_t token) const {
+    std::byte* slot = slot_of(token);
+    const int lane = static_cast<int>(device::lane_idx());
+    if (args_.slot.scale_bytes > 0 && args_.in.encoding == TERN_ENCODING_AS_GIVEN) stage_scales(token, slot + args_.slot.scales());
+    if (!args_.carries_weights) return;
+    for (int k = lane; k < args_.plan.num_topk; k += kWarpThreads) {
+      const float weight = args_.in.weights[token * args_.plan.num_topk + k];
+      reinterpret_cast<float*>(slot + args_.slot.weights())[k] = weight;
+      if (args_.plan.weights_sent != nullptr) args_.plan.weights_sent[token * args_.plan.num_topk + k] = weight;
+    }
+  }
+
+  __device__ void stage_scales(int64_t token, std::byte* to) const {
+    const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
+    const int lane = static_cast<int>(device::lane_idx());
+    if (args_.scale_word_bytes == 4 && args_.in.scale_element_stride_bytes == args_.scale_element_bytes) {
+      for (int64_t at = lane * 4; at < args_.scale_bytes; at += kWarpThreads * 4)
+        *reinterpret_cast<uint32_t*>(to + at) = *reinterpret_cast<const uint32_t*>(from + at);
+      return;
+    }
+    for (int64_t at = lane; at < args_.scale_bytes; at += kWarpThreads)
+      to[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
+  }
+
+  // The warp's writes of the token are done: counts it, and tells everybody when its chunk is complete.
+  __device__ void complete(int64_t token) const {
+    const int32_t tokens_per_chunk = args_.transfer.tokens_per_chunk;
+    const int chunk = static_cast<int>(token / tokens_per_chunk);
+    const int64_t chunk_end = min(end_token_, int64_t{chunk + 1} * tokens_per_chunk);
+    int is_complete = 0;
+    if (device::lane_idx() == 0)
+      is_complete = transfer_.complete(0, chunk, 1, static_cast<uint32_t>(chunk_end - int64_t{chunk} * tokens_per_chunk)) ? 1 : 0;
+    if (__shfl_sync(~0u, is_complete, 0) == 0) return;
+    for (int peer = static_cast<int>(device::lane_idx()); peer < transfer_.num_ranks(); peer += kWarpThreads) transfer_.raise_chunk(peer, chunk);
+  }
+
+  const DispatchArgs& args_;
+  const Transfer& transfer_;
+  const int64_t num_warps_;
+  int64_t end_token_;
+  int64_t token_;
+  int64_t first_token_ = 0;
+  int load_piece_ = 0;
+};
+
+// Pulls the messages of one warp.
+class MessagePuller {
+ public:
+  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, int64_t warp, int64_t num_warps)
+      : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), sides_(args), walk_(args.transfer, args.plan, warp, num_warps) {}
+
+  // Ordinary loads and stores.
+  __device__ void pull_by_threads() {
+    Message message;
+    while (walk_.next(message)) {
+      if (!await(message)) return;
+      const SourceView& source = sources_[message.source];
+      const int32_t* rows = plan_.received_rows + int64_t{message.index} * plan_.topk_stride;
+      copy_row(source.rows + message.token * source.row_stride, args_.row_bytes, [&](auto visit) {
+        if (!plan_.has_expert_rows()) {
+          if (message.index < args_.out.num_rows) visit(args_.out.tokens + message.index * args_.row_bytes);
+          return;
+        }
+        for (int k = 0; k < plan_.num_topk; ++k)
+          if (rows[k] >= 0) visit(args_.out.tokens + rows[k] * args_.row_bytes);
+      });
+      sides_.write(message.index, rows, plan_.received_experts + int64_t{message.index} * plan_.topk_stride,
+                   source.scales + message.token * source.scale_stride,
+                   reinterpret_cast<const float*>(source.weights + message.token * source.weight_stride));
+    }
+  }
+
+  // Bulk copies: the functions of run_ring().
+  __device__ bool load(int, std::byte* stage, uint64_t* arrivals) {
+    if (load_piece_ == 0 && (!walk_.next(loading_) || !await(loading_))) return false;
+    if (device::lane_idx() == 0) load_piece(stage, arrivals);
+    if (++load_piece_ == args_.pieces.num_pieces) load_piece_ = 0;
+    return true;
+  }
+  __device__ void store(int n, std::byte* stage) {
+    const RowPieces& p = args_.pieces;
+    const int piece = n % p.num_pieces;
+    const auto [message, padding] = *reinterpret_cast<const int2*>(stage + p.stage_bytes - kTagBytes);
+    const auto* rows = reinterpret_cast<const int32_t*>(stage + p.rows);
+    const int64_t at = int64_t{piece} * p.piece_bytes;
+    if (plan_.has_expert_rows()) {
+      for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads)
+        if (rows[k] >= 0 && args_.row_bytes > 0) device::bulk_store(args_.out.tokens + rows[k] * args_.row_bytes + at, stage, piece_size(piece));
+    } else if (device::lane_idx() == 0 && message < args_.out.num_rows && args_.row_bytes > 0) {
+      device::bulk_store(args_.out.tokens + message * args_.row_bytes + at, stage, piece_size(piece));
+    }
+    if (piece + 1 < p.num_pieces) return;
+    sides_.write(message, rows, reinterpret_cast<const int32_t*>(stage + p.experts), stage + p.scales,
+                 reinterpret_cast<const float*>(stage + p.weights));
+  }
+
+  static constexpr int kTagBytes = 16;  // at the end of a stage: the message's index
+
+ private:
+  __device__ bool await(const Message& message) const {
+    int ok = 1;
+    if (device::lane_idx() == 0) ok = transfer_.await_chunk(sources_[message.source], message.source, message.token) ? 1 : 0;
+    return __shfl_sync(~0u, ok, 0) != 0;
+  }
+
+  __device__ uint32_t piece_size(int piece) const {
+    return static_cast<uint32_t>(min(int64_t{args_.pieces.piece_bytes}, args_.row_bytes - int64_t{piece} * args_.pieces.piece_bytes));
+  }
+
+  // One thread.
+  __device__ void load_piece(std::byte* stage, uint64_t* arrivals) const {
+    const RowPieces& p = args_.pieces;
+    const SourceView& source = sources_[loading_.source];
+    const uint32_t topk_bytes = static_cast<uint32_t>(plan_.topk_stride * sizeof(int32_t));
+    const uint32_t row_part = piece_size(load_piece_);
+    const bool is_last = load_piece_ + 1 == p.num_pieces;
+    const bool has_scales = is_last && args_.scale_bytes > 0, has_weights = is_last && args_.carries_weights;
+    const bool has_rows = plan_.has_expert_rows(), has_experts = has_weights && !has_rows;
+    const auto scale_part = static_cast<uint32_t>(layout::align_up(args_.scale_bytes, 16));
+    *reinterpret_cast<int2*>(stage + p.stage_bytes - kTagBytes) = {loading_.index, 0};
+    device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
+    device::expect_bytes(arrivals, row_part + (has_scales ? scale_part : 0) + (has_weights ? topk_bytes : 0) + (has_rows ? topk_bytes : 0) +
+                                       (has_experts ? topk_bytes : 0));
+    if (row_part > 0)
+      device::bulk_load(stage, source.rows + loading_.token * source.row_stride + int64_t{load_piece_} * p.piece_bytes, row_part, arrivals);
+    if (has_scales) device::bulk_load(stage + p.scales, source.scales + loading_.token * source.scale_stride, scale_part, arrivals);
+    if (has_weights) device::bulk_load(stage + p.weights, source.weights + loading_.token * source.weight_stride, topk_bytes, arrivals);
+    const int64_t first_entry = int64_t{loading_.index} * plan_.topk_stride;
+    if (has_rows) device::bulk_load(stage + p.rows, plan_.received_rows + first_entry, topk_bytes, arrivals);
+    if (has_experts) device::bulk_load(stage + p.experts, plan_.received_experts + first_entry, topk_bytes, arrivals);
+  }
+
+  const DispatchArgs& args_;
+  const PlanView& plan_;
+  const Transfer& transfer_;
+  const SourceView* const sources_;
+  const MessageSides sides_;
+  MessageWalk walk_;
+  Message loading_ = {};
+  int load_piece_ = 0;
+};
+
+// The part of a staging warp.
+template <bool kBulk>
+__device__ void stage(const DispatchArgs& args, const Transfer& transfer, const Ring& ring) {
+  const int num_threads = args.roles.num_stage_warps * kWarpThreads;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (args.transfer.sends) {
+    __shared__ int all_ok;
+    if (thread == 0) all_ok = 1;
+    device::sync_some_warps(kStageBarrier, num_threads);
+    if (!transfer.await_staging(thread, num_threads)) all_ok = 0;
+    device::sync_some_warps(kStageBarrier, num_threads);
+    if (all_ok == 0) return;
+    if (blockIdx.x == 0 && thread < kWarpThreads) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+    const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
+    TokenStager stager(args, transfer, warp, int64_t{args.roles.num_stage_warps} * gridDim.x);
+    if (args.slot.stride() > 0) {
+      if (kBulk && args.slot.row_bytes > 0 && args.in.encoding == TERN_ENCODING_AS_GIVEN) {
+        stager.start();
+        run_ring<true>(ring, stager);
+      } else {
+        stager.stage_by_threads();
+      }
+    }
+  }
+  if (args.writes_outputs) OutputWriter(args, int64_t{blockIdx.x} * num_threads + thread, int64_t{gridDim.x} * num_threads).write();
+}
+
+// The part of a pulling warp.
+template <bool kBulk>
+__device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
+  if (!args.transfer.receives) return;
+  __shared__ int all_ok;
+  const int num_threads = args.roles.num_pull_warps * kWarpThreads;
+  const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
+  if (thread == 0) all_ok = 1;
+  device::sync_some_warps(kPullBarrier, num_threads);
+  if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
+  device::sync_some_warps(kPullBarrier, num_threads);
+  if (all_ok == 0) return;
+  const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
+  MessagePuller puller(args, transfer, sources, warp, int64_t{args.roles.num_pull_warps} * gridDim.x);
+  if constexpr (kBulk)
+    run_ring<false>(ring, puller);
+  else
+    puller.pull_by_threads();
+}
+
+template <bool kBulk>
+__global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
+  extern __shared__ __align__(128) std::byte shared[];
+  const SharedLayout shared_layout(args, kBulk);
+  const Transfer transfer(args.transfer);
+  if (transfer.operation().is_poisoned()) return;
+  const RowPieces& p = args.pieces;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, num_stage_warps = args.roles.num_stage_warps;
+  auto* arrivals = reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals);
+  if (warp < num_stage_warps) {
+    const Ring ring{shared + shared_layout.stage_rings + warp * p.num_stage_stages * p.piece_bytes, arrivals + warp * p.num_stage_stages,
+                    p.num_stage_stages, p.piece_bytes};
+    if constexpr (kBulk) ring.init();
+    stage<kBulk>(args, transfer, ring);
+  } else {
+    const int nth = warp - num_stage_warps;
+    const Ring ring{shared + shared_layout.pull_rings + nth * p.num_pull_stages * p.stage_bytes,
+                    arrivals + num_stage_warps * p.num_stage_stages + nth * p.num_pull_stages, p.num_pull_stages, p.stage_bytes};
+    if constexpr (kBulk) ring.init();
+    pull<kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
+  }
+  transfer.finish();
+}
+
+}  // namespace
+
+cudaError_t prepare_dispatch() {
+  const cudaError_t error =
+      cudaFuncSetAttribute(dispatch_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostSharedBytes));
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(dispatch_kernel<false>, cudaFuncAttributeMaxDynamicSharedMemorySize, 128 << 10);
+}
+
+cudaError_t launch_dispatch(const DispatchArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {
+  const auto shared_bytes = static_cast<size_t>(SharedLayout(args, bulk_copies).bytes);
+  if (bulk_copies)
+    dispatch_kernel<true><<<num_blocks, args.roles.num_threads(), shared_bytes, stream>>>(args);
+  else
+    dispatch_kernel<false><<<num_blocks, args.roles.num_threads(), shared_bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace tern::kernels

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel that dispatches a round of a routed batch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/transfer.h"
+
+namespace tern::kernels {
+
+// What goes out.
+struct DispatchInputs {
+  const std::byte* tokens = nullptr;
+  int64_t token_stride_bytes = 0;
+  int64_t hidden = 0;
+  int32_t dtype = 0;
+  int32_t encoding = 0;
+  const std::byte* scales = nullptr;
+  int64_t scale_token_stride_bytes = 0;
+  int64_t scale_element_stride_bytes = 0;
+  const float* weights = nullptr;
+};
+
+// What comes in; names as in tern_dispatch_args.
+struct DispatchOutputs {
+  std::byte* tokens = nullptr;
+  std::byte* scales = nullptr;
+  int32_t* topk_idx = nullptr;
+  float* topk_weights = nullptr;
+  int32_t* source_token = nullptr;
+  int32_t* source_rank = nullptr;
+  int32_t* row_expert = nullptr;
+  int64_t* expert_offsets = nullptr;
+  int32_t* expert_counts = nullptr;
+  int32_t* rank_counts = nullptr;
+  int64_t* expert_rank_ranges = nullptr;
+  float* plan_weights = nullptr;  // [max_messages, topk_stride]
+  int64_t num_rows = 0;
+  bool zero_padding = false;
+  bool scales_by_column = false;
+};
+
+// Bulk copies: a row travels in pieces, each warp has rings of shared memory for them. What a message needs besides its row comes with the
+// last piece. Offsets in a stage of a ring, 16 bytes aligned.
+struct RowPieces {
+  int32_t num_pieces = 1;
+  int32_t piece_bytes = 0;
+  int32_t scales = 0;
+  int32_t weights = 0;
+  int32_t rows = 0;     // received_rows of the message
+  int32_t experts = 0;  // received_experts of the message
+  int32_t stage_bytes = 0;
+  int32_t num_stage_stages = 0;  // of a staging warp
+  int32_t num_pull_stages = 0;   // of a pulling warp
+};
+
+struct DispatchArgs {
+  TransferArgs transfer;
+  PlanView plan;
+  WarpRoles roles;
+  DispatchInputs in;
+  DispatchOutputs out;
+  layout::StagedSlot slot;  // parts with bytes are staged
+  int64_t row_bytes = 0;    // as it arrives
+  int64_t scale_bytes = 0;  // as they arrive
+  int32_t scale_element_bytes = 0;
+  int32_t scale_word_bytes = 1;  // 4: scales and their places are aligned to it, and elements are multiples of it
+  bool carries_weights = false;
+  bool writes_outputs = false;  // everything but rows, scales and weights: by the first round that receives
+
+  RowPieces pieces;
+};
+
+cudaError_t prepare_dispatch();
+// `num_blocks` blocks; all of them, and those of the peers on the same device, must be able to run at the same time.
+cudaError_t launch_dispatch(const DispatchArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream);
+
+}  // namespace tern::kernels

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a kernel sees of an exchange and of a plan. Trivially copyable views; src/cuda owns what they point to. Shared by host and device.
+#pragma once
+
+#include <tern/tern.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "layout/device_window.h"
+
+namespace tern::kernels {
+
+// What a rank's GPU tells its host; pinned host memory, written by the GPU alone (the host clears it between generations).
+struct Mailbox {
+  layout::FailureRecord failure;  // why the exchange failed; complete once failure_set is 1
+  layout::FailureRecord notice;   // what the last incomplete operation left out: TERN_CAPACITY_EXCEEDED, TERN_INVALID_ARGUMENT; status last
+  uint64_t failure_set;
+};
+
+// The state of one lane, in this rank's own device memory. Zero at the start of a generation.
+struct LaneState {
+  uint64_t epoch;          // of the last operation that was begun
+  uint32_t blocks_done;    // of the running kernel
+  uint32_t blocks_synced;  // at its grid barriers
+  uint32_t blocks_sent;
+};
+
+struct ExchangeView {
+  int32_t rank = 0;
+  int32_t num_ranks = 0;
+  int32_t lane = 0;
+  // Epochs by which `consumed` stays behind the lane's epoch after this operation, because sends are open.
+  int32_t consumed_lag = 0;
+  layout::DeviceWindowLayout layout;
+  std::byte* const* windows = nullptr;  // [num_ranks] in device memory; nullptr: masked
+  std::byte* const* heaps = nullptr;    // [num_ranks]
+  LaneState* state = nullptr;
+  uint32_t* staged_counters = nullptr;  // [num_ranks, kMaxChunks] zero between operations
+  uint32_t* failed = nullptr;           // of all lanes: 1: a kernel of this rank has recorded a failure
+  Mailbox* mailbox = nullptr;
+  uint64_t timeout_ns = 0;
+};
+static_assert(std::is_trivially_copyable_v<ExchangeView>);
+
+// One row of a token on its way to a rank.
+struct MessageRef {
+  int32_t rank;  // where it goes, ascending within a token; -1: no further message
+  int32_t row;   // rank_major: its row there, -1: beyond the capacity
+};
+
+// The routing of one batch in this rank's device memory: what RoutingTable is to a CPU rank.
+struct PlanView {
+  int64_t max_tokens = 0;
+  int32_t num_experts = 0;
+  int32_t local_experts = 0;
+  int32_t num_topk = 0;
+  int32_t topk_stride = 0;         // num_topk, rounded up to 16 bytes of int32_t or float: of the tables of received messages
+  int32_t messages_per_token = 0;  // at most
+  int32_t tokens_per_chunk = 0;
+  int32_t num_chunks = 0;
+  int32_t layout = 0;  // tern_layout
+  int32_t alignment = 0;
+  int64_t row_capacity = 0;
+  int64_t padded_group_rows = 0;
+
+  // Of all ranks.
+  int32_t* num_tokens = nullptr;  // [num_ranks]
+  int32_t* counts = nullptr;      // [num_ranks, num_experts + num_ranks] entries by expert, messages by destination
+
+  // Of this rank's tokens.
+  int32_t* experts = nullptr;      // [max_tokens, num_topk] global, -1: none
+  int32_t* entry_rows = nullptr;   // [max_tokens, num_topk] expert layouts: row at the expert's rank, -1: none or beyond the capacity
+  MessageRef* messages = nullptr;  // [max_tokens, messages_per_token]
+
+  // Of the messages received, ordered by (source rank, source token).
+  int32_t* received_begin = nullptr;    // [num_ranks + 1]
+  int32_t* chunk_begin = nullptr;       // [num_ranks, kMaxChunks + 1] index among the source's messages
+  int32_t* source_token = nullptr;      // [max_messages]
+  int32_t* received_experts = nullptr;  // [max_messages, topk_stride] local, -1: not here
+  int32_t* received_rows = nullptr;     // [max_messages, topk_stride] -1: not here, or beyond the capacity
+  int32_t* group_begin = nullptr;       // [local_experts + 1]
+  int32_t* source_begin = nullptr;      // [local_experts, num_ranks] first row of the source in the expert's group
+
+  // Weights: as the last dispatch carried them, and as the owners gave them to the running combine.
+  float* weights_sent = nullptr;        // [max_tokens, num_topk]
+  float* weights_received = nullptr;    // [max_messages, topk_stride]
+  float* weights_from_owner = nullptr;  // [max_messages, topk_stride]
+
+  uint64_t* dispatch_ticket = nullptr;  // epoch of the last send
+  uint64_t* combine_ticket = nullptr;
+
+  constexpr int32_t num_counts(int32_t num_ranks) const { return num_experts + num_ranks; }
+  constexpr bool has_expert_rows() const { return layout != TERN_LAYOUT_RANK_MAJOR; }
+};
+static_assert(std::is_trivially_copyable_v<PlanView>);
+
+}  // namespace tern::kernels

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// The walk of one warp over the messages that this rank has received, in the order in which their sources send them.
+#pragma once
+
+#include "device/order.cuh"
+#include "kernels/exchange_view.h"
+#include "kernels/transfer.h"
+
+namespace tern::kernels {
+
+struct Message {
+  int32_t source;
+  int32_t index;  // among all received messages
+  int32_t token;  // at its source
+};
+
+// Visits the messages of a round: the first of every source, then the second of every source, ... dealt out to the warps in turn. Each warp
+// meets all sources, so that one which sends little, or late, keeps no warp from the others'.
+class MessageWalk {
+ public:
+  // Warp `warp` of `num_warps`. All its threads call this and next().
+  __device__ MessageWalk(const TransferArgs& transfer, const PlanView& plan, int64_t warp, int64_t num_warps)
+      : transfer_(transfer), plan_(plan), num_ranks_(transfer.exchange.num_ranks), next_item_(warp), num_warps_(num_warps) {
+    for (int source = static_cast<int>(device::lane_idx()); source < num_ranks_; source += 32) most_ = max(most_, range_of(source).count);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) most_ = max(most_, __shfl_xor_sync(~0u, most_, step));
+  }
+
+  // False: there are no more.
+  __device__ bool next(Message& message) {
+    while (valid_ == 0)
+      if (!load_batch()) return false;
+    const int lane = __ffs(static_cast<int>(valid_)) - 1;
+    valid_ &= valid_ - 1;
+    message = {__shfl_sync(~0u, ahead_.source, lane), __shfl_sync(~0u, ahead_.index, lane), __shfl_sync(~0u, ahead_.token, lane)};
+    return true;
+  }
+
+ private:
+  struct SourceRange {
+    int32_t begin, count;
+  };
+
+  // The source's messages in this round.
+  __device__ SourceRange range_of(int source) const {
+    const int32_t* chunk_begin = plan_.chunk_begin + source * (layout::kMaxChunks + 1);
+    const int32_t begin = chunk_begin[transfer_.first_chunk];
+    return {plan_.received_begin[source] + begin, chunk_begin[transfer_.end_chunk] - begin};
+  }
+
+  // Each thread fetches one of the warp's next 32 items.
+  __device__ bool load_batch() {
+    if (next_item_ / num_ranks_ >= most_) return false;
+    const int64_t item = next_item_ + device::lane_idx() * num_warps_;
+    next_item_ += 32 * num_warps_;
+    const int64_t nth = item / num_ranks_;
+    const int64_t turns = nth / max(int64_t{1}, num_warps_ / num_ranks_);  // or a warp would meet the same source each time
+    ahead_.source = static_cast<int32_t>((transfer_.exchange.rank + 1 + item + turns) % num_ranks_);
+    const SourceRange range = range_of(ahead_.source);
+    const bool valid = nth < range.count;
+    ahead_.index = range.begin + static_cast<int32_t>(nth);
+    ahead_.token = valid ? plan_.source_token[ahead_.index] : 0;
+    valid_ = __ballot_sync(~0u, valid);
+    return true;
+  }
+
+  const TransferArgs& transfer_;
+  const PlanView& plan_;
+  const int num_ranks_;
+  int64_t next_item_;
+  const int64_t num_warps_;
+  int32_t most_ = 0;  // messages of any source
+  Message ahead_ = {};
+  uint32_t valid_ = 0;  // threads whose message has not been visited
+};
+
+}  // namespace tern::kernels

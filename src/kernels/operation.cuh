@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every kernel of an exchange does around its work: takes its epoch, waits with a deadline, tells why it gave up, and ends.
+//
+//   Operation op(args.exchange, TERN_OP_ROUTE, epoch);
+//   if (op.is_poisoned()) return;                       // all threads of the block
+//   ... op.await(...) ...
+//   if (op.is_last_block()) op.finish(...)
+//
+// Waits are done by single threads. One that returns false has recorded the failure, or found that somebody has: its caller returns, and what
+// waits elsewhere is stopped by the same abort word.
+#pragma once
+
+#include "device/order.cuh"
+#include "kernels/exchange_view.h"
+
+namespace tern::kernels {
+
+using device::load_acquire_sys;
+using device::load_relaxed_sys;
+using device::store_release_sys;
+
+inline constexpr int kWarpThreads = 32;
+
+struct Operation {
+  const ExchangeView& exchange;
+  int operation;
+  uint64_t epoch;
+
+  __device__ std::byte* own_window() const { return exchange.windows[exchange.rank]; }
+  __device__ bool is_masked(int rank) const { return exchange.windows[rank] == nullptr; }
+  template <typename T>
+  __device__ T* in_window(int owner, int64_t offset) const {
+    return reinterpret_cast<T*>(exchange.windows[owner] + offset);
+  }
+  // What `source` says to `owner`.
+  __device__ layout::ProgressCell* progress(int owner, int source) const {
+    return in_window<layout::ProgressCell>(owner, exchange.layout.progress(exchange.lane, source));
+  }
+  __device__ layout::CallCell* call(int owner, int source) const {
+    return in_window<layout::CallCell>(owner, exchange.layout.call(exchange.lane, epoch, source));
+  }
+  __device__ uint64_t* staged_flag(int owner, int source, int chunk) const {
+    return in_window<uint64_t>(owner, exchange.layout.staged(exchange.lane, source)) + chunk;
+  }
+
+  __device__ uint64_t* abort_word() const { return in_window<uint64_t>(exchange.rank, exchange.layout.abort()); }
+  __device__ bool is_aborted() const { return load_relaxed_sys(abort_word()) != 0; }
+
+  // One thread. Waits until *word has reached `expected`; false: the exchange has failed.
+  __device__ bool await(const uint64_t* word, uint64_t expected, int peer) const {
+    if (load_acquire_sys(word) >= expected) return true;
+    constexpr int kSpinsPerLook = 64;
+    const uint64_t start = device::global_timer_ns();
+    for (int spin = 0;; ++spin) {
+      const uint64_t seen = load_acquire_sys(word);
+      if (seen >= expected) return true;
+      if (spin % kSpinsPerLook != 0) continue;
+      if (is_aborted()) return false;
+      if (device::global_timer_ns() - start > exchange.timeout_ns) {
+        give_up(TERN_TIMEOUT, peer, expected, seen);
+        return false;
+      }
+    }
+  }
+
+  // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
+  __device__ bool await_bank(int peer) const {
+    if (epoch <= layout::kNumBanks) return true;
+    return await(&progress(exchange.rank, peer)->consumed, epoch - layout::kNumBanks, peer);
+  }
+
+  // Records why this rank stops, in every window and for the host, unless it has been recorded already. Never waits.
+  __device__ void give_up(tern_status status, int awaited, uint64_t expected, uint64_t seen) const {
+    if (atomicExch(exchange.failed, 1u) != 0) return;
+    layout::FailureRecord record;
+    record.status = status;
+    record.waiter = exchange.rank;
+    record.awaited = awaited;
+    record.lane = exchange.lane;
+    record.operation = operation;
+    record.expected_epoch = expected;
+    record.seen_epoch = seen;
+    for (int i = 0; i < exchange.num_ranks; ++i) {
+      const int owner = (exchange.rank + i) % exchange.num_ranks;
+      if (is_masked(owner)) continue;
+      *in_window<layout::FailureRecord>(owner, exchange.layout.record(exchange.rank)) = record;
+      store_release_sys(in_window<uint64_t>(owner, exchange.layout.abort()), static_cast<uint64_t>(exchange.rank) + 1);
+    }
+    post_failure(record);
+  }
+
+  // Passes on to the host what another rank has recorded.
+  __device__ void report_abort() const {
+    const uint64_t waiter = load_acquire_sys(abort_word());
+    if (waiter == 0 || atomicExch(exchange.failed, 1u) != 0) return;
+    post_failure(*in_window<layout::FailureRecord>(exchange.rank, exchange.layout.record(static_cast<int>(waiter) - 1)));
+  }
+
+  // Something was left out of an operation that otherwise completed.
+  __device__ void post_notice(tern_status status) const {
+    layout::FailureRecord& notice = exchange.mailbox->notice;
+    notice.waiter = notice.awaited = exchange.rank;
+    notice.lane = exchange.lane;
+    notice.operation = operation;
+    notice.expected_epoch = notice.seen_epoch = epoch;
+    device::fence_sys();
+    *const_cast<volatile int32_t*>(&notice.status) = status;
+  }
+
+  // All threads of the block, at its start: true if the exchange has failed, and nothing is to be done.
+  __device__ bool is_poisoned() const {
+    __shared__ int poisoned;
+    if (threadIdx.x == 0) {
+      poisoned = is_aborted() ? 1 : 0;
+      if (poisoned != 0) report_abort();
+    }
+    __syncthreads();
+    return poisoned != 0;
+  }
+
+  // All threads of the block: true in the block that comes here last, which then sees what all blocks have written.
+  __device__ bool is_last_block(uint32_t* counter) const {
+    __shared__ int last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      last = device::add_acq_rel_gpu(counter, 1) == gridDim.x - 1 ? 1 : 0;
+      if (last != 0) *counter = 0;
+    }
+    __syncthreads();
+    return last != 0;
+  }
+
+  // All threads of all blocks, `nth` time in this kernel (1, 2, ...): returns when every block has come. All blocks are resident together.
+  __device__ bool sync_blocks(uint32_t nth) const {
+    __shared__ int synced;
+    __syncthreads();
+    if (threadIdx.x == 0) synced = await_blocks(nth * gridDim.x) ? 1 : 0;
+    __syncthreads();
+    return synced != 0;
+  }
+
+  // All threads of the last block, at the end of an operation that receives: nothing of the others' is needed any more.
+  __device__ void post_consumed() const {
+    if (is_aborted()) {
+      if (threadIdx.x == 0) report_abort();
+      return;
+    }
+    const uint64_t last_epoch = epoch > exchange.state->epoch ? epoch : exchange.state->epoch;
+    const uint64_t consumed = last_epoch - static_cast<uint64_t>(exchange.consumed_lag);
+    for (int peer = static_cast<int>(threadIdx.x); peer < exchange.num_ranks; peer += static_cast<int>(blockDim.x))
+      if (!is_masked(peer)) store_release_sys(&progress(peer, exchange.rank)->consumed, consumed);
+  }
+
+ private:
+  __device__ void post_failure(const layout::FailureRecord& record) const {
+    exchange.mailbox->failure = record;
+    store_release_sys(&exchange.mailbox->failure_set, 1);
+  }
+
+  __device__ bool await_blocks(uint32_t target) const {
+    device::add_acq_rel_gpu(&exchange.state->blocks_synced, 1);
+    const uint64_t start = device::global_timer_ns();
+    while (device::load_acquire_gpu(&exchange.state->blocks_synced) < target) {
+      if (is_aborted()) return false;
+      if (device::global_timer_ns() - start <= exchange.timeout_ns) continue;
+      give_up(TERN_TIMEOUT, exchange.rank, epoch, epoch);
+      return false;
+    }
+    return true;
+  }
+};
+
+}  // namespace tern::kernels

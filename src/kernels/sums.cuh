@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of rows in FP32, in the order in which their terms come: products and sums are rounded separately, a sum starts at +0, and the result is
+// rounded once to the rows' type.
+//
+// `Rows` says what is summed; it is called by all threads of a warp:
+//   bool next_row(SumRow& row)                  the next row to be made; false: there is none, or the exchange has failed
+//   bool next_terms(const SumRow&, int batch, Terms& terms)   up to 32 terms, one per thread; false: no such batch
+//   const std::byte* bias(const SumRow&, int which)           added first; nullptr: none
+//   std::byte* out(const SumRow&)
+//   void row_done(const SumRow&)                after the row's stores, which are ordered before by __syncwarp()
+#pragma once
+
+#include "kernels/ring.cuh"
+#include "kernels/rows.cuh"
+
+namespace tern::kernels {
+
+struct SumRow {
+  int32_t rank;   // to whom it belongs
+  int32_t index;  // of the message, or of the token
+  int32_t token;
+};
+
+struct Terms {
+  const std::byte* address = nullptr;
+  float weight = 1.0f;
+  uint32_t valid = 0;  // bit t: thread t has a term
+};
+
+// Adds 16 bytes of a term. A weight of 1 leaves every bit as it is.
+template <typename Wire>
+__device__ __forceinline__ void add_term(float (&sum)[Wire::kElements], const Vec16& bytes, float weight) {
+  float values[Wire::kElements];
+  Wire::widen(bytes, values);
+#pragma unroll
+  for (int i = 0; i < Wire::kElements; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, values[i]));
+}
+
+template <typename Wire, typename Rows>
+__device__ __forceinline__ void add_biases(Rows& rows, const SumRow& row, int64_t at, float (&sum)[Wire::kElements]) {
+  for (int which = 0; which < 2; ++which)
+    if (const std::byte* bias = rows.bias(row, which)) add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(bias + at), 1.0f);
+}
+
+// Adds the terms of one batch at byte `at` of the row; several loads are under way at a time.
+template <typename Wire>
+__device__ __forceinline__ void add_batch(const Terms& terms, int64_t at, bool in_row, float (&sum)[Wire::kElements]) {
+  constexpr int kUnroll = 4;
+  for (uint32_t left = terms.valid; left != 0;) {
+    Vec16 values[kUnroll];
+    float weights[kUnroll];
+    const int num = min(kUnroll, __popc(left));
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (u >= num) break;
+      const int t = __ffs(static_cast<int>(left)) - 1;
+      left &= left - 1;
+      const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+      weights[u] = __shfl_sync(~0u, terms.weight, t);
+      if (in_row) values[u] = *reinterpret_cast<const Vec16*>(address + at);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (u < num && in_row) add_term<Wire>(sum, values[u], weights[u]);
+  }
+}
+
+// Ordinary loads and stores.
+template <typename Wire, typename Rows>
+__device__ void sum_by_threads(Rows& rows, int64_t row_bytes) {
+  constexpr int64_t kStep = 32 * sizeof(Vec16);
+  SumRow row;
+  while (rows.next_row(row)) {
+    Terms terms;
+    bool has_terms = rows.next_terms(row, 0, terms);
+    for (int64_t first = 0; first < row_bytes; first += kStep) {
+      const int64_t at = first + device::lane_idx() * sizeof(Vec16);
+      const bool in_row = at < row_bytes;
+      float sum[Wire::kElements] = {};
+      if (in_row) add_biases<Wire>(rows, row, at, sum);
+      if (has_terms) add_batch<Wire>(terms, at, in_row, sum);
+      Terms further;
+      for (int batch = 1; has_terms && rows.next_terms(row, batch, further); ++batch) add_batch<Wire>(further, at, in_row, sum);
+      if (in_row) *reinterpret_cast<Vec16*>(rows.out(row) + at) = Wire::narrow(sum);
+    }
+    __syncwarp();
+    rows.row_done(row);
+  }
+}
+
+// Bulk loads: terms' pieces flow through the ring, one after the other, and are added up in registers. The functions of run_ring().
+template <typename Wire, typename Rows>
+class SumFlow {
+ public:
+  static constexpr int kMostVecs = 4;  // of a piece and thread: pieces of up to 2 KiB
+
+  __device__ SumFlow(Rows& rows, int64_t row_bytes, int piece_bytes) : rows_(rows), row_bytes_(row_bytes), piece_bytes_(piece_bytes) {}
+
+  __device__ bool load(int, std::byte* stage, uint64_t* arrivals) {
+    while (terms_.valid == 0)
+      if (!next_terms()) return false;
+    const int t = __ffs(static_cast<int>(terms_.valid)) - 1;
+    terms_.valid &= terms_.valid - 1;
+    const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms_.address), t));
+    const float weight = __shfl_sync(~0u, terms_.weight, t);
+    const bool is_last = terms_.valid == 0 && !has_further_;
+    if (device::lane_idx() == 0) {
+      *tag(stage) = Tag{row_, at_, weight, is_first_, is_last};
+      device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
+      device::expect_bytes(arrivals, piece_size(at_));
+      device::bulk_load(stage, address + at_, piece_size(at_), arrivals);
+    }
+    is_first_ = false;
+    return true;
+  }
+
+  __device__ void store(int, std::byte* stage) {
+    const Tag t = *tag(stage);
+    const int64_t end = t.at + piece_size(t.at);
+    if (t.is_first) start_sums(t, end);
+#pragma unroll
+    for (int v = 0; v < kMostVecs; ++v)
+      if (offset(v) < end - t.at) add_term<Wire>(sums_[v], *reinterpret_cast<const Vec16*>(stage + offset(v)), t.weight);
+    if (!t.is_last) return;
+    std::byte* out = rows_.out(t.row) + t.at;
+#pragma unroll
+    for (int v = 0; v < kMostVecs; ++v)
+      if (offset(v) < end - t.at) *reinterpret_cast<Vec16*>(out + offset(v)) = Wire::narrow(sums_[v]);
+    if (end < row_bytes_) return;
+    __syncwarp();
+    rows_.row_done(t.row);
+  }
+
+  struct Tag {
+    SumRow row;
+    int64_t at;
+    float weight;
+    bool is_first, is_last;
+  };
+  static constexpr int kTagBytes = 32;
+  static_assert(sizeof(Tag) <= kTagBytes);
+
+ private:
+  __device__ Tag* tag(std::byte* stage) const { return reinterpret_cast<Tag*>(stage + piece_bytes_); }
+  __device__ static int offset(int v) { return static_cast<int>((v * 32 + device::lane_idx()) * sizeof(Vec16)); }
+  __device__ uint32_t piece_size(int64_t at) const { return static_cast<uint32_t>(min(int64_t{piece_bytes_}, row_bytes_ - at)); }
+
+  __device__ void start_sums(const Tag& t, int64_t end) {
+#pragma unroll
+    for (int v = 0; v < kMostVecs; ++v) {
+#pragma unroll
+      for (float& value : sums_[v]) value = 0.0f;
+      if (offset(v) < end - t.at) add_biases<Wire>(rows_, t.row, t.at + offset(v), sums_[v]);
+    }
+  }
+
+  // The next batch of terms: of this piece, of the row's next piece, or of the next row.
+  __device__ bool next_terms() {
+    if (has_further_) {
+      ++batch_;
+      has_further_ = has_terms_from(batch_ + 1);
+      return rows_.next_terms(row_, batch_, terms_);
+    }
+    at_ += piece_bytes_;
+    if (!in_row_ || at_ >= row_bytes_) {
+      if (!rows_.next_row(row_)) return false;
+      at_ = 0;
+      in_row_ = has_terms_from(0);
+      if (!in_row_) {
+        finish_empty_row();
+        return true;
+      }
+      rows_.next_terms(row_, 0, first_terms_);
+    }
+    terms_ = first_terms_;
+    batch_ = 0;
+    is_first_ = true;
+    has_further_ = has_terms_from(1);
+    return true;
+  }
+
+  __device__ bool has_terms_from(int batch) {
+    Terms further;
+    for (; rows_.next_terms(row_, batch, further); ++batch)
+      if (further.valid != 0) return true;
+    return false;
+  }
+
+  // A row without terms: the biases, or zeros.
+  __device__ void finish_empty_row() {
+    for (int64_t at = device::lane_idx() * sizeof(Vec16); at < row_bytes_; at += 32 * sizeof(Vec16)) {
+      float sum[Wire::kElements] = {};
+      add_biases<Wire>(rows_, row_, at, sum);
+      *reinterpret_cast<Vec16*>(rows_.out(row_) + at) = Wire::narrow(sum);
+    }
+    __syncwarp();
+    rows_.row_done(row_);
+  }
+
+  Rows& rows_;
+  const int64_t row_bytes_;
+  const int piece_bytes_;
+  // Loading.
+  SumRow row_ = {};
+  Terms terms_, first_terms_;
+  int64_t at_ = 0;
+  int batch_ = 0;
+  bool in_row_ = false, has_further_ = false, is_first_ = false;
+  // Adding.
+  float sums_[kMostVecs][Wire::kElements];
+};
+
+}  // namespace tern::kernels

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// The protocol of one round of rows, as the warps of dispatch and combine see it.
+//
+//   sending    announce(): where this rank's rows are;  await_staging();  stage rows;  complete(...): counts them, raises the chunk's flags
+//   receiving  open_sources(): where the others' rows are;  await_chunk(...): a token's row may be read;  pull rows
+//   both       finish(): the last block says that this rank needs nothing of the others' any more
+//
+// Memory: what a rank staged before complete() is visible to a peer's warp after await_chunk(), for ordinary and for bulk loads.
+#pragma once
+
+#include "device/bulk.cuh"
+#include "kernels/operation.cuh"
+#include "kernels/transfer.h"
+
+namespace tern::kernels {
+
+// Where one source's rows are, as this rank reaches them.
+struct SourceView {
+  const std::byte* rows;
+  const std::byte* scales;
+  const std::byte* weights;
+  int64_t row_stride, scale_stride, weight_stride;
+  bool is_staged;     // there are chunk flags to wait for
+  bool rows_in_heap;  // rows lie in the order of the source's outputs, otherwise in that of this rank's tokens (combine)
+};
+
+class Transfer {
+ public:
+  __device__ explicit Transfer(const TransferArgs& args)
+      : args_(args), op_{args.exchange, args.operation, args.sends ? args.exchange.state->epoch + 1 : *args.ticket} {}
+
+  __device__ const Operation& operation() const { return op_; }
+  __device__ int rank() const { return args_.exchange.rank; }
+  __device__ int num_ranks() const { return args_.exchange.num_ranks; }
+
+  __device__ std::byte* staging() const { return op_.own_window() + args_.exchange.layout.staging(args_.exchange.lane, op_.epoch); }
+
+  // Some threads: thread `i` of `n`. True when all peers have done with what the staging held two epochs ago, as far as these threads looked.
+  __device__ bool await_staging(int i, int n) const {
+    bool ok = true;
+    for (int peer = i; peer < num_ranks(); peer += n) ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
+    return ok;
+  }
+
+  // One warp of one block, after await_staging().
+  __device__ void announce(int num_tokens) const {
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads) {
+      if (op_.is_masked(peer)) continue;
+      layout::CallCell* cell = op_.call(peer, rank());
+      cell->shape = args_.shape;
+      cell->epoch = op_.epoch;
+      cell->operation = op_.operation;
+      cell->num_tokens = num_tokens;
+      cell->rows = offered_to(peer, args_.rows);
+      cell->scales = offered_to(peer, args_.scales);
+      cell->weights = offered_to(peer, args_.weights);
+      store_release_sys(&op_.progress(peer, rank())->ready, op_.epoch);
+    }
+  }
+
+  // One thread, for what its warp has staged: `num` more of the `total` rows of (peer, chunk) are there. True if they were the last.
+  __device__ bool complete(int peer, int chunk, uint32_t num, uint32_t total) const {
+    uint32_t* counter = args_.exchange.staged_counters + peer * layout::kMaxChunks + chunk;
+    if (device::add_acq_rel_gpu(counter, num) + num != total) return false;
+    *counter = 0;
+    return true;
+  }
+  // One thread: the chunk is there for `peer`.
+  __device__ void raise_chunk(int peer, int chunk) const {
+    if (!op_.is_masked(peer)) store_release_sys(op_.staged_flag(peer, rank(), chunk), op_.epoch);
+  }
+
+  // Threads i of n: waits for the calls of all sources and notes where their rows are. False: the exchange has failed.
+  __device__ bool open_sources(SourceView* sources, int i, int n) const {
+    bool ok = true;
+    for (int source = i; source < num_ranks(); source += n) {
+      sources[source] = {};
+      if (op_.is_masked(source)) continue;
+      ok = ok && open_source(source, sources[source]);
+    }
+    return ok;
+  }
+
+  // One thread: waits until the rows of the chunk that holds `token` are there.
+  __device__ bool await_chunk(const SourceView& view, int source, int32_t token) const {
+    if (!view.is_staged) return true;
+    return op_.await(op_.staged_flag(rank(), source, token / args_.tokens_per_chunk), op_.epoch, source);
+  }
+
+  // All threads of all blocks, at the end.
+  __device__ void finish() const {
+    LaneState* state = args_.exchange.state;
+    if (!op_.is_last_block(&state->blocks_done)) return;
+    if (args_.receives) op_.post_consumed();
+    if (op_.is_aborted() && threadIdx.x == 0) op_.report_abort();
+    if (args_.in_place) await_pulled();
+    __syncthreads();
+    if (threadIdx.x != 0 || !args_.sends) return;
+    state->epoch = op_.epoch;
+    if (!args_.receives) *args_.ticket = op_.epoch;
+  }
+
+ private:
+  __device__ layout::PulledPart offered_to(int peer, layout::PulledPart part) const {
+    if (part.in_heap == 0) part.offset += args_.exchange.layout.staging(args_.exchange.lane, op_.epoch) + peer * args_.peer_bytes;
+    return part;
+  }
+
+  __device__ bool open_source(int source, SourceView& view) const {
+    if (!op_.await(&op_.progress(rank(), source)->ready, op_.epoch, source)) return false;
+    const layout::CallCell& cell = *op_.call(rank(), source);
+    if (cell.epoch != op_.epoch || cell.operation != op_.operation || cell.shape != args_.shape) {
+      op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);
+      return false;
+    }
+    view.rows = address(source, cell.rows);
+    view.scales = address(source, cell.scales);
+    view.weights = address(source, cell.weights);
+    view.row_stride = cell.rows.stride;
+    view.scale_stride = cell.scales.stride;
+    view.weight_stride = cell.weights.stride;
+    view.is_staged = (cell.rows.staged | cell.scales.staged | cell.weights.staged) != 0;
+    view.rows_in_heap = cell.rows.in_heap != 0;
+    return true;
+  }
+
+  __device__ const std::byte* address(int source, const layout::PulledPart& part) const {
+    return (part.in_heap != 0 ? args_.exchange.heaps[source] : args_.exchange.windows[source]) + part.offset;
+  }
+
+  __device__ void await_pulled() const {
+    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += static_cast<int>(blockDim.x))
+      if (!op_.is_masked(peer) && !op_.await(&op_.progress(rank(), peer)->consumed, op_.epoch, peer)) return;
+  }
+
+  const TransferArgs& args_;
+  const Operation op_;
+};
+
+}  // namespace tern::kernels
