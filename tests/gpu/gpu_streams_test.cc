@@ -185,20 +185,44 @@ TEST_P(GpuStreams, OtherThreadsRunDuringAnExactRoute) {
       ADD_FAILURE() << "beside the ranks: " << error.what();
     }
   });
-  expect_right(c, run_threads(c.num_ranks, wanted, options(), [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
-                 RoundTrip trip(scenario, rank, exchange, device);
-                 Launching launching;
-                 launching.launch.num_sms = of_call;
-                 trip.launch_with(launching);
-                 trip.run();
-                 tern_plan_info info;
-                 EXPECT_EQ(tern_plan_get_info(trip.plan(), &info), TERN_OK);
-                 const int32_t most = of_call > 0 ? of_call : of_exchange > 0 ? of_exchange : num_sms_of(device.index());
-                 EXPECT_GT(info.num_sms, 0);
-                 EXPECT_LE(info.num_sms, most);
-                 return trip.differences();
-               }));
+  expect_right(
+      c, run_threads(c.num_ranks, scenario.exchange_options(), options(), [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+        RoundTrip trip(scenario, rank, exchange, device);
+        if (rank == 0) routing = true;
+        if (rank != 0 && !await(worked)) throw std::runtime_error("the other thread of rank 0 did not get on");
+        trip.run();
+        return trip.differences();
+      }));
+  worker.join();
 }
+
+// The number of SMs of the last operation can be read back: at most what was asked for, the call before the exchange.
+TEST_P(GpuStreams, NumberOfSms) {
+  const int32_t per_gpu = (num_ranks() + options().num_devices - 1) / options().num_devices;
+  for (const int32_t of_exchange : {0, 12})
+    for (const int32_t of_call : {0, 4, 20}) {
+      const bool beyond_the_exchanges = of_exchange > 0 && of_call > of_exchange;
+      if (beyond_the_exchanges || std::max(of_exchange, of_call) * per_gpu > num_sms_of(0)) continue;
+      Case c = ordinary_case(num_ranks(), TERN_LAYOUT_EXPERT_MAJOR);
+      c.max_tokens = 500;
+      c = c.normalized();
+      const Scenario scenario(c);
+      tern_exchange_options wanted = scenario.exchange_options();
+      wanted.num_sms = of_exchange;
+      expect_right(c, run_threads(c.num_ranks, wanted, options(), [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+                     RoundTrip trip(scenario, rank, exchange, device);
+                     Launching launching;
+                     launching.launch.num_sms = of_call;
+                     trip.launch_with(launching);
+                     trip.run();
+                     tern_plan_info info;
+                     EXPECT_EQ(tern_plan_get_info(trip.plan(), &info), TERN_OK);
+                     const int32_t most = of_call > 0 ? of_call : of_exchange > 0 ? of_exchange : num_sms_of(device.index());
+                     EXPECT_GT(info.num_sms, 0);
+                     EXPECT_LE(info.num_sms, most);
+                     return trip.differences();
+                   }));
+    }
 }
 
 // The number of tokens stands in device memory; what lies behind them is garbage.
