@@ -3,6 +3,7 @@
 # machine that has only the driver and a glibc as new as this one's.
 #
 #   cmake --build build/cuda --target gpu_bundle      # fills build/gpu/bin and build/gpu/lib
+#   build/gpu/run                                     # runs the tests there
 
 set(TERN_GPU_BUNDLE_DIR ${PROJECT_SOURCE_DIR}/build/gpu CACHE PATH "Where the target gpu_bundle puts its files")
 
@@ -17,6 +18,7 @@ set_target_properties(${programs} PROPERTIES INSTALL_RPATH "$ORIGIN/../lib")
 install(TARGETS tern ${programs} RUNTIME_DEPENDENCY_SET gpu_bundle
   RUNTIME DESTINATION bin COMPONENT gpu_bundle EXCLUDE_FROM_ALL
   LIBRARY DESTINATION lib COMPONENT gpu_bundle EXCLUDE_FROM_ALL)
+install(PROGRAMS ${PROJECT_SOURCE_DIR}/tests/gpu/run DESTINATION . COMPONENT gpu_bundle EXCLUDE_FROM_ALL)
 # What every system with this glibc has is left out.
 install(RUNTIME_DEPENDENCY_SET gpu_bundle
   POST_EXCLUDE_REGEXES "/(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util))\\.so"

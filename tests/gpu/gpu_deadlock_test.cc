@@ -7,20 +7,17 @@
 
 #include "conformance/random.h"
 #include "gpu/cases.h"
-#include "gpu/spin.h"
+#include "gpu/cuda_support.h"
 #include "gpu/support.h"
 
 namespace tern::conformance {
 namespace {
 
-void require_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(fmt::format("{}: {}", what, cudaGetErrorString(error)));
-}
-
 // Runs `work(device_index)` on a thread for each device, over and over, until destroyed. Its errors are failures of the test.
 class Beside {
  public:
   Beside(int32_t num_devices, std::function<void(int32_t)> work) {
+    load_spin(num_devices);
     for (int32_t device = 0; device < num_devices; ++device)
       threads_.emplace_back([this, device, work] {
         try {
@@ -46,24 +43,8 @@ class Beside {
   std::vector<std::thread> threads_;
 };
 
-// A stream of a thread's own.
-class Stream {
- public:
-  Stream() { require_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags"); }
-  ~Stream() { cudaStreamDestroy(stream_); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  cudaStream_t get() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
-int num_sms_of(int32_t device) {
-  int count = 0;
-  require_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
-}
+// What the kernels of all ranks of a GPU take at the most, two exchanges each.
+constexpr int kSmsOfRanks = 64;
 
 class GpuDeadlock : public testing::TestWithParam<Placing> {
  protected:
@@ -74,10 +55,9 @@ class GpuDeadlock : public testing::TestWithParam<Placing> {
 
   int32_t num_ranks() const { return GetParam().num_ranks; }
   RunOptions options() const { return gpu_options(num_ranks(), GetParam().most_gpus); }
-  // Few enough for two exchanges of all ranks of a GPU, with room for compute.
   int32_t num_sms() const {
     const int32_t ranks_per_gpu = (num_ranks() + options().num_devices - 1) / options().num_devices;
-    return std::max(1, 64 / (2 * ranks_per_gpu));
+    return std::max(1, kSmsOfRanks / (2 * ranks_per_gpu));
   }
   Case worst_case(uint64_t seed) const {
     Case c = ordinary_case(num_ranks(), TERN_LAYOUT_EXPERT_MAJOR);
@@ -176,10 +156,9 @@ TEST_P(GpuDeadlock, TwoExchangesInOppositeOrder) {
 
 // A kernel of several milliseconds takes every SM that the exchanges leave.
 TEST_P(GpuDeadlock, ComputeOnTheOtherSms) {
-  const int32_t for_ranks = num_sms() * num_ranks();
-  const Beside beside(options().num_devices, [&](int32_t device) {
+  const Beside beside(options().num_devices, [](int32_t device) {
     thread_local const Stream stream;
-    require_cuda(launch_spin(stream.get(), std::max(1, num_sms_of(device) - for_ranks), 3000), "launch_spin");
+    spin(stream.get(), std::max(1, num_sms_of(device) - kSmsOfRanks), 3000);
     require_cuda(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
   });
   expect_right_beside(beside);
@@ -189,7 +168,7 @@ TEST_P(GpuDeadlock, ComputeOnTheOtherSms) {
 TEST_P(GpuDeadlock, ComputeOnAllSms) {
   const Beside beside(options().num_devices, [](int32_t device) {
     thread_local const Stream stream;
-    require_cuda(launch_spin(stream.get(), num_sms_of(device), 2000), "launch_spin");
+    spin(stream.get(), num_sms_of(device), 2000);
     require_cuda(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
   });
   expect_right_beside(beside);
@@ -205,27 +184,77 @@ TEST_P(GpuDeadlock, AllocationsBeside) {
   expect_right_beside(beside);
 }
 
+// Making and ending a plan takes and gives back memory, while other ranks are an operation ahead.
+TEST_P(GpuDeadlock, PlansComeAndGo) {
+  Case c = worst_case(6);
+  c.delays = true;
+  const Scenario scenario(c);
+  tern_exchange_options wanted = scenario.exchange_options();
+  wanted.num_sms = num_sms();
+  expect_right(c, run_threads(num_ranks(), wanted, options(), [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+                 std::vector<std::string> differences;
+                 for (int64_t repeat = 0; repeat < scaled(50) && differences.empty(); ++repeat) {
+                   RoundTrip trip(scenario, rank, exchange, device);
+                   trip.run();
+                   differences = trip.differences();
+                 }
+                 return differences;
+               }));
+}
+
+// So does an exchange.
+TEST_P(GpuDeadlock, ExchangesComeAndGoBesideOthers) {
+  const Scenario scenario(worst_case(7));
+  const RunOptions how = options();
+  tern_exchange_options wanted = scenario.exchange_options();
+  wanted.num_sms = num_sms();
+  const std::vector<Group> groups = Group::local(num_ranks());
+  std::vector<std::vector<std::string>> differences(groups.size());
+  std::vector<std::thread> threads;
+  for (int32_t rank = 0; rank < num_ranks(); ++rank) {
+    threads.emplace_back([&, rank] {
+      const auto self = static_cast<size_t>(rank);
+      try {
+        const std::unique_ptr<RankDevice> device = make_rank_device(how, rank);
+        for (int64_t repeat = 0; repeat < scaled(20); ++repeat) {
+          const Exchange exchange(groups[self], with(wanted, how, *device));
+          RoundTrip trip(scenario, rank, exchange.get(), *device);
+          trip.run();
+          differences[self] = trip.differences();
+        }
+      } catch (const std::exception& error) {
+        differences[self].push_back(fmt::format("rank {}: {}", rank, error.what()));
+      }
+    });
+  }
+  expect_right(scenario.c, run_threads(num_ranks(), wanted, how, [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+                 RoundTrip trip(scenario, rank, exchange, device);
+                 for (int64_t repeat = 0; repeat < scaled(100); ++repeat) trip.run();
+                 return trip.differences();
+               }));
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& of_rank : differences) expect_right(scenario.c, of_rank);
+}
+
 // On the exchange's own stream, between an event of the caller's stream and one that it waits for; the caller's stream computes meanwhile.
 TEST_P(GpuDeadlock, OwnStreamBesideComputeOfTheCaller) {
   const Scenario scenario(worst_case(5));
   tern_exchange_options wanted = scenario.exchange_options();
   wanted.num_sms = num_sms();
-  const int32_t for_ranks = 2 * num_sms() * num_ranks();
+  load_spin(options().num_devices);
   expect_right(scenario.c, run_threads(num_ranks(), wanted, options(), [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
                  const auto stream = static_cast<cudaStream_t>(device.stream());
-                 const int num_blocks = std::max(1, num_sms_of(device.index()) - for_ranks);
-                 cudaEvent_t before = nullptr, behind = nullptr;
-                 require_cuda(cudaEventCreateWithFlags(&before, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-                 require_cuda(cudaEventCreateWithFlags(&behind, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+                 const int num_blocks = std::max(1, num_sms_of(device.index()) - kSmsOfRanks);
+                 const Event before, behind;
                  RoundTrip trip(scenario, rank, exchange, device);
                  Launching launching;
                  launching.launch.own_stream = 1;
-                 launching.launch.after_event = before;
-                 launching.launch.done_event = behind;
-                 launching.before = [&] { require_cuda(cudaEventRecord(before, stream), "cudaEventRecord"); };
+                 launching.launch.after_event = before.get();
+                 launching.launch.done_event = behind.get();
+                 launching.before = [&] { before.record(stream); };
                  launching.after = [&] {
-                   require_cuda(launch_spin(stream, num_blocks, 500), "launch_spin");
-                   require_cuda(cudaStreamWaitEvent(stream, behind), "cudaStreamWaitEvent");
+                   spin(stream, num_blocks, 500);
+                   behind.await(stream);
                  };
                  trip.launch_with(launching);
                  for (int batch = 0; batch < 10; ++batch) {
@@ -233,8 +262,6 @@ TEST_P(GpuDeadlock, OwnStreamBesideComputeOfTheCaller) {
                    trip.enqueue();
                    trip.settle();
                  }
-                 cudaEventDestroy(before);
-                 cudaEventDestroy(behind);
                  return trip.differences();
                }));
 }
