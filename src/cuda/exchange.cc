@@ -67,13 +67,22 @@ void load_kernels() {
 
 }  // namespace
 
+// Staging as asked for, or what one round of the expected shapes takes, bounded: per owner of tokens that combine stages for, and as much for
+// all of dispatch together.
 layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& options, int32_t num_ranks) {
-  const layout::WindowLayout host = make_window_layout(options, num_ranks);
   const layout::RoutingBankLayout routing{.num_counts = int64_t{options.max_experts} + num_ranks, .num_topk = options.max_topk};
+  int64_t per_rank = make_window_layout(options, num_ranks).bank_bytes;
+  if (options.staging_bytes == 0) {
+    constexpr int64_t kPartPadding = 2 * 16;  // rows and scales begin at multiples of it
+    const auto weight_bytes = int64_t{options.max_topk} * static_cast<int64_t>(sizeof(float));
+    const layout::StagedSlot slot{options.max_row_bytes + kPartPadding, 0, weight_bytes};
+    const int64_t most = staging_bound(options) / (int64_t{options.num_lanes} * layout::kNumBanks * num_ranks);
+    per_rank = std::max(per_rank, std::min(slot.stride() * options.max_tokens, most));
+  }
   return {.num_ranks = num_ranks,
           .num_lanes = options.num_lanes,
           .routing_bytes = routing.bytes(options.max_tokens),
-          .staging_bytes = num_ranks * host.bank_bytes};
+          .staging_bytes = num_ranks * layout::align_up(per_rank, layout::kBulkLine)};
 }
 
 CudaLane::CudaLane(int device, int num_ranks)

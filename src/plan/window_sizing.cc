@@ -64,6 +64,10 @@ tern_exchange_options complete_options(const tern_exchange_options& options) {
   return o;
 }
 
+int64_t staging_bound(const tern_exchange_options& o) {
+  return knobs().staging_max_mb.value_or(o.device == TERN_DEVICE_CUDA ? kGpuStagingMb : kCpuStagingMb) << 20;
+}
+
 layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t num_ranks) {
   layout::WindowLayout window{.num_ranks = num_ranks, .num_lanes = o.num_lanes};
   const int64_t num_banks = int64_t{o.num_lanes} * layout::kNumBanks * num_ranks;
@@ -78,7 +82,7 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
            "exchange: staging_bytes is {}, which leaves {} bytes for each of {} banks ({} lanes x {} x {} ranks); at least {} are needed",
            o.staging_bytes, bank_bytes, num_banks, o.num_lanes, layout::kNumBanks, num_ranks, smallest * num_banks);
   } else {
-    const int64_t most = knobs().staging_max_mb.value_or(o.device == TERN_DEVICE_CUDA ? kGpuStagingMb : kCpuStagingMb) << 20;
+    const int64_t most = staging_bound(o);
     bank_bytes = std::max(least, std::min(bank.bytes(o.max_tokens), most / num_banks / kGranule * kGranule));
   }
   window.bank_bytes = layout::align_up(bank_bytes, kGranule);
