@@ -2,7 +2,6 @@
 #include "conformance/buffer.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -10,36 +9,62 @@ namespace tern::conformance {
 namespace {
 
 constexpr uint8_t kGuard = 0x5C;
-constexpr size_t kAlignment = 64;
 
 }  // namespace
 
 void GuardedBuffer::Free::operator()(uint8_t* memory) const noexcept {
   if (window == nullptr)
-    std::free(memory);
+    device->free(memory);
   else
     tern_window_free(window, memory);
 }
 
-GuardedBuffer::GuardedBuffer(int64_t num_bytes, tern_exchange* window) : num_bytes_(num_bytes) {
-  const auto total = static_cast<size_t>(num_bytes + 2 * kGuardBytes);
+GuardedBuffer::GuardedBuffer(int64_t num_bytes, tern_exchange* window, RankDevice& device) : num_bytes_(num_bytes) {
+  const int64_t total = num_bytes + 2 * kGuardBytes;
   void* memory = nullptr;
   if (window == nullptr)
-    memory = std::aligned_alloc(kAlignment, (total + kAlignment - 1) / kAlignment * kAlignment);
-  else if (tern_window_alloc(window, static_cast<int64_t>(total), &memory) != TERN_OK)
+    memory = device.allocate(total);
+  else if (tern_window_alloc(window, total, &memory) != TERN_OK)
     throw std::runtime_error(std::string("tern_window_alloc: ") + tern_last_error());
-  if (memory == nullptr) throw std::bad_alloc();
-  memory_ = {static_cast<uint8_t*>(memory), Free{window}};
-  std::fill_n(memory_.get(), total, kGuard);
+  memory_ = {static_cast<uint8_t*>(memory), Free{window, &device}};
+  device.fill(memory_.get(), kGuard, total);
   poison();
 }
 
-void GuardedBuffer::poison() { std::fill_n(data(), num_bytes_, kPoison); }
+void GuardedBuffer::poison() { memory_.get_deleter().device->fill(data(), kPoison, num_bytes_); }
 
-bool GuardedBuffer::guards_intact() const {
-  if (memory_ == nullptr) return true;
-  const auto intact = [](const uint8_t* at) { return std::all_of(at, at + kGuardBytes, [](uint8_t byte) { return byte == kGuard; }); };
-  return intact(memory_.get()) && intact(data() + num_bytes_);
+void GuardedBuffer::write(const Bytes& bytes) {
+  if (static_cast<int64_t>(bytes.size()) > num_bytes_) throw std::runtime_error("a buffer is too small for what is written to it");
+  memory_.get_deleter().device->copy_in(data(), bytes.data(), static_cast<int64_t>(bytes.size()));
+}
+
+GuardedBuffer::Image GuardedBuffer::read() const {
+  Image image;
+  if (memory_ == nullptr) return image;
+  image.memory_.resize(static_cast<size_t>(num_bytes_ + 2 * kGuardBytes));
+  memory_.get_deleter().device->copy_out(image.memory_.data(), memory_.get(), static_cast<int64_t>(image.memory_.size()));
+  return image;
+}
+
+std::span<const uint8_t> GuardedBuffer::Image::bytes() const {
+  if (memory_.empty()) return {};
+  return std::span(memory_).subspan(kGuardBytes, memory_.size() - 2 * kGuardBytes);
+}
+
+bool GuardedBuffer::Image::guards_intact() const {
+  if (memory_.empty()) return true;
+  const auto is_guard = [](uint8_t byte) { return byte == kGuard; };
+  return std::all_of(memory_.begin(), memory_.begin() + kGuardBytes, is_guard) &&
+         std::all_of(memory_.end() - kGuardBytes, memory_.end(), is_guard);
+}
+
+const void* InputArray::load_bytes(RankDevice& device, const void* bytes, int64_t num_bytes, int64_t room_bytes) {
+  if (num_bytes > room_bytes) throw std::runtime_error("an input does not fit the room that was given to it");
+  if (room_bytes == 0) return nullptr;
+  if (memory_.num_bytes() < room_bytes) memory_ = DeviceMemory(device, room_bytes);
+  device.fill(memory_.as<uint8_t>() + num_bytes, kPoison, memory_.num_bytes() - num_bytes);
+  device.copy_in(memory_.data(), bytes, num_bytes);
+  return memory_.data();
 }
 
 }  // namespace tern::conformance

@@ -2,33 +2,48 @@
 // What one rank does with a scenario: route, dispatch, combine, and after each step the comparison with the oracle. The
 // steps can be called one by one, so that a test can put other things between them.
 //
-//   RoundTrip trip(scenario, rank, exchange);
+//   RoundTrip trip(scenario, rank, exchange, device);
 //   trip.run();                                  // the whole cycle
 //   trip.differences();                          // empty: all is right
 //
-// A step whose call fails throws std::runtime_error with the library's text. Like the exchange's lane, a trip belongs to one
-// thread at a time; it must be destroyed before the exchange.
+// A step whose call fails throws std::runtime_error with the library's text; on a GPU also one whose operation fails after
+// the call, since a step ends when its operation has run (sends aside). Like the exchange's lane and the device, a trip
+// belongs to one thread at a time; it must be destroyed before the exchange.
 #pragma once
 
 #include <tern/tern.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "conformance/buffer.h"
+#include "conformance/calls.h"
 #include "conformance/scenario.h"
 
 namespace tern::conformance {
 
+// How the operations of a trip are launched, beside what its case says.
+struct Launching {
+  tern_launch launch;                                   // lane, phase and stream are filled in by the trip
+  std::function<void()> before = [] {}, after = [] {};  // around every call of an operation
+};
+
 class RoundTrip {
  public:
-  // Creates the plan.
-  RoundTrip(const Scenario& scenario, int32_t rank, tern_exchange* exchange);
+  // Creates the plan. `device` is that of the exchange.
+  RoundTrip(const Scenario& scenario, int32_t rank, tern_exchange* exchange, RankDevice& device = tools::host_device());
+
+  void launch_with(Launching launching) { launching_ = std::move(launching); }
 
   // Route, dispatch and combine with the data of batch 0; the same again along the same plan with those of batch 1.
   void run();
+
+  // Extent WORST: routes, dispatches and combines once plainly, captures the same into a graph, and replays it `num_replays` times
+  // with the routing of each scenario in turn, and with new data. The scenarios have the shape of the trip's own; see replay_scenarios().
+  void run_graph(const std::vector<Scenario>& scenarios, int num_replays);
 
   void route();
   // In one operation or in two phases, as the case says.
@@ -47,32 +62,38 @@ class RoundTrip {
   tern_plan* plan() const { return plan_.get(); }
 
  private:
-  struct DispatchCall;
-  struct CombineCall;
   struct DestroyPlan {
     void operator()(tern_plan* plan) const noexcept { tern_plan_destroy(plan); }
   };
 
+  const Case& c() const { return scenario_->c; }
+  const Placement& placement() const { return scenario_->placements[static_cast<size_t>(place_.rank)]; }
   tern_launch launch(tern_phase phase) const;
-  tern_routing routing_args();
+  void load_graph_inputs(const Scenario& scenario, int batch);
+  void enqueue_all();
+  void compare_all();
   void check_info(const tern_plan_info& info);
+  void check_known_counts(const tern_plan_info& info);
+  void check_unknown_counts(const tern_plan_info& info);
+  void call_route(tern_plan_info* info);
   void call_dispatch(tern_phase phase);
   void call_combine(tern_phase phase);
+  void await();
+  void check_state();
   void pause();
   void expect(const char* what, int64_t found, int64_t expected);
   void report(const std::string& text);
 
-  const Scenario& scenario_;
-  const Case& c_;
-  const Placement& placement_;
-  const int32_t rank_;
-  tern_exchange* exchange_;
+  const Scenario* scenario_;
+  RankPlace place_;
+  Launching launching_;
   std::unique_ptr<tern_plan, DestroyPlan> plan_;
-  std::vector<int32_t> topk_idx_int32_;
   bool routed_ = false;
+  bool dispatched_beyond_capacity_ = false, routed_to_no_expert_ = false;
   int64_t num_steps_ = 0;
-  std::shared_ptr<DispatchCall> dispatch_;
-  std::shared_ptr<CombineCall> combine_;
+  RoutingCall routing_;
+  std::unique_ptr<DispatchCall> dispatch_;
+  std::unique_ptr<CombineCall> combine_;
   std::vector<std::string> differences_;
 };
 

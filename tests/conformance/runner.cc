@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <tern/tern.hpp>
@@ -21,29 +22,35 @@ std::string group_name() {
   return fmt::format("conformance-{}-{}", getpid(), counter++);
 }
 
-std::vector<std::string> run_rank(const Group& group, const tern_exchange_options& options, const RankBody& body) {
+std::vector<std::string> run_rank(const Group& group, const tern_exchange_options& exchange_options, const RunOptions& options,
+                                  const RankBody& body) {
   const int32_t rank = group.rank();
   try {
-    const Exchange exchange(group, options);
-    return body(rank, exchange.get());
+    const std::unique_ptr<RankDevice> device = make_rank_device(options, rank);
+    const Exchange exchange(group, with(exchange_options, options, *device));
+    return body(rank, exchange.get(), *device);
   } catch (const std::exception& error) {
     return {fmt::format("rank {}: {}", rank, error.what())};
   }
 }
 
-RankBody round_trip_body(const Scenario& scenario, std::vector<std::vector<uint8_t>>* outputs) {
-  return [&scenario, outputs](int32_t rank, tern_exchange* exchange) {
-    RoundTrip trip(scenario, rank, exchange);
-    trip.run();
-    if (outputs != nullptr) (*outputs)[static_cast<size_t>(rank)] = trip.output_bytes();
-    return trip.differences();
-  };
+// The scenarios that a graph is replayed with, or the one that is run plainly.
+std::vector<Scenario> scenarios_of(const Case& c, const RunOptions& options) {
+  constexpr int kMostScenarios = 8;
+  const bool as_graph = options.num_replays > 0 && c.extent == TERN_EXTENT_WORST;
+  return replay_scenarios(c, as_graph ? std::min(options.num_replays, kMostScenarios) : 1);
 }
 
-tern_exchange_options with(tern_exchange_options options, const RunOptions& run) {
-  options.device = run.device;
-  options.timeout_ms = run.timeout_ms;
-  return options;
+RankBody round_trip_body(const std::vector<Scenario>& scenarios, const RunOptions& options) {
+  return [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+    RoundTrip trip(scenarios.front(), rank, exchange, device);
+    if (options.num_replays > 0 && scenarios.front().c.extent == TERN_EXTENT_WORST)
+      trip.run_graph(scenarios, options.num_replays);
+    else
+      trip.run();
+    if (options.outputs != nullptr) (*options.outputs)[static_cast<size_t>(rank)] = trip.output_bytes();
+    return trip.differences();
+  };
 }
 
 // A report is lines of text, then, after an empty line, the outputs.
@@ -61,7 +68,7 @@ std::vector<std::string> run_threads(int32_t num_ranks, tern_exchange_options ex
   std::vector<std::vector<std::string>> differences(groups.size());
   std::vector<std::thread> threads;
   for (size_t rank = 0; rank < groups.size(); ++rank)
-    threads.emplace_back([&, rank] { differences[rank] = run_rank(groups[rank], with(exchange_options, options), body); });
+    threads.emplace_back([&, rank] { differences[rank] = run_rank(groups[rank], exchange_options, options, body); });
   for (std::thread& thread : threads) thread.join();
 
   std::vector<std::string> result;
@@ -79,7 +86,7 @@ std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options 
     group_options.name = name.c_str();
     group_options.timeout_ms = options.timeout_ms;
     const Group group = Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat, group_options);
-    std::string report = join_lines(run_rank(group, with(exchange_options, options), body));
+    std::string report = join_lines(run_rank(group, exchange_options, options, body));
     const std::vector<uint8_t>& left = outputs[static_cast<size_t>(seat.rank())];
     if (!left.empty()) report.append(kOutputsMark).append(left.begin(), left.end());
     return report;
@@ -102,15 +109,26 @@ std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options 
 }
 
 std::vector<std::string> run_as_threads(const Case& c, const RunOptions& options) {
-  const Scenario scenario(c);
+  const std::vector<Scenario> scenarios = scenarios_of(c, options);
   if (options.outputs != nullptr) options.outputs->assign(static_cast<size_t>(c.num_ranks), {});
-  return run_threads(c.num_ranks, scenario.exchange_options(), options, round_trip_body(scenario, options.outputs));
+  return run_threads(c.num_ranks, scenarios.front().exchange_options(), options, round_trip_body(scenarios, options));
 }
 
 std::vector<std::string> run_as_processes(const Case& c, const RunOptions& options) {
-  const Scenario scenario(c);
+  const std::vector<Scenario> scenarios = scenarios_of(c, options);
   if (options.outputs != nullptr) options.outputs->assign(static_cast<size_t>(c.num_ranks), {});
-  return run_processes(c.num_ranks, scenario.exchange_options(), options, round_trip_body(scenario, options.outputs));
+  return run_processes(c.num_ranks, scenarios.front().exchange_options(), options, round_trip_body(scenarios, options));
+}
+
+std::unique_ptr<RankDevice> make_rank_device(const RunOptions& options, int32_t rank) {
+  return tools::make_rank_device(options.device, options.device == TERN_DEVICE_CPU ? 0 : rank % options.num_devices);
+}
+
+tern_exchange_options with(tern_exchange_options options, const RunOptions& run, const RankDevice& device) {
+  options.device = device.type();
+  options.device_index = device.index();
+  options.timeout_ms = run.timeout_ms;
+  return options;
 }
 
 std::string join_lines(const std::vector<std::string>& lines) {

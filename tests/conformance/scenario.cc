@@ -49,4 +49,15 @@ tern_plan_options Scenario::plan_options() const {
   return options;
 }
 
+std::vector<Scenario> replay_scenarios(const Case& c, int count) {
+  constexpr uint64_t kSeedStep = 1'000'003;
+  std::vector<Scenario> result;
+  for (int i = 0; i < count; ++i) {
+    Case other = c;
+    other.seed += static_cast<uint64_t>(i) * kSeedStep;
+    result.emplace_back(other);
+  }
+  return result;
+}
+
 }  // namespace tern::conformance

@@ -28,4 +28,7 @@ struct Scenario {
   std::vector<Placement> placements;
 };
 
+// `count` scenarios of the shape of `c`, its own first: other routing, other numbers of tokens where the case draws them.
+std::vector<Scenario> replay_scenarios(const Case& c, int count);
+
 }  // namespace tern::conformance

@@ -182,7 +182,7 @@ TEST_F(Arguments, PlanOptions) {
 }
 
 TEST(PlanArguments, ExpertsMustDivideByRanks) {
-  const auto differences = run_threads(2, {}, {}, [](int32_t, tern_exchange* exchange) {
+  const auto differences = run_threads(2, {}, {}, [](int32_t, tern_exchange* exchange, RankDevice&) {
     tern_plan_options options;
     options.max_tokens = 1;
     options.num_experts = 5;

@@ -52,7 +52,7 @@ tern_status play(tern_exchange* exchange, Intent intent) {
   const std::vector<uint8_t> inputs(kRoom, 1);
   GuardedBuffer rows(kRoom, intent.window_dispatch ? exchange : nullptr), results(kRoom, intent.window_combine ? exchange : nullptr),
       out(kRoom, nullptr);
-  std::fill_n(results.data(), kRoom, uint8_t{0});
+  results.write(Bytes(kRoom, 0));
   const PlanHandle plan = make_plan(exchange, intent.plan);
   tern_status status = tern_plan_route(plan.get(), &intent.routing, nullptr, nullptr);
   if (status == TERN_OK && intent.route_instead_of_dispatch) status = tern_plan_route(plan.get(), &intent.routing, nullptr, nullptr);
@@ -75,7 +75,7 @@ std::vector<Result> run_ranks(const Change& change) {
   tern_exchange_options options;
   options.window_bytes = 1 << 18;
   options.mode = TERN_MODE_THROUGHPUT;  // small batches may go without the window
-  const auto differences = run_threads(kNumRanks, options, {.timeout_ms = 20'000}, [&](int32_t rank, tern_exchange* exchange) {
+  const auto differences = run_threads(kNumRanks, options, {.timeout_ms = 20'000}, [&](int32_t rank, tern_exchange* exchange, RankDevice&) {
     Result& result = results[static_cast<size_t>(rank)];
     Intent intent = common_intent();
     if (rank == 1) change(intent);

@@ -56,7 +56,7 @@ TEST(Phases, StagingComputedFromTheShapesSuffices) {
     const Scenario scenario(c);
     tern_exchange_options options = scenario.exchange_options();
     options.max_tokens = mode == TERN_COMBINE_EXACT ? c.max_tokens * c.num_topk : c.max_tokens;
-    expect_right(c, run_threads(c.num_ranks, options, {}, [&](int32_t rank, tern_exchange* exchange) {
+    expect_right(c, run_threads(c.num_ranks, options, {}, [&](int32_t rank, tern_exchange* exchange, RankDevice&) {
                    RoundTrip trip(scenario, rank, exchange);
                    trip.run();
                    return trip.differences();
@@ -97,7 +97,7 @@ TEST(Rounds, AreCounted) {
   c.max_tokens = 50;
   c.staging_bytes = staging_for(c, 2);
   const Scenario scenario(c);
-  expect_right(c, run_threads(c.num_ranks, scenario.exchange_options(), {}, [&](int32_t rank, tern_exchange* exchange) {
+  expect_right(c, run_threads(c.num_ranks, scenario.exchange_options(), {}, [&](int32_t rank, tern_exchange* exchange, RankDevice&) {
                  RoundTrip trip(scenario, rank, exchange);
                  trip.run();
                  tern_metrics metrics;
@@ -145,7 +145,7 @@ TEST(Phases, TwoSendsInFlight) {
         const Scenario a(c);
         c.seed = 52;
         const Scenario b(c);
-        expect_right(c, run_threads(c.num_ranks, a.exchange_options(2), {}, [&](int32_t rank, tern_exchange* exchange) {
+        expect_right(c, run_threads(c.num_ranks, a.exchange_options(2), {}, [&](int32_t rank, tern_exchange* exchange, RankDevice&) {
                        std::vector<std::string> differences;
                        run_two_in_flight(a, b, receive_in_order, rank, exchange, differences);
                        return differences;
@@ -163,7 +163,7 @@ TEST(Delays, RanksRunAhead) {
     c.window_dispatch = seed % 2 == 0;
     c.window_combine = seed % 3 == 0;
     const Scenario scenario(c);
-    const RankBody body = [&](int32_t rank, tern_exchange* exchange) {
+    const RankBody body = [&](int32_t rank, tern_exchange* exchange, RankDevice&) {
       RoundTrip trip(scenario, rank, exchange);
       for (int batch = 0; batch < 4; ++batch) {
         trip.route();
@@ -183,7 +183,7 @@ TEST(Epochs, Thousands) {
   c.max_tokens = 2;
   c.hidden = 8;
   const Scenario scenario(c);
-  expect_right(c, run_threads(c.num_ranks, scenario.exchange_options(), {}, [&](int32_t rank, tern_exchange* exchange) {
+  expect_right(c, run_threads(c.num_ranks, scenario.exchange_options(), {}, [&](int32_t rank, tern_exchange* exchange, RankDevice&) {
                  RoundTrip trip(scenario, rank, exchange);
                  for (int64_t batch = 0; batch < scaled(3000); ++batch) {
                    if (batch % 3 == 0) trip.route();
@@ -206,7 +206,7 @@ TEST(Lanes, TwoOnTwoThreads) {
     c.delays = true;
     c.phases = true;
     const Scenario b(c);
-    const RankBody body = [&](int32_t rank, tern_exchange* exchange) {
+    const RankBody body = [&](int32_t rank, tern_exchange* exchange, RankDevice&) {
       std::vector<std::string> differences[2];
       const auto drive = [&](const Scenario& scenario, std::vector<std::string>& found) {
         try {
