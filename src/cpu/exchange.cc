@@ -6,7 +6,7 @@
 
 #include "base/error.h"
 #include "base/knobs.h"
-#include "cpu/agreement.h"
+#include "domain/agreement.h"
 #include "cpu/plan.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "base/log.h"
-#include "cpu/domain.h"
+#include "domain/domain.h"
 #include "cpu/lane.h"
 #include "memory/offset_allocator.h"
 #include "memory/sharing.h"

@@ -18,9 +18,9 @@
 #include <vector>
 
 #include "base/deadline.h"
-#include "cpu/domain.h"
-#include "cpu/doorbell.h"
-#include "cpu/failure.h"
+#include "domain/domain.h"
+#include "domain/doorbell.h"
+#include "domain/failure.h"
 
 namespace tern::cpu {
 

@@ -154,7 +154,7 @@ std::shared_ptr<Segment> DeviceSegment::map_peer(Fd fd) const {
   DeviceMemory memory(handle);
   CUmemAllocationProp properties = {};
   check(driver().mem_get_allocation_properties(&properties, memory.get()), "asking where a peer's window is");
-  const int owner = properties.location.id;  // as this process counts; the peer may see other devices
+  const int owner = properties.location.id;  // as this process counts; it may be a device that is not visible here
   if (owner >= 0 && owner < num_devices()) require_peer_access(device_, owner);
   Addresses addresses = reserve_addresses(size());
   Mapping mapping = map_memory(addresses.get(), memory);

@@ -6,10 +6,10 @@
 //
 //   mine->grant(other_device);   // ranks as threads: from now on data() works in kernels of `other_device` too
 //
-// Pinned on the GPU (cuMemCreate), never multicast, never managed. Shared between the processes of a host as a file descriptor, so it has no
-// name anywhere and is gone with the last process that maps it. Where driver and fabric allow it the memory can also be had as a
-// fabric handle, which reaches other hosts of an NVL72 rack; nothing here hands such a handle out, as the ranks of an exchange are on
-// one host.
+// Pinned on the GPU (cuMemCreate), never multicast, never managed. Shared between the processes of a host as a file descriptor, so it
+// has no name anywhere and is gone with the last process that maps it. Where driver and fabric allow it the memory can also be had as
+// a fabric handle, which reaches other hosts of an NVL72 rack; nothing here hands such a handle out, as the ranks of an exchange are
+// on one host.
 // All memory is there when a maker returns, zeroed.
 // Lifetime: kernels that use data() must have ended before the object does. Threads: grant() from any; the rest as in segment.h, where
 // "nothing uses the memory" means kernels and copies of this process, on all devices.
@@ -52,7 +52,8 @@ class DeviceSegment final : public Segment {
   // Takes the memory twice for a moment, and nothing if that fails; devices that have access keep it.
   void renew() override;
 
-  // Lets kernels of `device` use an own segment at the same addresses. Again is allowed. TERN_UNSUPPORTED names both devices if they do not reach each other.
+  // Lets kernels of `device` use an own segment at the same addresses. Again is allowed. TERN_UNSUPPORTED names both devices if they
+  // do not reach each other.
   void grant(int device);
 
   int device() const { return device_; }

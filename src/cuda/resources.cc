@@ -28,10 +28,11 @@ Stream::Stream(int device, StreamPriority priority) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority == StreamPriority::kHighest ? highest : lowest),
         "creating a stream");
-  stream_ = Owned<cudaStream_t, &cudaStreamDestroy>(stream);
+  stream_ = decltype(stream_)({stream, device});
 }
 
 void Stream::wait(Deadline deadline, std::string_view asked) const {
+  const DeviceGuard guard(stream_.get().device);
   std::chrono::microseconds pause(0);
   constexpr std::chrono::microseconds kLongestPause(200);
   while (true) {
@@ -50,14 +51,14 @@ Event::Event(int device, EventTiming timing) {
   const DeviceGuard guard(device);
   cudaEvent_t event = nullptr;
   check(cudaEventCreateWithFlags(&event, timing == EventTiming::kOn ? cudaEventDefault : cudaEventDisableTiming), "creating an event");
-  event_ = Owned<cudaEvent_t, &cudaEventDestroy>(event);
+  event_ = decltype(event_)({event, device});
 }
 
 DeviceBytes allocate_device(int device, size_t num_bytes) {
   const DeviceGuard guard(device);
   void* data = nullptr;
   check(cudaMalloc(&data, std::max<size_t>(num_bytes, 1)), fmt::format("allocating {} bytes on device {}", num_bytes, device));
-  DeviceBytes owner(data);
+  DeviceBytes owner({data, device});
   const Stream stream(device);
   check(cudaMemsetAsync(data, 0, num_bytes, stream.get()), "zeroing device memory");
   stream.wait(Deadline::in_ms(kZeroingTimeoutMs), "zeroing device memory");
@@ -70,7 +71,7 @@ PinnedBytes allocate_pinned(int device, size_t num_bytes) {
   check(cudaHostAlloc(&data, std::max<size_t>(num_bytes, 1), cudaHostAllocPortable | cudaHostAllocMapped),
         fmt::format("allocating {} bytes of pinned host memory", num_bytes));
   std::memset(data, 0, num_bytes);
-  return PinnedBytes(data);
+  return PinnedBytes({data, device});
 }
 
 }  // namespace tern::cuda

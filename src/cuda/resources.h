@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstddef>
+#include <exception>
 #include <type_traits>
 #include <utility>
 
@@ -54,19 +55,41 @@ class DeviceGuard {
   CUcontext before_ = nullptr;
 };
 
+// What CUDA hands out, and the device it belongs to.
+template <typename Handle>
+struct OnDevice {
+  Handle handle{};
+  int device = 0;
+  bool operator==(const OnDevice&) const = default;
+};
+
+// With the device current: in a thread without a context the runtime would start one on device 0. What cannot be freed is lost with its
+// context.
+template <auto destroy, typename Handle>
+void destroy_on_device(const OnDevice<Handle>& resource) noexcept {
+  try {
+    const DeviceGuard guard(resource.device);
+    destroy(resource.handle);
+  } catch (const std::exception&) {
+  }
+}
+
+template <typename Handle, auto destroy>
+using OwnedOnDevice = Owned<OnDevice<Handle>, &destroy_on_device<destroy, Handle>>;
+
 enum class StreamPriority { kNormal, kHighest };
 
 // A stream that does not wait for the legacy default stream, nor makes it wait.
 class Stream {
  public:
   explicit Stream(int device, StreamPriority priority = StreamPriority::kNormal);
-  cudaStream_t get() const { return stream_.get(); }
+  cudaStream_t get() const { return stream_.get().handle; }
 
   // Returns when all work enqueued so far has run. TERN_TIMEOUT, or what went wrong in the work; `asked` says what the work is.
   void wait(Deadline deadline, std::string_view asked) const;
 
  private:
-  Owned<cudaStream_t, &cudaStreamDestroy> stream_;
+  OwnedOnDevice<cudaStream_t, &cudaStreamDestroy> stream_;
 };
 
 enum class EventTiming { kOff, kOn };
@@ -74,15 +97,15 @@ enum class EventTiming { kOff, kOn };
 class Event {
  public:
   explicit Event(int device, EventTiming timing = EventTiming::kOff);
-  cudaEvent_t get() const { return event_.get(); }
+  cudaEvent_t get() const { return event_.get().handle; }
 
  private:
-  Owned<cudaEvent_t, &cudaEventDestroy> event_;
+  OwnedOnDevice<cudaEvent_t, &cudaEventDestroy> event_;
 };
 
 // Bytes of zeros; the templates below give them a type.
-using DeviceBytes = Owned<void*, &cudaFree>;
-using PinnedBytes = Owned<void*, &cudaFreeHost>;
+using DeviceBytes = OwnedOnDevice<void*, &cudaFree>;
+using PinnedBytes = OwnedOnDevice<void*, &cudaFreeHost>;
 DeviceBytes allocate_device(int device, size_t num_bytes);
 PinnedBytes allocate_pinned(int device, size_t num_bytes);
 
@@ -94,7 +117,7 @@ class DeviceBuffer {
  public:
   DeviceBuffer() = default;
   DeviceBuffer(int device, size_t size) : bytes_(allocate_device(device, size * sizeof(T))), size_(size) {}
-  T* data() const { return static_cast<T*>(bytes_.get()); }
+  T* data() const { return static_cast<T*>(bytes_.get().handle); }
   size_t size() const { return size_; }
 
  private:
@@ -111,7 +134,7 @@ class PinnedBuffer {
   PinnedBuffer() = default;
   // `device`: where the context is made that the memory belongs to.
   PinnedBuffer(int device, size_t size) : bytes_(allocate_pinned(device, size * sizeof(T))), size_(size) {}
-  T* data() const { return static_cast<T*>(bytes_.get()); }
+  T* data() const { return static_cast<T*>(bytes_.get().handle); }
   size_t size() const { return size_; }
   T& operator[](size_t i) const { return data()[i]; }
   T* begin() const { return data(); }

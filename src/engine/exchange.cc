@@ -30,6 +30,14 @@ std::string configuration_text(const Configuration& c) {
       c.timeout_ms, c.on_timeout, c.mode, c.bank_kib);
 }
 
+// AUTO: a GPU where there is one, that of the rank's index in its node.
+tern_exchange_options choose_engine(tern_exchange_options options) {
+  if (options.device != TERN_DEVICE_AUTO) return options;
+  options.device = cuda_engine_present() ? TERN_DEVICE_CUDA : TERN_DEVICE_CPU;
+  if (options.device_index == 0) options.device_index = -1;
+  return options;
+}
+
 void compare_configuration(Group& group, const tern_exchange_options& o, Deadline deadline) {
   const int num_ranks = group.topology.num_ranks;
   const Configuration own{tern_version(),
@@ -57,8 +65,7 @@ void compare_configuration(Group& group, const tern_exchange_options& o, Deadlin
 }  // namespace
 
 std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, const tern_exchange_options& options) {
-  tern_exchange_options complete = complete_options(options);
-  if (complete.device == TERN_DEVICE_AUTO) complete.device = cuda_engine_present() ? TERN_DEVICE_CUDA : TERN_DEVICE_CPU;
+  const tern_exchange_options complete = choose_engine(complete_options(options));
   const Deadline deadline = Deadline::in_ms(complete.timeout_ms);
   make_window_layout(complete, group->topology.num_ranks);  // refuses bad sizes before anybody is kept waiting
   compare_configuration(*group, complete, deadline);
@@ -70,10 +77,11 @@ std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, con
 }
 
 tern_memory_info query_memory(const Group& group, const tern_exchange_options& options) {
-  const tern_exchange_options complete = complete_options(options);
+  const tern_exchange_options complete = choose_engine(complete_options(options));
   const layout::WindowLayout window = make_window_layout(complete, group.topology.num_ranks);
   tern_memory_info info;
-  info.control_bytes = window.control_bytes();
+  info.control_bytes =
+      complete.device == TERN_DEVICE_CUDA ? cuda_control_bytes(complete, group.topology.num_ranks) : window.control_bytes();
   info.staging_bytes = window.staging_bytes();
   info.window_bytes = complete.window_bytes;
   info.total_bytes = info.control_bytes + info.staging_bytes + info.window_bytes;

@@ -7,6 +7,8 @@ namespace tern {
 
 bool cuda_engine_present() { return false; }
 
+int64_t cuda_control_bytes(const tern_exchange_options&, int32_t) { return 0; }
+
 std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology&, Bootstrap&, const tern_exchange_options&, const Log&, Deadline) {
   fail(TERN_UNSUPPORTED,
        "exchange: device is TERN_DEVICE_CUDA, but this build of Tern has no CUDA engine; use TERN_DEVICE_CPU or TERN_DEVICE_AUTO");

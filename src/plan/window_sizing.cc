@@ -11,6 +11,8 @@ namespace tern {
 namespace {
 
 constexpr auto kGranule = static_cast<int64_t>(layout::kCacheLine);
+constexpr int64_t kCpuStagingMb = 256;
+constexpr int64_t kGpuStagingMb = 1024;
 
 void check_options(const tern_exchange_options& o) {
   constexpr auto kBad = TERN_INVALID_ARGUMENT;
@@ -76,7 +78,7 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
            "exchange: staging_bytes is {}, which leaves {} bytes for each of {} banks ({} lanes x {} x {} ranks); at least {} are needed",
            o.staging_bytes, bank_bytes, num_banks, o.num_lanes, layout::kNumBanks, num_ranks, smallest * num_banks);
   } else {
-    const int64_t most = knobs().staging_max_mb << 20;
+    const int64_t most = knobs().staging_max_mb.value_or(o.device == TERN_DEVICE_CUDA ? kGpuStagingMb : kCpuStagingMb) << 20;
     bank_bytes = std::max(least, std::min(bank.bytes(o.max_tokens), most / num_banks / kGranule * kGranule));
   }
   window.bank_bytes = layout::align_up(bank_bytes, kGranule);

@@ -58,31 +58,43 @@ void RoundTrip::run() {
   }
 }
 
+void RoundTrip::launch_with(Launching launching) {
+  launching_ = std::move(launching);
+  if (launching_.count_on_device) make_room();
+}
+
 void RoundTrip::run_graph(const std::vector<Scenario>& scenarios, int num_replays) {
-  place_.room_tokens = c().max_tokens;
-  dispatch_ = std::make_unique<DispatchCall>();
-  combine_ = std::make_unique<CombineCall>();
-  load_graph_inputs(scenarios.front(), 0);
-  enqueue_all();
-  compare_all();
-  const std::unique_ptr<tools::DeviceGraph> graph = place_.device->capture([this] { enqueue_all(); });
+  launching_.count_on_device = c().spread != Spread::kFull;
+  make_room();
+  prepare(0);
+  enqueue();
+  settle();
+  const std::unique_ptr<tools::DeviceGraph> graph = place_.device->capture([this] { enqueue(); });
   for (int replay = 0; replay < num_replays; ++replay) {
     pause();
-    load_graph_inputs(scenarios[static_cast<size_t>(replay) % scenarios.size()], 1 + replay);
+    scenario_ = &scenarios[static_cast<size_t>(replay) % scenarios.size()];
+    prepare(1 + replay);
     graph->replay();
-    compare_all();
+    settle();
   }
 }
 
-void RoundTrip::load_graph_inputs(const Scenario& scenario, int batch) {
-  scenario_ = &scenario;
-  routing_.load(scenario, place_, c().spread != Spread::kFull);
-  dispatch_->load(scenario, batch, place_);
-  dispatch_->args.routing = c().fused ? &routing_.routing : nullptr;
-  combine_->load(scenario, batch, place_);
+// For as many tokens as any batch can have.
+void RoundTrip::make_room() {
+  place_.room_tokens = c().max_tokens;
+  routing_.load(*scenario_, place_, launching_.count_on_device);
 }
 
-void RoundTrip::enqueue_all() {
+void RoundTrip::prepare(int batch) {
+  if (dispatch_ == nullptr) dispatch_ = std::make_unique<DispatchCall>();
+  if (combine_ == nullptr) combine_ = std::make_unique<CombineCall>();
+  routing_.load(*scenario_, place_, launching_.count_on_device);
+  dispatch_->load(*scenario_, batch, place_);
+  dispatch_->args.routing = c().fused ? &routing_.routing : nullptr;
+  combine_->load(*scenario_, batch, place_);
+}
+
+void RoundTrip::enqueue() {
   if (!c().fused) call_route(nullptr);
   if (c().phases) call_dispatch(TERN_PHASE_SEND);
   call_dispatch(c().phases ? TERN_PHASE_RECEIVE : TERN_PHASE_WHOLE);
@@ -90,7 +102,7 @@ void RoundTrip::enqueue_all() {
   call_combine(c().phases ? TERN_PHASE_RECEIVE : TERN_PHASE_WHOLE);
 }
 
-void RoundTrip::compare_all() {
+void RoundTrip::settle() {
   dispatched_beyond_capacity_ = dispatched_beyond_capacity_ || placement().overflow;
   await();
   for (const std::string& text : dispatch_->differences(placement())) report(text);

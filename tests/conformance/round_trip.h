@@ -28,6 +28,7 @@ namespace tern::conformance {
 // How the operations of a trip are launched, beside what its case says.
 struct Launching {
   tern_launch launch;                                   // lane, phase and stream are filled in by the trip
+  bool count_on_device = false;                         // GPU: with tern_routing.device_num_tokens
   std::function<void()> before = [] {}, after = [] {};  // around every call of an operation
 };
 
@@ -36,7 +37,7 @@ class RoundTrip {
   // Creates the plan. `device` is that of the exchange.
   RoundTrip(const Scenario& scenario, int32_t rank, tern_exchange* exchange, RankDevice& device = tools::host_device());
 
-  void launch_with(Launching launching) { launching_ = std::move(launching); }
+  void launch_with(Launching launching);
 
   // Route, dispatch and combine with the data of batch 0; the same again along the same plan with those of batch 1.
   void run();
@@ -44,6 +45,12 @@ class RoundTrip {
   // Extent WORST: routes, dispatches and combines once plainly, captures the same into a graph, and replays it `num_replays` times
   // with the routing of each scenario in turn, and with new data. The scenarios have the shape of the trip's own; see replay_scenarios().
   void run_graph(const std::vector<Scenario>& scenarios, int num_replays);
+
+  // The whole cycle of a batch without a wait in between, for GPU ranks with extent WORST: prepare() loads the data, enqueue() puts all
+  // operations on the stream, settle() waits for them and compares.
+  void prepare(int batch);
+  void enqueue();
+  void settle();
 
   void route();
   // In one operation or in two phases, as the case says.
@@ -69,9 +76,7 @@ class RoundTrip {
   const Case& c() const { return scenario_->c; }
   const Placement& placement() const { return scenario_->placements[static_cast<size_t>(place_.rank)]; }
   tern_launch launch(tern_phase phase) const;
-  void load_graph_inputs(const Scenario& scenario, int batch);
-  void enqueue_all();
-  void compare_all();
+  void make_room();
   void check_info(const tern_plan_info& info);
   void check_known_counts(const tern_plan_info& info);
   void check_unknown_counts(const tern_plan_info& info);

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <thread>
 
 #include "cuda/resources.h"
 #include "gpu/gpus.h"
@@ -70,7 +71,35 @@ TEST(Resources, BuffersAreZeroedAndHoldWhatIsCopied) {
   });
 }
 
-// A context on a device that nobody asked for costs memory there.
+// A context costs hundreds of megabytes; device 0 must not pay for the ranks of the others.
+TEST(Resources, NoContextOnOtherDevices) {
+  if (num_gpus() < 2) GTEST_SKIP() << too_few_gpus(2);
+  alone([] {
+    const int last = num_devices() - 1;
+    {
+      Stream stream(last);
+      Event event(last);
+      DeviceBuffer<char> buffer(last, 100);
+      PinnedBuffer<char> pinned(last, 100);
+      // Freed by a thread that has no context.
+      std::thread([stream = std::move(stream), event = std::move(event), buffer = std::move(buffer), pinned = std::move(pinned)] {
+        stream.wait(ample(), "nothing");
+      }).join();
+    }
+    decltype(&::cuDevicePrimaryCtxGetState) get_state = nullptr;
+    check(cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", reinterpret_cast<void**>(&get_state), 12000, cudaEnableDefault),
+          "looking up a function");
+    const auto is_active = [&](int device) {
+      unsigned flags = 0;
+      int active = 0;
+      check(get_state(device, &flags, &active), "asking for the state of a context");
+      return active != 0;
+    };
+    require(is_active(last), "a context on the device that was used");
+    require(!is_active(0), "none on device 0");
+  });
+}
+
 TEST(Resources, TheCurrentDeviceStaysWhatItWas) {
   if (num_gpus() < 1) GTEST_SKIP() << too_few_gpus(1);
   alone([] {

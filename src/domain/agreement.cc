@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/agreement.h"
+#include "domain/agreement.h"
 
 #include <algorithm>
 #include <optional>
 #include <thread>
 
 #include "base/error.h"
-#include "cpu/doorbell.h"
+#include "domain/doorbell.h"
 
-namespace tern::cpu {
+namespace tern {
 namespace {
 
 struct Proposal {
@@ -153,4 +153,4 @@ class Agreement {
 
 std::vector<uint8_t> agree_on_mask(const Domain& domain, const AgreementOptions& options) { return Agreement(domain, options).run(); }
 
-}  // namespace tern::cpu
+}  // namespace tern

@@ -8,9 +8,9 @@
 #include <optional>
 #include <string>
 
-#include "cpu/domain.h"
+#include "domain/domain.h"
 
-namespace tern::cpu {
+namespace tern {
 
 const char* operation_name(int operation);
 
@@ -26,4 +26,4 @@ void announce_failure(const Domain& domain, const tern_failure& failure);
 // Throws what is recorded: TERN_ABORTED, or the recorded status on the rank that waited.
 [[noreturn]] void throw_recorded(const Domain& domain, const tern_failure& failure);
 
-}  // namespace tern::cpu
+}  // namespace tern

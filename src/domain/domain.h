@@ -13,7 +13,7 @@
 #include "memory/segment.h"
 #include "topology/topology.h"
 
-namespace tern::cpu {
+namespace tern {
 
 // Words that several ranks see are only touched through these.
 inline uint64_t load_acquire(const uint64_t& word) {
@@ -61,4 +61,4 @@ struct Domain {
   }
 };
 
-}  // namespace tern::cpu
+}  // namespace tern

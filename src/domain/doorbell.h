@@ -13,7 +13,7 @@
 
 #include "layout/flags.h"
 
-namespace tern::cpu {
+namespace tern {
 
 // Wakes everybody who sleeps at the bell. Costs a system call only if somebody does.
 void ring(layout::Doorbell& bell);
@@ -27,4 +27,4 @@ void stop_listening(layout::Doorbell& bell);
 // Sleeps until the bell rings (at once if it rang since listen()), or for `longest`; may return early.
 void sleep(layout::Doorbell& bell, uint32_t heard, std::chrono::nanoseconds longest);
 
-}  // namespace tern::cpu
+}  // namespace tern

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/doorbell.h"
+#include "domain/doorbell.h"
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -9,7 +9,7 @@
 #include <climits>
 #include <ctime>
 
-namespace tern::cpu {
+namespace tern {
 
 void ring(layout::Doorbell& bell) {
   std::atomic_ref<uint32_t>(bell.rings).fetch_add(1, std::memory_order_seq_cst);
@@ -32,4 +32,4 @@ void sleep(layout::Doorbell& bell, uint32_t heard, std::chrono::nanoseconds long
   stop_listening(bell);
 }
 
-}  // namespace tern::cpu
+}  // namespace tern

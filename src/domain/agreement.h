@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "base/deadline.h"
-#include "cpu/domain.h"
+#include "domain/domain.h"
 
-namespace tern::cpu {
+namespace tern {
 
 struct AgreementOptions {
   uint32_t generation = 0;    // the one to be started
@@ -24,4 +24,4 @@ struct AgreementOptions {
 // Returns the agreed set, [num_ranks]. TERN_TIMEOUT names who did not answer; TERN_MASKED_OUT if the others go on without this rank.
 std::vector<uint8_t> agree_on_mask(const Domain& domain, const AgreementOptions& options);
 
-}  // namespace tern::cpu
+}  // namespace tern

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/failure.h"
+#include "domain/failure.h"
 
 #include "base/error.h"
-#include "cpu/doorbell.h"
+#include "domain/doorbell.h"
 
-namespace tern::cpu {
+namespace tern {
 namespace {
 
 constexpr const char* kAdvice = "; the exchange stays failed until tern_exchange_recover is called on the ranks that go on";
@@ -72,4 +72,4 @@ void throw_recorded(const Domain& domain, const tern_failure& failure) {
   throw Failure(own ? failure.status : TERN_ABORTED, failure_text(domain, failure));
 }
 
-}  // namespace tern::cpu
+}  // namespace tern

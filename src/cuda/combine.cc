@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "base/error.h"
+#include "cuda/operations.h"
+#include "domain/failure.h"
+
+namespace tern::cuda {
+namespace {
+
+constexpr int64_t kRingBytes = 208 << 10;  // of shared memory, for the rings of a block
+
+int64_t topk_bytes(const kernels::PlanView& tables) { return tables.topk_stride * static_cast<int64_t>(sizeof(float)); }
+
+}  // namespace
+
+CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch)
+    : plan_(plan), call_(call), launch_(launch), per_entry_(call.args.mode == TERN_COMBINE_EXACT && plan.shape().has_expert_rows()) {
+  const tern_combine_args& a = call.args;
+  check_alignment("combine", "rows", a.rows);
+  check_alignment("combine", "out_tokens", a.out_tokens);
+  check_alignment("combine", "bias[0]", a.bias[0]);
+  check_alignment("combine", "bias[1]", a.bias[1]);
+  check_zero_copy(plan, "combine", a.rows, call.row_bytes, a.zero_copy != 0);
+  CudaExchange& exchange = plan.exchange();
+  // Rows stay where they are if the owners want them as they are: one of a message by itself is the sum already.
+  const bool may_stay = launch.phase == TERN_PHASE_WHOLE && (per_entry_ || !plan.shape().has_expert_rows()) &&
+                        exchange.lane(launch.lane).open_sends.empty();
+  if (may_stay && plan.num_rows() > 0) rows_at_ = exchange.heap_offset(a.rows, plan.num_rows() * call.row_bytes);
+  const int64_t rows_per_token = per_entry_ ? plan.shape().num_topk : 1;
+  const int64_t weight_bytes = call.carries_weights ? topk_bytes(plan.tables()) : 0;
+  const layout::StagedSlot all{rows_per_token * call.row_bytes, 0, weight_bytes};
+  slot_ = {rows_at_ >= 0 ? 0 : all.row_bytes, 0, weight_bytes};
+  set_shape();
+  const int64_t staging_bytes = exchange.window_layout().staging_bytes;
+  chunks_per_round_ = chunks_per_round(plan, staging_bytes / exchange.num_ranks(), all.stride(), "combine");
+  num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, plan.most_tokens(), "combine");
+  if (sends_weights_ahead()) {
+    weight_chunks_per_round_ = chunks_per_round(plan, staging_bytes, topk_bytes(plan.tables()), "combine");
+    num_weight_rounds_ = tern::cuda::num_rounds(plan, weight_chunks_per_round_, TERN_PHASE_WHOLE, plan.most_tokens(), "combine");
+  }
+  num_sms_ = choose_num_sms(exchange, launch, plan.most_tokens() * call.row_bytes);
+}
+
+bool CombineOperation::sends_weights_ahead() const {
+  return !per_entry_ && call_.args.weighting == TERN_WEIGHTS_OWNER && launch_.phase != TERN_PHASE_RECEIVE;
+}
+
+void CombineOperation::set_shape() {
+  shape_ = call_shape(plan_.shape());
+  shape_.row_bytes = call_.row_bytes;
+  shape_.choices |= static_cast<int32_t>(call_.args.dtype) << 8 | static_cast<int32_t>(call_.args.mode) << 12 |
+                    static_cast<int32_t>(call_.args.weighting) << 16 | static_cast<int32_t>(call_.carries_weights) << 20;
+}
+
+void CombineOperation::check(const Ticket& ticket) const {
+  if (launch_.phase == TERN_PHASE_RECEIVE)
+    check_ticket(ticket, launch_, shape_, "combine");
+  else
+    check_room(plan_.exchange().lane(launch_.lane), TERN_OP_COMBINE, num_rounds_ + num_weight_rounds_);
+}
+
+void CombineOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
+  if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
+  if (sends_weights_ahead()) enqueue_weights(stream);
+  const bool bulk = plan_.exchange().facts().has_bulk_copies;
+  for (int32_t round = 0; round < num_rounds_; ++round)
+    tern::cuda::check(kernels::launch_combine(round_args(round), bulk, num_sms_, stream), "launching the kernel of combine");
+  if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
+}
+
+// The owner's weights go to the experts' ranks: a dispatch of rows that are empty.
+void CombineOperation::enqueue_weights(cudaStream_t stream) const {
+  const kernels::PlanView& tables = plan_.tables();
+  const bool bulk = false;
+  layout::CallShape shape = call_shape(plan_.shape());
+  const layout::StagedSlot slot{.row_bytes = 0, .scale_bytes = 0, .weight_bytes = topk_bytes(tables)};
+  for (int32_t round = 0; round < num_weight_rounds_; ++round) {
+    kernels::DispatchArgs args;
+    args.transfer = make_round(plan_, launch_.lane, {TERN_OP_WEIGHTS, TERN_PHASE_WHOLE, shape, weight_chunks_per_round_, nullptr}, round);
+    args.transfer.weights = staged_part(args.transfer, slot, slot.weights(), slot.weight_bytes);
+    args.plan = tables;
+    args.plan.weights_sent = nullptr;  // those of the dispatch stay
+    args.roles = {.num_stage_warps = 4, .num_pull_warps = 8};
+    args.in.weights = call_.args.topk_weights;
+    args.out.plan_weights = tables.weights_from_owner;
+    args.out.num_rows = plan_.num_rows();
+    args.slot = slot;
+    args.scale_element_bytes = 1;
+    args.carries_weights = true;
+    tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel that sends weights");
+  }
+}
+
+kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
+  const tern_combine_args& a = call_.args;
+  const kernels::PlanView& tables = plan_.tables();
+  const bool whole = launch_.phase == TERN_PHASE_WHOLE;
+  kernels::CombineArgs args;
+  args.transfer =
+      make_round(plan_, launch_.lane, {TERN_OP_COMBINE, launch_.phase, shape_, chunks_per_round_, tables.combine_ticket}, round);
+  args.plan = tables;
+  args.dtype = a.dtype;
+  args.row_bytes = call_.row_bytes;
+  args.per_entry = per_entry_;
+  args.rows_staged = rows_at_ < 0;
+  args.own_rows_direct = whole && args.rows_staged && !plan_.shape().has_expert_rows();
+  args.slot = slot_;
+  args.rows = static_cast<const std::byte*>(a.rows);
+  if (!per_entry_ && a.weighting != TERN_WEIGHTS_NONE)
+    args.entry_weights = a.weighting == TERN_WEIGHTS_OWNER ? tables.weights_from_owner : tables.weights_received;
+  args.returned_weights = a.row_weights;
+  args.returns_weights = call_.carries_weights;
+  if (per_entry_ && a.weighting != TERN_WEIGHTS_NONE)
+    args.token_weights = a.weighting == TERN_WEIGHTS_OWNER ? a.topk_weights : tables.weights_sent;
+  args.bias[0] = static_cast<const std::byte*>(a.bias[0]);
+  args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
+  args.out_tokens = static_cast<std::byte*>(a.out_tokens);
+  args.out_topk_weights = a.out_topk_weights;
+  args.roles = {.num_stage_warps = args.rows_staged ? 4 : 1, .num_pull_warps = 8};
+  args.piece_bytes = static_cast<int32_t>(std::min<int64_t>(call_.row_bytes, kernels::kMostCombinePieceBytes));
+  args.stage_bytes = kernels::combine_stage_bytes(args.piece_bytes);
+  args.num_stages = ring_stages(kRingBytes, args.roles.num_stage_warps + args.roles.num_pull_warps, args.stage_bytes);
+  kernels::TransferArgs& t = args.transfer;
+  t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
+  t.in_place = rows_at_ >= 0;
+  t.rows = rows_at_ >= 0 ? heap_part(rows_at_, call_.row_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);
+  t.weights = staged_part(t, slot_, slot_.weights(), slot_.weight_bytes);
+  return args;
+}
+
+void check_ticket(const Ticket& ticket, const tern_launch& launch, const layout::CallShape& shape, const char* operation) {
+  if (ticket.lane_idx != launch.lane)
+    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was on lane {}, its receive is called on lane {}; use the same", operation,
+         ticket.lane_idx, launch.lane);
+  if (ticket.shape != shape)
+    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was called with other shapes or types than its receive; give it the same arguments",
+         operation);
+}
+
+void open_ticket(CudaExchange& exchange, const tern_launch& launch, const layout::CallShape& shape, Ticket& ticket) {
+  CudaLane& lane = exchange.lane(launch.lane);
+  ticket = {lane.next_epoch - 1, launch.lane, exchange.generation(), shape};
+  lane.open_sends.push_back(ticket.epoch);
+}
+
+void close_ticket(CudaExchange& exchange, const tern_launch& launch, Ticket& ticket) {
+  auto& open_sends = exchange.lane(launch.lane).open_sends;
+  open_sends.erase(std::remove(open_sends.begin(), open_sends.end(), ticket.epoch), open_sends.end());
+  ticket = {};
+}
+
+}  // namespace tern::cuda

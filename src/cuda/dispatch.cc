@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "base/error.h"
+#include "cuda/operations.h"
+
+namespace tern::cuda {
+namespace {
+
+constexpr int64_t kMostPieceBytes = 8192;
+constexpr int64_t kRingBytes = 208 << 10;  // of shared memory, for the rings of a block
+constexpr int32_t kTagBytes = 16;
+constexpr int64_t kPartAlignment = 16;
+
+int64_t topk_bytes(const kernels::PlanView& tables) { return tables.topk_stride * static_cast<int64_t>(sizeof(float)); }
+
+}  // namespace
+
+DispatchOperation::DispatchOperation(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, int64_t most_tokens)
+    : plan_(plan), call_(call), launch_(launch), num_tokens_(call.args.routing != nullptr ? call.args.routing->num_tokens : plan.num_tokens()) {
+  const tern_dispatch_args& a = call.args;
+  check_alignment("dispatch", "tokens", a.tokens, a.token_stride_bytes);
+  check_alignment("dispatch", "out_tokens", a.out_tokens);
+  check_zero_copy(plan, "dispatch", a.out_tokens, call.wire_bytes, a.zero_copy != 0);
+  set_parts();
+  set_shape();
+  // Staging is counted as if everything went through it: every rank must come to the same rounds, wherever its rows lie.
+  const layout::StagedSlot all{call.wire_bytes, call.scale_bytes, call.carries_weights ? topk_bytes(plan.tables()) : 0};
+  chunks_per_round_ = chunks_per_round(plan, plan.exchange().window_layout().staging_bytes, all.stride(), "dispatch");
+  num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, most_tokens, "dispatch");
+  num_sms_ = choose_num_sms(plan.exchange(), launch, most_tokens * call.wire_bytes);
+}
+
+// Rows and scales that lie in this rank's window stay there, unless the send returns before they are pulled.
+void DispatchOperation::set_parts() {
+  const tern_dispatch_args& a = call_.args;
+  const CudaExchange& exchange = plan_.exchange();
+  const bool may_stay = launch_.phase == TERN_PHASE_WHOLE && a.encoding == TERN_ENCODING_AS_GIVEN && num_tokens_ > 0 &&
+                        plan_.exchange().lane(launch_.lane).open_sends.empty();
+  if (may_stay) {
+    rows_at_ = exchange.heap_offset(a.tokens, (num_tokens_ - 1) * a.token_stride_bytes + call_.row_bytes);
+    const bool dense_scales = call_.scale_bytes % kPartAlignment == 0 && a.scale_token_stride_bytes % kPartAlignment == 0 &&
+                              a.scale_element_stride_bytes == call_.scale_element_bytes &&
+                              reinterpret_cast<uintptr_t>(a.scales) % kPartAlignment == 0;
+    if (call_.scale_bytes > 0 && dense_scales)
+      scales_at_ = exchange.heap_offset(a.scales, (num_tokens_ - 1) * a.scale_token_stride_bytes + call_.scale_bytes);
+  }
+  slot_ = {.row_bytes = rows_at_ >= 0 ? 0 : call_.wire_bytes,
+           .scale_bytes = scales_at_ >= 0 ? 0 : call_.scale_bytes,
+           .weight_bytes = call_.carries_weights ? topk_bytes(plan_.tables()) : 0};
+}
+
+void DispatchOperation::set_shape() {
+  shape_ = call_shape(plan_.shape());
+  shape_.row_bytes = call_.wire_bytes;
+  shape_.scale_bytes = call_.scale_bytes;
+  shape_.choices |= static_cast<int32_t>(call_.args.dtype) << 8 | static_cast<int32_t>(call_.args.encoding) << 12 |
+                    static_cast<int32_t>(call_.carries_weights) << 16;
+}
+
+void DispatchOperation::check(const Ticket& ticket, int32_t rounds_before) const {
+  if (launch_.phase == TERN_PHASE_RECEIVE)
+    check_ticket(ticket, launch_, shape_, "dispatch");
+  else
+    check_room(plan_.exchange().lane(launch_.lane), TERN_OP_DISPATCH, rounds_before + num_rounds_);
+}
+
+void DispatchOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
+  if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
+  const bool bulk = plan_.exchange().facts().has_bulk_copies;
+  for (int32_t round = 0; round < num_rounds_; ++round)
+    tern::cuda::check(kernels::launch_dispatch(round_args(round), bulk, num_sms_, stream), "launching the kernel of dispatch");
+  if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
+}
+
+kernels::DispatchInputs DispatchOperation::inputs() const {
+  const tern_dispatch_args& a = call_.args;
+  return {.tokens = static_cast<const std::byte*>(a.tokens),
+          .token_stride_bytes = a.token_stride_bytes,
+          .hidden = a.hidden,
+          .dtype = a.dtype,
+          .encoding = a.encoding,
+          .scales = static_cast<const std::byte*>(a.scales),
+          .scale_token_stride_bytes = a.scale_token_stride_bytes,
+          .scale_element_stride_bytes = a.scale_element_stride_bytes,
+          .weights = a.topk_weights};
+}
+
+kernels::DispatchOutputs DispatchOperation::outputs() const {
+  const tern_dispatch_args& a = call_.args;
+  return {.tokens = static_cast<std::byte*>(a.out_tokens),
+          .scales = static_cast<std::byte*>(a.out_scales),
+          .topk_idx = a.out_topk_idx,
+          .topk_weights = a.out_topk_weights,
+          .source_token = a.out_source_token,
+          .source_rank = a.out_source_rank,
+          .row_expert = a.out_row_expert,
+          .expert_offsets = a.out_expert_offsets,
+          .expert_counts = a.out_expert_counts,
+          .rank_counts = a.out_rank_counts,
+          .expert_rank_ranges = a.out_expert_rank_ranges,
+          .plan_weights = plan_.tables().weights_received,
+          .num_rows = a.routing != nullptr ? plan_.shape().row_capacity : plan_.num_rows(),
+          .zero_padding = plan_.shape().zero_padding,
+          .scales_by_column = a.out_scale_order == TERN_SCALES_COLUMN_MAJOR};
+}
+
+kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) const {
+  const int64_t row_bytes = call_.wire_bytes;
+  kernels::RowPieces p;
+  p.num_pieces = static_cast<int32_t>((row_bytes + kMostPieceBytes - 1) / kMostPieceBytes);
+  p.piece_bytes = static_cast<int32_t>(layout::align_up((row_bytes + p.num_pieces - 1) / p.num_pieces, kPartAlignment));
+  const auto topk = static_cast<int32_t>(topk_bytes(plan_.tables()));
+  p.scales = p.piece_bytes;
+  p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
+  p.rows = p.weights + (call_.carries_weights ? topk : 0);
+  p.experts = p.rows + (plan_.shape().has_expert_rows() ? topk : 0);
+  p.stage_bytes = p.experts + (call_.carries_weights ? topk : 0) + kTagBytes;
+  const bool stages_bulk = slot_.row_bytes > 0 && call_.args.encoding == TERN_ENCODING_AS_GIVEN && launch_.phase != TERN_PHASE_RECEIVE;
+  p.num_stage_stages = stages_bulk ? 3 : 0;
+  const int64_t left = kRingBytes - int64_t{roles.num_stage_warps} * p.num_stage_stages * p.piece_bytes;
+  p.num_pull_stages = ring_stages(left, roles.num_pull_warps, p.stage_bytes);
+  return p;
+}
+
+kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
+  const tern_dispatch_args& a = call_.args;
+  kernels::DispatchArgs args;
+  args.transfer = make_round(plan_, launch_.lane,
+                             {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
+  args.plan = plan_.tables();
+  args.roles = {.num_stage_warps = 2, .num_pull_warps = 8};
+  args.in = inputs();
+  args.out = outputs();
+  args.slot = slot_;
+  args.row_bytes = call_.wire_bytes;
+  args.scale_bytes = call_.scale_bytes;
+  args.scale_element_bytes = static_cast<int32_t>(call_.scale_bytes > 0 ? call_.scale_element_bytes : 1);
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.scales) | reinterpret_cast<uintptr_t>(a.out_scales) |
+                              static_cast<uintptr_t>(args.scale_element_bytes | a.scale_token_stride_bytes | a.scale_element_stride_bytes);
+  args.scale_word_bytes = addresses % 4 == 0 ? 4 : 1;
+  args.carries_weights = call_.carries_weights;
+  args.writes_outputs = args.transfer.receives && round == 0;
+  args.pieces = pieces(args.roles);
+  kernels::TransferArgs& t = args.transfer;
+  t.in_place = rows_at_ >= 0 || scales_at_ >= 0;
+  t.rows = rows_at_ >= 0 ? heap_part(rows_at_, a.token_stride_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);
+  t.scales = scales_at_ >= 0 ? heap_part(scales_at_, a.scale_token_stride_bytes) : staged_part(t, slot_, slot_.scales(), slot_.scale_bytes);
+  t.weights = staged_part(t, slot_, slot_.weights(), slot_.weight_bytes);
+  return args;
+}
+
+}  // namespace tern::cuda

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/exchange.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "base/error.h"
+#include "base/knobs.h"
+#include "cuda/engine.h"
+#include "cuda/plan.h"
+#include "domain/agreement.h"
+#include "domain/failure.h"
+#include "kernels/combine.h"
+#include "kernels/dispatch.h"
+#include "kernels/route.h"
+#include "memory/host_segment.h"
+#include "plan/window_sizing.h"
+
+namespace tern::cuda {
+namespace {
+
+constexpr int64_t kLaneCells = layout::kMaxChunks;
+
+// What a rank tells the others about its GPU. Travels as bytes.
+struct DeviceIdentity {
+  std::array<char, 16> uuid;
+  int32_t domain, bus, slot;  // of the PCI bus, for people to read
+  bool operator==(const DeviceIdentity&) const = default;
+};
+
+DeviceIdentity identify(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "reading the GPU's properties");
+  DeviceIdentity result{};
+  std::memcpy(result.uuid.data(), &properties.uuid, result.uuid.size());
+  result.domain = properties.pciDomainID;
+  result.bus = properties.pciBusID;
+  result.slot = properties.pciDeviceID;
+  return result;
+}
+
+tern_failure to_failure(const layout::FailureRecord& record) {
+  return {static_cast<tern_status>(record.status), record.waiter, record.awaited, record.lane, record.operation, 0,
+          record.expected_epoch, record.seen_epoch};
+}
+
+template <typename T>
+T load_from_gpu(const T& word) {
+  return std::atomic_ref<T>(const_cast<T&>(word)).load(std::memory_order_acquire);
+}
+
+int choose_device(const tern_exchange_options& options, const Topology& topology) {
+  const int device = options.device_index >= 0 ? options.device_index : topology.rank_in_node[static_cast<size_t>(topology.rank)] % std::max(1, num_devices());
+  require_device(device);
+  return device;
+}
+
+// All code is on the device before an operation waits for a peer: loading it later could need the device to be idle.
+void load_kernels() {
+  check(kernels::prepare_route(), "loading the kernel of route");
+  check(kernels::prepare_dispatch(), "loading the kernels of dispatch");
+  check(kernels::prepare_combine(), "loading the kernels of combine");
+}
+
+}  // namespace
+
+layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& options, int32_t num_ranks) {
+  const layout::WindowLayout host = make_window_layout(options, num_ranks);
+  const layout::RoutingBankLayout routing{.num_counts = int64_t{options.max_experts} + num_ranks, .num_topk = options.max_topk};
+  return {.num_ranks = num_ranks,
+          .num_lanes = options.num_lanes,
+          .routing_bytes = routing.bytes(options.max_tokens),
+          .staging_bytes = num_ranks * host.bank_bytes};
+}
+
+CudaLane::CudaLane(int device, int num_ranks)
+    : stream(device, StreamPriority::kHighest),
+      begin(device),
+      end(device),
+      state(device, 1),
+      staged_counters(device, static_cast<size_t>(num_ranks * kLaneCells)) {
+  open_sends.reserve(layout::kNumBanks + 1);
+}
+
+CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
+                           Deadline deadline)
+    : options_(options), log_(log), sharer_(make_segment_sharer(topology, bootstrap, deadline)), heap_allocator_(options.window_bytes) {
+  if (topology.num_ranks > layout::kMaxRanks)
+    fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
+  facts_.device = choose_device(options, topology);
+  const DeviceGuard guard(facts_.device);
+  find_devices(topology, bootstrap, deadline);
+  load_kernels();
+  const auto num_ranks = static_cast<size_t>(topology.num_ranks);
+  control_.rank = topology.rank;
+  control_.num_ranks = topology.num_ranks;
+  control_.topology = topology;
+  control_.layout = {.num_ranks = topology.num_ranks, .num_lanes = 1, .bank_bytes = static_cast<int64_t>(layout::kCacheLine)};
+  control_.heaps.resize(num_ranks);
+  layout_ = make_device_layout(options, topology.num_ranks);
+  setup_stream_ = std::make_unique<Stream>(facts_.device);
+  window_pointers_ = {facts_.device, num_ranks};
+  heap_pointers_ = {facts_.device, num_ranks};
+  failed_ = {facts_.device, 1};
+  mailbox_ = {facts_.device, 1};
+  heaps_.resize(num_ranks);
+  for (int i = 0; i < options.num_lanes; ++i) lanes_.push_back(std::make_unique<CudaLane>(facts_.device, topology.num_ranks));
+  share_windows(std::vector<uint8_t>(num_ranks), 0, deadline);
+  log_.write(TERN_LOG_INFO, "rank {} of {}: CUDA exchange on {}, window {} bytes, {} lanes, heap {} bytes, {} bulk copies", topology.rank,
+             topology.num_ranks, device_name(facts_.device), layout_.total_bytes(), options.num_lanes, options.window_bytes,
+             facts_.has_bulk_copies ? "with" : "without");
+}
+
+CudaExchange::~CudaExchange() {
+  try {
+    await_idle(Deadline::in_ms(options_.timeout_ms));
+  } catch (const Failure& failure) {
+    log_.write(TERN_LOG_WARNING, "rank {}: exchange destroyed while an operation runs: {}", rank(), failure.what());
+  }
+}
+
+void CudaExchange::find_devices(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
+  facts_.num_sms = attribute(facts_.device, cudaDevAttrMultiProcessorCount);
+  facts_.has_bulk_copies = attribute(facts_.device, cudaDevAttrComputeCapabilityMajor) >= 9 && knobs().bulk_copy != 0;
+  const DeviceIdentity own = identify(facts_.device);
+  std::vector<DeviceIdentity> all(static_cast<size_t>(topology.num_ranks));
+  bootstrap.allgather(&own, all.data(), sizeof(own), deadline);
+  facts_.ranks_on_device = static_cast<int>(std::count(all.begin(), all.end(), own));
+  for (int r = 0; r < topology.num_ranks; ++r)
+    if (all[static_cast<size_t>(r)] == own && !topology.same_process(r))
+      fail(TERN_UNSUPPORTED,
+           "exchange: ranks {} and {} are processes on the same {}; kernels of two processes do not run at the same time, so they would wait "
+           "for each other in vain. Give each process a GPU of its own, or make the ranks threads of one process",
+           topology.rank, r, device_name(facts_.device));
+}
+
+std::vector<std::shared_ptr<Segment>> CudaExchange::share_device(std::shared_ptr<DeviceSegment> mine, const std::string& tag,
+                                                                 const std::vector<uint8_t>& member, Deadline deadline) {
+  auto shared = sharer_->share(std::move(mine), tag, member, deadline);
+  if (sharer_->shares_address_space())
+    for (const auto& segment : shared)
+      if (segment != nullptr) static_cast<DeviceSegment&>(*segment).grant(facts_.device);
+  return shared;
+}
+
+// Fresh internal windows for everybody who goes on; heaps keep their addresses and contents, on memory that masked ranks cannot reach.
+void CudaExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline) {
+  std::vector<uint8_t> member(masked.size());
+  std::transform(masked.begin(), masked.end(), member.begin(), [](uint8_t m) { return static_cast<uint8_t>(m == 0); });
+  const SharedBy shared_by = sharer_->shares_address_space() ? SharedBy::kThreads : SharedBy::kProcesses;
+  const auto window_bytes = static_cast<size_t>(layout_.total_bytes());
+  auto windows = share_device(DeviceSegment::create(window_bytes, facts_.device, shared_by), fmt::format("gpu-window-{}", generation), member,
+                              deadline);
+  std::vector<std::shared_ptr<Segment>> heaps(masked.size());
+  if (options_.window_bytes > 0) {
+    auto own = std::static_pointer_cast<DeviceSegment>(heaps_[static_cast<size_t>(rank())]);
+    if (own == nullptr)
+      own = DeviceSegment::create(static_cast<size_t>(options_.window_bytes), facts_.device, shared_by);
+    else
+      own->renew();
+    heaps = share_device(own, fmt::format("gpu-heap-{}", generation), member, deadline);
+  }
+  const auto control_bytes = static_cast<size_t>(control_.layout.total_bytes());
+  auto control = sharer_->share(HostSegment::create(control_bytes, shared_by), fmt::format("control-{}", generation), member, deadline);
+  const std::lock_guard lock(generation_mutex_);
+  windows_ = std::move(windows);
+  heaps_ = std::move(heaps);
+  control_.windows = std::move(control);
+  control_.masked = masked;
+  control_.generation = generation;
+  set_pointers();
+  reset_lanes();
+}
+
+void CudaExchange::set_pointers() {
+  const auto num = static_cast<size_t>(num_ranks());
+  std::vector<std::byte*> windows(num), heaps(num);
+  for (size_t r = 0; r < num; ++r) {
+    windows[r] = windows_[r] == nullptr ? nullptr : windows_[r]->data();
+    heaps[r] = heaps_[r] == nullptr ? nullptr : heaps_[r]->data();
+  }
+  const auto copy = [&](const DeviceBuffer<std::byte*>& to, const std::vector<std::byte*>& from) {
+    check(cudaMemcpyAsync(to.data(), from.data(), num * sizeof(std::byte*), cudaMemcpyHostToDevice, setup_stream_->get()),
+          "copying the addresses of windows");
+  };
+  copy(window_pointers_, windows);
+  copy(heap_pointers_, heaps);
+  setup_stream_->wait(Deadline::in_ms(options_.timeout_ms), "copying the addresses of windows");
+}
+
+// Epochs start again.
+void CudaExchange::reset_lanes() {
+  std::memset(static_cast<void*>(mailbox_.data()), 0, sizeof(kernels::Mailbox));
+  const auto clear = [&](void* memory, size_t bytes) {
+    check(cudaMemsetAsync(memory, 0, bytes, setup_stream_->get()), "clearing the state of lanes");
+  };
+  clear(failed_.data(), sizeof(uint32_t));
+  for (const auto& lane : lanes_) {
+    clear(lane->state.data(), sizeof(kernels::LaneState));
+    clear(lane->staged_counters.data(), lane->staged_counters.size() * sizeof(uint32_t));
+    lane->next_epoch = 1;
+    lane->open_sends.clear();
+  }
+  setup_stream_->wait(Deadline::in_ms(options_.timeout_ms), "clearing the state of lanes");
+}
+
+// Captured operations are not seen here: whoever replays a graph knows when it has run.
+void CudaExchange::await_idle(Deadline deadline) const {
+  for (const auto& lane : lanes_) {
+    if (!lane->has_end) continue;
+    while (cudaEventQuery(lane->end.get()) == cudaErrorNotReady) {
+      if (deadline.passed()) fail(TERN_TIMEOUT, "rank {}: an operation of this exchange has not ended in time on its stream", rank());
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+  }
+}
+
+std::unique_ptr<DevicePlan> CudaExchange::create_plan(const PlanShape& shape) { return std::make_unique<CudaPlan>(*this, shape); }
+
+void* CudaExchange::alloc_window(int64_t bytes) {
+  const std::lock_guard lock(heap_mutex_);
+  const int64_t offset = heap_allocator_.allocate(bytes);  // refuses first: without window_bytes there is no heap
+  return heaps_[static_cast<size_t>(rank())]->data() + offset;
+}
+
+void CudaExchange::free_window(void* pointer) {
+  const std::lock_guard lock(heap_mutex_);
+  const int64_t offset = heap_offset(pointer, 0);
+  if (offset < 0 || !heap_allocator_.release(offset))
+    fail(TERN_INVALID_ARGUMENT, "window: {} was not returned by tern_window_alloc of this exchange, or is free already", pointer);
+}
+
+int64_t CudaExchange::heap_offset(const void* pointer, int64_t bytes) const {
+  if (options_.window_bytes == 0 || pointer == nullptr) return -1;
+  const int64_t offset = static_cast<const std::byte*>(pointer) - heaps_[static_cast<size_t>(rank())]->data();
+  return offset >= 0 && offset + bytes <= options_.window_bytes ? offset : -1;
+}
+
+kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
+  const CudaLane& lane = *lanes_[static_cast<size_t>(lane_idx)];
+  return {.rank = rank(),
+          .num_ranks = num_ranks(),
+          .lane = lane_idx,
+          .consumed_lag = 0,
+          .layout = layout_,
+          .windows = window_pointers_.data(),
+          .heaps = heap_pointers_.data(),
+          .state = lane.state.data(),
+          .staged_counters = lane.staged_counters.data(),
+          .failed = failed_.data(),
+          .mailbox = mailbox_.data(),
+          .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
+}
+
+std::optional<tern_failure> CudaExchange::known_failure() const {
+  if (const auto recorded = recorded_failure(control_)) return recorded;
+  const kernels::Mailbox& mailbox = *mailbox_.data();
+  if (load_from_gpu(mailbox.failure_set) == 0) return std::nullopt;
+  const tern_failure failure = to_failure(mailbox.failure);
+  announce_failure(control_, failure);
+  return recorded_failure(control_);
+}
+
+void CudaExchange::check_health() const {
+  if (const auto failure = known_failure()) throw_recorded(control_, *failure);
+}
+
+tern_exchange_state CudaExchange::state() const {
+  const std::lock_guard lock(generation_mutex_);
+  tern_exchange_state result;
+  result.generation = control_.generation;
+  const bool degraded = std::any_of(control_.masked.begin(), control_.masked.end(), [](uint8_t m) { return m != 0; });
+  result.health = degraded ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK;
+  std::copy(control_.masked.begin(), control_.masked.end(), result.masked);
+  const layout::FailureRecord& notice = mailbox_.data()->notice;
+  if (load_from_gpu(notice.status) != TERN_OK) result.failure = to_failure(notice);
+  if (const auto failure = known_failure()) {
+    result.failure = *failure;
+    result.health = TERN_HEALTH_FAILED;
+  }
+  return result;
+}
+
+tern_metrics CudaExchange::metrics() const { return counters_; }
+
+void CudaExchange::recover(const tern_recover_options& options) {
+  const DeviceGuard guard(facts_.device);
+  const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
+  await_idle(Deadline::in_ms(timeout_ms));
+  AgreementOptions agreement{control_.generation + 1, std::vector<uint8_t>(static_cast<size_t>(num_ranks())), options.allow_mask != 0,
+                             timeout_ms};
+  if (options.mask != nullptr)
+    std::transform(options.mask, options.mask + num_ranks(), agreement.mask.begin(), [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
+  const std::vector<uint8_t> masked = agree_on_mask(control_, agreement);
+  share_windows(masked, agreement.generation, Deadline::in_ms(timeout_ms));
+  log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", rank(), control_.generation,
+             std::count(masked.begin(), masked.end(), 1), num_ranks());
+}
+
+std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
+                                              const Log& log, Deadline deadline) {
+  return std::make_unique<CudaExchange>(topology, bootstrap, options, log, deadline);
+}
+
+}  // namespace tern::cuda

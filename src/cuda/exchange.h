@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// An exchange on a GPU rank: its windows in GPU memory, the state of its lanes, and what happens when a generation ends.
+//
+// A small domain in host memory goes with it: there the hosts of the ranks tell each other why a generation ended, and agree on the next one,
+// exactly as CPU ranks do. GPUs tell each other through the windows, and their own host through a mailbox.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "base/log.h"
+#include "cuda/device_segment.h"
+#include "cuda/resources.h"
+#include "domain/domain.h"
+#include "kernels/exchange_view.h"
+#include "memory/offset_allocator.h"
+#include "memory/sharing.h"
+#include "plan/device.h"
+#include "topology/bootstrap.h"
+
+namespace tern::cuda {
+
+// What an exchange knows of the GPUs below it.
+struct DeviceFacts {
+  int device = 0;
+  int num_sms = 0;
+  bool has_bulk_copies = false;
+  int ranks_on_device = 1;
+};
+
+// Host side of a lane: the order in which its operations are enqueued. Epochs themselves live on the GPU, where a replayed graph advances
+// them too; here they are counted from the generation's start to know which sends are open.
+struct CudaLane {
+  explicit CudaLane(int device, int num_ranks);
+
+  Stream stream;  // for operations that ask for the exchange's own
+  Event begin;
+  Event end;  // behind the last operation that was not captured
+  bool has_end = false;
+  DeviceBuffer<kernels::LaneState> state;
+  DeviceBuffer<uint32_t> staged_counters;
+  uint64_t next_epoch = 1;
+  std::vector<uint64_t> open_sends;
+};
+
+class CudaExchange : public DeviceExchange {
+ public:
+  // Collective. `options` are complete.
+  CudaExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log, Deadline deadline);
+  ~CudaExchange() override;
+
+  int32_t num_lanes() const override { return static_cast<int32_t>(lanes_.size()); }
+  std::unique_ptr<DevicePlan> create_plan(const PlanShape& shape) override;
+  void* alloc_window(int64_t bytes) override;
+  void free_window(void* pointer) override;
+  tern_exchange_state state() const override;
+  tern_metrics metrics() const override;
+  void recover(const tern_recover_options& options) override;
+
+  const DeviceFacts& facts() const { return facts_; }
+  const tern_exchange_options& options() const { return options_; }
+  const layout::DeviceWindowLayout& window_layout() const { return layout_; }
+  int rank() const { return control_.rank; }
+  int num_ranks() const { return control_.num_ranks; }
+  uint32_t generation() const { return control_.generation; }
+  bool is_masked(int r) const { return control_.is_masked(r); }
+  CudaLane& lane(int32_t index) { return *lanes_[static_cast<size_t>(index)]; }
+  tern_metrics& counters() { return counters_; }
+
+  // What kernels of a lane get.
+  kernels::ExchangeView view(int32_t lane_idx) const;
+
+  // Offset of `pointer` in this rank's heap, or -1 if it does not lie there with `bytes` bytes behind it.
+  int64_t heap_offset(const void* pointer, int64_t bytes) const;
+
+  // Throws what ended the generation, if anything has.
+  void check_health() const;
+  // The text and status of a failure that this rank's GPU has reported, without throwing.
+  std::optional<tern_failure> known_failure() const;
+
+ private:
+  void find_devices(const Topology& topology, Bootstrap& bootstrap, Deadline deadline);
+  void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
+  std::vector<std::shared_ptr<Segment>> share_device(std::shared_ptr<DeviceSegment> mine, const std::string& tag,
+                                                     const std::vector<uint8_t>& member, Deadline deadline);
+  void set_pointers();
+  void reset_lanes();
+  void await_idle(Deadline deadline) const;
+
+  tern_exchange_options options_;
+  Log log_;
+  DeviceFacts facts_;
+  layout::DeviceWindowLayout layout_;
+  std::unique_ptr<SegmentSharer> sharer_;
+  mutable std::mutex generation_mutex_;  // guards what a recovery replaces against tern_exchange_get_state
+  Domain control_;                       // windows in host memory; heaps are not used
+  std::vector<std::shared_ptr<Segment>> windows_;  // [num_ranks] in GPU memory
+  std::vector<std::shared_ptr<Segment>> heaps_;
+  DeviceBuffer<std::byte*> window_pointers_, heap_pointers_;
+  DeviceBuffer<uint32_t> failed_;
+  PinnedBuffer<kernels::Mailbox> mailbox_;
+  std::unique_ptr<Stream> setup_stream_;
+  mutable std::mutex heap_mutex_;
+  OffsetAllocator heap_allocator_;
+  std::vector<std::unique_ptr<CudaLane>> lanes_;
+  tern_metrics counters_;
+};
+
+}  // namespace tern::cuda

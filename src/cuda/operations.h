@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// One dispatch or combine on a GPU: its arguments become those of kernels, in as many rounds as the staging needs.
+//
+//   DispatchOperation operation(plan, call, launch, most_tokens);
+//   operation.check(ticket, 0);            // throws what would keep it from being started; nothing has happened
+//   operation.enqueue(stream, ticket);
+#pragma once
+
+#include "cuda/plan.h"
+#include "cuda/transfer.h"
+#include "kernels/combine.h"
+#include "kernels/dispatch.h"
+
+namespace tern::cuda {
+
+class DispatchOperation {
+ public:
+  // `most_tokens`: that any rank may have, for all that the host knows.
+  DispatchOperation(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, int64_t most_tokens);
+  void check(const Ticket& ticket, int32_t rounds_before) const;
+  void enqueue(cudaStream_t stream, Ticket& ticket) const;
+  int32_t num_sms() const { return num_sms_; }
+
+ private:
+  void set_parts();
+  void set_shape();
+  kernels::DispatchInputs inputs() const;
+  kernels::DispatchOutputs outputs() const;
+  kernels::RowPieces pieces(const kernels::WarpRoles& roles) const;
+  kernels::DispatchArgs round_args(int32_t round) const;
+
+  const CudaPlan& plan_;
+  const DispatchCall& call_;
+  const tern_launch& launch_;
+  int64_t num_tokens_;
+  int64_t rows_at_ = -1;    // in the heap, where the peers pull them; -1: they are staged
+  int64_t scales_at_ = -1;
+  layout::StagedSlot slot_;  // what goes through the staging
+  layout::CallShape shape_;
+  int32_t chunks_per_round_ = 0;
+  int32_t num_rounds_ = 0;
+  int32_t num_sms_ = 0;
+};
+
+class CombineOperation {
+ public:
+  CombineOperation(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch);
+  void check(const Ticket& ticket) const;
+  void enqueue(cudaStream_t stream, Ticket& ticket) const;
+  int32_t num_sms() const { return num_sms_; }
+
+ private:
+  void set_shape();
+  bool sends_weights_ahead() const;
+  void enqueue_weights(cudaStream_t stream) const;
+  kernels::CombineArgs round_args(int32_t round) const;
+
+  const CudaPlan& plan_;
+  const CombineCall& call_;
+  const tern_launch& launch_;
+  bool per_entry_ = false;
+  int64_t rows_at_ = -1;     // in the heap, where the owners pull them; -1: they are staged
+  layout::StagedSlot slot_;  // of a token
+  layout::CallShape shape_;
+  int32_t chunks_per_round_ = 0;
+  int32_t num_rounds_ = 0;
+  int32_t num_weight_rounds_ = 0;  // that go ahead
+  int32_t weight_chunks_per_round_ = 0;
+  int32_t num_sms_ = 0;
+};
+
+// TERN_INVALID_ARGUMENT if a receive is not called as its send was: on the same lane, with the same shape.
+void check_ticket(const Ticket& ticket, const tern_launch& launch, const layout::CallShape& shape, const char* operation);
+
+// A send is open until its receive.
+void open_ticket(CudaExchange& exchange, const tern_launch& launch, const layout::CallShape& shape, Ticket& ticket);
+void close_ticket(CudaExchange& exchange, const tern_launch& launch, Ticket& ticket);
+
+}  // namespace tern::cuda

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// A plan on a GPU rank: the tables of a routed batch in GPU memory, and the operations along it. The arguments of their kernels are made in
+// dispatch.cc and combine.cc; transfer.h has what those share.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/exchange.h"
+#include "cuda/resources.h"
+#include "kernels/exchange_view.h"
+#include "kernels/route.h"
+#include "plan/device.h"
+
+namespace tern::cuda {
+
+// A send that has not been received, as the host knows it.
+struct Ticket {
+  uint64_t epoch = 0;  // of the lane's count; 0: there is none
+  int32_t lane_idx = 0;
+  uint32_t generation = 0;
+  layout::CallShape shape;
+};
+
+// The memory of a plan on the GPU; zeroed.
+class PlanTables {
+ public:
+  PlanTables(int device, const PlanShape& shape);
+  const kernels::PlanView& view() const { return view_; }
+
+ private:
+  DeviceBuffer<std::byte> memory_;
+  kernels::PlanView view_;
+};
+
+class CudaPlan : public DevicePlan {
+ public:
+  CudaPlan(CudaExchange& exchange, const PlanShape& shape);
+  ~CudaPlan() override;
+
+  const PlanShape& shape() const override { return shape_; }
+  void check_routing(const tern_routing& routing) const override;
+  void route(const tern_routing& routing, const tern_launch& launch) override;
+  void dispatch(const DispatchCall& call, const tern_launch& launch) override;
+  void combine(const CombineCall& call, const tern_launch& launch) override;
+  tern_plan_info info() const override;
+
+  CudaExchange& exchange() const { return exchange_; }
+  const kernels::PlanView& tables() const { return tables_.view(); }
+  // Rows of the outputs: the capacity, or with extent exact what was counted.
+  int64_t num_rows() const { return num_rows_; }
+  // The most tokens that any rank has routed, as far as the host knows.
+  int64_t most_tokens() const { return most_tokens_; }
+  // Of this rank.
+  int64_t num_tokens() const { return num_tokens_; }
+
+ private:
+  void check_ready(const char* operation, const tern_launch& launch, bool must_be_dispatched) const;
+  void check_not_under_way(const char* operation) const;
+  bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.generation(); }
+  kernels::RouteArgs route_args(const tern_routing& routing, CudaLane& lane, int32_t lane_idx) const;
+  void enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream);
+  void await_counts(const tern_launch& launch);
+  void read_counts();
+
+  CudaExchange& exchange_;
+  PlanShape shape_;
+  PlanTables tables_;
+  DeviceBuffer<int32_t> block_counts_, workspace_;
+  PinnedBuffer<int32_t> host_counts_;  // [num_ranks, num_counts], then tokens [num_ranks]
+  PinnedBuffer<uint64_t> host_ticket_;
+  uint64_t awaited_ticket_ = 0;
+  Event routed_event_;
+  Ticket dispatch_ticket_, combine_ticket_;
+  uint32_t generation_ = 0;
+  bool routed_ = false;
+  bool dispatched_ = false;
+  bool weights_carried_ = false;
+  int32_t num_sms_ = 0;
+  int64_t num_tokens_ = 0;
+  int64_t num_rows_ = 0;
+  int64_t num_received_ = -1;
+  int64_t most_tokens_ = 0;
+  std::vector<int32_t> received_per_rank_, received_per_expert_, sent_per_rank_, pair_counts_;
+};
+
+}  // namespace tern::cuda

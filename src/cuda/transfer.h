@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the host does alike for every operation on a GPU: streams and events, epochs, rounds, how many SMs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/exchange.h"
+#include "cuda/plan.h"
+#include "kernels/transfer.h"
+
+namespace tern::cuda {
+
+// The stream of one operation: waits for what the caller asked for at the start, and records what it asked for at the end.
+class OperationStream {
+ public:
+  OperationStream(CudaLane& lane, const tern_launch& launch);
+  cudaStream_t get() const { return stream_; }
+  void finish() const;
+
+ private:
+  CudaLane& lane_;
+  const tern_launch& launch_;
+  cudaStream_t stream_;
+};
+
+// The blocks of a kernel, one on each SM: what the caller asked for, or what `bytes` of traffic per rank need, within the exchange's budget and
+// this rank's share of the GPU.
+int choose_num_sms(const CudaExchange& exchange, const tern_launch& launch, int64_t bytes);
+// One SM moves at least this much while the others use up the link's rate: batches up to here need one SM for each.
+inline constexpr int64_t kBytesPerSm = 512 << 10;
+inline constexpr int kSaturatingSms = 24;
+
+// Chunks of tokens that fit one round. TERN_OUT_OF_MEMORY says what staging would be needed if not even one does.
+int32_t chunks_per_round(const CudaPlan& plan, int64_t staging_bytes, int64_t token_bytes, const char* operation);
+// Rounds of an operation in which any rank may have `most_tokens`; a send must do with one.
+int32_t num_rounds(const CudaPlan& plan, int32_t chunks_per_round, tern_phase phase, int64_t most_tokens, const char* operation);
+
+// Takes the lane's next epochs, one for each round. TERN_INVALID_STATE if an open send still holds a bank that they need.
+void check_room(const CudaLane& lane, tern_operation operation, int32_t num_rounds);
+
+// What dispatch and combine share in the arguments of round `round`; advances the lane's count of epochs.
+struct RoundOptions {
+  tern_operation operation;
+  tern_phase phase;
+  const layout::CallShape& shape;
+  int32_t chunks_per_round;
+  uint64_t* ticket;  // in GPU memory
+};
+kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const RoundOptions& options, int32_t round);
+
+// A part of a token that goes through the staging at `offset` of the token's slot; absent if it has no bytes.
+layout::PulledPart staged_part(const kernels::TransferArgs& transfer, const layout::StagedSlot& slot, int64_t offset, int64_t bytes);
+// A part that is pulled from the caller's window memory, `step` bytes from token to token.
+layout::PulledPart heap_part(int64_t heap_offset, int64_t step);
+
+// How many stages of a ring fit each of `num_warps` warps.
+int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes);
+
+layout::CallShape call_shape(const PlanShape& shape);
+
+// TERN_INVALID_ARGUMENT if a pointer or stride is not a multiple of 16 bytes.
+void check_alignment(const char* operation, const char* name, const void* pointer, int64_t stride_bytes = 0);
+
+// TERN_INVALID_ARGUMENT if the caller promised window memory with zero_copy and it is not.
+void check_zero_copy(const CudaPlan& plan, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy);
+
+}  // namespace tern::cuda

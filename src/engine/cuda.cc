@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// A build with the CUDA engine.
+#include "cuda/driver.h"
+#include "cuda/engine.h"
+#include "engine/engines.h"
+
+namespace tern {
+
+bool cuda_engine_present() { return cuda::num_devices() > 0; }
+
+int64_t cuda_control_bytes(const tern_exchange_options& options, int32_t num_ranks) {
+  const layout::DeviceWindowLayout window = cuda::make_device_layout(options, num_ranks);
+  return window.staging(0, 0);
+}
+
+std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
+                                                   const Log& log, Deadline deadline) {
+  return cuda::make_exchange(topology, bootstrap, options, log, deadline);
+}
+
+}  // namespace tern

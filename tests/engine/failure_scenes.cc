@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/failure_scenes.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <filesystem>
+#include <optional>
+#include <tern/tern.hpp>
+#include <thread>
+
+#include "conformance/processes.h"
+#include "engine/support.h"
+
+namespace tern::conformance {
+namespace {
+
+constexpr int32_t kVictim = 2;
+constexpr uint64_t kReady = 1, kStruck = 1, kFailed = 2, kRecovered = 2, kWokenUp = 2, kAnswered = 2;
+
+Case ordinary_case(const SceneSettings& settings) {
+  Case c;
+  c.seed = 7;
+  c.num_ranks = kNumSceneRanks;
+  c.num_topk = 3;
+  c.layout = TERN_LAYOUT_EXPERT_MAJOR;
+  c.extent = settings.extent;
+  c.weighting = TERN_WEIGHTS_DISPATCH;
+  return c;
+}
+
+std::vector<uint8_t> only(int32_t rank) {
+  std::vector<uint8_t> mask(kNumSceneRanks, 0);
+  mask[static_cast<size_t>(rank)] = 1;
+  return mask;
+}
+
+void require(bool condition, const std::string& what) {
+  if (!condition) throw std::runtime_error(what);
+}
+
+void require_ok(tern_status status, const char* what) {
+  require(status == TERN_OK, fmt::format("{}: {}: {}", what, tern_status_name(status), tern_last_error()));
+}
+
+std::string group_name(const char* scene) { return fmt::format("failure-{}-{}", scene, getpid()); }
+
+// A rank's device, group and exchange, in its process.
+struct Member {
+  Member(RankSeat& seat, const std::string& name, const Scenario& scenario, const SceneSettings& of,
+         tern_timeout_policy policy = TERN_ON_TIMEOUT_ABORT)
+      : settings(of),
+        device(make_rank_device(of.run, seat.rank())),
+        group(Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat, group_options(name))),
+        exchange(group, exchange_options(scenario, policy)) {}
+
+  static tern_group_options group_options(const std::string& name) {
+    tern_group_options options;
+    options.name = name.c_str();
+    return options;
+  }
+  tern_exchange_options exchange_options(const Scenario& scenario, tern_timeout_policy policy) const {
+    tern_exchange_options options = with(scenario.exchange_options(), settings.run, *device);
+    options.on_timeout = policy;
+    return options;
+  }
+
+  tern_exchange* get() const { return exchange.get(); }
+  RoundTrip trip(const Scenario& scenario) const { return RoundTrip(scenario, group.rank(), exchange.get(), *device); }
+
+  const SceneSettings& settings;
+  std::unique_ptr<RankDevice> device;
+  Group group;
+  Exchange exchange;
+};
+
+// A whole cycle with a new plan must be right.
+void require_right(const Scenario& scenario, const Member& member) {
+  RoundTrip trip = member.trip(scenario);
+  trip.run();
+  require(trip.differences().empty(), join_lines(trip.differences()));
+}
+
+// The device takes new memory, writes and copies.
+void require_device_works(RankDevice& device) {
+  constexpr int64_t kNumBytes = 1 << 20;
+  const DeviceMemory memory(device, kNumBytes);
+  Bytes found(kNumBytes), half(kNumBytes / 2, 0x11);
+  device.fill(memory.data(), 0x77, kNumBytes);
+  device.copy_in(memory.data(), half.data(), kNumBytes / 2);
+  device.copy_out(found.data(), memory.data(), kNumBytes);
+  require(std::count(found.begin(), found.end(), 0x11) == kNumBytes / 2 && found.back() == 0x77,
+          "memory of the device does not hold its contents");
+}
+
+// Runs a step that must fail within reasonable time because of a rank that is gone; returns the text of the error.
+template <typename Step>
+std::string failing(const Member& member, Step step) {
+  const auto start = std::chrono::steady_clock::now();
+  std::string text;
+  try {
+    step();
+  } catch (const std::runtime_error& error) {
+    text = error.what();
+  }
+  const auto elapsed = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start).count();
+  require(!text.empty(), "the operation succeeded without the missing rank");
+  require(elapsed < 10 * member.settings.run.timeout_ms, fmt::format("the error took {} ms", elapsed));
+  require_device_works(*member.device);
+  return text;
+}
+
+// A rank that waits for nobody hears of the failure of others when their word has come.
+void await_failed(const Member& member) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(10 * member.settings.run.timeout_ms);
+  while (member.exchange.state().health != TERN_HEALTH_FAILED) {
+    require(std::chrono::steady_clock::now() < deadline, "the rank that left out a call was not told");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+// The error and the record name the rank, the operation and the epoch.
+void require_names_victim(const std::string& text, const char* operation, tern_operation recorded, const Exchange& exchange) {
+  require(text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
+  for (const std::string& part : {fmt::format("rank {}", kVictim), std::string(operation), std::string("epoch")})
+    require(text.find(part) != std::string::npos, fmt::format("\"{}\" is not in: {}", part, text));
+  const tern_exchange_state state = exchange.state();
+  require(state.health == TERN_HEALTH_FAILED, "health is not FAILED");
+  require(state.failure.status == TERN_TIMEOUT, fmt::format("the record's status is {}", tern_status_name(state.failure.status)));
+  require(state.failure.awaited == kVictim, fmt::format("the record awaits rank {}", state.failure.awaited));
+  require(state.failure.waiter >= 0 && state.failure.waiter < kNumSceneRanks && state.failure.waiter != kVictim,
+          "the waiter is no survivor");
+  require(state.failure.operation == recorded, fmt::format("the record's operation is {}", state.failure.operation));
+  require(state.failure.expected_epoch > state.failure.seen_epoch, "the record's epochs make no sense");
+}
+
+void require_masked(const Exchange& exchange, const std::vector<uint8_t>& mask, uint32_t generation) {
+  const tern_exchange_state state = exchange.state();
+  const bool any = std::find(mask.begin(), mask.end(), 1) != mask.end();
+  require(state.health == (any ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK), fmt::format("health is {}", static_cast<int>(state.health)));
+  require(state.generation == generation, fmt::format("generation is {}, expected {}", state.generation, generation));
+  require(state.failure.status == TERN_OK, "the record of the last generation is still there");
+  for (int32_t rank = 0; rank < kNumSceneRanks; ++rank)
+    require(state.masked[rank] == (mask.empty() ? 0 : mask[static_cast<size_t>(rank)]),
+            fmt::format("masked[{}] is {}", rank, state.masked[rank]));
+}
+
+void recover_masking(const Member& member) {
+  tern_recover_options options;
+  options.allow_mask = 1;
+  require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+}
+
+void require_stale(const Member& member, RoundTrip& trip) {
+  const std::string text = failing(member, [&] { trip.dispatch(1); });
+  require(text.find("TERN_STALE_PLAN") != std::string::npos, text);
+}
+
+void expect_no_complaints(const std::vector<RankReport>& reports, std::optional<int32_t> dead) {
+  for (size_t rank = 0; rank < reports.size(); ++rank) {
+    if (dead.has_value() && static_cast<int32_t>(rank) == *dead) continue;
+    EXPECT_TRUE(reports[rank].finished) << "rank " << rank << " left no report";
+    EXPECT_EQ(reports[rank].text, "") << "rank " << rank;
+  }
+}
+
+template <typename Seat>
+void wait_for_all(const Seat& seat, uint64_t stage) {
+  for (int32_t rank = 0; rank < kNumSceneRanks; ++rank) seat.wait_for_stage(rank, stage);
+}
+template <typename Seat>
+void wait_for_survivors(const Seat& seat, uint64_t stage) {
+  for (int32_t rank = 0; rank < kNumSceneRanks; ++rank)
+    if (rank != kVictim) seat.wait_for_stage(rank, stage);
+}
+
+// What survivors do once the victim is out of action: see the error, recover without it, go on.
+void survive(RankSeat& seat, const Member& member, RoundTrip& trip, const Case& c) {
+  seat.wait_for_stage(-1, kStruck);
+  const std::string text = failing(member, [&] { trip.dispatch(0); });
+  require_names_victim(text, "dispatch", TERN_OP_DISPATCH, member.exchange);
+  // A failed exchange stays failed until it is recovered.
+  require(!failing(member, [&] { trip.combine(0); }).empty(), "");
+
+  recover_masking(member);
+  require_masked(member.exchange, only(kVictim), 1);
+  require_stale(member, trip);
+
+  const Scenario without(c, only(kVictim));
+  for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
+  seat.set_stage(kRecovered);
+}
+
+// What all ranks do when none is gone.
+void recover_together(const Scenario& scenario, const Member& member, RoundTrip& trip) {
+  require_ok(tern_exchange_recover(member.get(), nullptr), "tern_exchange_recover");
+  require_masked(member.exchange, {}, 1);
+  require_stale(member, trip);
+  for (int repeat = 0; repeat < 3; ++repeat) require_right(scenario, member);
+  // A plan of the old generation lives again once it is routed.
+  trip.route();
+  trip.dispatch(3);
+  trip.combine(3);
+  require(trip.differences().empty(), join_lines(trip.differences()));
+}
+
+}  // namespace
+
+void killed_rank_is_named_and_masked(const SceneSettings& settings) {
+  const std::string name = group_name("killed");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    RoundTrip trip = member.trip(scenario);
+    trip.run();
+    seat.set_stage(kReady);
+    if (seat.rank() == kVictim) seat.wait_for_stage(-1, kWokenUp);
+    survive(seat, member, trip, scenario.c);
+    // A plan of the old generation lives again once it is routed.
+    const Scenario without(scenario.c, only(kVictim));
+    RoundTrip again = member.trip(without);
+    again.route();
+    again.dispatch(2);
+    again.combine(2);
+    return join_lines(again.differences());
+  });
+  wait_for_all(ranks, kReady);
+  const std::string victim_pid = std::to_string(ranks.pid(kVictim));
+  ASSERT_EQ(kill(ranks.pid(kVictim), SIGKILL), 0);
+  ranks.set_stage(kStruck);
+  expect_no_complaints(ranks.join(), kVictim);
+
+  for (const auto& entry : std::filesystem::directory_iterator("/dev/shm")) {
+    const std::string left = entry.path().filename().string();
+    EXPECT_TRUE(left.find(name) == std::string::npos && left.find(victim_pid) == std::string::npos) << left << " was left behind";
+  }
+}
+
+void stopped_rank_wakes_up_and_harms_nobody(const SceneSettings& settings) {
+  const std::string name = group_name("stopped");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    RoundTrip trip = member.trip(scenario);
+    trip.run();
+    seat.set_stage(kReady);
+    if (seat.rank() == kVictim) {
+      seat.wait_for_stage(-1, kWokenUp);
+      const std::string text = failing(member, [&] { trip.dispatch(0); });
+      require(text.find("returned TERN_OK") == std::string::npos, text);
+      const tern_status status = tern_exchange_recover(member.get(), nullptr);
+      require(status == TERN_MASKED_OUT, fmt::format("recover of the masked rank: {}: {}", tern_status_name(status), tern_last_error()));
+      seat.set_stage(kAnswered);
+      return std::string();
+    }
+    survive(seat, member, trip, scenario.c);
+    // Work goes on while the other one wakes up, and afterwards.
+    const Scenario without(scenario.c, only(kVictim));
+    for (int repeat = 0; repeat < 50; ++repeat) require_right(without, member);
+    seat.wait_for_stage(kVictim, kAnswered);
+    for (int repeat = 0; repeat < 5; ++repeat) require_right(without, member);
+    return std::string();
+  });
+  wait_for_all(ranks, kReady);
+  ASSERT_EQ(kill(ranks.pid(kVictim), SIGSTOP), 0);
+  ranks.set_stage(kStruck);
+  ranks.wait_for_stage(0, kRecovered);
+  ASSERT_EQ(kill(ranks.pid(kVictim), SIGCONT), 0);
+  ranks.set_stage(kWokenUp);
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+void stopped_rank_comes_back(const SceneSettings& settings) {
+  const std::string name = group_name("back");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    RoundTrip trip = member.trip(scenario);
+    trip.run();
+    seat.set_stage(kReady);
+    if (seat.rank() != kVictim) {
+      seat.wait_for_stage(-1, kStruck);
+      require_names_victim(failing(member, [&] { trip.dispatch(0); }), "dispatch", TERN_OP_DISPATCH, member.exchange);
+      seat.set_stage(kFailed);
+    }
+    seat.wait_for_stage(-1, kWokenUp);
+    recover_together(scenario, member, trip);
+    return std::string();
+  });
+  wait_for_all(ranks, kReady);
+  ASSERT_EQ(kill(ranks.pid(kVictim), SIGSTOP), 0);
+  ranks.set_stage(kStruck);
+  wait_for_survivors(ranks, kFailed);
+  ASSERT_EQ(kill(ranks.pid(kVictim), SIGCONT), 0);
+  ranks.set_stage(kWokenUp);
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+void struck_anywhere(const SceneSettings& settings, int signal) {
+  const std::string name = group_name("anywhere");
+  const Scenario scenario(ordinary_case(settings)), without(scenario.c, only(kVictim));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    const std::string text = failing(member, [&] {
+      RoundTrip trip = member.trip(scenario);
+      for (int batch = 0; batch < 1'000'000; ++batch) {
+        if (batch == 10) seat.set_stage(kReady);
+        trip.route();
+        trip.dispatch(batch);
+        trip.combine(batch);
+        require(trip.differences().empty(), join_lines(trip.differences()));
+      }
+    });
+    if (seat.rank() == kVictim) return std::string();  // an error is all that it can get
+    require(text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
+    recover_masking(member);
+    require_masked(member.exchange, only(kVictim), 1);
+    require_right(without, member);
+    seat.set_stage(kRecovered);
+    for (int repeat = 0; repeat < 50; ++repeat) require_right(without, member);
+    return std::string();
+  });
+  wait_for_all(ranks, kReady);
+  ASSERT_EQ(kill(ranks.pid(kVictim), signal), 0);
+  wait_for_survivors(ranks, kRecovered);
+  if (signal == SIGKILL) return expect_no_complaints(ranks.join(), kVictim);
+  ASSERT_EQ(kill(ranks.pid(kVictim), SIGCONT), 0);
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+void recovery_of_all_ranks(const SceneSettings& settings) {
+  const std::string name = group_name("skipped");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    RoundTrip trip = member.trip(scenario);
+    trip.run();
+    if (seat.rank() == kVictim) {
+      wait_for_survivors(seat, kReady);
+      await_failed(member);
+    } else {
+      require_names_victim(failing(member, [&] { trip.dispatch(0); }), "dispatch", TERN_OP_DISPATCH, member.exchange);
+      seat.set_stage(kReady);
+    }
+    recover_together(scenario, member, trip);
+    return std::string();
+  });
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+void recovery_from_a_mismatch(const SceneSettings& settings) {
+  const std::string name = group_name("mismatch");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    RoundTrip trip = member.trip(scenario);
+    trip.run();
+    // One more after it: what one rank saw in the last operation reaches the others here at the latest.
+    const std::string text = failing(member, [&] {
+      if (seat.rank() == kVictim) trip.combine(2);
+      trip.dispatch(2);
+      trip.dispatch(2);
+    });
+    require(text.find("TERN_MISMATCH") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
+    await_failed(member);
+    const tern_status status = member.exchange.state().failure.status;
+    require(status == TERN_MISMATCH, fmt::format("the record's status is {}", tern_status_name(status)));
+    recover_together(scenario, member, trip);
+    return std::string();
+  });
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+void recovery_without_a_mask_needs_every_rank(const SceneSettings& settings) {
+  const std::string name = group_name("unmasked");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    if (seat.rank() != kVictim) {
+      const tern_status status = tern_exchange_recover(member.get(), nullptr);
+      require(status == TERN_TIMEOUT || status == TERN_ABORTED, fmt::format("{}: {}", tern_status_name(status), tern_last_error()));
+      require(std::string(tern_last_error()).find(fmt::format("rank {}", kVictim)) != std::string::npos, tern_last_error());
+      recover_masking(member);
+      require(member.exchange.state().masked[kVictim] == 1, "the rank is not masked");
+      require_right(Scenario(scenario.c, only(kVictim)), member);
+    }
+    seat.set_stage(kReady);
+    wait_for_all(seat, kReady);
+    return std::string();
+  });
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+void chosen_mask(const SceneSettings& settings) {
+  const std::string name = group_name("chosen");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    require_right(scenario, member);
+    if (seat.rank() != kVictim) {
+      const std::vector<uint8_t> mask = only(kVictim);
+      tern_recover_options options;
+      options.mask = mask.data();
+      require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+      require_masked(member.exchange, mask, 1);
+      require_right(Scenario(scenario.c, mask), member);
+      seat.set_stage(kReady);
+      seat.wait_for_stage(kVictim, kAnswered);
+      require_right(Scenario(scenario.c, mask), member);
+      return std::string();
+    }
+    wait_for_survivors(seat, kReady);
+    failing(member, [&] { require_right(scenario, member); });
+    const tern_status status = tern_exchange_recover(member.get(), nullptr);
+    require(status == TERN_MASKED_OUT, fmt::format("{}: {}", tern_status_name(status), tern_last_error()));
+    seat.set_stage(kAnswered);
+    return std::string();
+  });
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+void policy_mask(const SceneSettings& settings) {
+  const std::string name = group_name("policy");
+  const Scenario scenario(ordinary_case(settings)), without(scenario.c, only(kVictim));
+  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+    require_right(scenario, member);
+    seat.set_stage(kReady);
+    if (seat.rank() == kVictim) seat.wait_for_stage(-1, kWokenUp);
+    seat.wait_for_stage(-1, kStruck);
+
+    const PlanHandle plan = make_plan(member.get(), scenario.plan_options());
+    RoutingCall call;
+    call.load(scenario, {seat.rank(), member.get(), member.device.get(), scenario.c.max_tokens}, false);
+    tern_launch launch;
+    launch.stream = member.device->stream();
+    require_ok(tern_plan_route(plan.get(), &call.routing, &launch, nullptr), "tern_plan_route");
+    member.device->synchronise();
+    for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
+    require_masked(member.exchange, only(kVictim), 1);
+    return std::string();
+  });
+  wait_for_all(ranks, kReady);
+  ASSERT_EQ(kill(ranks.pid(kVictim), SIGKILL), 0);
+  ranks.set_stage(kStruck);
+  expect_no_complaints(ranks.join(), kVictim);
+}
+
+}  // namespace tern::conformance

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ranks that die, stop or do not come, with real processes and real signals: all others get an error that names the rank, in bounded
+// time; they go on without it, and it harms nobody when it wakes up. Each scene is the body of a test, for ranks of any device.
+#pragma once
+
+#include <cstdint>
+
+#include "conformance/runner.h"
+
+namespace tern::conformance {
+
+constexpr int32_t kNumSceneRanks = 4;
+
+struct SceneSettings {
+  RunOptions run;  // with the timeout of the operations, which most scenes wait for
+  tern_extent extent = TERN_EXTENT_EXACT;
+  int64_t process_timeout_ms = 40'000;  // of the whole scene
+};
+
+void killed_rank_is_named_and_masked(const SceneSettings& settings);
+void stopped_rank_wakes_up_and_harms_nobody(const SceneSettings& settings);
+void stopped_rank_comes_back(const SceneSettings& settings);
+// The victim gets the signal (SIGSTOP or SIGKILL) wherever it happens to be, in the middle of copying too.
+void struck_anywhere(const SceneSettings& settings, int signal);
+// One rank leaves out a call; nobody is dead, and all go on together.
+void recovery_of_all_ranks(const SceneSettings& settings);
+// One rank calls another operation than the others.
+void recovery_from_a_mismatch(const SceneSettings& settings);
+void recovery_without_a_mask_needs_every_rank(const SceneSettings& settings);
+// A healthy rank that the others leave out on purpose learns of it.
+void chosen_mask(const SceneSettings& settings);
+// With the policy MASK the operation itself goes on, and the following ones run without the rank.
+void policy_mask(const SceneSettings& settings);
+
+}  // namespace tern::conformance

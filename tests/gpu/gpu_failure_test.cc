@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ranks that die, stop or do not come, on GPUs: the others get the error within the timeout, their CUDA context goes on working (each
+// scene uses it right after the error), and they recover.
+#include <csignal>
+
+#include "engine/failure_scenes.h"
+#include "gpu/support.h"
+
+namespace tern::conformance {
+namespace {
+
+class GpuFailure : public testing::TestWithParam<tern_extent> {
+ protected:
+  void SetUp() override { TERN_NEED_GPUS(kNumSceneRanks); }
+
+  SceneSettings settings() const {
+    SceneSettings result;
+    result.run = gpu_options(kNumSceneRanks);
+    result.run.timeout_ms = 1'500;
+    result.extent = GetParam();
+    result.process_timeout_ms = 150'000;  // CUDA takes seconds to start
+    return result;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Extents, GpuFailure, testing::Values(TERN_EXTENT_EXACT, TERN_EXTENT_WORST),
+                         [](const auto& chosen) { return chosen.param == TERN_EXTENT_EXACT ? "Exact" : "Worst"; });
+
+TEST_P(GpuFailure, KilledRankIsNamedAndMasked) { killed_rank_is_named_and_masked(settings()); }
+TEST_P(GpuFailure, StoppedRankWakesUpAndHarmsNobody) { stopped_rank_wakes_up_and_harms_nobody(settings()); }
+TEST_P(GpuFailure, StoppedRankComesBack) { stopped_rank_comes_back(settings()); }
+TEST_P(GpuFailure, StoppedAnywhere) { struck_anywhere(settings(), SIGSTOP); }
+TEST_P(GpuFailure, KilledAnywhere) { struck_anywhere(settings(), SIGKILL); }
+TEST_P(GpuFailure, RecoveryOfAllRanks) { recovery_of_all_ranks(settings()); }
+TEST_P(GpuFailure, RecoveryFromAMismatch) { recovery_from_a_mismatch(settings()); }
+TEST_P(GpuFailure, RecoveryWithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(settings()); }
+TEST_P(GpuFailure, ChosenMask) { chosen_mask(settings()); }
+TEST_P(GpuFailure, PolicyMask) { policy_mask(settings()); }
+
+}  // namespace
+}  // namespace tern::conformance

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "spin.h"
+
+namespace tern::conformance {
+namespace {
+
+__device__ int64_t nanoseconds() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+__global__ void spin(int64_t duration_ns) {
+  const int64_t end = nanoseconds() + duration_ns;
+  while (nanoseconds() < end) __nanosleep(1000);
+}
+
+}  // namespace
+
+cudaError_t launch_spin(cudaStream_t stream, int num_blocks, int64_t micros) {
+  int device = 0, shared_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(spin, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  spin<<<num_blocks, 128, static_cast<size_t>(shared_bytes), stream>>>(micros * 1000);
+  return cudaGetLastError();
+}
+
+}  // namespace tern::conformance
