@@ -11,14 +11,12 @@
 #include <memory>
 #include <type_traits>
 
-#include "base/error.h"
-
 namespace tern::tools {
 
+[[noreturn]] void fail_cuda(cudaError_t error, const char* asked);
+
 inline void check_cuda(cudaError_t error, const char* asked) {
-  if (error == cudaSuccess) return;
-  const tern_status status = error == cudaErrorMemoryAllocation ? TERN_OUT_OF_MEMORY : TERN_SYSTEM_ERROR;
-  fail(status, "CUDA: {}: {} ({})", asked, cudaGetErrorString(error), cudaGetErrorName(error));
+  if (error != cudaSuccess) fail_cuda(error, asked);
 }
 
 // Own an event, a stream, or memory. The device that they belong to is current when they go.

@@ -7,6 +7,7 @@
 #include <array>
 #include <exception>
 
+#include "base/error.h"
 #include "devices/rank_device.h"
 #include "tools/cuda_call.h"
 

@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "base/error.h"
 #include "tools/cuda_call.h"
 #include "tools/link_copy.h"
 #include "tools/meter.h"
@@ -27,7 +28,7 @@ class SharedMemory {
  public:
   SharedMemory(const RankContext& context, const RankDevice& device, int64_t num_bytes) {
     own_ = make_cuda_memory(num_bytes);
-    Address mine{.pid = getpid(), .device = device.index(), .memory = own_.get()};
+    Address mine{.pid = getpid(), .device = device.index(), .memory = own_.get(), .handle = {}};
     check_cuda(cudaIpcGetMemHandle(&mine.handle, own_.get()), "a handle of memory for plain copies");
     std::vector<Address> all(static_cast<size_t>(context.num_ranks));
     context.board.allgather(context.rank, std::as_bytes(std::span(&mine, 1)), reinterpret_cast<std::byte*>(all.data()),
@@ -149,7 +150,7 @@ class CudaLinkCeiling : public LinkCeiling {
 
   // Ranks begin with different peers.
   LinkCopy copy_of(Way way, bool with_own) const {
-    LinkCopy copy{.num_parts = 0, .chunk_bytes = shape_.chunk_bytes, .chunks_per_part = part_bytes_ / shape_.chunk_bytes};
+    LinkCopy copy{.parts = {}, .num_parts = 0, .chunk_bytes = shape_.chunk_bytes, .chunks_per_part = part_bytes_ / shape_.chunk_bytes};
     for (int i = with_own ? 0 : 1; i < context_.num_ranks; ++i)
       copy.parts[copy.num_parts++] = part_of(way, (context_.rank + i) % context_.num_ranks);
     return copy;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tools/stream_timer.h"
 
+#include "base/error.h"
 #include "tools/cuda_call.h"
 
 namespace tern::tools {
