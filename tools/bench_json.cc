@@ -74,15 +74,6 @@ Json record_json(const BenchSetting& setting, const BenchRecord& record) {
 
 }  // namespace
 
-BenchJson::BenchJson() : lines_(std::tmpfile()) {
-  if (lines_ == nullptr) fail_errno("tmpfile", "a place for results");
-}
-
-void BenchJson::append(const std::string& line) {
-  std::fputs((line + "\n").c_str(), lines_.get());
-  if (std::fflush(lines_.get()) != 0) fail_errno("fflush", "results cannot be kept");
-}
-
 void BenchJson::add_machine(const BenchSetting& setting, const std::vector<LinkRates>& links) {
   const CpuFacts cpu = read_cpu_facts();
   Json machine{{"cpu", cpu.model},
@@ -93,28 +84,23 @@ void BenchJson::add_machine(const BenchSetting& setting, const std::vector<LinkR
                {"tern_version", version_text(tern_version())},
                {"launch", launch_name(setting.launch.kind)}};
   if (setting.device.cuda()) machine["gpus"] = gpus_json(links);
-  append(Json{{"machine", machine}}.dump());
+  lines_.add(Json{{"machine", machine}}.dump());
 }
 
 void BenchJson::add(const BenchSetting& setting, const std::vector<BenchRecord>& records) {
-  for (const BenchRecord& record : records) append(record_json(setting, record).dump());
+  for (const BenchRecord& record : records) lines_.add(record_json(setting, record).dump());
 }
 
 void BenchJson::write(const std::string& path) {
-  std::string text;
-  char part[4096];
-  std::rewind(lines_.get());
-  while (const size_t count = std::fread(part, 1, sizeof part, lines_.get())) text.append(part, count);
-  if (text.empty()) return;
+  const std::vector<std::string> lines = lines_.read();
+  if (lines.empty()) return;
   Json document{{"machine", Json()}, {"records", Json::array()}};
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = text.find('\n', at);
-    const Json line = Json::parse(text.substr(at, end - at));
+  for (const std::string& text : lines) {
+    const Json line = Json::parse(text);
     if (line.contains("machine"))
       document["machine"] = line["machine"];
     else
       document["records"].push_back(line);
-    at = end + 1;
   }
   std::ofstream file(path);
   file << document.dump(2) << '\n';

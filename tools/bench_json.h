@@ -6,19 +6,16 @@
 //   json.write("result.json");
 #pragma once
 
-#include <cstdio>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "tools/bench.h"
+#include "tools/shared_lines.h"
 
 namespace tern::tools {
 
 class BenchJson {
  public:
-  BenchJson();
-
   void add_machine(const BenchSetting& setting, const std::vector<LinkRates>& links);
   void add(const BenchSetting& setting, const std::vector<BenchRecord>& records);
 
@@ -26,12 +23,7 @@ class BenchJson {
   void write(const std::string& path);
 
  private:
-  struct Close {
-    void operator()(std::FILE* file) const noexcept { std::fclose(file); }
-  };
-  void append(const std::string& line);
-
-  std::unique_ptr<std::FILE, Close> lines_;  // one document a line; shared with forked ranks
+  SharedLines lines_;  // one document each
 };
 
 }  // namespace tern::tools

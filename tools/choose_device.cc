@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tools/choose_device.h"
 
+#include <cstdlib>
+
 #include "base/error.h"
 #include "tools/cuda_facts.h"
 
@@ -9,7 +11,11 @@ namespace tern::tools {
 ChosenDevice choose_device(const std::string& name) {
   if (name == "cpu") return {};
   const int32_t num_gpus = built_with_cuda() ? count_cuda_devices_in_child() : 0;
-  if (num_gpus > 0) return {TERN_DEVICE_CUDA, num_gpus};
+  if (num_gpus > 0) {
+    // Streams that share a hardware queue wait for each other; those of ranks that share a GPU must not. Read when CUDA starts.
+    ::setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+    return {TERN_DEVICE_CUDA, num_gpus};
+  }
   if (name == "cuda")
     fail(TERN_UNSUPPORTED, "--device cuda is asked for, but {}: use --device cpu",
          built_with_cuda() ? "CUDA finds no GPU here (tern doctor and nvidia-smi may say why)"
