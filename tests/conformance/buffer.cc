@@ -58,13 +58,20 @@ bool GuardedBuffer::Image::guards_intact() const {
          std::all_of(memory_.end() - kGuardBytes, memory_.end(), is_guard);
 }
 
-const void* InputArray::load_bytes(RankDevice& device, const void* bytes, int64_t num_bytes, int64_t room_bytes) {
-  if (num_bytes > room_bytes) throw std::runtime_error("an input does not fit the room that was given to it");
-  if (room_bytes == 0) return nullptr;
-  if (memory_.num_bytes() < room_bytes) memory_ = DeviceMemory(device, room_bytes);
-  device.fill(memory_.as<uint8_t>() + num_bytes, kPoison, memory_.num_bytes() - num_bytes);
-  device.copy_in(memory_.data(), bytes, num_bytes);
-  return memory_.data();
+void InputArray::make_room(RankDevice& device, int64_t num_bytes, tern_exchange* window) {
+  if (num_bytes == 0) return;
+  if (window != nullptr && in_window_.num_bytes() < num_bytes) in_window_ = GuardedBuffer(num_bytes, window, device);
+  if (window == nullptr && memory_.num_bytes() < num_bytes) memory_ = DeviceMemory(device, num_bytes);
+}
+
+const void* InputArray::load_bytes(RankDevice& device, std::span<const std::byte> bytes) {
+  uint8_t* const data = in_window_.data() != nullptr ? in_window_.data() : memory_.as<uint8_t>();
+  const auto num_bytes = static_cast<int64_t>(bytes.size()), room = std::max(in_window_.num_bytes(), memory_.num_bytes());
+  if (num_bytes > room) throw std::runtime_error("an input does not fit the room that was given to it");
+  if (data == nullptr) return nullptr;
+  device.fill(data + num_bytes, kPoison, room - num_bytes);
+  device.copy_in(data, bytes.data(), num_bytes);
+  return data;
 }
 
 }  // namespace tern::conformance

@@ -8,6 +8,7 @@
 
 #include <tern/tern.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -61,18 +62,20 @@ class GuardedBuffer {
 
 class InputArray {
  public:
-  // Copies `values` to the device and returns where they lie: at the same address as long as `room`, in elements, does not grow.
-  // Room beyond the values holds kPoison. NULL if there is no room.
+  // Copies `values` to the device, or to the window of an exchange, and returns where they lie: at the same address as long as `room`, in
+  // elements, does not grow. Room beyond the values holds kPoison. NULL if there is no room.
   template <typename T>
-  const T* load(RankDevice& device, const std::vector<T>& values, size_t room) {
-    const std::span<const T> view(values);
-    return static_cast<const T*>(
-        load_bytes(device, view.data(), static_cast<int64_t>(view.size_bytes()), static_cast<int64_t>(room * sizeof(T))));
+  const T* load(RankDevice& device, const std::vector<T>& values, size_t room, tern_exchange* window = nullptr) {
+    make_room(device, static_cast<int64_t>(room * sizeof(T)), window);
+    return static_cast<const T*>(load_bytes(device, std::as_bytes(std::span<const T>(values))));
   }
 
  private:
-  const void* load_bytes(RankDevice& device, const void* bytes, int64_t num_bytes, int64_t room_bytes);
+  void make_room(RankDevice& device, int64_t num_bytes, tern_exchange* window);
+  const void* load_bytes(RankDevice& device, std::span<const std::byte> bytes);
+
   DeviceMemory memory_;
+  GuardedBuffer in_window_;
 };
 
 }  // namespace tern::conformance

@@ -64,9 +64,8 @@ void DispatchCall::load(const Scenario& scenario, int batch, const RankPlace& pl
 
 void DispatchCall::load_inputs(const Case& c, const RankPlace& place, int64_t num_tokens) {
   const int64_t granule = c.scale_element_bytes, num_scales = c.scale_bytes / granule;
-  const int64_t token_stride = c.token_bytes() + (c.strided ? 32 : 0);
-  const int64_t scale_stride = c.strided ? 2 * granule : granule,
-                scale_token_stride = num_scales * scale_stride + (c.strided && num_scales > 0 ? granule : 0);
+  const int64_t token_stride = c.token_stride_bytes(), scale_stride = c.scale_stride_bytes(),
+                scale_token_stride = c.scale_token_stride_bytes();
   Bytes tokens(static_cast<size_t>(num_tokens * token_stride), kPoison),
       scales(static_cast<size_t>(num_tokens * scale_token_stride), kPoison);
   Bytes token_scales(static_cast<size_t>(c.scale_bytes));
@@ -81,12 +80,13 @@ void DispatchCall::load_inputs(const Case& c, const RankPlace& place, int64_t nu
     weights.push_back(make_weight(c, batch_, place.rank, WeightUse::kDispatch, i));
 
   const int64_t room = place.room_tokens;
-  args.tokens = tokens_.load(*place.device, tokens, static_cast<size_t>(room * token_stride));
+  tern_exchange* const window = c.window_tokens ? place.exchange : nullptr;
+  args.tokens = tokens_.load(*place.device, tokens, static_cast<size_t>(room * token_stride), window);
   args.dtype = c.dtype;
   args.encoding = c.encoding;
   args.hidden = c.hidden;
   args.token_stride_bytes = c.strided ? token_stride : 0;
-  args.scales = scales_.load(*place.device, scales, static_cast<size_t>(room * scale_token_stride));
+  args.scales = scales_.load(*place.device, scales, static_cast<size_t>(room * scale_token_stride), window);
   args.scale_bytes = c.scale_bytes;
   args.scale_element_bytes = c.scale_bytes > 0 ? granule : 0;
   args.scale_token_stride_bytes = c.strided && c.scale_bytes > 0 ? scale_token_stride : 0;

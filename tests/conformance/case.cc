@@ -34,6 +34,11 @@ int64_t Case::arriving_scale_bytes() const {
   return encoding == TERN_ENCODING_FP8_UE8M0 ? divide_up(num_blocks, 4) * 4 : num_blocks * 4;
 }
 
+int64_t Case::scale_token_stride_bytes() const {
+  const int64_t num_scales = scale_bytes / scale_element_bytes;
+  return num_scales * scale_stride_bytes() + (strided && num_scales > 0 ? scale_element_bytes : 0);
+}
+
 int64_t Case::combine_row_bytes() const { return combine_hidden() * element_bytes(combine_dtype); }
 
 int64_t Case::num_tokens(int32_t rank) const {
@@ -112,6 +117,7 @@ std::string Case::name() const {
   add(num_biases != 0, "biases=", num_biases);
   add(return_weights, "return_weights", "");
   add(phases, "phases", "");
+  add(window_tokens, "window_tokens", "");
   add(window_dispatch, "window_dispatch", "");
   add(window_combine, "window_combine", "");
   add(staging_bytes != 0, "staging=", staging_bytes);

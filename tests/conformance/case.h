@@ -67,6 +67,7 @@ struct Case {
   bool return_weights = false;
 
   bool phases = false;           // send, then receive, instead of whole operations
+  bool window_tokens = false;    // tokens and scales to be sent lie in the window
   bool window_dispatch = false;  // outputs of dispatch lie in the window
   bool window_combine = false;   // rows of combine lie in the window
   int64_t staging_bytes = 0;     // 0: enough for one round
@@ -80,6 +81,9 @@ struct Case {
   bool masks_ranks() const { return routing == Routing::kRankMask; }
 
   int64_t token_bytes() const;  // of a row as it is sent
+  int64_t token_stride_bytes() const { return token_bytes() + (strided ? 32 : 0); }
+  int64_t scale_stride_bytes() const { return strided ? 2 * scale_element_bytes : scale_element_bytes; }
+  int64_t scale_token_stride_bytes() const;
   int64_t arriving_token_bytes() const;
   int64_t arriving_scale_bytes() const;
   int64_t scale_granule_bytes() const { return casts() ? 4 : scale_element_bytes; }

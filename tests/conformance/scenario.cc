@@ -28,6 +28,9 @@ tern_exchange_options Scenario::exchange_options(int32_t num_trips) const {
   size_t most_rows = 0;
   for (const Placement& placement : placements) most_rows = std::max(most_rows, placement.rows.size());
   const auto num_rows = static_cast<int64_t>(most_rows);
+  if (c.window_tokens)
+    options.window_bytes += GuardedBuffer::window_bytes(c.max_tokens * c.token_stride_bytes()) +
+                            GuardedBuffer::window_bytes(c.max_tokens * c.scale_token_stride_bytes());
   if (c.window_dispatch)
     options.window_bytes +=
         GuardedBuffer::window_bytes(num_rows * c.arriving_token_bytes()) + GuardedBuffer::window_bytes(num_rows * c.arriving_scale_bytes());

@@ -40,7 +40,7 @@ TEST(Phases, EveryLayoutAndMemory) {
           c.extent = extent;
           c.phases = c.delays = true;
           c.fused = extent == TERN_EXTENT_WORST && window;
-          c.window_dispatch = c.window_combine = window;
+          c.window_tokens = c.window_dispatch = c.window_combine = window;
           c.combine_mode = mode;
           expect_right_as_threads(c.normalized());
         }

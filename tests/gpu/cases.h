@@ -35,6 +35,29 @@ inline std::vector<Case> layout_cases_of(int32_t num_ranks) {
   return result;
 }
 
+// Tokens, scales, outputs and rows of combine in the window or in memory of the caller, in every mixture.
+inline std::vector<Case> window_cases(int32_t num_ranks) {
+  std::vector<Case> result;
+  for (const tern_layout layout : kLayouts)
+    for (const tern_extent extent : {TERN_EXTENT_EXACT, TERN_EXTENT_WORST})
+      for (int mixture = 1; mixture < 8; ++mixture)
+        for (const bool strided : {false, true}) {
+          Case c = ordinary_case(num_ranks, layout);
+          c.extent = extent;
+          c.max_tokens = 130;
+          c.hidden = 1032;
+          c.scale_bytes = strided ? 20 : 32;
+          c.strided = strided;
+          c.window_tokens = (mixture & 1) != 0;
+          c.window_dispatch = (mixture & 2) != 0;
+          c.window_combine = (mixture & 4) != 0;
+          c.phases = mixture == 7 && strided;
+          c.delays = mixture == 7;
+          result.push_back(c.normalized());
+        }
+  return result;
+}
+
 // Rows of DeepSeek-V3 (7168, top-8 of 256) and gpt-oss (2880, top-4 of 128).
 inline std::vector<Case> model_cases(int32_t num_ranks, int64_t max_tokens) {
   std::vector<Case> result;
@@ -125,7 +148,7 @@ inline std::vector<Case> graph_cases(int32_t num_ranks) {
           c.extent = TERN_EXTENT_WORST;
           c.routing = Routing::kHoles;
           c.fused = fused;
-          c.window_dispatch = c.window_combine = window;
+          c.window_tokens = c.window_dispatch = c.window_combine = window;
           c.spread = spread;
           c.phases = fused != window;
           c.row_capacity = layout == TERN_LAYOUT_EXPERT_PADDED || spread == Spread::kFull ? 0 : 30;

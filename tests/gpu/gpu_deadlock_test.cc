@@ -184,6 +184,58 @@ TEST_P(GpuDeadlock, AllocationsBeside) {
   expect_right_beside(beside);
 }
 
+// Making and ending a plan takes and gives back memory, while other ranks are an operation ahead.
+TEST_P(GpuDeadlock, PlansComeAndGo) {
+  Case c = worst_case(6);
+  c.delays = true;
+  const Scenario scenario(c);
+  tern_exchange_options wanted = scenario.exchange_options();
+  wanted.num_sms = num_sms();
+  expect_right(c, run_threads(num_ranks(), wanted, options(), [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+                 std::vector<std::string> differences;
+                 for (int64_t repeat = 0; repeat < scaled(50) && differences.empty(); ++repeat) {
+                   RoundTrip trip(scenario, rank, exchange, device);
+                   trip.run();
+                   differences = trip.differences();
+                 }
+                 return differences;
+               }));
+}
+
+// So does an exchange.
+TEST_P(GpuDeadlock, ExchangesComeAndGoBesideOthers) {
+  const Scenario scenario(worst_case(7));
+  const RunOptions how = options();
+  tern_exchange_options wanted = scenario.exchange_options();
+  wanted.num_sms = num_sms();
+  const std::vector<Group> groups = Group::local(num_ranks());
+  std::vector<std::vector<std::string>> differences(groups.size());
+  std::vector<std::thread> threads;
+  for (int32_t rank = 0; rank < num_ranks(); ++rank) {
+    threads.emplace_back([&, rank] {
+      const auto self = static_cast<size_t>(rank);
+      try {
+        const std::unique_ptr<RankDevice> device = make_rank_device(how, rank);
+        for (int64_t repeat = 0; repeat < scaled(20); ++repeat) {
+          const Exchange exchange(groups[self], with(wanted, how, *device));
+          RoundTrip trip(scenario, rank, exchange.get(), *device);
+          trip.run();
+          differences[self] = trip.differences();
+        }
+      } catch (const std::exception& error) {
+        differences[self].push_back(fmt::format("rank {}: {}", rank, error.what()));
+      }
+    });
+  }
+  expect_right(scenario.c, run_threads(num_ranks(), wanted, how, [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+                 RoundTrip trip(scenario, rank, exchange, device);
+                 for (int64_t repeat = 0; repeat < scaled(100); ++repeat) trip.run();
+                 return trip.differences();
+               }));
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& of_rank : differences) expect_right(scenario.c, of_rank);
+}
+
 // On the exchange's own stream, between an event of the caller's stream and one that it waits for; the caller's stream computes meanwhile.
 TEST_P(GpuDeadlock, OwnStreamBesideComputeOfTheCaller) {
   const Scenario scenario(worst_case(5));

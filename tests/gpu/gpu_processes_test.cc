@@ -89,6 +89,8 @@ TEST_P(GpuProcesses, ShapesOfModels) { expect_right_on_gpus(model_cases(GetParam
 
 TEST_P(GpuProcesses, UnevenBatches) { expect_right_on_gpus(uneven_cases(GetParam())); }
 
+TEST_P(GpuProcesses, Windows) { expect_right_on_gpus(window_cases(GetParam())); }
+
 // A third of the staging that would hold the batch.
 TEST_P(GpuProcesses, Rounds) {
   expect_right_on_gpus(rounds_cases(GetParam()), [how = options()](const Group& group, Case c, RankDevice& device) {

@@ -34,6 +34,8 @@ TEST_P(GpuThreads, ShapesOfModels) { expect_right_on_gpus(model_cases(num_ranks(
 
 TEST_P(GpuThreads, UnevenBatches) { expect_right_on_gpus(uneven_cases(num_ranks()), options()); }
 
+TEST_P(GpuThreads, Windows) { expect_right_on_gpus(window_cases(num_ranks()), options()); }
+
 // A third of the staging that would hold the batch.
 TEST_P(GpuThreads, Rounds) {
   const std::vector<Group> groups = Group::local(num_ranks());
@@ -111,7 +113,7 @@ TEST_P(GpuThreads, ManyTokens) {
         c.hidden = 256;
         c.experts_per_rank = 16;
         c.num_topk = 8;
-        c.window_dispatch = c.window_combine = window;
+        c.window_tokens = c.window_dispatch = c.window_combine = window;
         cases.push_back(c.normalized());
       }
   expect_right_on_gpus(cases, options());
