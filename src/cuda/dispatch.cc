@@ -109,17 +109,14 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
   const int64_t row_bytes = call_.wire_bytes;
   kernels::RowPieces p;
   p.num_pieces = static_cast<int32_t>((row_bytes + kMostPieceBytes - 1) / kMostPieceBytes);
-  p.piece_bytes = static_cast<int32_t>(layout::align_up((row_bytes + p.num_pieces - 1) / p.num_pieces, kPartAlignment));
+  p.piece_bytes = static_cast<int32_t>(layout::align_up((row_bytes + p.num_pieces - 1) / p.num_pieces, layout::kBulkLine));
   const auto topk = static_cast<int32_t>(topk_bytes(plan_.tables()));
   p.scales = p.piece_bytes;
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
   p.rows = p.weights + (call_.carries_weights ? topk : 0);
   p.experts = p.rows + (plan_.shape().has_expert_rows() ? topk : 0);
-  p.stage_bytes = p.experts + (call_.carries_weights ? topk : 0) + kTagBytes;
-  const bool stages_bulk = slot_.row_bytes > 0 && call_.args.encoding == TERN_ENCODING_AS_GIVEN && launch_.phase != TERN_PHASE_RECEIVE;
-  p.num_stage_stages = stages_bulk ? 3 : 0;
-  const int64_t left = kRingBytes - int64_t{roles.num_stage_warps} * p.num_stage_stages * p.piece_bytes;
-  p.num_pull_stages = ring_stages(left, roles.num_pull_warps, p.stage_bytes);
+  p.stage_bytes = static_cast<int32_t>(layout::align_up(p.experts + (call_.carries_weights ? topk : 0) + kTagBytes, layout::kBulkLine));
+  p.num_stages = ring_stages(kRingBytes, roles.num_pull_warps, p.stage_bytes, 2);
   return p;
 }
 
@@ -129,7 +126,8 @@ kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
   args.transfer = make_round(plan_, launch_.lane,
                              {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
   args.plan = plan_.tables();
-  args.roles = {.num_stage_warps = 2, .num_pull_warps = 8};
+  const bool stages_rows = slot_.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
+  args.roles = {.num_stage_warps = stages_rows ? 12 : 2, .num_pull_warps = 8};
   args.in = inputs();
   args.out = outputs();
   args.slot = slot_;

@@ -241,18 +241,22 @@ int64_t CudaExchange::heap_offset(const void* pointer, int64_t bytes) const {
 
 kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
   const CudaLane& lane = *lanes_[static_cast<size_t>(lane_idx)];
-  return {.rank = rank(),
-          .num_ranks = num_ranks(),
-          .lane = lane_idx,
-          .consumed_lag = 0,
-          .layout = layout_,
-          .windows = window_pointers_.data(),
-          .heaps = heap_pointers_.data(),
-          .state = lane.state.data(),
-          .staged_counters = lane.staged_counters.data(),
-          .failed = failed_.data(),
-          .mailbox = mailbox_.data(),
-          .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
+  kernels::ExchangeView view{.rank = rank(),
+                             .num_ranks = num_ranks(),
+                             .lane = lane_idx,
+                             .layout = layout_,
+                             .far_windows = window_pointers_.data(),
+                             .far_heaps = heap_pointers_.data(),
+                             .state = lane.state.data(),
+                             .staged_counters = lane.staged_counters.data(),
+                             .failed = failed_.data(),
+                             .mailbox = mailbox_.data(),
+                             .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
+  for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) {
+    view.inline_windows[r] = windows_[r] == nullptr ? nullptr : windows_[r]->data();
+    view.inline_heaps[r] = heaps_[r] == nullptr ? nullptr : heaps_[r]->data();
+  }
+  return view;
 }
 
 std::optional<tern_failure> CudaExchange::known_failure() const {

@@ -98,10 +98,10 @@ layout::PulledPart staged_part(const kernels::TransferArgs& transfer, const layo
 
 layout::PulledPart heap_part(int64_t heap_offset, int64_t step) { return {.offset = heap_offset, .stride = step, .in_heap = 1, .staged = 0}; }
 
-int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes) {
+int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes, int32_t least) {
   constexpr int64_t kMostStages = 16;
   const int64_t arrival = sizeof(uint64_t);
-  return static_cast<int32_t>(std::clamp<int64_t>(shared_bytes / num_warps / (stage_bytes + arrival), 2, kMostStages));
+  return static_cast<int32_t>(std::clamp<int64_t>(shared_bytes / num_warps / (stage_bytes + arrival), least, kMostStages));
 }
 
 layout::CallShape call_shape(const PlanShape& shape) {

@@ -54,8 +54,8 @@ layout::PulledPart staged_part(const kernels::TransferArgs& transfer, const layo
 // A part that is pulled from the caller's window memory, `step` bytes from token to token.
 layout::PulledPart heap_part(int64_t heap_offset, int64_t step);
 
-// How many stages of a ring fit each of `num_warps` warps.
-int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes);
+// How many stages of a ring fit each of `num_warps` warps, but at least so many.
+int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes, int32_t least);
 
 layout::CallShape call_shape(const PlanShape& shape);
 

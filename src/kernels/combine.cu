@@ -12,19 +12,19 @@
 namespace tern::kernels {
 namespace {
 
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 768;
 constexpr int64_t kMostSharedBytes = 220 << 10;
-constexpr int kStageBarrier = 1, kPullBarrier = 2;
+constexpr int kPullBarrier = 1;
 
-// The dynamic shared memory of a block: sources, arrivals of all rings, rings.
+// The dynamic shared memory of a block: sources, then for the pulling warps arrivals of all rings, and rings.
 struct SharedLayout {
   int64_t arrivals, rings, bytes;
 
   __host__ __device__ SharedLayout(const CombineArgs& args, bool bulk_copies) {
-    const int64_t num_warps = args.roles.num_stage_warps + args.roles.num_pull_warps;
+    const int64_t num_stages = int64_t{args.roles.num_pull_warps} * args.num_stages;
     arrivals = layout::align_up(args.transfer.exchange.num_ranks * static_cast<int64_t>(sizeof(SourceView)), 16);
-    rings = layout::align_up(arrivals + num_warps * args.num_stages * static_cast<int64_t>(sizeof(uint64_t)), 128);
-    bytes = bulk_copies ? rings + num_warps * args.num_stages * args.stage_bytes : arrivals;
+    rings = layout::align_up(arrivals + num_stages * static_cast<int64_t>(sizeof(uint64_t)), layout::kBulkLine);
+    bytes = bulk_copies ? rings + num_stages * args.stage_bytes : arrivals;
   }
 };
 
@@ -37,10 +37,11 @@ class StagedRows {
   __device__ bool next_row(SumRow& row) {
     Message message;
     while (walk_.next(message)) {
-      row = {message.source, message.index, message.token};
+      row = {message.source, message.index, message.token, 0, static_cast<int32_t>(args_.row_bytes)};
       stage_weights(row);
-      if (args_.rows_staged && !args_.per_entry && !(args_.own_rows_direct && row.rank == transfer_.rank())) return true;
-      if (args_.rows_staged && args_.per_entry) copy_entries(row);
+      const bool is_copy = args_.per_entry || !plan_.has_expert_rows();
+      if (args_.rows_staged && !is_copy) return true;
+      if (args_.rows_staged && !(args_.own_rows_direct && row.rank == transfer_.rank())) copy_rows(row);
       __syncwarp();
       row_done(row);
     }
@@ -49,11 +50,6 @@ class StagedRows {
 
   __device__ bool next_terms(const SumRow& row, int batch, Terms& terms) const {
     const int k = batch * 32 + static_cast<int>(device::lane_idx());
-    if (!plan_.has_expert_rows()) {
-      const bool valid = k == 0 && row.index < plan_.row_capacity;
-      terms = {args_.rows + row.index * args_.row_bytes, 1.0f, __ballot_sync(~0u, valid)};
-      return batch == 0;
-    }
     if (batch * 32 >= plan_.num_topk) return false;
     const int64_t entry = int64_t{row.index} * plan_.topk_stride + k;
     const int32_t at = k < plan_.num_topk ? plan_.received_rows[entry] : -1;
@@ -79,7 +75,13 @@ class StagedRows {
     return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
 
-  __device__ void copy_entries(const SumRow& row) const {
+  // What owners want as it is.
+  __device__ void copy_rows(const SumRow& row) const {
+    if (!plan_.has_expert_rows()) {
+      if (row.index < plan_.row_capacity)
+        copy_row(args_.rows + row.index * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(out(row)); });
+      return;
+    }
     for (int k = 0; k < plan_.num_topk; ++k) {
       const int32_t at = plan_.received_rows[int64_t{row.index} * plan_.topk_stride + k];
       if (at >= 0)
@@ -114,17 +116,18 @@ class OwnedRows {
   __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, int64_t warp, int64_t num_warps)
       : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), num_warps_(num_warps) {
     const TransferArgs& t = args.transfer;
-    next_token_ = t.first_token() + warp;
+    next_ = t.first_token() * args.num_parts + warp;
     end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
   }
 
   __device__ bool next_row(SumRow& row) {
-    if (next_token_ >= end_token_) return false;
-    const auto token = static_cast<int32_t>(next_token_);
-    next_token_ += num_warps_;
-    row = {transfer_.rank(), token, token};
+    const auto token = static_cast<int32_t>(next_ / args_.num_parts);
+    if (token >= end_token_) return false;
+    const auto begin = static_cast<int32_t>(next_ % args_.num_parts) * args_.part_bytes;
+    next_ += num_warps_;
+    row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes))};
     if (!await_sources(token)) return false;
-    if (args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
+    if (begin == 0 && args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
     return true;
   }
 
@@ -195,37 +198,19 @@ class OwnedRows {
   const Transfer& transfer_;
   const SourceView* const sources_;
   const int64_t num_warps_;
-  int64_t next_token_;
+  int64_t next_;  // token * num_parts + part
   int64_t end_token_;
 };
 
-template <typename Wire, bool kBulk, typename Rows>
-__device__ void sum_rows(const CombineArgs& args, Rows& rows, const Ring& ring) {
-  if constexpr (kBulk) {
-    SumFlow<Wire, Rows> flow(rows, args.row_bytes, args.piece_bytes);
-    run_ring<false>(ring, flow);
-  } else {
-    sum_by_threads<Wire>(rows, args.row_bytes);
-  }
-}
-
 // The part of a staging warp.
-template <typename Wire, bool kBulk>
-__device__ void stage(const CombineArgs& args, const Transfer& transfer, const Ring& ring) {
-  if (!args.transfer.sends) return;
-  __shared__ int all_ok;
-  const int num_threads = args.roles.num_stage_warps * kWarpThreads;
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) all_ok = 1;
-  device::sync_some_warps(kStageBarrier, num_threads);
-  if (!transfer.await_staging(thread, num_threads)) all_ok = 0;
-  device::sync_some_warps(kStageBarrier, num_threads);
-  if (all_ok == 0) return;
-  if (blockIdx.x == 0 && thread < kWarpThreads) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+template <typename Wire>
+__device__ void stage(const CombineArgs& args, const Transfer& transfer) {
+  if (!args.transfer.sends || !transfer.await_staging()) return;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+  if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
   if (args.slot.stride() == 0) return;
-  const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
-  StagedRows rows(args, transfer, warp, int64_t{args.roles.num_stage_warps} * gridDim.x);
-  sum_rows<Wire, kBulk>(args, rows, ring);
+  StagedRows rows(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{args.roles.num_stage_warps} * gridDim.x);
+  sum_by_threads<Wire>(rows);
 }
 
 // The part of a pulling warp.
@@ -238,18 +223,20 @@ __device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceVi
   if (thread == 0) all_ok = 1;
   device::sync_some_warps(kPullBarrier, num_threads);
   if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
+  if (args.own_rows_direct && thread == transfer.rank() % num_threads) {
+    sources[transfer.rank()].rows = args.rows;
+    sources[transfer.rank()].rows_in_heap = true;
+  }
   device::sync_some_warps(kPullBarrier, num_threads);
   if (all_ok == 0) return;
-  if (args.own_rows_direct) {
-    if (thread == 0) {
-      sources[transfer.rank()].rows = args.rows;
-      sources[transfer.rank()].rows_in_heap = true;
-    }
-    device::sync_some_warps(kPullBarrier, num_threads);
-  }
   const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
   OwnedRows rows(args, transfer, sources, warp, int64_t{args.roles.num_pull_warps} * gridDim.x);
-  sum_rows<Wire, kBulk>(args, rows, ring);
+  if constexpr (kBulk) {
+    SumFlow<Wire, OwnedRows> flow(rows, args.piece_bytes);
+    run_ring(ring, flow);
+  } else {
+    sum_by_threads<Wire>(rows);
+  }
 }
 
 template <typename Wire, bool kBulk>
@@ -258,14 +245,15 @@ __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_cons
   const SharedLayout shared_layout(args, kBulk);
   const Transfer transfer(args.transfer);
   if (transfer.operation().is_poisoned()) return;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-  const Ring ring{shared + shared_layout.rings + warp * args.num_stages * args.stage_bytes,
-                  reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + warp * args.num_stages, args.num_stages, args.stage_bytes};
-  if constexpr (kBulk) ring.init();
-  if (warp < args.roles.num_stage_warps)
-    stage<Wire, kBulk>(args, transfer, ring);
-  else
+  const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
+  if (nth < 0) {
+    stage<Wire>(args, transfer);
+  } else {
+    const Ring ring{shared + shared_layout.rings + nth * args.num_stages * args.stage_bytes,
+                    reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * args.num_stages, args.num_stages, args.stage_bytes};
+    if constexpr (kBulk) ring.init();
     pull<Wire, kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
+  }
   transfer.finish();
 }
 
@@ -291,7 +279,8 @@ cudaError_t prepare_instances() {
 }  // namespace
 
 int32_t combine_stage_bytes(int32_t piece_bytes) {
-  return static_cast<int32_t>(layout::align_up(piece_bytes + 32, 16));  // a tag follows the piece
+  using Flow = SumFlow<device::F32, OwnedRows>;
+  return static_cast<int32_t>(layout::align_up(Flow::kGroup * piece_bytes + Flow::kTagBytes, layout::kBulkLine));
 }
 
 cudaError_t prepare_combine() {

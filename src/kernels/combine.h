@@ -31,7 +31,11 @@ struct CombineArgs {
   std::byte* out_tokens = nullptr;
   float* out_topk_weights = nullptr;
 
-  // Bulk copies: a row is summed in pieces of this many bytes; each warp has a ring of so many stages for the terms' pieces.
+  // A row is summed by several warps if there are more of them than tokens: parts of so many bytes.
+  int32_t num_parts = 1;
+  int32_t part_bytes = 0;
+
+  // Bulk copies: a part is summed in pieces of this many bytes; each pulling warp has a ring of so many stages for the terms' pieces.
   int32_t piece_bytes = 0;
   int32_t stage_bytes = 0;
   int32_t num_stages = 0;
@@ -39,7 +43,7 @@ struct CombineArgs {
 
 // The bytes of a stage for pieces of this size, and the largest piece.
 int32_t combine_stage_bytes(int32_t piece_bytes);
-inline constexpr int32_t kMostCombinePieceBytes = 2048;
+inline constexpr int32_t kMostCombinePieceBytes = 1024;
 
 cudaError_t prepare_combine();
 // `num_blocks` blocks; all of them, and those of the peers on the same device, must be able to run at the same time.

@@ -16,22 +16,19 @@
 namespace tern::kernels {
 namespace {
 
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 640;
 constexpr int64_t kMostSharedBytes = 220 << 10;
-constexpr int kStageBarrier = 1, kPullBarrier = 2;
+constexpr int kPullBarrier = 1;
 
-// The dynamic shared memory of a block: sources, arrivals of all rings, rings of the staging warps, rings of the pulling warps.
+// The dynamic shared memory of a block: sources, then for the pulling warps arrivals of all rings, and rings.
 struct SharedLayout {
-  int64_t arrivals, stage_rings, pull_rings, bytes;
+  int64_t arrivals, rings, bytes;
 
   __host__ __device__ SharedLayout(const DispatchArgs& args, bool bulk_copies) {
-    const RowPieces& p = args.pieces;
-    const WarpRoles& roles = args.roles;
-    const int64_t num_stages = int64_t{roles.num_stage_warps} * p.num_stage_stages + int64_t{roles.num_pull_warps} * p.num_pull_stages;
+    const int64_t num_stages = int64_t{args.roles.num_pull_warps} * args.pieces.num_stages;
     arrivals = layout::align_up(args.transfer.exchange.num_ranks * static_cast<int64_t>(sizeof(SourceView)), 16);
-    stage_rings = layout::align_up(arrivals + num_stages * static_cast<int64_t>(sizeof(uint64_t)), 128);
-    pull_rings = stage_rings + int64_t{roles.num_stage_warps} * p.num_stage_stages * p.piece_bytes;
-    bytes = bulk_copies ? pull_rings + int64_t{roles.num_pull_warps} * p.num_pull_stages * p.stage_bytes : arrivals;
+    rings = layout::align_up(arrivals + num_stages * static_cast<int64_t>(sizeof(uint64_t)), layout::kBulkLine);
+    bytes = bulk_copies ? rings + num_stages * args.pieces.stage_bytes : arrivals;
   }
 };
 
@@ -98,8 +95,7 @@ class TokenStager {
     token_ = t.first_token() + warp;
   }
 
-  // Ordinary loads and stores, or a cast.
-  __device__ void stage_by_threads() {
+  __device__ void run() {
     for (; token_ < end_token_; token_ += num_warps_) {
       if (args_.slot.row_bytes > 0) stage_row(token_);
       stage_sides(token_);
@@ -108,44 +104,11 @@ class TokenStager {
     }
   }
 
-  // Bulk copies: the functions of run_ring().
-  __device__ bool load(int, std::byte* stage, uint64_t* arrivals) {
-    if (token_ >= end_token_) return false;
-    if (device::lane_idx() == 0) {
-      device::expect_bytes(arrivals, piece_size(load_piece_));
-      device::bulk_load(stage, row_of(token_) + load_piece_ * args_.pieces.piece_bytes, piece_size(load_piece_), arrivals);
-    }
-    if (++load_piece_ == args_.pieces.num_pieces) {
-      load_piece_ = 0;
-      token_ += num_warps_;
-    }
-    return true;
-  }
-  __device__ void store(int n, std::byte* stage) {
-    const int piece = n % args_.pieces.num_pieces;
-    const int64_t token = nth_token(n);
-    if (device::lane_idx() == 0)
-      device::bulk_store(slot_of(token) + args_.slot.row() + piece * args_.pieces.piece_bytes, stage, piece_size(piece));
-    if (piece + 1 == args_.pieces.num_pieces) stage_sides(token);
-  }
-  __device__ void stored(int n) {
-    if (n % args_.pieces.num_pieces + 1 < args_.pieces.num_pieces) return;
-    if (device::lane_idx() == 0) device::fence_async_proxy();  // publishes the bulk stores by the flag that follows
-    complete(nth_token(n));
-  }
-  // Before the first load.
-  __device__ void start() { first_token_ = token_; }
-
  private:
-  __device__ int64_t nth_token(int n) const { return first_token_ + int64_t{n / args_.pieces.num_pieces} * num_warps_; }
   __device__ const std::byte* row_of(int64_t token) const { return args_.in.tokens + token * args_.in.token_stride_bytes; }
   __device__ std::byte* slot_of(int64_t token) const {
     return transfer_.staging() + (token - args_.transfer.first_token()) * args_.slot.stride();
   }
-  __device__ uint32_t piece_size(int piece) const {
-    return static_cast<uint32_t>(min(int64_t{args_.pieces.piece_bytes}, args_.row_bytes - int64_t{piece} * args_.pieces.piece_bytes));
-  }
-
   __device__ void stage_row(int64_t token) const {
     std::byte* slot = slot_of(token);
     if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
@@ -199,8 +162,6 @@ class TokenStager {
   const int64_t num_warps_;
   int64_t end_token_;
   int64_t token_;
-  int64_t first_token_ = 0;
-  int load_piece_ = 0;
 };
 
 // Pulls the messages of one warp.
@@ -231,6 +192,7 @@ class MessagePuller {
   }
 
   // Bulk copies: the functions of run_ring().
+  static constexpr int kPendingStores = 1;
   __device__ bool load(int, std::byte* stage, uint64_t* arrivals) {
     if (load_piece_ == 0 && (!walk_.next(loading_) || !await(loading_))) return false;
     if (device::lane_idx() == 0) load_piece(stage, arrivals);
@@ -301,30 +263,16 @@ class MessagePuller {
 };
 
 // The part of a staging warp.
-template <bool kBulk>
-__device__ void stage(const DispatchArgs& args, const Transfer& transfer, const Ring& ring) {
-  const int num_threads = args.roles.num_stage_warps * kWarpThreads;
-  const int thread = static_cast<int>(threadIdx.x);
+__device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
+  const int num_warps = args.roles.num_stage_warps, warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (args.transfer.sends) {
-    __shared__ int all_ok;
-    if (thread == 0) all_ok = 1;
-    device::sync_some_warps(kStageBarrier, num_threads);
-    if (!transfer.await_staging(thread, num_threads)) all_ok = 0;
-    device::sync_some_warps(kStageBarrier, num_threads);
-    if (all_ok == 0) return;
-    if (blockIdx.x == 0 && thread < kWarpThreads) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
-    const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
-    TokenStager stager(args, transfer, warp, int64_t{args.roles.num_stage_warps} * gridDim.x);
-    if (args.slot.stride() > 0) {
-      if (kBulk && args.slot.row_bytes > 0 && args.in.encoding == TERN_ENCODING_AS_GIVEN) {
-        stager.start();
-        run_ring<true>(ring, stager);
-      } else {
-        stager.stage_by_threads();
-      }
-    }
+    if (!transfer.await_staging()) return;
+    if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+    if (args.slot.stride() > 0) TokenStager(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{num_warps} * gridDim.x).run();
   }
-  if (args.writes_outputs) OutputWriter(args, int64_t{blockIdx.x} * num_threads + thread, int64_t{gridDim.x} * num_threads).write();
+  if (!args.writes_outputs) return;
+  const int64_t num_threads = int64_t{num_warps} * kWarpThreads;
+  OutputWriter(args, blockIdx.x * num_threads + threadIdx.x, gridDim.x * num_threads).write();
 }
 
 // The part of a pulling warp.
@@ -335,14 +283,14 @@ __device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceV
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
   const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
   if (thread == 0) all_ok = 1;
+  const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
+  MessagePuller puller(args, transfer, sources, warp, int64_t{args.roles.num_pull_warps} * gridDim.x);
   device::sync_some_warps(kPullBarrier, num_threads);
   if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
   device::sync_some_warps(kPullBarrier, num_threads);
   if (all_ok == 0) return;
-  const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
-  MessagePuller puller(args, transfer, sources, warp, int64_t{args.roles.num_pull_warps} * gridDim.x);
   if constexpr (kBulk)
-    run_ring<false>(ring, puller);
+    run_ring(ring, puller);
   else
     puller.pull_by_threads();
 }
@@ -354,17 +302,12 @@ __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_con
   const Transfer transfer(args.transfer);
   if (transfer.operation().is_poisoned()) return;
   const RowPieces& p = args.pieces;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, num_stage_warps = args.roles.num_stage_warps;
-  auto* arrivals = reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals);
-  if (warp < num_stage_warps) {
-    const Ring ring{shared + shared_layout.stage_rings + warp * p.num_stage_stages * p.piece_bytes, arrivals + warp * p.num_stage_stages,
-                    p.num_stage_stages, p.piece_bytes};
-    if constexpr (kBulk) ring.init();
-    stage<kBulk>(args, transfer, ring);
+  const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
+  if (nth < 0) {
+    stage(args, transfer);
   } else {
-    const int nth = warp - num_stage_warps;
-    const Ring ring{shared + shared_layout.pull_rings + nth * p.num_pull_stages * p.stage_bytes,
-                    arrivals + num_stage_warps * p.num_stage_stages + nth * p.num_pull_stages, p.num_pull_stages, p.stage_bytes};
+    const Ring ring{shared + shared_layout.rings + nth * p.num_stages * p.stage_bytes,
+                    reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * p.num_stages, p.num_stages, p.stage_bytes};
     if constexpr (kBulk) ring.init();
     pull<kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
   }

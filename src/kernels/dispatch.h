@@ -40,7 +40,7 @@ struct DispatchOutputs {
   bool scales_by_column = false;
 };
 
-// Bulk copies: a row travels in pieces, each warp has rings of shared memory for them. What a message needs besides its row comes with the
+// Bulk copies: a row travels in pieces, each pulling warp has a ring of shared memory for them. What a message needs besides its row comes with the
 // last piece. Offsets in a stage of a ring, 16 bytes aligned.
 struct RowPieces {
   int32_t num_pieces = 1;
@@ -50,8 +50,7 @@ struct RowPieces {
   int32_t rows = 0;     // received_rows of the message
   int32_t experts = 0;  // received_experts of the message
   int32_t stage_bytes = 0;
-  int32_t num_stage_stages = 0;  // of a staging warp
-  int32_t num_pull_stages = 0;   // of a pulling warp
+  int32_t num_stages = 0;
 };
 
 struct DispatchArgs {

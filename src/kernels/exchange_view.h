@@ -34,13 +34,20 @@ struct ExchangeView {
   // Epochs by which `consumed` stays behind the lane's epoch after this operation, because sends are open.
   int32_t consumed_lag = 0;
   layout::DeviceWindowLayout layout;
-  std::byte* const* windows = nullptr;  // [num_ranks] in device memory; nullptr: masked
-  std::byte* const* heaps = nullptr;    // [num_ranks]
+  // Of each rank; nullptr: masked. As parameters of the kernel they cost no load; more ranks than that have theirs in device memory.
+  static constexpr int kInlineRanks = 16;
+  std::byte* inline_windows[kInlineRanks] = {};
+  std::byte* inline_heaps[kInlineRanks] = {};
+  std::byte* const* far_windows = nullptr;  // [num_ranks]
+  std::byte* const* far_heaps = nullptr;
   LaneState* state = nullptr;
   uint32_t* staged_counters = nullptr;  // [num_ranks, kMaxChunks] zero between operations
   uint32_t* failed = nullptr;           // of all lanes: 1: a kernel of this rank has recorded a failure
   Mailbox* mailbox = nullptr;
   uint64_t timeout_ns = 0;
+
+  constexpr std::byte* window(int r) const { return num_ranks <= kInlineRanks ? inline_windows[r] : far_windows[r]; }
+  constexpr std::byte* heap(int r) const { return num_ranks <= kInlineRanks ? inline_heaps[r] : far_heaps[r]; }
 };
 static_assert(std::is_trivially_copyable_v<ExchangeView>);
 

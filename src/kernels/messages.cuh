@@ -24,6 +24,7 @@ class MessageWalk {
     for (int source = static_cast<int>(device::lane_idx()); source < num_ranks_; source += 32) most_ = max(most_, range_of(source).count);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) most_ = max(most_, __shfl_xor_sync(~0u, most_, step));
+    load_batch();
   }
 
   // False: there are no more.

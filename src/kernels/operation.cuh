@@ -26,11 +26,11 @@ struct Operation {
   int operation;
   uint64_t epoch;
 
-  __device__ std::byte* own_window() const { return exchange.windows[exchange.rank]; }
-  __device__ bool is_masked(int rank) const { return exchange.windows[rank] == nullptr; }
+  __device__ std::byte* own_window() const { return exchange.window(exchange.rank); }
+  __device__ bool is_masked(int rank) const { return exchange.window(rank) == nullptr; }
   template <typename T>
   __device__ T* in_window(int owner, int64_t offset) const {
-    return reinterpret_cast<T*>(exchange.windows[owner] + offset);
+    return reinterpret_cast<T*>(exchange.window(owner) + offset);
   }
   // What `source` says to `owner`.
   __device__ layout::ProgressCell* progress(int owner, int source) const {

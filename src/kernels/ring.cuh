@@ -10,7 +10,7 @@ namespace tern::kernels {
 struct Ring {
   std::byte* stages;
   uint64_t* arrivals;  // [num_stages]
-  int num_stages;      // at least 2
+  int num_stages;      // more than the flow's pending stores
   int stage_bytes;
 
   __device__ std::byte* stage(int n) const { return stages + n % num_stages * stage_bytes; }
@@ -28,37 +28,29 @@ struct Ring {
 
 // Moves everything that `flow` offers. All threads of the warp call, and in each of its functions:
 //   bool flow.load(n, stage, arrivals)   starts loading the next piece into the stage; false: there is none
-//   void flow.store(n, stage)            the piece is there: stores it, by bulk copies of any thread, or by ordinary stores
-//   void flow.stored(n)                  only with kAwaitStored: the bulk stores of piece n are complete
-template <bool kAwaitStored, typename Flow>
+//   void flow.store(n, stage)            the piece is there: uses it up, by bulk stores of any thread, or otherwise
+// Flow::kPendingStores: so many pieces may still be read by their bulk stores when a load goes on; 0: store() has done with the stage.
+template <typename Flow>
 __device__ void run_ring(const Ring& ring, Flow& flow) {
+  constexpr int kPending = Flow::kPendingStores;
   int num_loaded = 0, num_stored = 0;
   bool more = true;
   const auto load_next = [&] {
     more = more && flow.load(num_loaded, ring.stage(num_loaded), ring.arrival(num_loaded));
     if (more) ++num_loaded;
   };
-  while (more && num_loaded < ring.num_stages - 1) load_next();
-  while (num_stored < num_loaded) {
+  while (more && num_loaded < ring.num_stages - kPending) load_next();
+  for (; num_stored < num_loaded; ++num_stored) {
     device::await_bytes(ring.arrival(num_stored), static_cast<uint32_t>(num_stored / ring.num_stages) & 1);
     flow.store(num_stored, ring.stage(num_stored));
-    device::close_store_group();
-    // The stage before this one is loaded next: its stores have read it.
-    if constexpr (kAwaitStored)
-      device::await_stored<1>();
-    else
-      device::await_read<1>();
+    if constexpr (kPending > 0) {
+      device::close_store_group();
+      device::await_read<kPending>();
+    }
     __syncwarp();
-    if constexpr (kAwaitStored)
-      if (num_stored > 0) flow.stored(num_stored - 1);
-    ++num_stored;
     load_next();
   }
-  device::await_stored<0>();
-  device::fence_async_proxy();  // publishes the stores to this thread's later release
-  __syncwarp();
-  if constexpr (kAwaitStored)
-    if (num_stored > 0) flow.stored(num_stored - 1);
+  if constexpr (kPending > 0) device::await_stored<0>();
 }
 
 }  // namespace tern::kernels

@@ -204,7 +204,7 @@ class Route {
   }
 
   __device__ std::byte* bank(int owner, int source) const {
-    return args_.exchange.windows[owner] + args_.exchange.layout.routing(args_.exchange.lane, op_.epoch, source);
+    return args_.exchange.window(owner) + args_.exchange.layout.routing(args_.exchange.lane, op_.epoch, source);
   }
 
   __device__ void push() {

@@ -3,7 +3,7 @@
 // rounded once to the rows' type.
 //
 // `Rows` says what is summed; it is called by all threads of a warp:
-//   bool next_row(SumRow& row)                  the next row to be made; false: there is none, or the exchange has failed
+//   bool next_row(SumRow& row)                  the next row, or part of one, to be made; false: there is none, or the exchange has failed
 //   bool next_terms(const SumRow&, int batch, Terms& terms)   up to 32 terms, one per thread; false: no such batch
 //   const std::byte* bias(const SumRow&, int which)           added first; nullptr: none
 //   std::byte* out(const SumRow&)
@@ -19,6 +19,7 @@ struct SumRow {
   int32_t rank;   // to whom it belongs
   int32_t index;  // of the message, or of the token
   int32_t token;
+  int32_t begin, end;  // bytes of it
 };
 
 struct Terms {
@@ -42,12 +43,13 @@ __device__ __forceinline__ void add_biases(Rows& rows, const SumRow& row, int64_
     if (const std::byte* bias = rows.bias(row, which)) add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(bias + at), 1.0f);
 }
 
-// Adds the terms of one batch at byte `at` of the row; several loads are under way at a time.
-template <typename Wire>
-__device__ __forceinline__ void add_batch(const Terms& terms, int64_t at, bool in_row, float (&sum)[Wire::kElements]) {
+// Adds the terms of one batch at bytes `at`, and one step of the warp further on; several loads are under way at a time.
+template <typename Wire, int kVecs>
+__device__ __forceinline__ void add_batch(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
   constexpr int kUnroll = 4;
+  constexpr int kStep = 32 * sizeof(Vec16);
   for (uint32_t left = terms.valid; left != 0;) {
-    Vec16 values[kUnroll];
+    Vec16 values[kUnroll][kVecs];
     float weights[kUnroll];
     const int num = min(kUnroll, __popc(left));
 #pragma unroll
@@ -57,95 +59,124 @@ __device__ __forceinline__ void add_batch(const Terms& terms, int64_t at, bool i
       left &= left - 1;
       const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
       weights[u] = __shfl_sync(~0u, terms.weight, t);
-      if (in_row) values[u] = *reinterpret_cast<const Vec16*>(address + at);
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v)
+        if (at + v * kStep < end) values[u][v] = *reinterpret_cast<const Vec16*>(address + at + v * kStep);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (u < num && in_row) add_term<Wire>(sum, values[u], weights[u]);
+    for (int u = 0; u < kUnroll; ++u) {
+      if (u >= num) break;
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v)
+        if (at + v * kStep < end) add_term<Wire>(sums[v], values[u][v], weights[u]);
+    }
   }
 }
 
 // Ordinary loads and stores.
 template <typename Wire, typename Rows>
-__device__ void sum_by_threads(Rows& rows, int64_t row_bytes) {
-  constexpr int64_t kStep = 32 * sizeof(Vec16);
+__device__ void sum_by_threads(Rows& rows) {
+  constexpr int kVecs = 1;
+  constexpr int kStep = 32 * sizeof(Vec16);
   SumRow row;
   while (rows.next_row(row)) {
     Terms terms;
-    bool has_terms = rows.next_terms(row, 0, terms);
-    for (int64_t first = 0; first < row_bytes; first += kStep) {
-      const int64_t at = first + device::lane_idx() * sizeof(Vec16);
-      const bool in_row = at < row_bytes;
-      float sum[Wire::kElements] = {};
-      if (in_row) add_biases<Wire>(rows, row, at, sum);
-      if (has_terms) add_batch<Wire>(terms, at, in_row, sum);
+    const bool has_terms = rows.next_terms(row, 0, terms);
+    for (int first = row.begin; first < row.end; first += kVecs * kStep) {
+      const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+      float sums[kVecs][Wire::kElements] = {};
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v)
+        if (at + v * kStep < row.end) add_biases<Wire>(rows, row, at + v * kStep, sums[v]);
+      if (has_terms) add_batch<Wire, kVecs>(terms, at, row.end, sums);
       Terms further;
-      for (int batch = 1; has_terms && rows.next_terms(row, batch, further); ++batch) add_batch<Wire>(further, at, in_row, sum);
-      if (in_row) *reinterpret_cast<Vec16*>(rows.out(row) + at) = Wire::narrow(sum);
+      for (int batch = 1; has_terms && rows.next_terms(row, batch, further); ++batch) add_batch<Wire, kVecs>(further, at, row.end, sums);
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v)
+        if (at + v * kStep < row.end) *reinterpret_cast<Vec16*>(rows.out(row) + at + v * kStep) = Wire::narrow(sums[v]);
     }
     __syncwarp();
     rows.row_done(row);
   }
 }
 
-// Bulk loads: terms' pieces flow through the ring, one after the other, and are added up in registers. The functions of run_ring().
+// Bulk loads: pieces of up to kGroup terms at a time come into a stage, side by side, and are added up in registers. The functions of run_ring().
 template <typename Wire, typename Rows>
 class SumFlow {
  public:
-  static constexpr int kMostVecs = 4;  // of a piece and thread: pieces of up to 2 KiB
+  static constexpr int kPendingStores = 0;
+  static constexpr int kGroup = 4;
+  static constexpr int kMostVecs = 2;  // of a piece and thread: pieces of up to 1 KiB
 
-  __device__ SumFlow(Rows& rows, int64_t row_bytes, int piece_bytes) : rows_(rows), row_bytes_(row_bytes), piece_bytes_(piece_bytes) {}
+  __device__ SumFlow(Rows& rows, int piece_bytes) : rows_(rows), piece_bytes_(piece_bytes) {}
 
+  // Each thread with a term loads its own.
   __device__ bool load(int, std::byte* stage, uint64_t* arrivals) {
     while (terms_.valid == 0)
       if (!next_terms()) return false;
-    const int t = __ffs(static_cast<int>(terms_.valid)) - 1;
-    terms_.valid &= terms_.valid - 1;
-    const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms_.address), t));
-    const float weight = __shfl_sync(~0u, terms_.weight, t);
-    const bool is_last = terms_.valid == 0 && !has_further_;
+    const uint32_t own = 1u << device::lane_idx();
+    const int nth = __popc(terms_.valid & (own - 1));
+    const bool loads = (terms_.valid & own) != 0 && nth < kGroup;
+    const uint32_t group = __ballot_sync(~0u, loads);
+    terms_.valid &= ~group;
+    Tag& tag = *tag_of(stage);
     if (device::lane_idx() == 0) {
-      *tag(stage) = Tag{row_, at_, weight, is_first_, is_last};
-      device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
-      device::expect_bytes(arrivals, piece_size(at_));
-      device::bulk_load(stage, address + at_, piece_size(at_), arrivals);
+      tag.row = row_;
+      tag.at = at_;
+      tag.num_terms = __popc(group);
+      tag.is_first = is_first_;
+      tag.is_last = terms_.valid == 0 && !has_further_;
+      device::expect_bytes(arrivals, piece_size(row_, at_) * tag.num_terms);
     }
+    __syncwarp();
+    if (loads) {
+      tag.weights[nth] = terms_.weight;
+      device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
+      device::bulk_load(stage + nth * piece_bytes_, terms_.address + at_, piece_size(row_, at_), arrivals);
+    }
+    __syncwarp();  // publishes the tag
     is_first_ = false;
     return true;
   }
 
   __device__ void store(int, std::byte* stage) {
-    const Tag t = *tag(stage);
-    const int64_t end = t.at + piece_size(t.at);
+    const Tag& t = *tag_of(stage);
+    const int end = t.at + static_cast<int>(piece_size(t.row, t.at));
     if (t.is_first) start_sums(t, end);
 #pragma unroll
-    for (int v = 0; v < kMostVecs; ++v)
-      if (offset(v) < end - t.at) add_term<Wire>(sums_[v], *reinterpret_cast<const Vec16*>(stage + offset(v)), t.weight);
+    for (int u = 0; u < kGroup; ++u) {
+      if (u >= t.num_terms) break;
+#pragma unroll
+      for (int v = 0; v < kMostVecs; ++v)
+        if (offset(v) < end - t.at)
+          add_term<Wire>(sums_[v], *reinterpret_cast<const Vec16*>(stage + u * piece_bytes_ + offset(v)), t.weights[u]);
+    }
     if (!t.is_last) return;
     std::byte* out = rows_.out(t.row) + t.at;
 #pragma unroll
     for (int v = 0; v < kMostVecs; ++v)
       if (offset(v) < end - t.at) *reinterpret_cast<Vec16*>(out + offset(v)) = Wire::narrow(sums_[v]);
-    if (end < row_bytes_) return;
+    if (end < t.row.end) return;
     __syncwarp();
     rows_.row_done(t.row);
   }
 
   struct Tag {
     SumRow row;
-    int64_t at;
-    float weight;
+    int32_t at;
+    int32_t num_terms;
+    float weights[kGroup];
     bool is_first, is_last;
   };
-  static constexpr int kTagBytes = 32;
+  static constexpr int kTagBytes = 48;
   static_assert(sizeof(Tag) <= kTagBytes);
 
  private:
-  __device__ Tag* tag(std::byte* stage) const { return reinterpret_cast<Tag*>(stage + piece_bytes_); }
+  __device__ Tag* tag_of(std::byte* stage) const { return reinterpret_cast<Tag*>(stage + kGroup * piece_bytes_); }
   __device__ static int offset(int v) { return static_cast<int>((v * 32 + device::lane_idx()) * sizeof(Vec16)); }
-  __device__ uint32_t piece_size(int64_t at) const { return static_cast<uint32_t>(min(int64_t{piece_bytes_}, row_bytes_ - at)); }
+  __device__ uint32_t piece_size(const SumRow& row, int at) const { return static_cast<uint32_t>(min(piece_bytes_, row.end - at)); }
 
-  __device__ void start_sums(const Tag& t, int64_t end) {
+  __device__ void start_sums(const Tag& t, int end) {
 #pragma unroll
     for (int v = 0; v < kMostVecs; ++v) {
 #pragma unroll
@@ -162,9 +193,9 @@ class SumFlow {
       return rows_.next_terms(row_, batch_, terms_);
     }
     at_ += piece_bytes_;
-    if (!in_row_ || at_ >= row_bytes_) {
+    if (!in_row_ || at_ >= row_.end) {
       if (!rows_.next_row(row_)) return false;
-      at_ = 0;
+      at_ = row_.begin;
       in_row_ = has_terms_from(0);
       if (!in_row_) {
         finish_empty_row();
@@ -188,7 +219,7 @@ class SumFlow {
 
   // A row without terms: the biases, or zeros.
   __device__ void finish_empty_row() {
-    for (int64_t at = device::lane_idx() * sizeof(Vec16); at < row_bytes_; at += 32 * sizeof(Vec16)) {
+    for (int at = row_.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)); at < row_.end; at += 32 * sizeof(Vec16)) {
       float sum[Wire::kElements] = {};
       add_biases<Wire>(rows_, row_, at, sum);
       *reinterpret_cast<Vec16*>(rows_.out(row_) + at) = Wire::narrow(sum);
@@ -198,12 +229,11 @@ class SumFlow {
   }
 
   Rows& rows_;
-  const int64_t row_bytes_;
   const int piece_bytes_;
   // Loading.
   SumRow row_ = {};
   Terms terms_, first_terms_;
-  int64_t at_ = 0;
+  int at_ = 0;
   int batch_ = 0;
   bool in_row_ = false, has_further_ = false, is_first_ = false;
   // Adding.

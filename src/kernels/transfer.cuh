@@ -35,11 +35,12 @@ class Transfer {
 
   __device__ std::byte* staging() const { return op_.own_window() + args_.exchange.layout.staging(args_.exchange.lane, op_.epoch); }
 
-  // Some threads: thread `i` of `n`. True when all peers have done with what the staging held two epochs ago, as far as these threads looked.
-  __device__ bool await_staging(int i, int n) const {
+  // One warp. True when all peers have done with what the staging held two epochs ago.
+  __device__ bool await_staging() const {
     bool ok = true;
-    for (int peer = i; peer < num_ranks(); peer += n) ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
-    return ok;
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
+      ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
+    return __all_sync(~0u, ok) != 0;
   }
 
   // One warp of one block, after await_staging().
@@ -125,7 +126,7 @@ class Transfer {
   }
 
   __device__ const std::byte* address(int source, const layout::PulledPart& part) const {
-    return (part.in_heap != 0 ? args_.exchange.heaps[source] : args_.exchange.windows[source]) + part.offset;
+    return (part.in_heap != 0 ? args_.exchange.heap(source) : args_.exchange.window(source)) + part.offset;
   }
 
   __device__ void await_pulled() const {

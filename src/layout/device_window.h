@@ -91,6 +91,9 @@ struct DeviceWindowLayout {
   }
 };
 
+// Bulk copies between addresses that differ in where they begin in a line of this many bytes take twice the requests.
+inline constexpr int64_t kBulkLine = 128;
+
 // A token's place in its rank's staging; parts that are not staged have length zero.
 struct StagedSlot {
   int64_t row_bytes = 0;
@@ -100,7 +103,7 @@ struct StagedSlot {
   constexpr int64_t row() const { return 0; }
   constexpr int64_t scales() const { return align_up(row_bytes, 16); }
   constexpr int64_t weights() const { return scales() + align_up(scale_bytes, 16); }
-  constexpr int64_t stride() const { return weights() + align_up(weight_bytes, 16); }
+  constexpr int64_t stride() const { return align_up(weights() + align_up(weight_bytes, 16), kBulkLine); }
 };
 
 // What one source writes into its routing bank: its counts, then one slot for each message in the order of its tokens.
