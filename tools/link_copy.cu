@@ -10,30 +10,30 @@ namespace {
 constexpr int kWarpThreads = 32;
 constexpr int kBulkWarps = 8, kStages = 3;
 constexpr int kVectorWarps = 16;
-constexpr int kBulkChunkBytes = 8192;
+constexpr uint32_t kChunkBytes = 8192;
 
-constexpr int ring_bytes(int chunk_bytes) { return kBulkWarps * kStages * chunk_bytes; }
+constexpr int ring_bytes(uint32_t chunk_bytes) { return static_cast<int>(kBulkWarps * kStages * chunk_bytes); }
 
 // The chunks of one warp: every num_warps-th, in an order that uses all links at once.
 struct Chunks {
   const LinkCopy& copy;
-  int64_t next, stride;
+  uint32_t next, stride;
 
   __device__ bool done() const { return next >= copy.chunks_per_part * copy.num_parts; }
   __device__ void advance() { next += stride; }
-  __device__ int64_t offset_bytes() const { return next / copy.num_parts * copy.chunk_bytes; }
+  __device__ int64_t offset_bytes() const { return int64_t{next / copy.num_parts} * copy.chunk_bytes; }
   __device__ const std::byte* from() const { return copy.parts[next % copy.num_parts].from + offset_bytes(); }
   __device__ std::byte* to() const { return copy.parts[next % copy.num_parts].to + offset_bytes(); }
 };
 
 __device__ Chunks chunks_of_warp(const LinkCopy& copy) {
-  const int64_t num_warps = blockDim.x / kWarpThreads, warp = threadIdx.x / kWarpThreads;
+  const uint32_t num_warps = blockDim.x / kWarpThreads, warp = threadIdx.x / kWarpThreads;
   return {copy, blockIdx.x * num_warps + warp, gridDim.x * num_warps};
 }
 
 // One thread of a warp keeps up to kStages - 1 loads under way while the oldest chunk is stored.
 __device__ void copy_through_ring(Chunks load, std::byte* ring, uint64_t* arrivals) {
-  const auto chunk_bytes = static_cast<uint32_t>(load.copy.chunk_bytes);
+  const uint32_t chunk_bytes = load.copy.chunk_bytes;
   Chunks store = load;
   int loads = 0;
   const auto start_load = [&] {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kVectorWarps* kWarpThreads) copy_by_vectors(co
   for (Chunks chunks = chunks_of_warp(copy); !chunks.done(); chunks.advance()) {
     const auto* from = reinterpret_cast<const uint4*>(chunks.from()) + lane;
     auto* to = reinterpret_cast<uint4*>(chunks.to()) + lane;
-    for (int at = 0; at < copy.chunk_bytes / static_cast<int>(sizeof(uint4)); at += kUnroll * kWarpThreads) {
+    for (int at = 0; at < static_cast<int>(copy.chunk_bytes / sizeof(uint4)); at += kUnroll * kWarpThreads) {
       uint4 values[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) values[i] = from[at + i * kWarpThreads];
@@ -87,9 +87,9 @@ LinkCopyShape link_copy_shape(int device) {
   int major = 0, shared_bytes = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "the compute capability");
   check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "the size of shared memory");
-  if (major < 9) return {false, kBulkChunkBytes};
+  if (major < 9) return {false, kChunkBytes};
   constexpr int kOwnBytes = 1024;  // the arrivals, and what the system keeps
-  const int32_t chunk_bytes = ring_bytes(kBulkChunkBytes) + kOwnBytes <= shared_bytes ? kBulkChunkBytes : kBulkChunkBytes / 4;
+  const uint32_t chunk_bytes = ring_bytes(kChunkBytes) + kOwnBytes <= shared_bytes ? kChunkBytes : kChunkBytes / 4;
   check_cuda(cudaFuncSetAttribute(copy_by_bulk, cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes(chunk_bytes)),
              "shared memory for a plain copy");
   return {true, chunk_bytes};

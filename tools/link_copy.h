@@ -17,15 +17,15 @@ struct LinkCopy {
     std::byte* to;
   };
   Part parts[kMostParts];  // of equal size, copied side by side
-  int32_t num_parts;
-  int32_t chunk_bytes;
-  int64_t chunks_per_part;
+  uint32_t num_parts;
+  uint32_t chunk_bytes;
+  uint32_t chunks_per_part;
 };
 
 // How this device copies. `chunk_bytes` is for LinkCopy.
 struct LinkCopyShape {
   bool bulk = false;
-  int32_t chunk_bytes = 0;
+  uint32_t chunk_bytes = 0;
 };
 LinkCopyShape link_copy_shape(int device);
 

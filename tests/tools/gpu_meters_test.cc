@@ -28,7 +28,7 @@ void expect_rates(int num_ranks) {
   EXPECT_EQ(code, 0);
 }
 
-TEST(GpuMeters, TwoRanksOfOneGpuCopyToEachOther) {
+TEST(GpuMeters, RanksThatShareAGpuCopyToEachOther) {
   TERN_NEED_A_GPU();
   expect_rates(num_cuda_devices() == 1 ? 2 : num_cuda_devices() + 1);
 }
