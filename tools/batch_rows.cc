@@ -37,6 +37,8 @@ std::vector<ArrivingRow> expert_entries(const Routing& routing, int rank) {
   return rows;
 }
 
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 int64_t padded_rows_per_expert(const Routing& routing) { return routing.num_ranks() * routing.max_tokens(); }
 
 }  // namespace
@@ -50,6 +52,7 @@ std::vector<ArrivingRow> arriving_rows(const BatchShape& shape, int rank) {
     const bool new_expert = i == 0 || rows[i].expert != rows[i - 1].expert;
     if (shape.layout == TERN_LAYOUT_EXPERT_PADDED && new_expert)
       next = (rows[i].expert % routing.experts_per_rank()) * padded_rows_per_expert(routing);
+    if (shape.layout == TERN_LAYOUT_EXPERT_MAJOR && new_expert) next = round_up(next, shape.expert_alignment);
     rows[i].row = next++;
   }
   return rows;
@@ -58,16 +61,25 @@ std::vector<ArrivingRow> arriving_rows(const BatchShape& shape, int rank) {
 int64_t num_output_rows(const BatchShape& shape, int rank) {
   const Routing& routing = shape.routing;
   if (shape.layout == TERN_LAYOUT_EXPERT_PADDED) return routing.experts_per_rank() * padded_rows_per_expert(routing);
+  if (shape.layout == TERN_LAYOUT_EXPERT_MAJOR) return expert_offsets(shape, rank).back();
   int64_t result = 0;
   for (int source = 0; source < routing.num_ranks(); ++source) {
-    for (int64_t token = 0; token < routing.num_tokens(source); ++token) {
-      const int32_t* entries = routing.entries(source, token);
-      const auto here = [&](int32_t e) { return e >= 0 && e / routing.experts_per_rank() == rank; };
-      const auto count = std::count_if(entries, entries + routing.num_topk, here);
-      result += shape.layout == TERN_LAYOUT_RANK_MAJOR ? count > 0 : count;
-    }
+    for (int64_t token = 0; token < routing.num_tokens(source); ++token) result += routing.goes_to(source, token, rank);
   }
   return result;
+}
+
+std::vector<int64_t> expert_offsets(const BatchShape& shape, int rank) {
+  const Routing& routing = shape.routing;
+  const int32_t num_experts = routing.experts_per_rank();
+  std::vector<int64_t> offsets(static_cast<size_t>(num_experts) + 1, 0);  // first, counts: [e + 1]
+  for (const std::vector<int32_t>& of_rank : routing.topk_idx) {
+    for (const int32_t expert : of_rank) {
+      if (expert >= 0 && expert / num_experts == rank) ++offsets[static_cast<size_t>(expert % num_experts) + 1];
+    }
+  }
+  for (size_t e = 1; e < offsets.size(); ++e) offsets[e] = offsets[e - 1] + round_up(offsets[e], shape.expert_alignment);
+  return offsets;
 }
 
 int64_t max_output_rows(const BatchShape& shape) {
@@ -77,11 +89,12 @@ int64_t max_output_rows(const BatchShape& shape) {
 }
 
 int64_t window_bytes(const BatchShape& shape) {
-  const int64_t rows = max_output_rows(shape);
+  const int64_t rows = max_output_rows(shape), tokens = shape.routing.max_tokens();
   const auto rounded = [](int64_t bytes) {
     return (bytes + kWindowAlignment - 1) / kWindowAlignment * kWindowAlignment + kWindowAlignment;
   };
-  return rounded(rows * shape.format.arriving_row_bytes(shape.hidden)) + rounded(rows * shape.format.arriving_scale_bytes(shape.hidden)) +
+  return rounded(tokens * shape.format.given_row_bytes(shape.hidden)) + rounded(tokens * shape.format.given_scale_bytes(shape.hidden)) +
+         rounded(rows * shape.format.arriving_row_bytes(shape.hidden)) + rounded(rows * shape.format.arriving_scale_bytes(shape.hidden)) +
          rounded(rows * shape.format.combine_row_bytes(shape.hidden));
 }
 
@@ -91,6 +104,7 @@ tern_plan_options plan_options(const BatchShape& shape, tern_extent extent) {
           .num_topk = shape.routing.num_topk,
           .layout = shape.layout,
           .extent = extent,
+          .expert_alignment = shape.expert_alignment,
           .row_capacity =
               extent == TERN_EXTENT_WORST && shape.layout != TERN_LAYOUT_EXPERT_PADDED ? std::max<int64_t>(1, max_output_rows(shape)) : 0};
 }

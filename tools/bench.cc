@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "tools/bench_json.h"
 #include "tools/machine.h"
 
 namespace tern::tools {
@@ -11,6 +12,7 @@ namespace {
 
 // Measuring needs room for all ranks at once; without this check the kernel would end a rank in the middle.
 void require_memory(const BenchSetting& setting) {
+  if (setting.device.cuda()) return;  // CUDA says when there is no more
   const BatchShape& shape = setting.shape;
   int64_t needed_bytes = static_cast<int64_t>(bench_board_bytes(setting)) * 2;  // the ceiling's shared and own memory
   for (int rank = 0; rank < shape.routing.num_ranks(); ++rank) {
@@ -24,9 +26,29 @@ void require_memory(const BenchSetting& setting) {
          shape.layout == TERN_LAYOUT_EXPERT_PADDED ? ", or a layout other than expert_padded" : "");
 }
 
-void require_device(const BenchOptions& options) {
-  if (parse_device(options.device) == TERN_DEVICE_CUDA)
-    fail(TERN_UNSUPPORTED, "bench: --device cuda is asked for, this build has no CUDA engine: use --device cpu");
+void require_gpu_for_gpu_flags(const BenchOptions& options, const ChosenDevice& device) {
+  if (!device.cuda() && (options.graph || options.cold || options.table || !options.num_sms.empty()))
+    fail(TERN_INVALID_ARGUMENT, "bench: --graph, --cold, --table and --num-sms are for GPUs; these ranks are on the CPU");
+}
+
+int bench_rank(const BenchSetting& setting, RankContext& context, BenchJson& json) {
+  const std::unique_ptr<RankDevice> device = make_rank_device(setting.device, context.rank);
+  BenchSeat seat{context, *device};
+  std::unique_ptr<LinkCeiling> ceiling;
+  std::vector<LinkRates> links;
+  if (setting.device.cuda()) {
+    ceiling = make_link_ceiling(context, *device);
+    seat.links = ceiling.get();
+    links = measure_links(*ceiling, setting.options.num_sms);
+  }
+  const std::vector<BenchRecord> records = measure_all(setting, seat);
+  if (ceiling != nullptr) ceiling->close();
+  if (context.rank == 0) {
+    print_report(setting, records, links);
+    json.add_machine(setting, links);
+    json.add(setting, records);
+  }
+  return std::ranges::all_of(records, [](const BenchRecord& record) { return record.wrong.empty(); }) ? 0 : 2;
 }
 
 }  // namespace
@@ -43,28 +65,46 @@ double BenchRecord::share_of_ceiling() const {
   return us > 0 ? ceiling_us / us : 0;
 }
 
-int run_bench(const BenchOptions& options) {
-  require_device(options);
-  LaunchOptions launch_options = choose_launch(options.launch, options.traffic.ranks, options.timeout_ms);
-  const Traffic traffic = make_traffic(options.traffic, launch_options.num_ranks);
-  launch_options.num_ranks = traffic.routing.num_ranks();
-
+BatchShape batch_shape(const BenchOptions& options, const Traffic& traffic) {
   const int64_t hidden = options.hidden != 0 ? options.hidden : traffic.model_hidden;
   if (hidden == 0) fail(TERN_INVALID_ARGUMENT, "--model custom needs --hidden");
-  const BatchShape shape{traffic.routing, parse_row_format(options.dtype), parse_layout(options.layout), hidden, options.traffic.seed};
-  BenchSetting setting{options, traffic, shape, launch_options};
+  return {traffic.routing, parse_row_format(options.dtype), parse_layout(options.layout), hidden, options.traffic.seed, options.alignment};
+}
+
+std::vector<LinkRates> measure_links(LinkCeiling& ceiling, const std::vector<int>& num_sms) {
+  std::vector<int> counts{8, 16, 24, 32, 48, 64, 96, 128};
+  for (const int count : num_sms) {
+    if (count > 0) counts.push_back(count);
+  }
+  std::ranges::sort(counts);
+  const auto repeated = std::ranges::unique(counts);
+  counts.erase(repeated.begin(), repeated.end());
+  std::vector<LinkRates> rates{ceiling.copy_engines()};
+  for (const int count : counts) {
+    const LinkRates of_count = ceiling.at(count);
+    if (of_count.num_sms == count) rates.push_back(of_count);  // else the GPU has fewer SMs
+  }
+  return rates;
+}
+
+int run_bench(const BenchOptions& given) {
+  BenchOptions options = given;
+  const ChosenDevice device = choose_device(options.device);
+  require_gpu_for_gpu_flags(options, device);
+  if (options.iters == 0) options.iters = device.cuda() ? 100 : 30;
+  if (options.table) return run_bench_table(options, device);
+  LaunchOptions launch_options = choose_launch(options.launch, options.traffic.ranks, options.timeout_ms, device);
+  const Traffic traffic = make_traffic(options.traffic, launch_options.num_ranks);
+  launch_options.num_ranks = traffic.routing.num_ranks();
+  require_room(device, launch_options);
+
+  BenchSetting setting{options, traffic, batch_shape(options, traffic), launch_options, device};
   require_memory(setting);
   setting.launch.shared_bytes = bench_board_bytes(setting);
-
-  return launch(setting.launch, [&](RankContext& context) {
-    const std::vector<BenchRecord> records = measure_all(setting, context);
-    const bool all_right = std::ranges::all_of(records, [](const BenchRecord& record) { return record.wrong.empty(); });
-    if (context.rank == 0) {
-      print_report(setting, records);
-      if (!options.json.empty()) write_json(setting, records);
-    }
-    return all_right ? 0 : 2;
-  });
+  BenchJson json;
+  const int code = launch(setting.launch, [&](RankContext& context) { return bench_rank(setting, context, json); });
+  if (!options.json.empty()) json.write(options.json);
+  return code;
 }
 
 }  // namespace tern::tools

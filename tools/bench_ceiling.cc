@@ -29,7 +29,7 @@ CopyCeiling::CopyCeiling(const BatchShape& shape, const RankContext& context, si
       shared_(context.board.shared() + offset_bytes) {
   int64_t num_sent = 0;
   for (int destination = 0; destination < num_ranks_; ++destination) num_sent += num_rows(rank_, destination);
-  own_ = Buffer::own(num_sent * std::max(push_row_bytes_, pull_row_bytes_));
+  own_ = Buffer::own(host_device(), num_sent * std::max(push_row_bytes_, pull_row_bytes_));
 }
 
 int64_t CopyCeiling::first_row(int source, int destination) const {

@@ -13,6 +13,7 @@
 namespace tern::tools {
 namespace {
 
+constexpr const char* kOperations[] = {"plan", "dispatch", "combine", "round_trip", "plan_dispatch", "route_dispatch", "round_trip_worst"};
 constexpr int kDefaultRanks = 4;
 constexpr int64_t kDefaultTokens = 1024;
 
@@ -100,7 +101,8 @@ void add_traffic_flags(CLI::App& app, TrafficOptions& options) {
   app.add_option("--routing", options.routing,
                  fmt::format("Generator ({}) or a routing file; default: as the model routes, zipf with --skew",
                              fmt::join(names_of(kGenerators), ", ")));
-  app.add_option("--ranks", options.ranks, "Ranks; default 4, or as many as the launcher started")->check(CLI::Range(1, 1024));
+  app.add_option("--ranks", options.ranks, "Ranks; default: one for each GPU, 4 on the CPU, or as many as the launcher started")
+      ->check(CLI::Range(1, 1024));
   app.add_option("--tokens", options.tokens, "Tokens on each rank (1024)")->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
   app.add_option("--experts", options.experts, "Experts in all; default: the model's")->check(CLI::Range(1, 1 << 20));
   app.add_option("--topk", options.topk, "Experts of each token; default: the model's")->check(CLI::Range(1, 64));
@@ -124,10 +126,26 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
   app.add_option("--mode", options.mode, "auto, throughput or latency")
       ->check(CLI::IsMember({"auto", "throughput", "latency"}))
       ->capture_default_str();
-  app.add_option("--buffers", options.buffers, "Where outputs lie: window (zero copy), caller, or both")
+  app.add_option("--buffers", options.buffers, "Where rows lie: window (zero copy), caller, or both")
       ->check(CLI::IsMember({"window", "caller", "both"}))
       ->capture_default_str();
-  app.add_option("--iters", options.iters, "Timed repetitions")->check(CLI::Range(int64_t{1}, int64_t{1000000}))->capture_default_str();
+  app.add_flag_callback("--zero-copy", [&options] { options.buffers = "window"; }, "The same as --buffers window");
+  app.add_option("--alignment", options.alignment, "expert_major: rows of each expert are padded to a multiple of this")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--ops", options.ops, fmt::format("Operations to measure, of: {}; default: all", fmt::join(kOperations, ", ")))
+      ->delimiter(',')
+      ->check(CLI::IsMember(std::vector<std::string>(std::begin(kOperations), std::end(kOperations))));
+  app.add_option("--num-sms", options.num_sms,
+                 "GPUs: SMs that operations take, several numbers are measured one by one; 0: as the engine chooses")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 1024));
+  app.add_flag("--graph", options.graph, "GPUs: each run is the replay of a CUDA graph");
+  app.add_flag("--cold", options.cold, "GPUs: before each run the L2 cache is filled with something else");
+  app.add_flag("--table", options.table,
+               "GPUs: many settings, line by line, as a Markdown table; of the other flags only --device, --launch, "
+               "--ranks, --iters, --graph, --cold, --seed, --timeout and --json count");
+  app.add_option("--iters", options.iters, "Timed repetitions; default 30, on GPUs 100")->check(CLI::Range(int64_t{1}, int64_t{1000000}));
   app.add_option("--timeout", options.timeout_ms, "Deadline of every wait, milliseconds")
       ->check(CLI::Range(int64_t{1}, int64_t{86400000}))
       ->capture_default_str();
@@ -146,8 +164,9 @@ Traffic make_traffic(const TrafficOptions& options, int num_ranks) {
   return {generate_routing(shape, routing), describe(*kind, routing), model.hidden};
 }
 
-LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeout_ms) {
-  LaunchOptions options{.num_ranks = ranks != 0 ? ranks : kDefaultRanks, .timeout_ms = timeout_ms};
+LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeout_ms, const ChosenDevice& device) {
+  const int default_ranks = device.cuda() ? device.num_gpus : kDefaultRanks;
+  LaunchOptions options{.num_ranks = ranks != 0 ? ranks : default_ranks, .timeout_ms = timeout_ms};
   const auto found = find_launcher();
   if (launch == "threads") {
     options.kind = LaunchKind::kThreads;
@@ -155,6 +174,7 @@ LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeou
     options.kind = LaunchKind::kEnvironment;
     if (ranks == 0) options.num_ranks = found->num_ranks;
   }
+  require_room(device, options);
   return options;
 }
 

@@ -3,12 +3,14 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <string>
+#include <vector>
 
 #include "routing/routing.h"
 #include "tools/batch.h"
+#include "tools/choose_device.h"
 #include "tools/launch.h"
 
 namespace tern::tools {
@@ -35,8 +37,16 @@ struct BenchOptions {
   std::string buffers = "both";
   std::string json;
   int64_t hidden = 0;
-  int64_t iters = 30;
+  int64_t iters = 0;  // 0: 30, on GPUs 100
   int64_t timeout_ms = 30000;
+  int32_t alignment = 1;
+  std::vector<std::string> ops;  // none: all
+  std::vector<int> num_sms;      // each is measured; none: as the engine chooses
+  bool graph = false;
+  bool cold = false;
+  bool table = false;
+
+  bool wants(const std::string& op) const { return ops.empty() || std::ranges::find(ops, op) != ops.end(); }
 };
 
 struct Traffic {
@@ -51,8 +61,8 @@ void add_bench_flags(CLI::App& app, BenchOptions& options);
 // Generates the routing, or reads it. `num_ranks` is used where neither a flag nor a file says it.
 Traffic make_traffic(const TrafficOptions& options, int num_ranks);
 
-// Processes of a launcher where one is found and `launch` is "", else what is asked for.
-LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeout_ms);
+// Processes of a launcher where one is found and `launch` is "", else what is asked for; `ranks` 0: one for each GPU, 4 on the CPU.
+LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeout_ms, const ChosenDevice& device);
 
 tern_device_type parse_device(const std::string& name);
 tern_mode parse_mode(const std::string& name);

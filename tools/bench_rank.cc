@@ -12,6 +12,7 @@
 #include "tools/bench.h"
 #include "tools/bench_ceiling.h"
 #include "tools/progress.h"
+#include "tools/stream_timer.h"
 
 namespace tern::tools {
 namespace {
@@ -21,20 +22,23 @@ size_t stamps_bytes(const BenchSetting& setting) {
   return (Meter::board_bytes(setting.shape.routing.num_ranks(), setting.options.iters) + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// Rows that rank r receives (dispatch) are column r of the messages; those it gets back (combine) are row r.
-TrafficBytes bytes_of(const BatchShape& shape, int64_t row_bytes, bool by_destination) {
+// Rows that rank r receives in a dispatch, and gives back in a combine, are column r of the messages; those it sends are row r.
+// Links carry both directions at once.
+TrafficBytes bytes_of(const BatchShape& shape, int64_t row_bytes) {
   const auto messages = count_messages(shape.routing);
   const int num_ranks = shape.routing.num_ranks();
   TrafficBytes most;
   for (int rank = 0; rank < num_ranks; ++rank) {
-    TrafficBytes bytes;
+    TrafficBytes in, out;
     for (int peer = 0; peer < num_ranks; ++peer) {
-      const int from = by_destination ? peer : rank, to = by_destination ? rank : peer;
-      const int64_t num_bytes = messages[static_cast<size_t>(from * num_ranks + to)] * row_bytes;
-      bytes.logical += num_bytes;
-      bytes.wire += peer == rank ? 0 : num_bytes;
+      const int64_t in_bytes = messages[static_cast<size_t>(peer * num_ranks + rank)] * row_bytes;
+      const int64_t out_bytes = messages[static_cast<size_t>(rank * num_ranks + peer)] * row_bytes;
+      in.logical += in_bytes;
+      out.logical += out_bytes;
+      in.wire += peer == rank ? 0 : in_bytes;
+      out.wire += peer == rank ? 0 : out_bytes;
     }
-    most = {std::max(most.logical, bytes.logical), std::max(most.wire, bytes.wire)};
+    most = {std::max({most.logical, in.logical, out.logical}), std::max({most.wire, in.wire, out.wire})};
   }
   return most;
 }
@@ -55,50 +59,67 @@ std::string gather_wrong(const RankContext& context, const std::optional<std::st
 
 struct Operation {
   std::string op;
-  std::function<void()> run;
+  std::string extent;
+  std::function<void(const tern_launch&)> run;        // GPU: puts it on the launch's stream
   std::function<std::optional<std::string>()> check;  // after poison and run
   TrafficBytes bytes;
+  bool reads_counts = false;  // the host waits in the middle, so that it is the host's clock that counts
 };
 
 class BenchRank {
  public:
-  BenchRank(const BenchSetting& setting, RankContext& context)
+  BenchRank(const BenchSetting& setting, const BenchSeat& seat)
       : setting_(setting),
         shape_(setting.shape),
-        context_(context),
-        meter_(context, setting.options.iters),
-        progress_(context.rank == 0),
-        exchange_(context.group, exchange_options(setting)),
+        seat_(seat),
+        context_(seat.context),
+        meter_(seat.context, setting.options.iters),
+        progress_(seat.context.rank == 0),
+        exchange_(seat.context.group, exchange_options(setting, seat.device)),
         with_windows_(setting.options.buffers != "caller"),
-        with_caller_(setting.options.buffers != "window") {}
+        with_caller_(setting.options.buffers != "window") {
+    if (on_gpu()) timer_ = make_stream_timer(seat.device, {.num_runs = setting.options.iters, .cold = setting.options.cold});
+  }
 
   std::vector<BenchRecord> run() {
-    measure_ceiling();
+    measure_copy();
     if (with_windows_) measure_buffers(true);
-    measure_ceiling();
+    measure_copy();
     if (with_caller_) measure_buffers(false);
-    measure_ceiling();
-    for (BenchRecord& record : records_) record.ceiling_us = ceiling_of(record.op);
+    measure_copy();
+    for (BenchRecord& record : records_) {
+      if (on_gpu() && record.bytes.logical > 0)
+        record.links = seat_.links->at(record.num_sms);
+      else
+        record.ceiling_us = ceiling_of(record.op);
+    }
     return std::move(records_);
   }
 
  private:
-  static tern_exchange_options exchange_options(const BenchSetting& setting) {
+  static tern_exchange_options exchange_options(const BenchSetting& setting, const RankDevice& device) {
     const BatchShape& shape = setting.shape;
     const RowFormat& format = shape.format;
+    const std::vector<int>& num_sms = setting.options.num_sms;
+    const bool all_given = std::ranges::all_of(num_sms, [](int count) { return count > 0; });
     const int64_t arriving = format.arriving_row_bytes(shape.hidden) + format.arriving_scale_bytes(shape.hidden);
-    return {.device = parse_device(setting.options.device),
+    return {.device = device.type(),
+            .device_index = device.index(),
             .window_bytes = setting.options.buffers == "caller" ? 0 : window_bytes(shape),
             .max_tokens = std::max<int64_t>(1, shape.routing.max_tokens()),
             .max_row_bytes = std::max({arriving, format.given_row_bytes(shape.hidden), format.combine_row_bytes(shape.hidden)}),
             .max_topk = shape.routing.num_topk,
             .max_experts = shape.routing.num_experts,
+            .num_sms = all_given && !num_sms.empty() ? std::ranges::max(num_sms) : 0,
             .timeout_ms = setting.options.timeout_ms,
             .mode = parse_mode(setting.options.mode)};
   }
 
-  // Several times in a run, because the machine may not be equally busy all the time: the fastest counts.
-  void measure_ceiling() {
+  bool on_gpu() const { return setting_.device.cuda(); }
+
+  // On the CPU. Several times in a run, because the machine may not be equally busy all the time: the fastest counts.
+  void measure_copy() {
+    if (on_gpu()) return;
     progress_.show("plain copy", static_cast<int64_t>(records_.size()), num_steps());
     const CopyCeiling ceiling(shape_, context_, stamps_bytes(setting_));
     push_us_ = std::min(push_us_, ceiling.push(meter_).median_us());
@@ -107,74 +128,134 @@ class BenchRank {
 
   // A round trip is a dispatch and a combine. Nothing to compare with where no rows move to another rank.
   double ceiling_of(const std::string& op) const {
-    if (op == "plan" || dispatch_bytes().wire == 0) return 0;
+    if (on_gpu() || op == "plan" || dispatch_bytes().wire == 0) return 0;
     if (op == "combine") return pull_us_;
     return op.starts_with("round_trip") ? push_us_ + pull_us_ : push_us_;
   }
 
   void measure_buffers(bool in_windows) {
-    RankBatch batch(shape_, context_.rank, exchange_, in_windows);
+    RankBatch batch(shape_, {context_.rank, exchange_, seat_.device, in_windows});
     const std::string buffers = in_windows ? "window" : "caller";
     measure_exact(batch, buffers);
-    if (small_batch()) measure_worst(batch, buffers);
+    if (on_gpu() || small_batch()) measure_worst(batch, buffers);
   }
 
-  // Counts are exchanged first, then the rows: three calls.
+  // Counts are exchanged first, then the rows: three calls. Along the routed plan rows may travel again and again.
   void measure_exact(RankBatch& batch, const std::string& buffers) {
     Plan plan(exchange_, plan_options(shape_, TERN_EXTENT_EXACT));
-    const auto route = [&] { plan.route(batch.routing()); };
-    const auto dispatch = [&] { plan.dispatch(batch.dispatch_args()); };
-    const auto combine = [&] { plan.combine(batch.combine_args()); };
-    const auto check_both = [&] { return first_of(batch.check_dispatch(), batch.check_combine()); };
-    if (records_.empty()) measure(plan, batch, {"plan", route, [] { return std::nullopt; }, {}}, {"", "exact"});
-    route();
-    measure(plan, batch, {"dispatch", dispatch, [&] { return batch.check_dispatch(); }, dispatch_bytes()}, {buffers, "exact"});
-    measure(plan, batch, {"combine", combine, [&] { return batch.check_combine(); }, combine_bytes()}, {buffers, "exact"});
-    const auto round_trip = [&] {
-      route();
-      dispatch();
-      combine();
+    const auto route = [&](const tern_launch& launch) { plan.route(batch.routing(), launch); };
+    const auto dispatch = [&](const tern_launch& launch) { plan.dispatch(batch.dispatch_args(), launch); };
+    const auto combine = [&](const tern_launch& launch) { plan.combine(batch.combine_args(), launch); };
+    const auto plan_dispatch = [&](const tern_launch& launch) {
+      route(launch);
+      dispatch(launch);
     };
-    measure(plan, batch, {"round_trip", round_trip, check_both, both_bytes()}, {buffers, "exact"});
+    const auto round_trip = [&](const tern_launch& launch) {
+      plan_dispatch(launch);
+      combine(launch);
+    };
+    const auto dispatched = [&] { return batch.check_dispatch(); };
+    const auto combined = [&] { return batch.check_combine(); };
+    const auto both = [&] { return first_of(batch.check_dispatch(), batch.check_combine()); };
+    const auto nothing = [] { return std::nullopt; };
+    if (!measured_plan_) measure(plan, batch, {"plan", "exact", route, nothing, {}, true}, "");
+    measured_plan_ = true;
+    route({.stream = seat_.device.stream()});
+    dispatch({.stream = seat_.device.stream()});  // a plan is dispatched before anything is combined along it
+    measure(plan, batch, {"dispatch", "exact", dispatch, dispatched, dispatch_bytes()}, buffers);
+    measure(plan, batch, {"combine", "exact", combine, combined, combine_bytes()}, buffers);
+    if (on_gpu()) measure(plan, batch, {"plan_dispatch", "exact", plan_dispatch, dispatched, dispatch_bytes(), true}, buffers);
+    measure(plan, batch, {"round_trip", "exact", round_trip, both, both_bytes(), true}, buffers);
   }
 
-  // The counts travel with the rows: two calls.
+  // Counts stay where they are; at best they travel with the rows: two calls.
   void measure_worst(RankBatch& batch, const std::string& buffers) {
     Plan plan(exchange_, plan_options(shape_, TERN_EXTENT_WORST));
-    const auto route_dispatch = [&] { plan.dispatch(batch.routing(), batch.dispatch_args()); };
-    const auto round_trip = [&] {
-      route_dispatch();
-      plan.combine(batch.combine_args());
+    const auto plan_dispatch = [&](const tern_launch& launch) {
+      plan.route(batch.routing(), launch);
+      plan.dispatch(batch.dispatch_args(), launch);
     };
-    const auto check_both = [&] { return first_of(batch.check_dispatch(), batch.check_combine()); };
-    measure(plan, batch, {"route_dispatch", route_dispatch, [&] { return batch.check_dispatch(); }, dispatch_bytes()}, {buffers, "worst"});
-    measure(plan, batch, {"round_trip_worst", round_trip, check_both, both_bytes()}, {buffers, "worst"});
+    const auto route_dispatch = [&](const tern_launch& launch) { plan.dispatch(batch.routing(), batch.dispatch_args(), launch); };
+    const auto round_trip = [&](const tern_launch& launch) {
+      route_dispatch(launch);
+      plan.combine(batch.combine_args(), launch);
+    };
+    const auto dispatched = [&] { return batch.check_dispatch(); };
+    const auto both = [&] { return first_of(batch.check_dispatch(), batch.check_combine()); };
+    if (on_gpu()) measure(plan, batch, {"plan_dispatch", "worst", plan_dispatch, dispatched, dispatch_bytes()}, buffers);
+    measure(plan, batch, {"route_dispatch", "worst", route_dispatch, dispatched, dispatch_bytes()}, buffers);
+    measure(plan, batch, {"round_trip_worst", "worst", round_trip, both, both_bytes()}, buffers);
   }
 
-  struct Labels {
-    std::string buffers, extent;
-  };
+  // With each number of SMs that is asked for.
+  void measure(const Plan& plan, RankBatch& batch, const Operation& operation, const std::string& buffers) {
+    if (!setting_.options.wants(operation.op)) return;
+    const std::vector<int> as_chosen{0};
+    for (const int num_sms : setting_.options.num_sms.empty() ? as_chosen : setting_.options.num_sms) {
+      const tern_launch launch{.stream = seat_.device.stream(), .num_sms = num_sms};
+      progress_.show(operation.op + " " + buffers, static_cast<int64_t>(records_.size()) + 1, num_steps());
+      BenchRecord record = on_gpu() ? measure_on_gpu(batch, operation, launch) : measure_on_cpu(batch, operation);
+      record.op = operation.op;
+      record.buffers = buffers;
+      record.extent = operation.extent;
+      record.bytes = operation.bytes;
+      record.mode = plan.info().latency_path != 0 ? "latency" : "throughput";
+      const std::array<double, 1> taken{static_cast<double>(plan.info().num_sms)};
+      record.num_sms = static_cast<int>(slowest_of_ranks(context_, taken).front());
+      records_.push_back(std::move(record));
+    }
+  }
 
   // Checked before and after the timed runs, each time on poisoned outputs.
-  void measure(const Plan& plan, RankBatch& batch, const Operation& operation, const Labels& labels) {
-    progress_.show(operation.op + " " + labels.buffers, static_cast<int64_t>(records_.size()) + 1, num_steps());
-    auto wrong = run_checked(batch, operation);
+  BenchRecord measure_on_cpu(RankBatch& batch, const Operation& operation) {
+    const auto run_checked = [&] {
+      batch.poison();
+      operation.run({});
+      return operation.check();
+    };
     BenchRecord record;
-    record.op = operation.op;
-    record.buffers = labels.buffers;
-    record.extent = labels.extent;
-    record.bytes = operation.bytes;
-    record.times = meter_.measure(operation.run);
-    record.mode = plan.info().latency_path != 0 ? "latency" : "throughput";
-    if (auto wrong_now = run_checked(batch, operation); !wrong) wrong = std::move(wrong_now);
+    record.clock = "host";
+    auto wrong = run_checked();
+    record.times = meter_.measure([&] { operation.run({}); });
+    if (auto wrong_now = run_checked(); !wrong) wrong = std::move(wrong_now);
     record.wrong = gather_wrong(context_, wrong);
-    records_.push_back(std::move(record));
+    return record;
   }
 
-  static std::optional<std::string> run_checked(RankBatch& batch, const Operation& operation) {
+  // Outputs are poisoned after the warm-up, and what the timed runs left there is checked.
+  BenchRecord measure_on_gpu(RankBatch& batch, const Operation& operation, const tern_launch& launch) {
+    constexpr int kNumWarmUps = 3;
+    RankDevice& device = seat_.device;
+    const auto run = [&] { operation.run(launch); };
+    for (int i = 0; i < kNumWarmUps; ++i) run();
+    device.synchronise();
+    require_healthy(operation);
+    const bool as_graph = setting_.options.graph && !operation.reads_counts;
+    const std::unique_ptr<DeviceGraph> graph = as_graph ? device.capture(run) : nullptr;
     batch.poison();
-    operation.run();
-    return operation.check();
+    context_.align();
+    BenchRecord record;
+    if (operation.reads_counts) {
+      record.clock = "host";
+      record.times = meter_.measure([&] {
+        run();
+        device.synchronise();
+      });
+    } else {
+      record.clock = as_graph ? "graph" : "stream";
+      record.times.us = slowest_of_ranks(context_, timer_->time_us([&] { as_graph ? graph->replay() : run(); }));
+    }
+    require_healthy(operation);
+    record.wrong = gather_wrong(context_, operation.check());
+    return record;
+  }
+
+  // Operations on a stream do not say by themselves that they failed.
+  void require_healthy(const Operation& operation) const {
+    const tern_exchange_state state = exchange_.state();
+    if (state.failure.status != TERN_OK)
+      fail(state.failure.status, "{}: rank {} waited for rank {} in epoch {}, saw {}: {}", operation.op, state.failure.waiter,
+           state.failure.awaited, state.failure.expected_epoch, state.failure.seen_epoch, tern_status_name(state.failure.status));
   }
 
   static std::optional<std::string> first_of(const std::optional<std::string>& a, const std::optional<std::string>& b) { return a ? a : b; }
@@ -185,12 +266,21 @@ class BenchRank {
     return shape_.routing.max_tokens() * shape_.format.given_row_bytes(shape_.hidden) <= kMostBytes;
   }
 
-  int64_t num_steps() const { return 2 + (with_windows_ + with_caller_) * (small_batch() ? 5 : 3); }
+  int64_t num_steps() const {
+    const auto of_buffers = [&](std::initializer_list<const char*> ops) {
+      return (with_windows_ + with_caller_) * std::ranges::count_if(ops, [&](const char* op) { return setting_.options.wants(op); });
+    };
+    int64_t steps = of_buffers({"dispatch", "combine", "round_trip"});
+    if (on_gpu() || small_batch()) steps += of_buffers({"route_dispatch", "round_trip_worst"});
+    if (on_gpu()) steps += of_buffers({"plan_dispatch", "plan_dispatch"});
+    steps += setting_.options.wants("plan");
+    return steps * std::max<int64_t>(1, static_cast<int64_t>(setting_.options.num_sms.size())) + 1;
+  }
 
   TrafficBytes dispatch_bytes() const {
-    return bytes_of(shape_, shape_.format.arriving_row_bytes(shape_.hidden) + shape_.format.arriving_scale_bytes(shape_.hidden), true);
+    return bytes_of(shape_, shape_.format.arriving_row_bytes(shape_.hidden) + shape_.format.arriving_scale_bytes(shape_.hidden));
   }
-  TrafficBytes combine_bytes() const { return bytes_of(shape_, shape_.format.combine_row_bytes(shape_.hidden), false); }
+  TrafficBytes combine_bytes() const { return bytes_of(shape_, shape_.format.combine_row_bytes(shape_.hidden)); }
   TrafficBytes both_bytes() const {
     const TrafficBytes there = dispatch_bytes(), back = combine_bytes();
     return {there.logical + back.logical, there.wire + back.wire};
@@ -198,19 +288,24 @@ class BenchRank {
 
   const BenchSetting& setting_;
   const BatchShape& shape_;
+  BenchSeat seat_;
   RankContext& context_;
   Meter meter_;
   Progress progress_;
   Exchange exchange_;
   bool with_windows_, with_caller_;
+  bool measured_plan_ = false;
+  std::unique_ptr<StreamTimer> timer_;  // GPU
   double push_us_ = std::numeric_limits<double>::max(), pull_us_ = std::numeric_limits<double>::max();
   std::vector<BenchRecord> records_;
 };
 
 }  // namespace
 
-size_t bench_board_bytes(const BenchSetting& setting) { return stamps_bytes(setting) + CopyCeiling::board_bytes(setting.shape); }
+size_t bench_board_bytes(const BenchSetting& setting) {
+  return stamps_bytes(setting) + (setting.device.cuda() ? 0 : CopyCeiling::board_bytes(setting.shape));
+}
 
-std::vector<BenchRecord> measure_all(const BenchSetting& setting, RankContext& context) { return BenchRank(setting, context).run(); }
+std::vector<BenchRecord> measure_all(const BenchSetting& setting, const BenchSeat& seat) { return BenchRank(setting, seat).run(); }
 
 }  // namespace tern::tools

@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "base/knobs.h"
+#include "tools/cuda_facts.h"
 #include "tools/gpus.h"
 #include "tools/kernel_features.h"
 #include "tools/launch.h"
@@ -33,6 +34,7 @@ struct Findings {
   std::string kernel = kernel_release();
   std::vector<KernelFeature> features = probe_kernel_features();
   GpuReport gpus = read_gpus();
+  CudaReport cuda;
   NetworkReport network = read_network();
   std::vector<KnobDescription> knobs = describe_knobs();
   std::optional<FoundLauncher> launcher = find_launcher();
@@ -44,12 +46,13 @@ Path cpu_path(LaunchKind kind, const std::string& remedy) {
   return {probe.name, probe.works, probe.reason, probe.works ? "" : remedy};
 }
 
-Path cuda_path(const GpuReport& gpus) {
+Path cuda_path(const CudaReport& cuda) {
+  if (!cuda.problem.empty())
+    return {
+        "CUDA engine", false, cuda.problem,
+        built_with_cuda() ? "an NVIDIA GPU with a driver for CUDA 13 (nvidia-smi)" : "a build of Tern with the CUDA engine, by nvcc 13"};
   const Probe probe = probe_engine(TERN_DEVICE_CUDA);
-  if (probe.works) return {"CUDA engine", true, "", ""};
-  const bool has_gpu = !gpus.gpus.empty();
-  return {"CUDA engine", false, has_gpu ? probe.reason : gpus.problem + "; " + probe.reason,
-          has_gpu ? "a build of Tern with the CUDA engine" : "an NVIDIA GPU with its driver, and a build of Tern with the CUDA engine"};
+  return {probe.name, probe.works, probe.reason, probe.works ? "" : "what the reason says"};
 }
 
 // This version joins ranks of one host only, whatever the network offers.
@@ -64,7 +67,9 @@ Findings examine() {
   // Processes first: they are forked, and the library may keep threads of its own.
   findings.paths.push_back(cpu_path(LaunchKind::kProcesses, "memfd and futex as listed above, and sockets between processes of one user"));
   findings.paths.push_back(cpu_path(LaunchKind::kThreads, "memfd and futex as listed above"));
-  findings.paths.push_back(cuda_path(findings.gpus));
+  findings.cuda = read_cuda();
+  test_cuda_pairs(findings.cuda);
+  findings.paths.push_back(cuda_path(findings.cuda));
   findings.paths.push_back(network_path(findings.network));
   return findings;
 }
@@ -104,6 +109,35 @@ void print_machine(const Findings& findings) {
     print_fact(feature.name, fmt::format("{:<4}{}", feature.works ? "yes" : "NO", feature.note));
 }
 
+const char* yes_or_no(bool value) { return value ? "yes" : "no"; }
+
+void print_cuda(const CudaReport& cuda) {
+  print_heading("CUDA");
+  if (cuda.runtime > 0)
+    print_fact("driver, runtime",
+               fmt::format("{}, {}", cuda.driver > 0 ? cuda_version_text(cuda.driver) : "none", cuda_version_text(cuda.runtime)));
+  if (!cuda.problem.empty()) print_fact("none", cuda.problem);
+  for (size_t from = 0; from < cuda.devices.size(); ++from) {
+    const CudaDeviceFacts& device = cuda.devices[from];
+    print_fact(fmt::format("device {}", from),
+               fmt::format("{} at {}, compute {}.{}, {} SMs, {}, L2 {}", device.name, device.pci_bus_id, device.compute_major,
+                           device.compute_minor, device.num_sms, human_bytes(static_cast<double>(device.memory_bytes)),
+                           human_bytes(static_cast<double>(device.l2_bytes))));
+    print_fact("", fmt::format("windows: {}, shared by file descriptor: {}, by fabric handle: {}", yes_or_no(device.maps_memory),
+                               yes_or_no(device.shares_by_fd), yes_or_no(device.shares_by_fabric)));
+  }
+  for (size_t from = 0; from < cuda.devices.size(); ++from) {
+    for (size_t to = 0; to < cuda.devices.size(); ++to) {
+      if (from == to) continue;
+      const CudaPairFacts& pair = cuda.pair(from, to);
+      print_fact(fmt::format("{} to {}", from, to),
+                 fmt::format("{}, performance rank {}, atomics: {}; a copy: {}", pair.reaches ? "direct" : "NOT DIRECT",
+                             pair.performance_rank, yes_or_no(pair.native_atomics),
+                             pair.problem.empty() ? fmt::format("{:.0f} GB/s, unchanged", pair.gbps) : "FAILED: " + pair.problem));
+    }
+  }
+}
+
 void print_devices(const Findings& findings) {
   print_heading("GPUs");
   const GpuReport& report = findings.gpus;
@@ -111,10 +145,12 @@ void print_devices(const Findings& findings) {
   if (!report.problem.empty()) print_fact("none", report.problem);
   for (size_t i = 0; i < report.gpus.size(); ++i) {
     const GpuFacts& gpu = report.gpus[i];
-    print_fact(fmt::format("GPU {}", i), fmt::format("{}, {}, compute {}.{}, {} NVLinks; to the others: {}", gpu.name,
-                                                     human_bytes(static_cast<double>(gpu.memory_bytes)), gpu.compute_major,
-                                                     gpu.compute_minor, gpu.num_nvlinks, fmt::join(gpu.link_to, " ")));
+    print_fact(fmt::format("GPU {}", i),
+               fmt::format("{}, {}, compute {}.{}, {} NVLinks{}; to the others: {}", gpu.name,
+                           human_bytes(static_cast<double>(gpu.memory_bytes)), gpu.compute_major, gpu.compute_minor, gpu.num_nvlinks,
+                           gpu.nvlink_version > 0 ? fmt::format(" (version {})", gpu.nvlink_version) : "", fmt::join(gpu.link_to, " ")));
   }
+  print_cuda(findings.cuda);
   print_heading("Network");
   print_fact("libfabric", findings.network.libfabric.empty() ? findings.network.problem : findings.network.libfabric);
   if (!findings.network.libfabric.empty())
@@ -168,6 +204,35 @@ Json machine_json(const Findings& findings) {
           {"kernel", {{"release", findings.kernel}, {"features", features}}}};
 }
 
+Json cuda_json(const CudaReport& cuda) {
+  Json devices = Json::array(), pairs = Json::array();
+  for (const CudaDeviceFacts& device : cuda.devices) {
+    devices.push_back({{"name", device.name},
+                       {"pci_bus_id", device.pci_bus_id},
+                       {"compute_capability", fmt::format("{}.{}", device.compute_major, device.compute_minor)},
+                       {"sms", device.num_sms},
+                       {"memory_bytes", device.memory_bytes},
+                       {"l2_bytes", device.l2_bytes},
+                       {"windows", device.maps_memory},
+                       {"shares_by_fd", device.shares_by_fd},
+                       {"shares_by_fabric", device.shares_by_fabric}});
+  }
+  for (size_t from = 0; from < cuda.devices.size(); ++from) {
+    for (size_t to = 0; to < cuda.devices.size(); ++to) {
+      if (from == to) continue;
+      const CudaPairFacts& pair = cuda.pair(from, to);
+      pairs.push_back({{"from", from},
+                       {"to", to},
+                       {"direct", pair.reaches},
+                       {"native_atomics", pair.native_atomics},
+                       {"performance_rank", pair.performance_rank},
+                       {"copy_gbps", pair.gbps},
+                       {"problem", pair.problem}});
+    }
+  }
+  return {{"driver", cuda.driver}, {"runtime", cuda.runtime}, {"problem", cuda.problem}, {"devices", devices}, {"pairs", pairs}};
+}
+
 Json devices_json(const Findings& findings) {
   Json gpus = Json::array();
   for (const GpuFacts& gpu : findings.gpus.gpus) {
@@ -175,10 +240,12 @@ Json devices_json(const Findings& findings) {
                     {"memory_bytes", gpu.memory_bytes},
                     {"compute_capability", fmt::format("{}.{}", gpu.compute_major, gpu.compute_minor)},
                     {"nvlinks", gpu.num_nvlinks},
+                    {"nvlink_version", gpu.nvlink_version},
                     {"link_to", gpu.link_to}});
   }
   const NetworkReport& network = findings.network;
   return {{"gpus", {{"driver", findings.gpus.driver}, {"problem", findings.gpus.problem}, {"list", gpus}}},
+          {"cuda", cuda_json(findings.cuda)},
           {"network",
            {{"libfabric", network.libfabric},
             {"providers", network.providers},

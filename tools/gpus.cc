@@ -64,7 +64,10 @@ GpuFacts read_gpu(const Nvml& nvml, Nvml::Device device) {
   nvml.call("nvmlDeviceGetCudaComputeCapability", device, &facts.compute_major, &facts.compute_minor);
   for (unsigned link = 0; link < kMostLinks; ++link) {
     int active = 0;
-    facts.num_nvlinks += nvml.call("nvmlDeviceGetNvLinkState", device, link, &active) && active == 1;
+    unsigned version = 0;
+    if (!nvml.call("nvmlDeviceGetNvLinkState", device, link, &active) || active != 1) continue;
+    ++facts.num_nvlinks;
+    if (nvml.call("nvmlDeviceGetNvLinkVersion", device, link, &version)) facts.nvlink_version = static_cast<int>(version);
   }
   return facts;
 }
@@ -94,7 +97,9 @@ GpuReport read_gpus() {
     report.gpus.push_back(read_gpu(nvml, device));
     for (const Nvml::Device peer : devices) report.gpus.back().link_to.push_back(link_between(nvml, device, peer));
   }
-  if (devices.empty()) report.problem = "the NVIDIA driver sees no GPU";
+  if (devices.empty())
+    report.problem =
+        count == 0 ? "the NVIDIA driver sees no GPU" : fmt::format("the NVIDIA driver lets this user open none of {} GPUs", count);
   return report;
 }
 

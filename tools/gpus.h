@@ -13,6 +13,7 @@ struct GpuFacts {
   int64_t memory_bytes = 0;
   int compute_major = 0, compute_minor = 0;
   int num_nvlinks = 0;               // active
+  int nvlink_version = 0;            // as NVML counts them; 0: no link, or not told
   std::vector<std::string> link_to;  // [num_gpus] "NVLink", "PCIe P2P", "none", "-" (itself)
 };
 

@@ -22,6 +22,15 @@ double Times::quantile_us(double share) const {
   return sorted[std::max<size_t>(position, 1) - 1];
 }
 
+std::vector<double> slowest_of_ranks(const RankContext& context, std::span<const double> mine) {
+  std::vector<double> all(mine.size() * static_cast<size_t>(context.num_ranks));
+  context.board.allgather(context.rank, std::as_bytes(mine), reinterpret_cast<std::byte*>(all.data()),
+                          context.timeout_ms + RankContext::kPatienceMs);
+  std::vector<double> slowest(mine.begin(), mine.end());
+  for (size_t i = 0; i < all.size(); ++i) slowest[i % mine.size()] = std::max(slowest[i % mine.size()], all[i]);
+  return slowest;
+}
+
 size_t Meter::board_bytes(int num_ranks, int64_t num_iters) {
   return sizeof(Stamp) * static_cast<size_t>(num_ranks) * static_cast<size_t>(num_iters);
 }

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "tools/launch.h"
@@ -27,6 +28,9 @@ struct Times {
   // The least time that at least this share of the runs did not exceed.
   double quantile_us(double share) const;
 };
+
+// Of each run, the time of the slowest rank; all ranks give equally many. Waits like a barrier.
+std::vector<double> slowest_of_ranks(const RankContext& context, std::span<const double> mine);
 
 class Meter {
  public:

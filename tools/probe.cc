@@ -3,9 +3,11 @@
 
 #include <array>
 #include <exception>
+#include <numeric>
 #include <vector>
 
 #include "base/error.h"
+#include "devices/rank_device.h"
 
 namespace tern::tools {
 namespace {
@@ -13,22 +15,32 @@ namespace {
 constexpr int64_t kTimeoutMs = 5000;
 
 // One token from every rank to every rank, which all of them then know.
-void exchange_one_token(const Group& group, tern_device_type device) {
+void exchange_one_token(const Group& group, tern_device_type type) {
   const int num_ranks = group.num_ranks();
-  Exchange exchange(
-      group,
-      {.device = device, .max_tokens = 1, .max_row_bytes = 16, .max_topk = num_ranks, .max_experts = num_ranks, .timeout_ms = kTimeoutMs});
-  if (device == TERN_DEVICE_CUDA) return;  // tokens would have to lie on the GPU; that the exchange was made is enough
+  const std::unique_ptr<RankDevice> device = make_rank_device(type, 0);
+  Exchange exchange(group, {.device = type,
+                            .device_index = device->index(),
+                            .max_tokens = 1,
+                            .max_row_bytes = 16,
+                            .max_topk = num_ranks,
+                            .max_experts = num_ranks,
+                            .timeout_ms = kTimeoutMs});
   Plan plan(exchange, {.max_tokens = 1, .num_experts = num_ranks, .num_topk = num_ranks});
-  std::vector<int32_t> to_all(static_cast<size_t>(num_ranks));
-  for (int rank = 0; rank < num_ranks; ++rank) to_all[static_cast<size_t>(rank)] = rank;
-  plan.route({.topk_idx = to_all.data(), .topk_idx_type = TERN_INDEX_INT32, .num_tokens = 1});
   using Token = std::array<int32_t, 4>;
   const Token token{group.rank(), 1, 2, 3};
-  std::vector<Token> rows(static_cast<size_t>(num_ranks));
-  plan.dispatch({.tokens = token.data(), .dtype = TERN_DTYPE_BYTES, .hidden = sizeof token, .out_tokens = rows.data()});
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    if (rows[static_cast<size_t>(rank)] != Token{rank, 1, 2, 3}) fail(TERN_INTERNAL_ERROR, "the token of rank {} arrived damaged", rank);
+  std::vector<int32_t> all_ranks(static_cast<size_t>(num_ranks));
+  std::iota(all_ranks.begin(), all_ranks.end(), 0);
+  std::vector<Token> found(all_ranks.size());
+  const DeviceMemory tokens(*device, sizeof token), rows(*device, num_ranks * int64_t{sizeof token});
+  const DeviceMemory to_all(*device, num_ranks * int64_t{sizeof(int32_t)});
+  device->copy_in(tokens.data(), &token, tokens.num_bytes());
+  device->copy_in(to_all.data(), all_ranks.data(), to_all.num_bytes());
+  const tern_launch launch{.stream = device->stream()};
+  plan.route({.topk_idx = to_all.data(), .topk_idx_type = TERN_INDEX_INT32, .num_tokens = 1}, launch);
+  plan.dispatch({.tokens = tokens.data(), .dtype = TERN_DTYPE_BYTES, .hidden = sizeof token, .out_tokens = rows.data()}, launch);
+  device->copy_out(found.data(), rows.data(), rows.num_bytes());
+  for (const int32_t rank : all_ranks) {
+    if (found[static_cast<size_t>(rank)] != Token{rank, 1, 2, 3}) fail(TERN_INTERNAL_ERROR, "the token of rank {} arrived damaged", rank);
   }
 }
 

@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "tools/bench_options.h"
+#include "tools/device_buffer.h"
 #include "tools/machine.h"
 #include "tools/moe_layer.h"
 #include "tools/numbers.h"
@@ -34,57 +35,66 @@ struct Setting {
   const RunOptions& options;
   LayerShape layer;
   int num_ranks;
+  ChosenDevice device;
 
   size_t result_elements() const { return static_cast<size_t>(options.tokens * layer.hidden); }
   size_t report_bytes() const { return (sizeof(RankReport) * static_cast<size_t>(num_ranks) + 255) / 256 * 256; }
   size_t board_bytes() const { return report_bytes() + static_cast<size_t>(num_ranks) * result_elements() * sizeof(uint16_t); }
 };
 
-// The layer as one rank runs it.
+// The layer as one rank runs it: rows travel between the ranks' devices, gate and experts compute on the host.
 class LayerRank {
  public:
-  LayerRank(const Setting& setting, RankContext& context)
+  LayerRank(const Setting& setting, RankContext& context, RankDevice& device)
       : setting_(setting),
         context_(context),
-        exchange_(context.group, exchange_options(setting)),
+        device_(device),
+        exchange_(context.group, exchange_options(setting, device)),
         plan_(exchange_, {.max_tokens = setting.options.tokens,
                           .num_experts = setting.layer.num_experts,
                           .num_topk = setting.layer.num_topk,
                           .layout = TERN_LAYOUT_EXPERT_MAJOR}),
-        rows_(exchange_, row_capacity(setting) * row_bytes(setting)),
-        expert_offsets_(static_cast<size_t>(local_experts(setting)) + 1),
+        rows_(Buffer::in_window(exchange_, row_capacity(setting) * row_bytes(setting))),
+        expert_offsets_(Buffer::own(device, (local_experts(setting) + 1) * int64_t{sizeof(int64_t)})),
+        tokens_(Buffer::own(device, setting.options.tokens * row_bytes(setting))),
+        topk_idx_(Buffer::own(device, num_entries(setting) * int64_t{sizeof(int32_t)})),
+        topk_weights_(Buffer::own(device, num_entries(setting) * int64_t{sizeof(float)})),
+        results_(Buffer::own(device, setting.options.tokens * row_bytes(setting))),
         gate_(setting.layer),
-        tokens_(make_tokens(setting.layer, context.rank, setting.options.tokens)),
-        results_(setting.result_elements()) {
+        host_tokens_(make_tokens(setting.layer, context.rank, setting.options.tokens)) {
+    device_.copy_in(tokens_.data(), host_tokens_.data(), tokens_.num_bytes());
     const int first = context.rank * local_experts(setting);
     for (int expert = first; expert < first + local_experts(setting); ++expert) experts_.emplace_back(setting.layer, expert);
   }
 
   RankReport run_once() {
     RankReport report;
-    report.stage_ms[kGateStage] = timed([&] { choice_ = gate_.choose(widen<double>(tokens_, setting_.layer.hidden)); });
+    const tern_launch launch{.stream = device_.stream()};
+    report.stage_ms[kGateStage] = timed([&] { choose(); });
     tern_plan_info info;
     report.stage_ms[kRouteStage] = timed([&] {
-      info = plan_.route({.topk_idx = choice_.topk_idx.data(), .topk_idx_type = TERN_INDEX_INT32, .num_tokens = setting_.options.tokens});
+      info = plan_.route({.topk_idx = topk_idx_.data(), .topk_idx_type = TERN_INDEX_INT32, .num_tokens = setting_.options.tokens}, launch);
     });
     report.stage_ms[kDispatchStage] = timed([&] {
       plan_.dispatch({.tokens = tokens_.data(),
                       .hidden = setting_.layer.hidden,
-                      .topk_weights = choice_.topk_weights.data(),
+                      .topk_weights = topk_weights_.as<float>(),
                       .out_tokens = rows_.data(),
-                      .out_expert_offsets = expert_offsets_.data()});
+                      .out_expert_offsets = expert_offsets_.as<int64_t>()},
+                     launch);
     });
     report.stage_ms[kExpertsStage] = timed([&] { run_experts(); });
     report.stage_ms[kCombineStage] = timed([&] {
       plan_.combine(
-          {.rows = rows_.data(), .hidden = setting_.layer.hidden, .weighting = TERN_WEIGHTS_DISPATCH, .out_tokens = results_.data()});
+          {.rows = rows_.data(), .hidden = setting_.layer.hidden, .weighting = TERN_WEIGHTS_DISPATCH, .out_tokens = results_.data()},
+          launch);
     });
     report.num_messages = info.num_received;
     report.num_rows = info.num_rows;
     return report;
   }
 
-  const std::vector<uint16_t>& results() const { return results_; }
+  void copy_results_to(uint16_t* host) { device_.copy_out(host, results_.data(), results_.num_bytes()); }
 
  private:
   static int local_experts(const Setting& setting) { return setting.layer.num_experts / setting.num_ranks; }
@@ -94,8 +104,11 @@ class LayerRank {
     return setting.options.tokens * setting.num_ranks * std::min(setting.layer.num_topk, local_experts(setting));
   }
 
-  static tern_exchange_options exchange_options(const Setting& setting) {
-    return {.device = TERN_DEVICE_CPU,
+  static int64_t num_entries(const Setting& setting) { return setting.options.tokens * setting.layer.num_topk; }
+
+  static tern_exchange_options exchange_options(const Setting& setting, const RankDevice& device) {
+    return {.device = device.type(),
+            .device_index = device.index(),
             .window_bytes = row_capacity(setting) * row_bytes(setting) + 4096,
             .max_tokens = setting.options.tokens,
             .max_row_bytes = row_bytes(setting),
@@ -110,31 +123,42 @@ class LayerRank {
     context_.align();
     const auto start = std::chrono::steady_clock::now();
     run();
+    device_.synchronise();
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  }
+
+  void choose() {
+    const GateChoice choice = gate_.choose(widen<double>(host_tokens_, setting_.layer.hidden));
+    device_.copy_in(topk_idx_.data(), choice.topk_idx.data(), topk_idx_.num_bytes());
+    device_.copy_in(topk_weights_.data(), choice.topk_weights.data(), topk_weights_.num_bytes());
   }
 
   // Each local expert replaces its rows, where they lie, by its results.
   void run_experts() {
     const int64_t hidden = setting_.layer.hidden;
+    const HostBytes offsets(device_, expert_offsets_);
+    std::vector<uint16_t> rows;
     for (size_t expert = 0; expert < experts_.size(); ++expert) {
-      const int64_t first = expert_offsets_[expert], count = expert_offsets_[expert + 1] - first;
+      const int64_t first = offsets.as<int64_t>()[expert], count = offsets.as<int64_t>()[expert + 1] - first;
       if (count == 0) continue;
-      const std::span<uint16_t> rows(rows_.as<uint16_t>() + first * hidden, static_cast<size_t>(count * hidden));
+      rows.resize(static_cast<size_t>(count * hidden));
+      std::byte* of_expert = rows_.data() + first * row_bytes(setting_);
+      device_.copy_out(rows.data(), of_expert, count * row_bytes(setting_));
       const Matrix<float> out = experts_[expert].apply(widen<float>(rows, hidden));
       std::transform(out.data(), out.data() + out.size(), rows.begin(), to_bf16);
+      device_.copy_in(of_expert, rows.data(), count * row_bytes(setting_));
     }
   }
 
   const Setting& setting_;
   RankContext& context_;
+  RankDevice& device_;
   Exchange exchange_;
   Plan plan_;
-  WindowBuffer rows_;
-  std::vector<int64_t> expert_offsets_;
+  Buffer rows_, expert_offsets_, tokens_, topk_idx_, topk_weights_, results_;
   Gate gate_;
   std::vector<ExpertWeights<float>> experts_;
-  std::vector<uint16_t> tokens_, results_;
-  GateChoice choice_;
+  std::vector<uint16_t> host_tokens_;
 };
 
 struct DenseResult {
@@ -264,7 +288,8 @@ RankReport median_run(std::vector<RankReport> runs) {
 int run_rank(const Setting& setting, RankContext& context) {
   Progress progress(context.rank == 0);
   progress.show("making the experts' weights", 0, setting.options.iters + 1);
-  LayerRank layer(setting, context);
+  const std::unique_ptr<RankDevice> device = make_rank_device(setting.device, context.rank);
+  LayerRank layer(setting, context, *device);
   std::vector<RankReport> runs;
   layer.run_once();  // the first run finds cold caches and new pages
   for (int64_t i = 0; i < setting.options.iters; ++i) {
@@ -274,7 +299,7 @@ int run_rank(const Setting& setting, RankContext& context) {
   progress.clear();
   context.board.shared_as<RankReport>()[context.rank] = median_run(runs);
   auto* all_results = context.board.shared_as<uint16_t>(setting.report_bytes());
-  std::ranges::copy(layer.results(), all_results + static_cast<size_t>(context.rank) * setting.result_elements());
+  layer.copy_results_to(all_results + static_cast<size_t>(context.rank) * setting.result_elements());
   context.align();
   return context.rank == 0 ? report_layer(setting, context.board) : 0;
 }
@@ -282,8 +307,10 @@ int run_rank(const Setting& setting, RankContext& context) {
 }  // namespace
 
 void add_run_flags(CLI::App& app, RunOptions& options) {
-  app.add_option("--ranks", options.ranks, "Ranks, a divisor of 256; default 4, or as many as the launcher started")
+  app.add_option("--ranks", options.ranks,
+                 "Ranks, a divisor of 256; default: one for each GPU, 4 on the CPU, or as many as the launcher started")
       ->check(CLI::Range(1, 256));
+  app.add_option("--device", options.device, "cpu, cuda or auto")->check(CLI::IsMember({"cpu", "cuda", "auto"}))->capture_default_str();
   app.add_option("--launch", options.launch, "Start ranks here as processes or threads; default: the launcher's ranks, else processes")
       ->check(CLI::IsMember({"processes", "threads"}));
   app.add_option("--tokens", options.tokens, "Tokens on each rank")->check(CLI::Range(int64_t{1}, int64_t{1024}))->capture_default_str();
@@ -298,16 +325,17 @@ void add_run_flags(CLI::App& app, RunOptions& options) {
 }
 
 int run_layer(const RunOptions& options) {
-  LaunchOptions launch_options = choose_launch(options.launch, options.ranks, options.timeout_ms);
-  const Setting setting{options, {.expert_width = options.width, .seed = options.seed}, launch_options.num_ranks};
+  const ChosenDevice device = choose_device(options.device);
+  LaunchOptions launch_options = choose_launch(options.launch, options.ranks, options.timeout_ms, device);
+  const Setting setting{options, {.expert_width = options.width, .seed = options.seed}, launch_options.num_ranks, device};
   const LayerShape& layer = setting.layer;
   if (layer.num_experts % setting.num_ranks != 0)
     fail(TERN_INVALID_ARGUMENT, "run: {} experts do not divide by {} ranks: take 1, 2, 4, 8, ...", layer.num_experts, setting.num_ranks);
   launch_options.shared_bytes = setting.board_bytes();
   const auto found = find_launcher();
   if (launch_options.kind != LaunchKind::kEnvironment || (found && found->rank == 0)) {
-    fmt::print("Tern {}: one Mixture-of-Experts layer of DeepSeek-V3's shape on {} ranks ({}), CPU\n\n", version_text(tern_version()),
-               setting.num_ranks, launch_name(launch_options.kind));
+    fmt::print("Tern {}: one Mixture-of-Experts layer of DeepSeek-V3's shape on {} ranks ({}), {}\n\n", version_text(tern_version()),
+               setting.num_ranks, launch_name(launch_options.kind), device.cuda() ? "GPUs (gate and experts on the host)" : "CPU");
     fmt::print("  hidden {}, {} experts, the best {} of each token from at most {} of {} groups; {} tokens a rank, experts {} wide\n\n",
                layer.hidden, layer.num_experts, layer.num_topk, layer.max_groups, layer.num_groups, options.tokens, options.width);
     std::fflush(stdout);

@@ -11,6 +11,7 @@ namespace tern::tools {
 
 struct RunOptions {
   int ranks = 0;
+  std::string device = "auto";
   std::string launch;
   int64_t tokens = 32;
   int64_t width = 32;

@@ -41,6 +41,17 @@ TEST(BatchRows, ExpertPaddedStartsEachExpertAtItsOwnRoom) {
   EXPECT_EQ(num_output_rows(shape_of(TERN_LAYOUT_EXPERT_PADDED), 0), 8);
 }
 
+TEST(BatchRows, ExpertMajorGroupsStartAtMultiplesOfTheAlignment) {
+  BatchShape shape = shape_of(TERN_LAYOUT_EXPERT_MAJOR);
+  shape.expert_alignment = 4;
+  std::vector<int64_t> rows;
+  for (const ArrivingRow& a : arriving_rows(shape, 1)) rows.push_back(a.row);
+  EXPECT_EQ(rows, (std::vector<int64_t>{0, 1, 4}));
+  EXPECT_EQ(expert_offsets(shape, 0), (std::vector<int64_t>{0, 4, 8}));
+  EXPECT_EQ(expert_offsets(shape, 1), (std::vector<int64_t>{0, 4, 8}));
+  EXPECT_EQ(num_output_rows(shape, 1), 8);
+}
+
 TEST(BatchRows, CapacityIsThatOfTheBusiestRank) {
   EXPECT_EQ(plan_options(shape_of(TERN_LAYOUT_EXPERT_MAJOR), TERN_EXTENT_WORST).row_capacity, 3);
   EXPECT_EQ(plan_options(shape_of(TERN_LAYOUT_EXPERT_MAJOR), TERN_EXTENT_EXACT).row_capacity, 0);
