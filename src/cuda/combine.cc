@@ -117,15 +117,19 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
   args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
   args.out_tokens = static_cast<std::byte*>(a.out_tokens);
   args.out_topk_weights = a.out_topk_weights;
-  args.roles = {.num_stage_warps = args.rows_staged ? 8 : 1, .num_pull_warps = args.rows_staged ? 16 : 20};
-  args.piece_bytes = static_cast<int32_t>(std::min<int64_t>(call_.row_bytes, kernels::kMostCombinePieceBytes));
+  args.roles = {.num_stage_warps = args.rows_staged ? 6 : 1, .num_pull_warps = args.rows_staged ? 14 : 19};
+  constexpr int32_t kLeastStages = 2;
+  args.group = kernels::combine_group(per_entry_ ? tables.num_topk : tables.messages_per_token);
+  for (int64_t piece = kernels::kMostCombinePieceBytes; args.num_stages < kLeastStages; piece /= 2) {
+    args.piece_bytes = static_cast<int32_t>(std::min(call_.row_bytes, piece));
+    args.stage_bytes = kernels::combine_stage_bytes(args.piece_bytes, args.group);
+    args.num_stages = ring_stages(kRingBytes, args.roles.num_pull_warps, args.stage_bytes, 1);
+  }
   const int64_t warps_per_token = int64_t{args.roles.num_pull_warps} * num_sms_ / std::max<int64_t>(1, plan_.most_tokens());
   const int64_t num_pieces = (call_.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
   const int64_t pieces_per_part = (num_pieces + std::max<int64_t>(1, warps_per_token) - 1) / std::max<int64_t>(1, warps_per_token);
   args.part_bytes = static_cast<int32_t>(pieces_per_part) * args.piece_bytes;
   args.num_parts = static_cast<int32_t>((num_pieces + pieces_per_part - 1) / pieces_per_part);
-  args.stage_bytes = kernels::combine_stage_bytes(args.piece_bytes);
-  args.num_stages = ring_stages(kRingBytes, args.roles.num_pull_warps, args.stage_bytes, 2);
   kernels::TransferArgs& t = args.transfer;
   t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
   t.in_place = rows_at_ >= 0;

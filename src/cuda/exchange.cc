@@ -73,11 +73,11 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
   const layout::RoutingBankLayout routing{.num_counts = int64_t{options.max_experts} + num_ranks, .num_topk = options.max_topk};
   int64_t per_rank = make_window_layout(options, num_ranks).bank_bytes;
   if (options.staging_bytes == 0) {
-    constexpr int64_t kPartPadding = 2 * 16;  // rows and scales begin at multiples of it
+    constexpr int64_t kPartPadding = 2 * 16;  // rows and scales begin at multiples of it; the last of the chunks is counted as a full one
     const auto weight_bytes = int64_t{options.max_topk} * static_cast<int64_t>(sizeof(float));
     const layout::StagedSlot slot{options.max_row_bytes + kPartPadding, 0, weight_bytes};
     const int64_t most = staging_bound(options) / (int64_t{options.num_lanes} * layout::kNumBanks * num_ranks);
-    per_rank = std::max(per_rank, std::min(slot.stride() * options.max_tokens, most));
+    per_rank = std::max(per_rank, std::min(slot.stride() * (options.max_tokens + layout::kMaxChunks), most));
   }
   return {.num_ranks = num_ranks,
           .num_lanes = options.num_lanes,

@@ -12,7 +12,7 @@
 namespace tern::kernels {
 namespace {
 
-constexpr int kMostThreads = 768;
+constexpr int kMostThreads = 640;
 constexpr int64_t kMostSharedBytes = 220 << 10;
 constexpr int kPullBarrier = 1;
 
@@ -232,8 +232,7 @@ __device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceVi
   const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
   OwnedRows rows(args, transfer, sources, warp, int64_t{args.roles.num_pull_warps} * gridDim.x);
   if constexpr (kBulk) {
-    SumFlow<Wire, OwnedRows> flow(rows, args.piece_bytes);
-    run_ring(ring, flow);
+    sum_by_ring<Wire, kMostCombinePieceBytes / 512>(ring, rows, args.piece_bytes, args.group);
   } else {
     sum_by_threads<Wire>(rows);
   }
@@ -278,9 +277,10 @@ cudaError_t prepare_instances() {
 
 }  // namespace
 
-int32_t combine_stage_bytes(int32_t piece_bytes) {
-  using Flow = SumFlow<device::F32, OwnedRows>;
-  return static_cast<int32_t>(layout::align_up(Flow::kGroup * piece_bytes + Flow::kTagBytes, layout::kBulkLine));
+int32_t combine_group(int32_t most_terms) { return most_terms < kMostGroup ? most_terms : kMostGroup; }
+
+int32_t combine_stage_bytes(int32_t piece_bytes, int32_t group) {
+  return static_cast<int32_t>(layout::align_up(group * piece_bytes + kStageTagBytes, layout::kBulkLine));
 }
 
 cudaError_t prepare_combine() {

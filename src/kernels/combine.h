@@ -37,12 +37,14 @@ struct CombineArgs {
 
   // Bulk copies: a part is summed in pieces of this many bytes; each pulling warp has a ring of so many stages for the terms' pieces.
   int32_t piece_bytes = 0;
+  int32_t group = 1;  // terms whose pieces share a stage
   int32_t stage_bytes = 0;
   int32_t num_stages = 0;
 };
 
-// The bytes of a stage for pieces of this size, and the largest piece.
-int32_t combine_stage_bytes(int32_t piece_bytes);
+// Terms that share a stage, the bytes of a stage, and the largest piece.
+int32_t combine_group(int32_t most_terms);
+int32_t combine_stage_bytes(int32_t piece_bytes, int32_t group);
 inline constexpr int32_t kMostCombinePieceBytes = 1024;
 
 cudaError_t prepare_combine();

@@ -88,23 +88,40 @@ class MessageSides {
 class TokenStager {
  public:
   __device__ TokenStager(const DispatchArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
-      : args_(args), transfer_(transfer), num_warps_(num_warps) {
+      : args_(args), transfer_(transfer), warp_(warp), num_warps_(num_warps) {
     const TransferArgs& t = args.transfer;
-    const int64_t num_tokens = args.plan.num_tokens[t.exchange.rank];
-    end_token_ = min(num_tokens, int64_t{t.end_chunk} * t.tokens_per_chunk);
-    token_ = t.first_token() + warp;
+    end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
   }
 
   __device__ void run() {
-    for (; token_ < end_token_; token_ += num_warps_) {
-      if (args_.slot.row_bytes > 0) stage_row(token_);
-      stage_sides(token_);
-      __syncwarp();
-      complete(token_);
-    }
+    if (args_.slot.row_bytes > 0)
+      stage_tokens();
+    else
+      stage_chunks();
   }
 
  private:
+  __device__ void stage_tokens() {
+    for (int64_t token = args_.transfer.first_token() + warp_; token < end_token_; token += num_warps_) {
+      stage_row(token);
+      stage_sides(token);
+      __syncwarp();
+      complete(static_cast<int>(token / args_.transfer.tokens_per_chunk), 1);
+    }
+  }
+
+  // Rows stay where they are: there is little to do for a token, so a warp takes a whole chunk of them.
+  __device__ void stage_chunks() {
+    const int32_t tokens_per_chunk = args_.transfer.tokens_per_chunk;
+    for (int64_t chunk = args_.transfer.first_chunk + warp_; chunk * tokens_per_chunk < end_token_; chunk += num_warps_) {
+      const int64_t begin = chunk * tokens_per_chunk, end = min(end_token_, begin + tokens_per_chunk);
+#pragma unroll 4
+      for (int64_t token = begin; token < end; ++token) stage_sides(token);
+      __syncwarp();
+      complete(static_cast<int>(chunk), static_cast<uint32_t>(end - begin));
+    }
+  }
+
   __device__ const std::byte* row_of(int64_t token) const { return args_.in.tokens + token * args_.in.token_stride_bytes; }
   __device__ std::byte* slot_of(int64_t token) const {
     return transfer_.staging() + (token - args_.transfer.first_token()) * args_.slot.stride();
@@ -145,23 +162,20 @@ class TokenStager {
       to[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
   }
 
-  // The warp's writes of the token are done: counts it, and tells everybody when its chunk is complete.
-  __device__ void complete(int64_t token) const {
-    const int32_t tokens_per_chunk = args_.transfer.tokens_per_chunk;
-    const int chunk = static_cast<int>(token / tokens_per_chunk);
-    const int64_t chunk_end = min(end_token_, int64_t{chunk + 1} * tokens_per_chunk);
+  // The warp's writes of `num` tokens of the chunk are done: counts them, and tells everybody when the chunk is complete.
+  __device__ void complete(int chunk, uint32_t num) const {
+    const int64_t chunk_begin = int64_t{chunk} * args_.transfer.tokens_per_chunk;
+    const int64_t chunk_end = min(end_token_, chunk_begin + args_.transfer.tokens_per_chunk);
     int is_complete = 0;
-    if (device::lane_idx() == 0)
-      is_complete = transfer_.complete(0, chunk, 1, static_cast<uint32_t>(chunk_end - int64_t{chunk} * tokens_per_chunk)) ? 1 : 0;
+    if (device::lane_idx() == 0) is_complete = transfer_.complete(0, chunk, num, static_cast<uint32_t>(chunk_end - chunk_begin)) ? 1 : 0;
     if (__shfl_sync(~0u, is_complete, 0) == 0) return;
     for (int peer = static_cast<int>(device::lane_idx()); peer < transfer_.num_ranks(); peer += kWarpThreads) transfer_.raise_chunk(peer, chunk);
   }
 
   const DispatchArgs& args_;
   const Transfer& transfer_;
-  const int64_t num_warps_;
+  const int64_t warp_, num_warps_;
   int64_t end_token_;
-  int64_t token_;
 };
 
 // Pulls the messages of one warp.

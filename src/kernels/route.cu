@@ -40,12 +40,11 @@ class Route {
   }
 
   __device__ void run() {
-    if (op_.is_poisoned()) return;
+    if (op_.is_poisoned() || !await_banks()) return;
     list();
     count();
     if (!op_.sync_blocks(1)) return;
     add_lower_blocks();
-    if (!await_banks()) return;
     push();
     publish();
     if (!await_counts()) return;
@@ -168,9 +167,11 @@ class Route {
     int32_t* own_counts = plan_.counts + int64_t{rank_} * num_counts_;
     for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kThreads) {
       int32_t lower = 0, all = 0;
+#pragma unroll 8
       for (unsigned b = 0; b < gridDim.x; ++b) {
-        if (b == blockIdx.x) lower = all;
-        all += args_.block_counts[int64_t{b} * num_counts_ + c];
+        const int32_t count = args_.block_counts[b * num_counts_ + c];
+        lower += b < blockIdx.x ? count : 0;
+        all += count;
       }
       for (int w = 0; w < num_warps; ++w) workspace_[int64_t{w} * num_counts_ + c] += lower;
       if (args_.tokens_per_expert != nullptr && c < plan_.num_experts) all = args_.tokens_per_expert[c];
@@ -209,13 +210,13 @@ class Route {
 
   __device__ void push() {
     if (blockIdx.x == 0) push_counts();
-    const int per_message = max(1, plan_.num_topk);
-    const int64_t begin = tokens_.begin * plan_.messages_per_token * per_message;
-    const int64_t end = tokens_.end * plan_.messages_per_token * per_message;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const int64_t message_idx = i / per_message;
-      const MessageRef message = plan_.messages[message_idx];
-      if (message.rank >= 0) push_entry(message_idx / plan_.messages_per_token, static_cast<int>(i % per_message), message);
+    // One thread for each entry of each message, counted within the block.
+    const auto per_message = static_cast<uint32_t>(max(1, plan_.num_topk)), per_token = static_cast<uint32_t>(plan_.messages_per_token);
+    const auto num = static_cast<uint32_t>(tokens_.size()) * per_token * per_message;
+    for (uint32_t i = threadIdx.x; i < num; i += kThreads) {
+      const uint32_t message_idx = i / per_message;
+      const MessageRef message = plan_.messages[tokens_.begin * per_token + message_idx];
+      if (message.rank >= 0) push_entry(tokens_.begin + message_idx / per_token, static_cast<int>(i % per_message), message);
     }
   }
 
@@ -242,9 +243,8 @@ class Route {
     entries[int64_t{message.row} * plan_.num_topk + k] = entry;
   }
 
-  // The block that is last to have pushed tells everybody.
+  // The block that is last to have pushed tells everybody. Its release covers the other blocks' pushes, which it has seen to be done.
   __device__ void publish() const {
-    device::fence_sys();  // publishes this thread's pushes, before the block counts as done
     if (!op_.is_last_block(&args_.exchange.state->blocks_sent)) return;
     for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads) {
       if (op_.is_masked(peer)) continue;
@@ -291,7 +291,8 @@ class Route {
     __syncthreads();
     set_first_rows();
     __syncthreads();
-    if (blockIdx.x == 0) write_summary();
+    if (blockIdx.x == 0) tell_host();
+    if (blockIdx.x == gridDim.x - 1) write_summary();
     settle_received();
     settle_own();
   }
@@ -332,21 +333,28 @@ class Route {
     }
   }
 
+  // One block. With extent exact the host waits for this.
+  __device__ void tell_host() {
+    if (args_.host.counts == nullptr) return;
+    for_each_source_count([&](int32_t source, int32_t c, int32_t at) { args_.host.counts[at] = counts_of(source, c); });
+    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kThreads)
+      args_.host.num_tokens[source] = op_.is_masked(source) ? 0 : op_.call(rank_, source)->num_tokens;
+    __syncthreads();
+    if (threadIdx.x == 0) store_release_sys(args_.host.ticket, args_.host.awaited_ticket);
+  }
+
+  // All threads of a block together: visit(source, counter, index in a table of all).
+  template <typename Visitor>
+  __device__ void for_each_source_count(Visitor visit) const {
+    for (int32_t at = static_cast<int32_t>(threadIdx.x); at < num_ranks_ * num_counts_; at += kThreads)
+      visit(at / num_counts_, at % num_counts_, at);
+  }
+
   // Of the plan as a whole, by one block.
   __device__ void write_summary() {
-    for (int c = static_cast<int>(threadIdx.x); c < num_ranks_ * num_counts_; c += kThreads) {
-      const int32_t count = counts_of(c / num_counts_, c % num_counts_);
-      plan_.counts[c] = count;
-      if (args_.host.counts != nullptr) args_.host.counts[c] = count;
-    }
-    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kThreads) {
-      const int32_t num = op_.is_masked(source) ? 0 : op_.call(rank_, source)->num_tokens;
-      plan_.num_tokens[source] = num;
-      if (args_.host.counts != nullptr) args_.host.num_tokens[source] = num;
-    }
-    device::fence_sys();
-    __syncthreads();
-    if (threadIdx.x == 0 && args_.host.counts != nullptr) store_release_sys(args_.host.ticket, args_.host.awaited_ticket);
+    for_each_source_count([&](int32_t source, int32_t c, int32_t at) { plan_.counts[at] = counts_of(source, c); });
+    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kThreads)
+      plan_.num_tokens[source] = op_.is_masked(source) ? 0 : op_.call(rank_, source)->num_tokens;
     const int first_local = rank_ * plan_.local_experts;
     bool overflow = false;
     for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kThreads) {
@@ -389,7 +397,7 @@ class Route {
 
   __device__ void settle_source(int source, int32_t begin, int32_t num_messages) {
     int32_t* chunk_begin = plan_.chunk_begin + int64_t{source} * (layout::kMaxChunks + 1);
-    const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x, num_threads = int64_t{gridDim.x} * kThreads;
+    const auto thread = static_cast<int32_t>(blockIdx.x * kThreads + threadIdx.x), num_threads = static_cast<int32_t>(gridDim.x * kThreads);
     if (num_messages == 0) {
       if (thread <= layout::kMaxChunks) chunk_begin[thread] = 0;
       return;
@@ -397,23 +405,24 @@ class Route {
     const std::byte* from = bank(rank_, source);
     const auto* source_tokens = reinterpret_cast<const int32_t*>(from + args_.bank.source_tokens());
     const auto* entries = reinterpret_cast<const layout::RoutingBankLayout::Entry*>(from + args_.bank.entries(plan_.max_tokens));
-    for (int64_t i = thread; i < num_messages; i += num_threads) {
+    for (int32_t i = thread; i < num_messages; i += num_threads) {
       const int32_t chunk = source_tokens[i] / plan_.tokens_per_chunk;
       const int32_t chunk_before = i == 0 ? -1 : source_tokens[i - 1] / plan_.tokens_per_chunk;
       plan_.source_token[begin + i] = source_tokens[i];
-      for (int c = chunk_before + 1; c <= chunk; ++c) chunk_begin[c] = static_cast<int32_t>(i);
+      for (int c = chunk_before + 1; c <= chunk; ++c) chunk_begin[c] = i;
       if (i + 1 == num_messages)
         for (int c = chunk + 1; c <= layout::kMaxChunks; ++c) chunk_begin[c] = num_messages;
     }
-    for (int64_t i = thread; i < int64_t{num_messages} * plan_.num_topk; i += num_threads) {
+    const auto num_topk = static_cast<uint32_t>(plan_.num_topk);
+    for (uint32_t i = static_cast<uint32_t>(thread); i < static_cast<uint32_t>(num_messages) * num_topk; i += static_cast<uint32_t>(num_threads)) {
       const layout::RoutingBankLayout::Entry entry = entries[i];
-      const int64_t message = begin + i / plan_.num_topk;
+      const int64_t message = begin + static_cast<int64_t>(i / num_topk);
       int32_t row = -1;
       if (entry.expert >= 0)
         row = plan_.has_expert_rows() ? bounded_row(first_row()[rank_ * plan_.local_experts + entry.expert],
                                                     int64_t{received_before()[entry.expert * num_ranks_ + source]} + entry.position)
                                       : bounded_row(0, message);
-      const int64_t at = message * plan_.topk_stride + i % plan_.num_topk;
+      const int64_t at = message * plan_.topk_stride + i % num_topk;
       plan_.received_experts[at] = entry.expert;
       plan_.received_rows[at] = row;
     }

@@ -100,91 +100,58 @@ __device__ void sum_by_threads(Rows& rows) {
   }
 }
 
-// Bulk loads: pieces of up to kGroup terms at a time come into a stage, side by side, and are added up in registers. The functions of run_ring().
+// Bulk loads: pieces of up to kMostGroup terms at a time come into a stage of a ring, side by side.
+inline constexpr int kMostGroup = 4;
+
+// What a stage holds, behind the pieces.
+struct StageTag {
+  SumRow row;
+  int32_t at;  // where in the row the pieces begin
+  int32_t num_terms;
+  float weights[kMostGroup];
+  bool is_last;  // of this piece of the row
+};
+inline constexpr int kStageTagBytes = 48;
+static_assert(sizeof(StageTag) <= kStageTagBytes);
+
+// Loads the terms of all rows, one stage after the other; all threads of a warp.
 template <typename Wire, typename Rows>
-class SumFlow {
+class TermLoader {
  public:
-  static constexpr int kPendingStores = 0;
-  static constexpr int kGroup = 4;
-  static constexpr int kMostVecs = 2;  // of a piece and thread: pieces of up to 1 KiB
+  // A stage holds pieces of `piece_bytes` of up to `group` terms.
+  __device__ TermLoader(Rows& rows, int piece_bytes, int group) : rows_(rows), piece_bytes_(piece_bytes), group_(group) {}
 
-  __device__ SumFlow(Rows& rows, int piece_bytes) : rows_(rows), piece_bytes_(piece_bytes) {}
+  __device__ StageTag& tag_of(std::byte* stage) const { return *reinterpret_cast<StageTag*>(stage + group_ * piece_bytes_); }
 
-  // Each thread with a term loads its own.
-  __device__ bool load(int, std::byte* stage, uint64_t* arrivals) {
+  // False: there is nothing left. Each thread with a term loads its own.
+  __device__ bool load(std::byte* stage, uint64_t* arrivals) {
     while (terms_.valid == 0)
       if (!next_terms()) return false;
     const uint32_t own = 1u << device::lane_idx();
     const int nth = __popc(terms_.valid & (own - 1));
-    const bool loads = (terms_.valid & own) != 0 && nth < kGroup;
+    const bool loads = (terms_.valid & own) != 0 && nth < group_;
     const uint32_t group = __ballot_sync(~0u, loads);
     terms_.valid &= ~group;
-    Tag& tag = *tag_of(stage);
+    StageTag& tag = tag_of(stage);
+    const auto num_bytes = static_cast<uint32_t>(min(piece_bytes_, row_.end - at_));
     if (device::lane_idx() == 0) {
       tag.row = row_;
       tag.at = at_;
       tag.num_terms = __popc(group);
-      tag.is_first = is_first_;
       tag.is_last = terms_.valid == 0 && !has_further_;
-      device::expect_bytes(arrivals, piece_size(row_, at_) * tag.num_terms);
+      device::expect_bytes(arrivals, num_bytes * __popc(group));
     }
     __syncwarp();
     if (loads) {
       tag.weights[nth] = terms_.weight;
       device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
-      device::bulk_load(stage + nth * piece_bytes_, terms_.address + at_, piece_size(row_, at_), arrivals);
+      device::bulk_load(stage + nth * piece_bytes_, terms_.address + at_, num_bytes, arrivals);
     }
     __syncwarp();  // publishes the tag
-    is_first_ = false;
     return true;
   }
 
-  __device__ void store(int, std::byte* stage) {
-    const Tag& t = *tag_of(stage);
-    const int end = t.at + static_cast<int>(piece_size(t.row, t.at));
-    if (t.is_first) start_sums(t, end);
-#pragma unroll
-    for (int u = 0; u < kGroup; ++u) {
-      if (u >= t.num_terms) break;
-#pragma unroll
-      for (int v = 0; v < kMostVecs; ++v)
-        if (offset(v) < end - t.at)
-          add_term<Wire>(sums_[v], *reinterpret_cast<const Vec16*>(stage + u * piece_bytes_ + offset(v)), t.weights[u]);
-    }
-    if (!t.is_last) return;
-    std::byte* out = rows_.out(t.row) + t.at;
-#pragma unroll
-    for (int v = 0; v < kMostVecs; ++v)
-      if (offset(v) < end - t.at) *reinterpret_cast<Vec16*>(out + offset(v)) = Wire::narrow(sums_[v]);
-    if (end < t.row.end) return;
-    __syncwarp();
-    rows_.row_done(t.row);
-  }
-
-  struct Tag {
-    SumRow row;
-    int32_t at;
-    int32_t num_terms;
-    float weights[kGroup];
-    bool is_first, is_last;
-  };
-  static constexpr int kTagBytes = 48;
-  static_assert(sizeof(Tag) <= kTagBytes);
-
  private:
-  __device__ Tag* tag_of(std::byte* stage) const { return reinterpret_cast<Tag*>(stage + kGroup * piece_bytes_); }
-  __device__ static int offset(int v) { return static_cast<int>((v * 32 + device::lane_idx()) * sizeof(Vec16)); }
-  __device__ uint32_t piece_size(const SumRow& row, int at) const { return static_cast<uint32_t>(min(piece_bytes_, row.end - at)); }
-
-  __device__ void start_sums(const Tag& t, int end) {
-#pragma unroll
-    for (int v = 0; v < kMostVecs; ++v) {
-#pragma unroll
-      for (float& value : sums_[v]) value = 0.0f;
-      if (offset(v) < end - t.at) add_biases<Wire>(rows_, t.row, t.at + offset(v), sums_[v]);
-    }
-  }
-
   // The next batch of terms: of this piece, of the row's next piece, or of the next row.
   __device__ bool next_terms() {
     if (has_further_) {
@@ -205,7 +172,6 @@ class SumFlow {
     }
     terms_ = first_terms_;
     batch_ = 0;
-    is_first_ = true;
     has_further_ = has_terms_from(1);
     return true;
   }
@@ -230,14 +196,59 @@ class SumFlow {
 
   Rows& rows_;
   const int piece_bytes_;
-  // Loading.
+  const int group_;
   SumRow row_ = {};
   Terms terms_, first_terms_;
   int at_ = 0;
   int batch_ = 0;
-  bool in_row_ = false, has_further_ = false, is_first_ = false;
-  // Adding.
-  float sums_[kMostVecs][Wire::kElements];
+  bool in_row_ = false, has_further_ = false;
 };
+
+// Sums all rows; the pieces of a row are added up in registers, while the next ones are loaded. kVecs: pieces of up to kVecs * 512 bytes.
+template <typename Wire, int kVecs, typename Rows>
+__device__ void sum_by_ring(const Ring& ring, Rows& rows, int piece_bytes, int group) {
+  const auto offset = [](int v) { return static_cast<int>((v * 32 + device::lane_idx()) * sizeof(Vec16)); };
+  TermLoader<Wire, Rows> loader(rows, piece_bytes, group);
+  int num_loaded = 0, num_summed = 0;
+  bool more = true;
+  const auto load_next = [&] {
+    more = more && loader.load(ring.stage(num_loaded), ring.arrival(num_loaded));
+    if (more) ++num_loaded;
+  };
+  while (more && num_loaded < ring.num_stages) load_next();
+  while (num_summed < num_loaded) {
+    float sums[kVecs][Wire::kElements] = {};
+    const SumRow row = loader.tag_of(ring.stage(num_summed)).row;
+    const int at = loader.tag_of(ring.stage(num_summed)).at;
+    const int size = min(piece_bytes, row.end - at);
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v)
+      if (offset(v) < size) add_biases<Wire>(rows, row, at + offset(v), sums[v]);
+    for (bool is_last = false; !is_last;) {
+      std::byte* stage = ring.stage(num_summed);
+      device::await_bytes(ring.arrival(num_summed), static_cast<uint32_t>(num_summed / ring.num_stages) & 1);
+      const StageTag& tag = loader.tag_of(stage);
+      is_last = tag.is_last;
+#pragma unroll
+      for (int u = 0; u < kMostGroup; ++u) {
+        if (u >= tag.num_terms) break;
+        const float weight = tag.weights[u];
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v)
+          if (offset(v) < size) add_term<Wire>(sums[v], *reinterpret_cast<const Vec16*>(stage + u * piece_bytes + offset(v)), weight);
+      }
+      __syncwarp();
+      ++num_summed;
+      load_next();  // into the stage that has just become free
+    }
+    std::byte* out = rows.out(row) + at;
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v)
+      if (offset(v) < size) *reinterpret_cast<Vec16*>(out + offset(v)) = Wire::narrow(sums[v]);
+    if (at + size < row.end) continue;
+    __syncwarp();
+    rows.row_done(row);
+  }
+}
 
 }  // namespace tern::kernels
