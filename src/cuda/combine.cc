@@ -125,7 +125,8 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
     args.stage_bytes = kernels::combine_stage_bytes(args.piece_bytes, args.group);
     args.num_stages = ring_stages(kRingBytes, args.roles.num_pull_warps, args.stage_bytes, 1);
   }
-  const int64_t warps_per_token = int64_t{args.roles.num_pull_warps} * num_sms_ / std::max<int64_t>(1, plan_.most_tokens());
+  constexpr int64_t kItemsPerWarp = 4;  // at least, so that they come out even
+  const int64_t warps_per_token = kItemsPerWarp * args.roles.num_pull_warps * num_sms_ / std::max<int64_t>(1, plan_.most_tokens());
   const int64_t num_pieces = (call_.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
   const int64_t pieces_per_part = (num_pieces + std::max<int64_t>(1, warps_per_token) - 1) / std::max<int64_t>(1, warps_per_token);
   args.part_bytes = static_cast<int32_t>(pieces_per_part) * args.piece_bytes;

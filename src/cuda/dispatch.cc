@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kMostPieceBytes = 8192;
 constexpr int64_t kRingBytes = 208 << 10;  // of shared memory, for the rings of a block
-constexpr int32_t kTagBytes = 16;
 constexpr int64_t kPartAlignment = 16;
 
 int64_t topk_bytes(const kernels::PlanView& tables) { return tables.topk_stride * static_cast<int64_t>(sizeof(float)); }
@@ -113,9 +112,8 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
   const auto topk = static_cast<int32_t>(topk_bytes(plan_.tables()));
   p.scales = p.piece_bytes;
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
-  p.rows = p.weights + (call_.carries_weights ? topk : 0);
-  p.experts = p.rows + (plan_.shape().has_expert_rows() ? topk : 0);
-  p.stage_bytes = static_cast<int32_t>(layout::align_up(p.experts + (call_.carries_weights ? topk : 0) + kTagBytes, layout::kBulkLine));
+  p.entries = p.weights + (call_.carries_weights ? topk : 0);
+  p.stage_bytes = static_cast<int32_t>(layout::align_up(p.entries + topk + kernels::kPieceTagBytes, layout::kBulkLine));
   p.num_stages = ring_stages(kRingBytes, roles.num_pull_warps, p.stage_bytes, 2);
   return p;
 }

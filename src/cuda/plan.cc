@@ -175,7 +175,8 @@ void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& lau
   num_sms_ = static_cast<int32_t>(std::min<int64_t>({blocks, kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
   check(kernels::launch_route(route_args(routing, lane, launch.lane), num_sms_, stream), "launching the kernel of route");
   generation_ = exchange_.generation();
-  num_tokens_ = routing.num_tokens;
+  num_tokens_ = routing.device_num_tokens != nullptr ? -1 : routing.num_tokens;
+  tokens_bound_ = routing.num_tokens;
   num_rows_ = shape_.row_capacity;
   num_received_ = -1;
   most_tokens_ = shape_.max_tokens;
@@ -232,7 +233,7 @@ void CudaPlan::read_counts() {
     received_per_expert_[static_cast<size_t>(e)] = entries;
     padded_entries += layout::align_up(entries, shape_.alignment);
   }
-  num_tokens_ = tokens[rank];
+  num_tokens_ = tokens_bound_ = tokens[rank];
   most_tokens_ = *std::max_element(tokens, tokens + num_ranks);
   if (shape_.layout == TERN_LAYOUT_RANK_MAJOR) num_rows_ = num_received_;
   if (shape_.layout == TERN_LAYOUT_EXPERT_MAJOR) num_rows_ = padded_entries;

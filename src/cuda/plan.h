@@ -51,8 +51,8 @@ class CudaPlan : public DevicePlan {
   int64_t num_rows() const { return num_rows_; }
   // The most tokens that any rank has routed, as far as the host knows.
   int64_t most_tokens() const { return most_tokens_; }
-  // Of this rank.
-  int64_t num_tokens() const { return num_tokens_; }
+  // Of this rank, at most: the GPU may know better.
+  int64_t num_tokens() const { return tokens_bound_; }
 
  private:
   void check_ready(const char* operation, const tern_launch& launch, bool must_be_dispatched) const;
@@ -77,7 +77,8 @@ class CudaPlan : public DevicePlan {
   bool dispatched_ = false;
   bool weights_carried_ = false;
   int32_t num_sms_ = 0;
-  int64_t num_tokens_ = 0;
+  int64_t num_tokens_ = 0;  // -1: the host does not know
+  int64_t tokens_bound_ = 0;
   int64_t num_rows_ = 0;
   int64_t num_received_ = -1;
   int64_t most_tokens_ = 0;

@@ -59,6 +59,7 @@ class StagedRows {
     return true;
   }
 
+  __device__ bool has_biases() const { return false; }
   __device__ const std::byte* bias(const SumRow&, int) const { return nullptr; }
   __device__ std::byte* out(const SumRow& row) const { return slot_of(row) + args_.slot.row(); }
 
@@ -145,6 +146,7 @@ class OwnedRows {
     return true;
   }
 
+  __device__ bool has_biases() const { return args_.bias[0] != nullptr || args_.bias[1] != nullptr; }
   __device__ const std::byte* bias(const SumRow& row, int which) const {
     return args_.bias[which] == nullptr ? nullptr : args_.bias[which] + row.token * args_.row_bytes;
   }

@@ -207,32 +207,44 @@ class MessagePuller {
 
   // Bulk copies: the functions of run_ring().
   static constexpr int kPendingStores = 1;
-  __device__ bool load(int, std::byte* stage, uint64_t* arrivals) {
+  __device__ bool load(std::byte* stage, uint64_t* arrivals) {
+    settle_entries();
     if (load_piece_ == 0 && (!walk_.next(loading_) || !await(loading_))) return false;
     if (device::lane_idx() == 0) load_piece(stage, arrivals);
+    fetch_entries(stage);
     if (++load_piece_ == args_.pieces.num_pieces) load_piece_ = 0;
     return true;
   }
-  __device__ void store(int n, std::byte* stage) {
+  __device__ void store(std::byte* stage) {
     const RowPieces& p = args_.pieces;
-    const int piece = n % p.num_pieces;
-    const auto [message, padding] = *reinterpret_cast<const int2*>(stage + p.stage_bytes - kTagBytes);
-    const auto* rows = reinterpret_cast<const int32_t*>(stage + p.rows);
-    const int64_t at = int64_t{piece} * p.piece_bytes;
+    if (stage == fetched_for_) {
+      settle_entries();
+      __syncwarp();
+    }
+    const PieceTag tag = *tag_of(stage);
+    const auto* entries = reinterpret_cast<const int32_t*>(stage + p.entries);
+    const int64_t at = int64_t{store_piece_} * p.piece_bytes;
     if (plan_.has_expert_rows()) {
       for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads)
-        if (rows[k] >= 0 && args_.row_bytes > 0) device::bulk_store(args_.out.tokens + rows[k] * args_.row_bytes + at, stage, piece_size(piece));
-    } else if (device::lane_idx() == 0 && message < args_.out.num_rows && args_.row_bytes > 0) {
-      device::bulk_store(args_.out.tokens + message * args_.row_bytes + at, stage, piece_size(piece));
+        if (entries[k] >= 0 && args_.row_bytes > 0)
+          device::bulk_store(args_.out.tokens + entries[k] * args_.row_bytes + at, stage, piece_size(store_piece_));
+    } else if (device::lane_idx() == 0 && tag.message < args_.out.num_rows && args_.row_bytes > 0) {
+      device::bulk_store(args_.out.tokens + tag.message * args_.row_bytes + at, stage, piece_size(store_piece_));
     }
-    if (piece + 1 < p.num_pieces) return;
-    sides_.write(message, rows, reinterpret_cast<const int32_t*>(stage + p.experts), stage + p.scales,
-                 reinterpret_cast<const float*>(stage + p.weights));
+    if (++store_piece_ < p.num_pieces) return;
+    store_piece_ = 0;
+    sides_.write(tag.message, entries, entries, stage + tag.scales_at, reinterpret_cast<const float*>(stage + tag.weights_at));
   }
 
-  static constexpr int kTagBytes = 16;  // at the end of a stage: the message's index
-
  private:
+  // At the end of a stage.
+  struct alignas(16) PieceTag {
+    int32_t message;
+    int32_t scales_at, weights_at;  // in the stage
+  };
+  static_assert(sizeof(PieceTag) == kPieceTagBytes);
+  __device__ PieceTag* tag_of(std::byte* stage) const { return reinterpret_cast<PieceTag*>(stage + args_.pieces.stage_bytes - kPieceTagBytes); }
+
   __device__ bool await(const Message& message) const {
     int ok = 1;
     if (device::lane_idx() == 0) ok = transfer_.await_chunk(sources_[message.source], message.source, message.token) ? 1 : 0;
@@ -243,27 +255,51 @@ class MessagePuller {
     return static_cast<uint32_t>(min(int64_t{args_.pieces.piece_bytes}, args_.row_bytes - int64_t{piece} * args_.pieces.piece_bytes));
   }
 
-  // One thread.
+  // One thread. The scales and weights come with the last piece; in one copy with it where they follow the row.
   __device__ void load_piece(std::byte* stage, uint64_t* arrivals) const {
     const RowPieces& p = args_.pieces;
     const SourceView& source = sources_[loading_.source];
-    const uint32_t topk_bytes = static_cast<uint32_t>(plan_.topk_stride * sizeof(int32_t));
     const uint32_t row_part = piece_size(load_piece_);
     const bool is_last = load_piece_ + 1 == p.num_pieces;
-    const bool has_scales = is_last && args_.scale_bytes > 0, has_weights = is_last && args_.carries_weights;
-    const bool has_rows = plan_.has_expert_rows(), has_experts = has_weights && !has_rows;
-    const auto scale_part = static_cast<uint32_t>(layout::align_up(args_.scale_bytes, 16));
-    *reinterpret_cast<int2*>(stage + p.stage_bytes - kTagBytes) = {loading_.index, 0};
+    const uint32_t scale_part = is_last ? static_cast<uint32_t>(layout::align_up(args_.scale_bytes, 16)) : 0;
+    const uint32_t weight_part = is_last && args_.carries_weights ? static_cast<uint32_t>(plan_.topk_stride * sizeof(float)) : 0;
+    const std::byte* row = source.rows + loading_.token * source.row_stride + int64_t{load_piece_} * p.piece_bytes;
+    const auto row_end = static_cast<int32_t>(layout::align_up(row_part, 16));
+    const int32_t scales_at = source.sides_follow ? row_end : p.scales;
+    const int32_t weights_at = source.sides_follow ? row_end + static_cast<int32_t>(scale_part) : p.weights;
+    *tag_of(stage) = {loading_.index, scales_at, weights_at};
     device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
-    device::expect_bytes(arrivals, row_part + (has_scales ? scale_part : 0) + (has_weights ? topk_bytes : 0) + (has_rows ? topk_bytes : 0) +
-                                       (has_experts ? topk_bytes : 0));
-    if (row_part > 0)
-      device::bulk_load(stage, source.rows + loading_.token * source.row_stride + int64_t{load_piece_} * p.piece_bytes, row_part, arrivals);
-    if (has_scales) device::bulk_load(stage + p.scales, source.scales + loading_.token * source.scale_stride, scale_part, arrivals);
-    if (has_weights) device::bulk_load(stage + p.weights, source.weights + loading_.token * source.weight_stride, topk_bytes, arrivals);
-    const int64_t first_entry = int64_t{loading_.index} * plan_.topk_stride;
-    if (has_rows) device::bulk_load(stage + p.rows, plan_.received_rows + first_entry, topk_bytes, arrivals);
-    if (has_experts) device::bulk_load(stage + p.experts, plan_.received_experts + first_entry, topk_bytes, arrivals);
+    device::expect_bytes(arrivals, row_part + scale_part + weight_part);
+    if (source.sides_follow) {
+      device::bulk_load(stage, row, row_part + scale_part + weight_part, arrivals);
+      return;
+    }
+    if (row_part > 0) device::bulk_load(stage, row, row_part, arrivals);
+    if (scale_part > 0) device::bulk_load(stage + scales_at, source.scales + loading_.token * source.scale_stride, scale_part, arrivals);
+    if (weight_part > 0) device::bulk_load(stage + weights_at, source.weights + loading_.token * source.weight_stride, weight_part, arrivals);
+  }
+
+  // What the message's entries are here (rows in the expert layouts, otherwise local experts): asked for when the piece is, put into its stage
+  // when the next one is, so that nobody waits for them.
+  __device__ void fetch_entries(std::byte* stage) {
+    if (!plan_.has_expert_rows() && !args_.carries_weights) return;
+    const int32_t* table = plan_.has_expert_rows() ? plan_.received_rows : plan_.received_experts;
+    fetched_for_ = stage;
+#pragma unroll
+    for (int i = 0; i < kMostEntries; ++i) {
+      const int k = static_cast<int>(device::lane_idx()) + i * kWarpThreads;
+      if (k < plan_.num_topk) fetched_[i] = table[int64_t{loading_.index} * plan_.topk_stride + k];
+    }
+  }
+  __device__ void settle_entries() {
+    if (fetched_for_ == nullptr) return;
+    auto* entries = reinterpret_cast<int32_t*>(fetched_for_ + args_.pieces.entries);
+#pragma unroll
+    for (int i = 0; i < kMostEntries; ++i) {
+      const int k = static_cast<int>(device::lane_idx()) + i * kWarpThreads;
+      if (k < plan_.num_topk) entries[k] = fetched_[i];
+    }
+    fetched_for_ = nullptr;
   }
 
   const DispatchArgs& args_;
@@ -274,6 +310,10 @@ class MessagePuller {
   MessageWalk walk_;
   Message loading_ = {};
   int load_piece_ = 0;
+  int store_piece_ = 0;
+  static constexpr int kMostEntries = 2;  // of a thread: top-k is at most 64
+  int32_t fetched_[kMostEntries] = {};
+  std::byte* fetched_for_ = nullptr;
 };
 
 // The part of a staging warp.

@@ -47,11 +47,12 @@ struct RowPieces {
   int32_t piece_bytes = 0;
   int32_t scales = 0;
   int32_t weights = 0;
-  int32_t rows = 0;     // received_rows of the message
-  int32_t experts = 0;  // received_experts of the message
+  int32_t entries = 0;  // rows or experts of the message's entries
   int32_t stage_bytes = 0;
   int32_t num_stages = 0;
 };
+
+inline constexpr int32_t kPieceTagBytes = 16;  // at the end of a stage
 
 struct DispatchArgs {
   TransferArgs transfer;

@@ -13,9 +13,6 @@ struct Ring {
   int num_stages;      // more than the flow's pending stores
   int stage_bytes;
 
-  __device__ std::byte* stage(int n) const { return stages + n % num_stages * stage_bytes; }
-  __device__ uint64_t* arrival(int n) const { return arrivals + n % num_stages; }
-
   // All threads of the warp, before the first use.
   __device__ void init() const {
     if (device::lane_idx() == 0) {
@@ -26,31 +23,48 @@ struct Ring {
   }
 };
 
+// Goes round and round a ring.
+struct RingCursor {
+  const Ring& ring;
+  int idx = 0;
+  uint32_t phase = 0;  // of the arrivals: changes with every round
+
+  __device__ std::byte* stage() const { return ring.stages + idx * ring.stage_bytes; }
+  __device__ uint64_t* arrivals() const { return ring.arrivals + idx; }
+  __device__ void await() const { device::await_bytes(arrivals(), phase); }
+  __device__ void advance() {
+    if (++idx < ring.num_stages) return;
+    idx = 0;
+    phase ^= 1;
+  }
+};
+
 // Moves everything that `flow` offers. All threads of the warp call, and in each of its functions:
-//   bool flow.load(n, stage, arrivals)   starts loading the next piece into the stage; false: there is none
-//   void flow.store(n, stage)            the piece is there: uses it up, by bulk stores of any thread, or otherwise
-// Flow::kPendingStores: so many pieces may still be read by their bulk stores when a load goes on; 0: store() has done with the stage.
+//   bool flow.load(stage, arrivals)   starts loading the next piece into the stage; false: there is none
+//   void flow.store(stage)            the piece is there: uses it up by bulk stores of any thread, and otherwise
+// Flow::kPendingStores: so many pieces may still be read by their bulk stores when a load goes on.
 template <typename Flow>
 __device__ void run_ring(const Ring& ring, Flow& flow) {
-  constexpr int kPending = Flow::kPendingStores;
-  int num_loaded = 0, num_stored = 0;
+  RingCursor loading{ring}, storing{ring};
+  int num_ahead = 0;  // loaded and not yet stored
   bool more = true;
   const auto load_next = [&] {
-    more = more && flow.load(num_loaded, ring.stage(num_loaded), ring.arrival(num_loaded));
-    if (more) ++num_loaded;
+    more = more && flow.load(loading.stage(), loading.arrivals());
+    if (!more) return;
+    loading.advance();
+    ++num_ahead;
   };
-  while (more && num_loaded < ring.num_stages - kPending) load_next();
-  for (; num_stored < num_loaded; ++num_stored) {
-    device::await_bytes(ring.arrival(num_stored), static_cast<uint32_t>(num_stored / ring.num_stages) & 1);
-    flow.store(num_stored, ring.stage(num_stored));
-    if constexpr (kPending > 0) {
-      device::close_store_group();
-      device::await_read<kPending>();
-    }
+  while (more && num_ahead < ring.num_stages - Flow::kPendingStores) load_next();
+  for (; num_ahead > 0; --num_ahead) {
+    storing.await();
+    flow.store(storing.stage());
+    device::close_store_group();
+    device::await_read<Flow::kPendingStores>();
     __syncwarp();
+    storing.advance();
     load_next();
   }
-  if constexpr (kPending > 0) device::await_stored<0>();
+  device::await_stored<0>();
 }
 
 }  // namespace tern::kernels

@@ -5,7 +5,7 @@
 // `Rows` says what is summed; it is called by all threads of a warp:
 //   bool next_row(SumRow& row)                  the next row, or part of one, to be made; false: there is none, or the exchange has failed
 //   bool next_terms(const SumRow&, int batch, Terms& terms)   up to 32 terms, one per thread; false: no such batch
-//   const std::byte* bias(const SumRow&, int which)           added first; nullptr: none
+//   bool has_biases(); const std::byte* bias(const SumRow&, int which)   added first; nullptr: none
 //   std::byte* out(const SumRow&)
 //   void row_done(const SumRow&)                after the row's stores, which are ordered before by __syncwarp()
 #pragma once
@@ -209,36 +209,43 @@ template <typename Wire, int kVecs, typename Rows>
 __device__ void sum_by_ring(const Ring& ring, Rows& rows, int piece_bytes, int group) {
   const auto offset = [](int v) { return static_cast<int>((v * 32 + device::lane_idx()) * sizeof(Vec16)); };
   TermLoader<Wire, Rows> loader(rows, piece_bytes, group);
-  int num_loaded = 0, num_summed = 0;
+  RingCursor loading{ring}, summing{ring};
+  int num_ahead = 0;  // loaded and not yet summed
   bool more = true;
   const auto load_next = [&] {
-    more = more && loader.load(ring.stage(num_loaded), ring.arrival(num_loaded));
-    if (more) ++num_loaded;
+    more = more && loader.load(loading.stage(), loading.arrivals());
+    if (!more) return;
+    loading.advance();
+    ++num_ahead;
   };
-  while (more && num_loaded < ring.num_stages) load_next();
-  while (num_summed < num_loaded) {
+  while (more && num_ahead < ring.num_stages) load_next();
+  while (num_ahead > 0) {
     float sums[kVecs][Wire::kElements] = {};
-    const SumRow row = loader.tag_of(ring.stage(num_summed)).row;
-    const int at = loader.tag_of(ring.stage(num_summed)).at;
+    const SumRow row = loader.tag_of(summing.stage()).row;
+    const int at = loader.tag_of(summing.stage()).at;
     const int size = min(piece_bytes, row.end - at);
+    if (rows.has_biases()) {
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v)
-      if (offset(v) < size) add_biases<Wire>(rows, row, at + offset(v), sums[v]);
+      for (int v = 0; v < kVecs; ++v)
+        if (offset(v) < size) add_biases<Wire>(rows, row, at + offset(v), sums[v]);
+    }
     for (bool is_last = false; !is_last;) {
-      std::byte* stage = ring.stage(num_summed);
-      device::await_bytes(ring.arrival(num_summed), static_cast<uint32_t>(num_summed / ring.num_stages) & 1);
-      const StageTag& tag = loader.tag_of(stage);
+      const std::byte* stage = summing.stage();
+      const StageTag& tag = loader.tag_of(summing.stage());
+      summing.await();
       is_last = tag.is_last;
+      const int num_terms = tag.num_terms;
 #pragma unroll
       for (int u = 0; u < kMostGroup; ++u) {
-        if (u >= tag.num_terms) break;
+        if (u >= num_terms) break;
         const float weight = tag.weights[u];
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
           if (offset(v) < size) add_term<Wire>(sums[v], *reinterpret_cast<const Vec16*>(stage + u * piece_bytes + offset(v)), weight);
       }
       __syncwarp();
-      ++num_summed;
+      summing.advance();
+      --num_ahead;
       load_next();  // into the stage that has just become free
     }
     std::byte* out = rows.out(row) + at;

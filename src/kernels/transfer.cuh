@@ -21,6 +21,7 @@ struct SourceView {
   const std::byte* weights;
   int64_t row_stride, scale_stride, weight_stride;
   bool is_staged;     // there are chunk flags to wait for
+  bool sides_follow;  // all parts are staged, so that scales and weights stand right behind the row
   bool rows_in_heap;  // rows lie in the order of the source's outputs, otherwise in that of this rank's tokens (combine)
 };
 
@@ -121,6 +122,7 @@ class Transfer {
     view.scale_stride = cell.scales.stride;
     view.weight_stride = cell.weights.stride;
     view.is_staged = (cell.rows.staged | cell.scales.staged | cell.weights.staged) != 0;
+    view.sides_follow = (cell.rows.in_heap | cell.scales.in_heap | cell.weights.in_heap) == 0;
     view.rows_in_heap = cell.rows.in_heap != 0;
     return true;
   }
