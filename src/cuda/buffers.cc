@@ -18,9 +18,9 @@ constexpr int64_t kZeroingTimeoutMs = 60'000;
 
 // Pinned blocks of this process that nobody uses at the moment, by device and size.
 //
-// They are never freed: cudaFreeHost may wait for all work of the GPU, and so does cudaHostUnregister, so that there is no moment at which a
-// rank may call them while another one still works. Sizes are powers of two and a block serves its own size alone, so what is kept is at the
-// most what was in use at once, of each size.
+// They are never freed: cudaFreeHost may wait for all work of the GPU, and so may cudaHostUnregister, so that there is no moment at which
+// a rank may call them while another one still works. Sizes are powers of two and a block serves its own size alone, so what is kept is at
+// the most what was in use at once, of each size.
 class FreeBlocks {
  public:
   // Not destroyed: buffers in static objects may end later, and CUDA earlier.

@@ -5,8 +5,8 @@
 //   DeviceBuffer<uint64_t> epochs(pool, num_lanes);   // zeroed
 //   PinnedBuffer<Mailbox> mailbox(device, 1);         // zeroed
 //
-// Ending a buffer waits for nothing. Ranks that share a GPU wait for each other's kernels; a rank that waited for the whole GPU, as cudaFree
-// and cudaFreeHost do, would keep itself from the operation that its neighbour's kernel waits for.
+// Ending a buffer waits for nothing. Ranks that share a GPU wait for each other's kernels; a rank that waited for the whole GPU, as
+// cudaFree and cudaFreeHost may do, would keep itself from the operation that its neighbour's kernel waits for.
 // Lifetime: kernels and copies that use a buffer must have ended before it does. Buffers keep their pool.
 // Threads: making and destroying in any thread; the thread's current device stays what it was.
 // Memory visibility: the zeros are there when a constructor returns.

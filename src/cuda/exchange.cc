@@ -132,7 +132,7 @@ CudaExchange::~CudaExchange() {
   }
 }
 
-// To the process, rather than take it away below a running kernel: that would end the CUDA context, and with it all that others do on the GPU.
+// To the process, rather than take it away below a running kernel: that would end the CUDA context, and with it all that others do there.
 void CudaExchange::abandon_memory() {
   const auto abandon = [](auto& owner) { static_cast<void>(new auto(std::move(owner))); };
   abandon(windows_);
@@ -262,8 +262,8 @@ void CudaExchange::retire(PlanMemory memory) noexcept {
   }
 }
 
-// The host looks whether operations have run, and no stream waits for them: streams share hardware queues, and one that waits keeps those of
-// other ranks from running.
+// The host looks whether operations have run, and no stream waits for them: streams share hardware queues, and one that waits may keep
+// those of other ranks from running.
 void CudaExchange::free_retired() {
   const std::lock_guard lock(retired_mutex_);
   std::erase_if(retired_, [](const PlanMemory& memory) { return memory.is_idle(); });
