@@ -85,12 +85,11 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
           .staging_bytes = num_ranks * layout::align_up(per_rank, layout::kBulkLine)};
 }
 
-CudaLane::CudaLane(int device, int num_ranks)
-    : stream(device, StreamPriority::kHighest),
-      begin(device),
-      end(device),
-      state(device, 1),
-      staged_counters(device, static_cast<size_t>(num_ranks * kLaneCells)) {
+CudaLane::CudaLane(const std::shared_ptr<DevicePool>& pool, int num_ranks)
+    : stream(pool->device(), StreamPriority::kHighest),
+      begin(pool->device()),
+      state(pool, 1),
+      staged_counters(pool, static_cast<size_t>(num_ranks * kLaneCells)) {
   open_sends.reserve(layout::kNumBanks + 1);
 }
 
@@ -110,13 +109,13 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
   control_.layout = {.num_ranks = topology.num_ranks, .num_lanes = 1, .bank_bytes = static_cast<int64_t>(layout::kCacheLine)};
   control_.heaps.resize(num_ranks);
   layout_ = make_device_layout(options, topology.num_ranks);
-  setup_stream_ = std::make_unique<Stream>(facts_.device);
-  window_pointers_ = {facts_.device, num_ranks};
-  heap_pointers_ = {facts_.device, num_ranks};
-  failed_ = {facts_.device, 1};
+  pool_ = std::make_shared<DevicePool>(facts_.device);
+  window_pointers_ = {pool_, num_ranks};
+  heap_pointers_ = {pool_, num_ranks};
+  failed_ = {pool_, 1};
   mailbox_ = {facts_.device, 1};
   heaps_.resize(num_ranks);
-  for (int i = 0; i < options.num_lanes; ++i) lanes_.push_back(std::make_unique<CudaLane>(facts_.device, topology.num_ranks));
+  for (int i = 0; i < options.num_lanes; ++i) lanes_.push_back(std::make_unique<CudaLane>(pool_, topology.num_ranks));
   share_windows(std::vector<uint8_t>(num_ranks), 0, deadline);
   log_.write(TERN_LOG_INFO, "rank {} of {}: CUDA exchange on {}, window {} bytes, {} lanes, heap {} bytes, {} bulk copies", topology.rank,
              topology.num_ranks, device_name(facts_.device), layout_.total_bytes(), options.num_lanes, options.window_bytes,
@@ -125,10 +124,25 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
 
 CudaExchange::~CudaExchange() {
   try {
-    await_idle(Deadline::in_ms(options_.timeout_ms));
+    // Kernels give up by themselves, counted from their start; those behind a kernel that gave up return at once.
+    await_idle(Deadline::in_ms(2 * options_.timeout_ms));
   } catch (const Failure& failure) {
-    log_.write(TERN_LOG_WARNING, "rank {}: exchange destroyed while an operation runs: {}", rank(), failure.what());
+    log_.write(TERN_LOG_WARNING, "rank {}: exchange destroyed while an operation runs; its memory is lost: {}", rank(), failure.what());
+    abandon_memory();
   }
+}
+
+// To the process, rather than take it away below a running kernel: that would end the CUDA context, and with it all that others do there.
+void CudaExchange::abandon_memory() {
+  const auto abandon = [](auto& owner) { static_cast<void>(new auto(std::move(owner))); };
+  abandon(windows_);
+  abandon(heaps_);
+  abandon(window_pointers_);
+  abandon(heap_pointers_);
+  abandon(failed_);
+  abandon(mailbox_);
+  abandon(lanes_);
+  abandon(retired_);
 }
 
 void CudaExchange::find_devices(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
@@ -192,19 +206,19 @@ void CudaExchange::set_pointers() {
     heaps[r] = heaps_[r] == nullptr ? nullptr : heaps_[r]->data();
   }
   const auto copy = [&](const DeviceBuffer<std::byte*>& to, const std::vector<std::byte*>& from) {
-    check(cudaMemcpyAsync(to.data(), from.data(), num * sizeof(std::byte*), cudaMemcpyHostToDevice, setup_stream_->get()),
+    check(cudaMemcpyAsync(to.data(), from.data(), num * sizeof(std::byte*), cudaMemcpyHostToDevice, pool_->stream().get()),
           "copying the addresses of windows");
   };
   copy(window_pointers_, windows);
   copy(heap_pointers_, heaps);
-  setup_stream_->wait(Deadline::in_ms(options_.timeout_ms), "copying the addresses of windows");
+  pool_->stream().wait(Deadline::in_ms(options_.timeout_ms), "copying the addresses of windows");
 }
 
 // Epochs start again.
 void CudaExchange::reset_lanes() {
   std::memset(static_cast<void*>(mailbox_.data()), 0, sizeof(kernels::Mailbox));
   const auto clear = [&](void* memory, size_t bytes) {
-    check(cudaMemsetAsync(memory, 0, bytes, setup_stream_->get()), "clearing the state of lanes");
+    check(cudaMemsetAsync(memory, 0, bytes, pool_->stream().get()), "clearing the state of lanes");
   };
   clear(failed_.data(), sizeof(uint32_t));
   for (const auto& lane : lanes_) {
@@ -213,21 +227,47 @@ void CudaExchange::reset_lanes() {
     lane->next_epoch = 1;
     lane->open_sends.clear();
   }
-  setup_stream_->wait(Deadline::in_ms(options_.timeout_ms), "clearing the state of lanes");
+  pool_->stream().wait(Deadline::in_ms(options_.timeout_ms), "clearing the state of lanes");
 }
 
 // Captured operations are not seen here: whoever replays a graph knows when it has run.
+bool CudaExchange::is_idle() const {
+  for (const auto& lane : lanes_)
+    if (lane->end != nullptr && !lane->end->passed()) return false;
+  const std::lock_guard lock(retired_mutex_);
+  return std::all_of(retired_.begin(), retired_.end(), [](const PlanMemory& memory) { return memory.is_idle(); });
+}
+
 void CudaExchange::await_idle(Deadline deadline) const {
-  for (const auto& lane : lanes_) {
-    if (!lane->has_end) continue;
-    while (cudaEventQuery(lane->end.get()) == cudaErrorNotReady) {
-      if (deadline.passed()) fail(TERN_TIMEOUT, "rank {}: an operation of this exchange has not ended in time on its stream", rank());
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
-    }
+  while (!is_idle()) {
+    if (deadline.passed()) fail(TERN_TIMEOUT, "rank {}: an operation of this exchange has not ended in time on its stream", rank());
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
 }
 
-std::unique_ptr<DevicePlan> CudaExchange::create_plan(const PlanShape& shape) { return std::make_unique<CudaPlan>(*this, shape); }
+std::unique_ptr<DevicePlan> CudaExchange::create_plan(const PlanShape& shape) {
+  free_retired();
+  return std::make_unique<CudaPlan>(*this, shape);
+}
+
+void CudaExchange::retire(PlanMemory memory) noexcept {
+  try {
+    {
+      const std::lock_guard lock(retired_mutex_);
+      retired_.push_back(std::move(memory));
+    }
+    free_retired();
+  } catch (const std::exception& error) {
+    log_.write(TERN_LOG_WARNING, "rank {}: the memory of a plan is kept until the exchange ends: {}", rank(), error.what());
+  }
+}
+
+// The host looks whether operations have run, and no stream waits for them: streams share hardware queues, and one that waits may keep
+// those of other ranks from running.
+void CudaExchange::free_retired() {
+  const std::lock_guard lock(retired_mutex_);
+  std::erase_if(retired_, [](const PlanMemory& memory) { return memory.is_idle(); });
+}
 
 void* CudaExchange::alloc_window(int64_t bytes) {
   const std::lock_guard lock(heap_mutex_);

@@ -12,7 +12,7 @@
 
 #include "base/log.h"
 #include "cuda/device_segment.h"
-#include "cuda/resources.h"
+#include "cuda/plan_memory.h"
 #include "domain/domain.h"
 #include "kernels/exchange_view.h"
 #include "memory/offset_allocator.h"
@@ -33,12 +33,11 @@ struct DeviceFacts {
 // Host side of a lane: the order in which its operations are enqueued. Epochs themselves live on the GPU, where a replayed graph advances
 // them too; here they are counted from the generation's start to know which sends are open.
 struct CudaLane {
-  explicit CudaLane(int device, int num_ranks);
+  CudaLane(const std::shared_ptr<DevicePool>& pool, int num_ranks);
 
   Stream stream;  // for operations that ask for the exchange's own
   Event begin;
-  Event end;  // behind the last operation that was not captured
-  bool has_end = false;
+  std::shared_ptr<Event> end;  // behind the last operation that was not captured; the event of its plan
   DeviceBuffer<kernels::LaneState> state;
   DeviceBuffer<uint32_t> staged_counters;
   uint64_t next_epoch = 1;
@@ -58,6 +57,11 @@ class CudaExchange : public DeviceExchange {
   tern_exchange_state state() const override;
   tern_metrics metrics() const override;
   void recover(const tern_recover_options& options) override;
+
+  // For the memory of plans.
+  const std::shared_ptr<DevicePool>& pool() const { return pool_; }
+  // Keeps the memory of a plan that has ended until its operations have run.
+  void retire(PlanMemory memory) noexcept;
 
   const DeviceFacts& facts() const { return facts_; }
   const tern_exchange_options& options() const { return options_; }
@@ -87,7 +91,10 @@ class CudaExchange : public DeviceExchange {
                                                      const std::vector<uint8_t>& member, Deadline deadline);
   void set_pointers();
   void reset_lanes();
+  bool is_idle() const;
   void await_idle(Deadline deadline) const;
+  void free_retired();
+  void abandon_memory();
 
   tern_exchange_options options_;
   Log log_;
@@ -98,10 +105,12 @@ class CudaExchange : public DeviceExchange {
   Domain control_;                       // windows in host memory; heaps are not used
   std::vector<std::shared_ptr<Segment>> windows_;  // [num_ranks] in GPU memory
   std::vector<std::shared_ptr<Segment>> heaps_;
+  std::shared_ptr<DevicePool> pool_;
   DeviceBuffer<std::byte*> window_pointers_, heap_pointers_;
   DeviceBuffer<uint32_t> failed_;
   PinnedBuffer<kernels::Mailbox> mailbox_;
-  std::unique_ptr<Stream> setup_stream_;
+  mutable std::mutex retired_mutex_;
+  std::vector<PlanMemory> retired_;  // guarded by retired_mutex_
   mutable std::mutex heap_mutex_;
   OffsetAllocator heap_allocator_;
   std::vector<std::unique_ptr<CudaLane>> lanes_;

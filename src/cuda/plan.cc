@@ -13,77 +13,14 @@
 namespace tern::cuda {
 namespace {
 
-constexpr int kMostRouteBlocks = 32;
 constexpr int64_t kTokensPerRouteBlock = 64;
 
-// Places tables one after the other; with no memory it only measures.
-class Placer {
- public:
-  explicit Placer(std::byte* memory) : memory_(memory) {}
-  template <typename T>
-  void place(T*& table, int64_t size) {
-    table = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + num_bytes_);
-    num_bytes_ += layout::align_up(size * static_cast<int64_t>(sizeof(T)), 256);
-  }
-  int64_t num_bytes() const { return num_bytes_; }
-
- private:
-  std::byte* memory_;
-  int64_t num_bytes_ = 0;
-};
-
-int64_t place_tables(const PlanShape& shape, std::byte* memory, kernels::PlanView& v) {
-  constexpr int32_t kTopkGranule = 4;  // rows of tables are loaded 16 bytes at a time
-  v.max_tokens = shape.max_tokens;
-  v.num_experts = shape.num_experts;
-  v.local_experts = shape.local_experts();
-  v.num_topk = shape.num_topk;
-  v.topk_stride = static_cast<int32_t>(layout::align_up(shape.num_topk, kTopkGranule));
-  v.messages_per_token = shape.max_messages_per_token();
-  v.tokens_per_chunk = static_cast<int32_t>((shape.max_tokens + layout::kMaxChunks - 1) / layout::kMaxChunks);
-  v.num_chunks = static_cast<int32_t>((shape.max_tokens + v.tokens_per_chunk - 1) / v.tokens_per_chunk);
-  v.layout = shape.layout;
-  v.alignment = shape.alignment;
-  v.row_capacity = shape.row_capacity;
-  v.padded_group_rows = shape.padded_group_rows();
-  const int64_t num_entries = shape.max_tokens * shape.num_topk, num_received = shape.max_messages() * v.topk_stride;
-  Placer p(memory);
-  p.place(v.num_tokens, shape.num_ranks);
-  p.place(v.counts, int64_t{shape.num_ranks} * v.num_counts(shape.num_ranks));
-  p.place(v.experts, num_entries);
-  p.place(v.entry_rows, num_entries);
-  p.place(v.messages, shape.max_tokens * v.messages_per_token);
-  p.place(v.received_begin, shape.num_ranks + 1);
-  p.place(v.chunk_begin, int64_t{shape.num_ranks} * (layout::kMaxChunks + 1));
-  p.place(v.source_token, shape.max_messages());
-  p.place(v.received_experts, num_received);
-  p.place(v.received_rows, num_received);
-  p.place(v.group_begin, v.local_experts + 1);
-  p.place(v.source_begin, int64_t{v.local_experts} * shape.num_ranks);
-  p.place(v.weights_sent, num_entries);
-  p.place(v.weights_received, num_received);
-  p.place(v.weights_from_owner, num_received);
-  p.place(v.dispatch_ticket, 1);
-  p.place(v.combine_ticket, 1);
-  return p.num_bytes();
-}
-
-int64_t tables_bytes(const PlanShape& shape) {
-  kernels::PlanView measured;
-  return place_tables(shape, nullptr, measured);
-}
-
 }  // namespace
-
-PlanTables::PlanTables(int device, const PlanShape& shape) : memory_(device, static_cast<size_t>(tables_bytes(shape))) {
-  place_tables(shape, memory_.data(), view_);
-}
 
 CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
     : exchange_(exchange),
       shape_(shape),
-      tables_(exchange.facts().device, shape),
-      routed_event_(exchange.facts().device),
+      memory_(exchange.pool(), shape, exchange.num_lanes()),
       received_per_rank_(static_cast<size_t>(shape.num_ranks)),
       received_per_expert_(static_cast<size_t>(shape.local_experts())),
       sent_per_rank_(static_cast<size_t>(shape.num_ranks)),
@@ -95,18 +32,9 @@ CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
          "plan: the routing of {} tokens with top-{} of {} experts needs {} bytes from each rank, the exchange has {}; create it with "
          "max_tokens, max_topk and max_experts of at least these",
          shape.max_tokens, shape.num_topk, shape.num_experts, bank.bytes(shape.max_tokens), exchange.window_layout().routing_bytes);
-  const auto num_counts = static_cast<size_t>(v.num_counts(shape.num_ranks));
-  block_counts_ = {exchange.facts().device, kMostRouteBlocks * num_counts};
-  const int32_t num_warps = kernels::route_counting_warps(shape.num_experts, shape.num_ranks);
-  const int64_t workspace = kernels::route_workspace(shape.num_experts, shape.local_experts(), shape.num_ranks, num_warps);
-  if (!kernels::route_fits_shared(workspace)) workspace_ = {exchange.facts().device, kMostRouteBlocks * static_cast<size_t>(workspace)};
-  if (shape.extent == TERN_EXTENT_EXACT) {
-    host_counts_ = {exchange.facts().device, static_cast<size_t>(shape.num_ranks) * (num_counts + 1)};
-    host_ticket_ = {exchange.facts().device, 1};
-  }
 }
 
-CudaPlan::~CudaPlan() = default;
+CudaPlan::~CudaPlan() { exchange_.retire(std::move(memory_)); }
 
 void CudaPlan::check_routing(const tern_routing& routing) const {
   constexpr auto kBad = TERN_INVALID_ARGUMENT;
@@ -149,8 +77,8 @@ kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, CudaLane& l
   args.shape = call_shape(shape_);
   args.bank = {.num_counts = v.num_counts(shape_.num_ranks), .num_topk = shape_.num_topk};
   if (shape_.extent == TERN_EXTENT_EXACT) {
-    args.host = {host_counts_.data(), host_counts_.data() + shape_.num_ranks * v.num_counts(shape_.num_ranks), host_ticket_.data(),
-                 awaited_ticket_};
+    int32_t* counts = memory_.host_counts.data();
+    args.host = {counts, counts + shape_.num_ranks * v.num_counts(shape_.num_ranks), memory_.host_ticket.data(), awaited_ticket_};
   }
   args.topk_idx = routing.topk_idx;
   args.is_int32 = routing.topk_idx_type == TERN_INDEX_INT32;
@@ -159,8 +87,8 @@ kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, CudaLane& l
   args.num_tokens = static_cast<int32_t>(routing.num_tokens);
   args.device_num_tokens = routing.device_num_tokens;
   args.num_counting_warps = kernels::route_counting_warps(shape_.num_experts, shape_.num_ranks);
-  args.block_counts = block_counts_.data();
-  args.workspace = workspace_.data();
+  args.block_counts = memory_.block_counts.data();
+  args.workspace = memory_.workspace.data();
   ++lane.next_epoch;
   if (!lane.open_sends.empty()) args.exchange.consumed_lag = static_cast<int32_t>(lane.next_epoch - lane.open_sends.front());
   return args;
@@ -187,9 +115,8 @@ void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
   const DeviceGuard guard(exchange_.facts().device);
   exchange_.check_health();
   check_not_under_way("route");
-  CudaLane& lane = exchange_.lane(launch.lane);
-  check_room(lane, TERN_OP_ROUTE, 1);
-  const OperationStream stream(lane, launch);
+  check_room(exchange_.lane(launch.lane), TERN_OP_ROUTE, 1);
+  OperationStream stream(*this, launch);
   enqueue_route(routing, launch, stream.get());
   stream.finish();
   if (shape_.extent == TERN_EXTENT_EXACT) await_counts(launch);
@@ -202,7 +129,7 @@ void CudaPlan::await_counts(const tern_launch& launch) {
   const Deadline deadline = Deadline::in_ms(2 * exchange_.options().timeout_ms + 1000);
   constexpr int kSpinsPerLook = 1000;
   for (int64_t spin = 1;; ++spin) {
-    if (std::atomic_ref<uint64_t>(*host_ticket_.data()).load(std::memory_order_acquire) == awaited_ticket_) break;
+    if (std::atomic_ref<uint64_t>(*memory_.host_ticket.data()).load(std::memory_order_acquire) == awaited_ticket_) break;
     if (spin % kSpinsPerLook != 0) continue;
     exchange_.check_health();
     if (deadline.passed())
@@ -216,7 +143,7 @@ void CudaPlan::await_counts(const tern_launch& launch) {
 void CudaPlan::read_counts() {
   const int32_t num_ranks = shape_.num_ranks, rank = shape_.rank;
   const int32_t num_counts = tables().num_counts(num_ranks);
-  const int32_t* counts = host_counts_.data();
+  const int32_t* counts = memory_.host_counts.data();
   const int32_t* tokens = counts + num_ranks * num_counts;
   const auto messages = [&](int32_t from, int32_t to) { return counts[from * num_counts + shape_.num_experts + to]; };
   num_received_ = 0;
@@ -252,8 +179,7 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (!receives_only) check_not_under_way("dispatch");
   DispatchOperation operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
   operation.check(dispatch_ticket_, routes ? 1 : 0);
-  CudaLane& lane = exchange_.lane(launch.lane);
-  const OperationStream stream(lane, launch);
+  OperationStream stream(*this, launch);
   if (routes) enqueue_route(*call.args.routing, launch, stream.get());
   operation.enqueue(stream.get(), dispatch_ticket_);
   stream.finish();
@@ -279,7 +205,7 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   CombineOperation operation(*this, call, launch);
   operation.check(combine_ticket_);
-  const OperationStream stream(exchange_.lane(launch.lane), launch);
+  OperationStream stream(*this, launch);
   operation.enqueue(stream.get(), combine_ticket_);
   stream.finish();
   num_sms_ = operation.num_sms();

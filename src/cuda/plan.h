@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cuda/exchange.h"
-#include "cuda/resources.h"
+#include "cuda/plan_memory.h"
 #include "kernels/exchange_view.h"
 #include "kernels/route.h"
 #include "plan/device.h"
@@ -20,17 +20,6 @@ struct Ticket {
   int32_t lane_idx = 0;
   uint32_t generation = 0;
   layout::CallShape shape;
-};
-
-// The memory of a plan on the GPU; zeroed.
-class PlanTables {
- public:
-  PlanTables(int device, const PlanShape& shape);
-  const kernels::PlanView& view() const { return view_; }
-
- private:
-  DeviceBuffer<std::byte> memory_;
-  kernels::PlanView view_;
 };
 
 class CudaPlan : public DevicePlan {
@@ -46,7 +35,9 @@ class CudaPlan : public DevicePlan {
   tern_plan_info info() const override;
 
   CudaExchange& exchange() const { return exchange_; }
-  const kernels::PlanView& tables() const { return tables_.view(); }
+  const kernels::PlanView& tables() const { return memory_.tables.view(); }
+  // To be recorded behind the operations of a lane.
+  const std::shared_ptr<Event>& end_of(int32_t lane_idx) const { return memory_.ends[static_cast<size_t>(lane_idx)]; }
   // Rows of the outputs: the capacity, or with extent exact what was counted.
   int64_t num_rows() const { return num_rows_; }
   // The most tokens that any rank has routed, as far as the host knows.
@@ -65,12 +56,8 @@ class CudaPlan : public DevicePlan {
 
   CudaExchange& exchange_;
   PlanShape shape_;
-  PlanTables tables_;
-  DeviceBuffer<int32_t> block_counts_, workspace_;
-  PinnedBuffer<int32_t> host_counts_;  // [num_ranks, num_counts], then tokens [num_ranks]
-  PinnedBuffer<uint64_t> host_ticket_;
+  PlanMemory memory_;
   uint64_t awaited_ticket_ = 0;
-  Event routed_event_;
   Ticket dispatch_ticket_, combine_ticket_;
   uint32_t generation_ = 0;
   bool routed_ = false;

@@ -2,17 +2,11 @@
 #include "cuda/resources.h"
 
 #include <algorithm>
-#include <cstring>
 #include <thread>
 
 #include "base/error.h"
 
 namespace tern::cuda {
-namespace {
-
-constexpr int64_t kZeroingTimeoutMs = 60'000;
-
-}  // namespace
 
 DeviceGuard::DeviceGuard(int device) {
   check(driver().ctx_get_current(&before_), "asking for the current CUDA context");
@@ -54,24 +48,11 @@ Event::Event(int device, EventTiming timing) {
   event_ = decltype(event_)({event, device});
 }
 
-DeviceBytes allocate_device(int device, size_t num_bytes) {
-  const DeviceGuard guard(device);
-  void* data = nullptr;
-  check(cudaMalloc(&data, std::max<size_t>(num_bytes, 1)), fmt::format("allocating {} bytes on device {}", num_bytes, device));
-  DeviceBytes owner({data, device});
-  const Stream stream(device);
-  check(cudaMemsetAsync(data, 0, num_bytes, stream.get()), "zeroing device memory");
-  stream.wait(Deadline::in_ms(kZeroingTimeoutMs), "zeroing device memory");
-  return owner;
-}
-
-PinnedBytes allocate_pinned(int device, size_t num_bytes) {
-  const DeviceGuard guard(device);
-  void* data = nullptr;
-  check(cudaHostAlloc(&data, std::max<size_t>(num_bytes, 1), cudaHostAllocPortable | cudaHostAllocMapped),
-        fmt::format("allocating {} bytes of pinned host memory", num_bytes));
-  std::memset(data, 0, num_bytes);
-  return PinnedBytes({data, device});
+bool Event::passed() const {
+  const DeviceGuard guard(event_.get().device);
+  if (cudaEventQuery(get()) != cudaErrorNotReady) return true;
+  cudaGetLastError();
+  return false;
 }
 
 }  // namespace tern::cuda

@@ -3,7 +3,6 @@
 //
 //   DeviceGuard guard(device);
 //   Stream stream(device, StreamPriority::kHighest);
-//   DeviceBuffer<uint64_t> epochs(device, num_lanes);     // zeroed
 //   check(cudaMemcpyAsync(..., stream.get()), "...");
 //   stream.wait(Deadline::in_ms(1000), "copying the epochs");
 //
@@ -12,7 +11,6 @@
 
 #include <cstddef>
 #include <exception>
-#include <type_traits>
 #include <utility>
 
 #include "base/deadline.h"
@@ -99,50 +97,11 @@ class Event {
   explicit Event(int device, EventTiming timing = EventTiming::kOff);
   cudaEvent_t get() const { return event_.get().handle; }
 
+  // Whether the work has run that it was last recorded behind, also if it went wrong. Never recorded: there is none, true.
+  bool passed() const;
+
  private:
   OwnedOnDevice<cudaEvent_t, &cudaEventDestroy> event_;
-};
-
-// Bytes of zeros; the templates below give them a type.
-using DeviceBytes = OwnedOnDevice<void*, &cudaFree>;
-using PinnedBytes = OwnedOnDevice<void*, &cudaFreeHost>;
-DeviceBytes allocate_device(int device, size_t num_bytes);
-PinnedBytes allocate_pinned(int device, size_t num_bytes);
-
-// `size` elements in a GPU's memory, zeroed. Freeing it waits for the work of the whole device (cudaFree): for set-up and the end.
-template <typename T>
-class DeviceBuffer {
-  static_assert(std::is_trivially_copyable_v<T>);
-
- public:
-  DeviceBuffer() = default;
-  DeviceBuffer(int device, size_t size) : bytes_(allocate_device(device, size * sizeof(T))), size_(size) {}
-  T* data() const { return static_cast<T*>(bytes_.get().handle); }
-  size_t size() const { return size_; }
-
- private:
-  DeviceBytes bytes_;
-  size_t size_ = 0;
-};
-
-// `size` elements in host memory that every GPU can read and write at the same address, zeroed.
-template <typename T>
-class PinnedBuffer {
-  static_assert(std::is_trivially_copyable_v<T>);
-
- public:
-  PinnedBuffer() = default;
-  // `device`: where the context is made that the memory belongs to.
-  PinnedBuffer(int device, size_t size) : bytes_(allocate_pinned(device, size * sizeof(T))), size_(size) {}
-  T* data() const { return static_cast<T*>(bytes_.get().handle); }
-  size_t size() const { return size_; }
-  T& operator[](size_t i) const { return data()[i]; }
-  T* begin() const { return data(); }
-  T* end() const { return data() + size_; }
-
- private:
-  PinnedBytes bytes_;
-  size_t size_ = 0;
 };
 
 }  // namespace tern::cuda

@@ -13,24 +13,37 @@ constexpr int64_t kAlignment = 16;
 
 }  // namespace
 
-OperationStream::OperationStream(CudaLane& lane, const tern_launch& launch)
-    : lane_(lane), launch_(launch), stream_(launch.own_stream != 0 ? lane.stream.get() : static_cast<cudaStream_t>(launch.stream)) {
+OperationStream::OperationStream(const CudaPlan& plan, const tern_launch& launch)
+    : lane_(plan.exchange().lane(launch.lane)),
+      end_(plan.end_of(launch.lane)),
+      launch_(launch),
+      stream_(launch.own_stream != 0 ? lane_.stream.get() : static_cast<cudaStream_t>(launch.stream)) {
   auto event = static_cast<cudaEvent_t>(launch.after_event);
   if (event == nullptr && launch.own_stream != 0) {
-    event = lane.begin.get();
+    event = lane_.begin.get();
     check(cudaEventRecord(event, static_cast<cudaStream_t>(launch.stream)), "recording where an operation starts");
   }
   if (event != nullptr) check(cudaStreamWaitEvent(stream_, event, 0), "waiting for the event before an operation");
 }
 
-void OperationStream::finish() const {
+// An operation that failed may have enqueued some of its kernels.
+OperationStream::~OperationStream() {
+  if (!finished_) record_end();
+}
+
+void OperationStream::finish() {
+  finished_ = true;
+  record_end();
   if (launch_.done_event != nullptr)
     check(cudaEventRecord(static_cast<cudaEvent_t>(launch_.done_event), stream_), "recording the event behind an operation");
+}
+
+// For the lane and the plan. Whoever replays a captured operation knows when it has run.
+void OperationStream::record_end() {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream_, &status), "asking whether a stream is captured");
-  if (status != cudaStreamCaptureStatusNone) return;
-  check(cudaEventRecord(lane_.end.get(), stream_), "recording the end of an operation");
-  lane_.has_end = true;
+  const bool is_known = cudaStreamIsCapturing(stream_, &status) == cudaSuccess;
+  if (!is_known || status != cudaStreamCaptureStatusNone) return;
+  if (cudaEventRecord(end_->get(), stream_) == cudaSuccess) lane_.end = end_;
 }
 
 int choose_num_sms(const CudaExchange& exchange, const tern_launch& launch, int64_t bytes) {

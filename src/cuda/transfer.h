@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "cuda/exchange.h"
@@ -14,14 +15,22 @@ namespace tern::cuda {
 // The stream of one operation: waits for what the caller asked for at the start, and records what it asked for at the end.
 class OperationStream {
  public:
-  OperationStream(CudaLane& lane, const tern_launch& launch);
+  OperationStream(const CudaPlan& plan, const tern_launch& launch);
+  ~OperationStream();
+  OperationStream(const OperationStream&) = delete;
+  OperationStream& operator=(const OperationStream&) = delete;
+
   cudaStream_t get() const { return stream_; }
-  void finish() const;
+  void finish();
 
  private:
+  void record_end();
+
   CudaLane& lane_;
+  const std::shared_ptr<Event>& end_;
   const tern_launch& launch_;
   cudaStream_t stream_;
+  bool finished_ = false;
 };
 
 // The blocks of a kernel, one on each SM: what the caller asked for, or what `bytes` of traffic per rank need, within the exchange's budget and

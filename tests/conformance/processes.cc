@@ -25,6 +25,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int32_t kMostRanks = 64;
 constexpr size_t kChunkBytes = 4096;
+constexpr uint64_t kReturned = UINT64_MAX;  // a stage
 
 }  // namespace
 
@@ -50,6 +51,16 @@ class SharedBoard {
 
   bool wait(const std::atomic<uint64_t>& counter, uint64_t value) const {
     while (counter.load(std::memory_order_acquire) < value) {
+      if (Clock::now() >= deadline_) return false;
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+    return true;
+  }
+  // For an arrival; a rank that has returned does not come any more.
+  bool wait(const Slot& slot, uint64_t num_arrivals) const {
+    while (slot.num_arrivals.load(std::memory_order_acquire) < num_arrivals) {
+      const bool has_returned = slot.stage.load(std::memory_order_acquire) == kReturned;
+      if (has_returned && slot.num_arrivals.load(std::memory_order_acquire) < num_arrivals) return false;
       if (Clock::now() >= deadline_) return false;
       std::this_thread::sleep_for(std::chrono::microseconds(100));
     }
@@ -91,26 +102,29 @@ constexpr char kEndMark = '\x04';
     report = fmt::format("rank {}: {}", rank, error.what());
   }
   // Nobody waits for a stage of a rank that has ended.
-  board.slot(rank).stage.store(UINT64_MAX, std::memory_order_release);
+  board.slot(rank).stage.store(kReturned, std::memory_order_release);
   write_all(report_fd, report + kEndMark);
   _exit(0);
 }
 
 }  // namespace
 
+// Of no bytes, it is a barrier.
 int RankSeat::allgather(void* context, const void* send, void* recv, size_t bytes) {
   auto& seat = *static_cast<RankSeat*>(context);
-  for (size_t done = 0; done < bytes; done += kChunkBytes) {
+  size_t done = 0;
+  do {
     const size_t chunk = std::min(kChunkBytes, bytes - done), bank = seat.num_gathers_++ % 2;
     SharedBoard::Slot& own = seat.board_.slot(seat.rank_);
-    std::memcpy(own.data[bank], static_cast<const uint8_t*>(send) + done, chunk);
+    if (chunk > 0) std::memcpy(own.data[bank], static_cast<const uint8_t*>(send) + done, chunk);
     own.num_arrivals.store(seat.num_gathers_, std::memory_order_release);
     for (int32_t rank = 0; rank < seat.num_ranks_; ++rank) {
       SharedBoard::Slot& slot = seat.board_.slot(rank);
-      if (!seat.board_.wait(slot.num_arrivals, seat.num_gathers_)) return 1;
-      std::memcpy(static_cast<uint8_t*>(recv) + static_cast<size_t>(rank) * bytes + done, slot.data[bank], chunk);
+      if (!seat.board_.wait(slot, seat.num_gathers_)) return 1;
+      if (chunk > 0) std::memcpy(static_cast<uint8_t*>(recv) + static_cast<size_t>(rank) * bytes + done, slot.data[bank], chunk);
     }
-  }
+    done += chunk;
+  } while (done < bytes);
   return 0;
 }
 

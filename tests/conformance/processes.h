@@ -29,7 +29,8 @@ class RankSeat {
   int32_t rank() const { return rank_; }
   int32_t num_ranks() const { return num_ranks_; }
 
-  // A tern_allgather_fn; the context is the seat.
+  // A tern_allgather_fn; the context is the seat. Waits for all also with no bytes. Fails at the deadline, or at once if a rank has
+  // returned.
   static int allgather(void* seat, const void* send, void* recv, size_t bytes);
 
   // Tells everyone that this rank has reached `stage`. Stages only grow.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "cuda/buffers.h"
 #include "gpu/gpus.h"
 #include "memory/host_segment.h"
 #include "memory/sharing.h"
@@ -33,7 +34,7 @@ Words pattern(int writer, int owner, int round = 0) {
 void copy_words(int device, void* to, const void* from) {
   const DeviceGuard guard(device);
   const Stream stream(device);
-  const DeviceBuffer<uint32_t> between(device, kNumWords);
+  const DeviceBuffer<uint32_t> between(std::make_shared<DevicePool>(device), kNumWords);
   const size_t bytes = kNumWords * sizeof(uint32_t);
   check(cudaMemcpyAsync(between.data(), from, bytes, cudaMemcpyDefault, stream.get()), "copying");
   check(cudaMemcpyAsync(to, between.data(), bytes, cudaMemcpyDefault, stream.get()), "copying");

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <thread>
 
-#include "cuda/resources.h"
+#include "cuda/buffers.h"
 #include "gpu/gpus.h"
 #include "unit/test_ranks.h"
 
@@ -54,7 +54,7 @@ TEST(Resources, BuffersAreZeroedAndHoldWhatIsCopied) {
   if (num_gpus() < 1) GTEST_SKIP() << too_few_gpus(1);
   alone([] {
     const Stream stream(0, StreamPriority::kHighest);
-    const DeviceBuffer<uint32_t> device(0, 1000);
+    const DeviceBuffer<uint32_t> device(std::make_shared<DevicePool>(0), 1000);
     const PinnedBuffer<uint32_t> host(0, 1000), back(0, 1000);
     require(std::count(host.begin(), host.end(), 0u) == 1000, "zeros on the host");
     std::fill(back.begin(), back.end(), 7u);
@@ -79,7 +79,7 @@ TEST(Resources, NoContextOnOtherDevices) {
     {
       Stream stream(last);
       Event event(last);
-      DeviceBuffer<char> buffer(last, 100);
+      DeviceBuffer<char> buffer(std::make_shared<DevicePool>(last), 100);
       PinnedBuffer<char> pinned(last, 100);
       // Freed by a thread that has no context.
       std::thread([stream = std::move(stream), event = std::move(event), buffer = std::move(buffer), pinned = std::move(pinned)] {
@@ -111,7 +111,7 @@ TEST(Resources, TheCurrentDeviceStaysWhatItWas) {
     require(current() == nullptr, "none at first");
     const int last = num_devices() - 1;
     const Event event(last, EventTiming::kOn);
-    const DeviceBuffer<char> buffer(last, 1);
+    const DeviceBuffer<char> buffer(std::make_shared<DevicePool>(last), 1);
     require(current() == nullptr, "none afterwards");
     check(cudaSetDevice(last), "setting the device");
     const CUcontext mine = current();

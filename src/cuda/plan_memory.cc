@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/plan_memory.h"
+
+#include <algorithm>
+
+namespace tern::cuda {
+namespace {
+
+// Places tables one after the other; with no memory it only measures.
+class Placer {
+ public:
+  explicit Placer(std::byte* memory) : memory_(memory) {}
+  template <typename T>
+  void place(T*& table, int64_t size) {
+    table = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + num_bytes_);
+    num_bytes_ += layout::align_up(size * static_cast<int64_t>(sizeof(T)), 256);
+  }
+  int64_t num_bytes() const { return num_bytes_; }
+
+ private:
+  std::byte* memory_;
+  int64_t num_bytes_ = 0;
+};
+
+int64_t place_tables(const PlanShape& shape, std::byte* memory, kernels::PlanView& v) {
+  constexpr int32_t kTopkGranule = 4;  // rows of tables are loaded 16 bytes at a time
+  v.max_tokens = shape.max_tokens;
+  v.num_experts = shape.num_experts;
+  v.local_experts = shape.local_experts();
+  v.num_topk = shape.num_topk;
+  v.topk_stride = static_cast<int32_t>(layout::align_up(shape.num_topk, kTopkGranule));
+  v.messages_per_token = shape.max_messages_per_token();
+  v.tokens_per_chunk = static_cast<int32_t>((shape.max_tokens + layout::kMaxChunks - 1) / layout::kMaxChunks);
+  v.num_chunks = static_cast<int32_t>((shape.max_tokens + v.tokens_per_chunk - 1) / v.tokens_per_chunk);
+  v.layout = shape.layout;
+  v.alignment = shape.alignment;
+  v.row_capacity = shape.row_capacity;
+  v.padded_group_rows = shape.padded_group_rows();
+  const int64_t num_entries = shape.max_tokens * shape.num_topk, num_received = shape.max_messages() * v.topk_stride;
+  Placer p(memory);
+  p.place(v.num_tokens, shape.num_ranks);
+  p.place(v.counts, int64_t{shape.num_ranks} * v.num_counts(shape.num_ranks));
+  p.place(v.experts, num_entries);
+  p.place(v.entry_rows, num_entries);
+  p.place(v.messages, shape.max_tokens * v.messages_per_token);
+  p.place(v.received_begin, shape.num_ranks + 1);
+  p.place(v.chunk_begin, int64_t{shape.num_ranks} * (layout::kMaxChunks + 1));
+  p.place(v.source_token, shape.max_messages());
+  p.place(v.received_experts, num_received);
+  p.place(v.received_rows, num_received);
+  p.place(v.group_begin, v.local_experts + 1);
+  p.place(v.source_begin, int64_t{v.local_experts} * shape.num_ranks);
+  p.place(v.weights_sent, num_entries);
+  p.place(v.weights_received, num_received);
+  p.place(v.weights_from_owner, num_received);
+  p.place(v.dispatch_ticket, 1);
+  p.place(v.combine_ticket, 1);
+  return p.num_bytes();
+}
+
+int64_t tables_bytes(const PlanShape& shape) {
+  kernels::PlanView measured;
+  return place_tables(shape, nullptr, measured);
+}
+
+}  // namespace
+
+PlanTables::PlanTables(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape)
+    : memory_(pool, static_cast<size_t>(tables_bytes(shape))) {
+  place_tables(shape, memory_.data(), view_);
+}
+
+PlanMemory::PlanMemory(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape, int32_t num_lanes) : tables(pool, shape) {
+  const auto num_ranks = static_cast<size_t>(shape.num_ranks), num_counts = static_cast<size_t>(tables.view().num_counts(shape.num_ranks));
+  block_counts = {pool, kMostRouteBlocks * num_counts};
+  const int32_t num_warps = kernels::route_counting_warps(shape.num_experts, shape.num_ranks);
+  const int64_t elements = kernels::route_workspace(shape.num_experts, shape.local_experts(), shape.num_ranks, num_warps);
+  if (!kernels::route_fits_shared(elements)) workspace = {pool, kMostRouteBlocks * static_cast<size_t>(elements)};
+  if (shape.extent == TERN_EXTENT_EXACT) {
+    host_counts = {pool->device(), num_ranks * (num_counts + 1)};
+    host_ticket = {pool->device(), 1};
+  }
+  for (int32_t i = 0; i < num_lanes; ++i) ends.push_back(std::make_shared<Event>(pool->device()));
+}
+
+bool PlanMemory::is_idle() const {
+  return std::all_of(ends.begin(), ends.end(), [](const std::shared_ptr<Event>& end) { return end->passed(); });
+}
+
+}  // namespace tern::cuda
