@@ -11,9 +11,10 @@
 // a fabric handle, which reaches other hosts of an NVL72 rack; nothing here hands such a handle out, as the ranks of an exchange are
 // on one host.
 // All memory is there when a maker returns, zeroed.
-// Lifetime: kernels that use data() must have ended before the object does. Unmapping (cuMemUnmap, cuMemRelease) waits for no kernel: not
-// for these, and not for those of other ranks on the same GPU; buffers_test watches that. Threads: grant() from any; the rest as in segment.h, where
-// "nothing uses the memory" means kernels and copies of this process, on all devices.
+// Lifetime: kernels that use data() must have ended before the object does. Unmapping (cuMemUnmap, cuMemRelease) does not wait for them,
+// and so not for those of other ranks on the same GPU either: CUDA does not promise that, buffers_test checks it.
+// Threads: grant() from any; the rest as in segment.h, where "nothing uses the memory" means kernels and copies of this process, on all
+// devices.
 // Memory visibility: none by itself; kernels order their accesses with fences and flags, at system scope.
 #pragma once
 
