@@ -6,8 +6,8 @@
 
 #include "base/error.h"
 #include "base/knobs.h"
-#include "domain/agreement.h"
 #include "cpu/plan.h"
+#include "domain/agreement.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 

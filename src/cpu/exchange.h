@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "base/log.h"
-#include "domain/domain.h"
 #include "cpu/lane.h"
+#include "domain/domain.h"
 #include "memory/offset_allocator.h"
 #include "memory/sharing.h"
 #include "plan/device.h"

@@ -24,8 +24,8 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
   check_zero_copy(plan, "combine", a.rows, call.row_bytes, a.zero_copy != 0);
   CudaExchange& exchange = plan.exchange();
   // Rows stay where they are if the owners want them as they are: one of a message by itself is the sum already.
-  const bool may_stay = launch.phase == TERN_PHASE_WHOLE && (per_entry_ || !plan.shape().has_expert_rows()) &&
-                        exchange.lane(launch.lane).open_sends.empty();
+  const bool may_stay =
+      launch.phase == TERN_PHASE_WHOLE && (per_entry_ || !plan.shape().has_expert_rows()) && exchange.lane(launch.lane).open_sends.empty();
   if (may_stay && plan.num_rows() > 0) rows_at_ = exchange.heap_offset(a.rows, plan.num_rows() * call.row_bytes);
   const int64_t rows_per_token = per_entry_ ? plan.shape().num_topk : 1;
   const int64_t weight_bytes = call.carries_weights ? topk_bytes(plan.tables()) : 0;
@@ -117,7 +117,9 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
   args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
   args.out_tokens = static_cast<std::byte*>(a.out_tokens);
   args.out_topk_weights = a.out_topk_weights;
-  args.roles = {.num_stage_warps = args.rows_staged ? 6 : 1, .num_pull_warps = args.rows_staged ? 14 : 19};
+  args.roles = {.num_stage_warps = args.rows_staged ? 8 : 1, .num_pull_warps = args.rows_staged ? 12 : 19};
+  const int64_t messages_per_warp = plan_.most_tokens() * tables.messages_per_token / (int64_t{args.roles.num_stage_warps} * num_sms_);
+  args.stage_run = messages_per_warp >= 16 ? 4 : 1;
   constexpr int32_t kLeastStages = 2;
   args.group = kernels::combine_group(per_entry_ ? tables.num_topk : tables.messages_per_token);
   for (int64_t piece = kernels::kMostCombinePieceBytes; args.num_stages < kLeastStages; piece /= 2) {
@@ -144,8 +146,8 @@ void check_ticket(const Ticket& ticket, const tern_launch& launch, const layout:
     fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was on lane {}, its receive is called on lane {}; use the same", operation,
          ticket.lane_idx, launch.lane);
   if (ticket.shape != shape)
-    fail(TERN_INVALID_ARGUMENT, "{}: the plan's last send was called with other shapes or types than its receive; give it the same arguments",
-         operation);
+    fail(TERN_INVALID_ARGUMENT,
+         "{}: the plan's last send was called with other shapes or types than its receive; give it the same arguments", operation);
 }
 
 void open_ticket(CudaExchange& exchange, const tern_launch& launch, const layout::CallShape& shape, Ticket& ticket) {

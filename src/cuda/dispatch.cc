@@ -16,7 +16,10 @@ int64_t topk_bytes(const kernels::PlanView& tables) { return tables.topk_stride 
 }  // namespace
 
 DispatchOperation::DispatchOperation(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, int64_t most_tokens)
-    : plan_(plan), call_(call), launch_(launch), num_tokens_(call.args.routing != nullptr ? call.args.routing->num_tokens : plan.num_tokens()) {
+    : plan_(plan),
+      call_(call),
+      launch_(launch),
+      num_tokens_(call.args.routing != nullptr ? call.args.routing->num_tokens : plan.num_tokens()) {
   const tern_dispatch_args& a = call.args;
   check_alignment("dispatch", "tokens", a.tokens, a.token_stride_bytes);
   check_alignment("dispatch", "out_tokens", a.out_tokens);
@@ -121,11 +124,13 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
 kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
   const tern_dispatch_args& a = call_.args;
   kernels::DispatchArgs args;
-  args.transfer = make_round(plan_, launch_.lane,
-                             {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
+  args.transfer =
+      make_round(plan_, launch_.lane, {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
   args.plan = plan_.tables();
   const bool stages_rows = slot_.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
-  args.roles = {.num_stage_warps = stages_rows ? 12 : 2, .num_pull_warps = 8};
+  args.roles = {.num_stage_warps = stages_rows ? 12 : 4, .num_pull_warps = 8};
+  const int64_t tokens_per_warp = num_tokens_ / (int64_t{args.roles.num_stage_warps} * num_sms_);
+  args.stage_run = tokens_per_warp >= 4 && plan_.tables().tokens_per_chunk % 2 == 0 ? 2 : 1;
   args.in = inputs();
   args.out = outputs();
   args.slot = slot_;

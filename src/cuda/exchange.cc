@@ -43,8 +43,14 @@ DeviceIdentity identify(int device) {
 }
 
 tern_failure to_failure(const layout::FailureRecord& record) {
-  return {static_cast<tern_status>(record.status), record.waiter, record.awaited, record.lane, record.operation, 0,
-          record.expected_epoch, record.seen_epoch};
+  return {static_cast<tern_status>(record.status),
+          record.waiter,
+          record.awaited,
+          record.lane,
+          record.operation,
+          0,
+          record.expected_epoch,
+          record.seen_epoch};
 }
 
 template <typename T>
@@ -53,7 +59,8 @@ T load_from_gpu(const T& word) {
 }
 
 int choose_device(const tern_exchange_options& options, const Topology& topology) {
-  const int device = options.device_index >= 0 ? options.device_index : topology.rank_in_node[static_cast<size_t>(topology.rank)] % std::max(1, num_devices());
+  const int device = options.device_index >= 0 ? options.device_index
+                                               : topology.rank_in_node[static_cast<size_t>(topology.rank)] % std::max(1, num_devices());
   require_device(device);
   return device;
 }
@@ -155,7 +162,8 @@ void CudaExchange::find_devices(const Topology& topology, Bootstrap& bootstrap, 
   for (int r = 0; r < topology.num_ranks; ++r)
     if (all[static_cast<size_t>(r)] == own && !topology.same_process(r))
       fail(TERN_UNSUPPORTED,
-           "exchange: ranks {} and {} are processes on the same {}; kernels of two processes do not run at the same time, so they would wait "
+           "exchange: ranks {} and {} are processes on the same {}; kernels of two processes do not run at the same time, so they would "
+           "wait "
            "for each other in vain. Give each process a GPU of its own, or make the ranks threads of one process",
            topology.rank, r, device_name(facts_.device));
 }
@@ -175,8 +183,8 @@ void CudaExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t ge
   std::transform(masked.begin(), masked.end(), member.begin(), [](uint8_t m) { return static_cast<uint8_t>(m == 0); });
   const SharedBy shared_by = sharer_->shares_address_space() ? SharedBy::kThreads : SharedBy::kProcesses;
   const auto window_bytes = static_cast<size_t>(layout_.total_bytes());
-  auto windows = share_device(DeviceSegment::create(window_bytes, facts_.device, shared_by), fmt::format("gpu-window-{}", generation), member,
-                              deadline);
+  auto windows = share_device(DeviceSegment::create(window_bytes, facts_.device, shared_by), fmt::format("gpu-window-{}", generation),
+                              member, deadline);
   std::vector<std::shared_ptr<Segment>> heaps(masked.size());
   if (options_.window_bytes > 0) {
     auto own = std::static_pointer_cast<DeviceSegment>(heaps_[static_cast<size_t>(rank())]);
@@ -346,7 +354,8 @@ void CudaExchange::recover(const tern_recover_options& options) {
   AgreementOptions agreement{control_.generation + 1, std::vector<uint8_t>(static_cast<size_t>(num_ranks())), options.allow_mask != 0,
                              timeout_ms};
   if (options.mask != nullptr)
-    std::transform(options.mask, options.mask + num_ranks(), agreement.mask.begin(), [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
+    std::transform(options.mask, options.mask + num_ranks(), agreement.mask.begin(),
+                   [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
   const std::vector<uint8_t> masked = agree_on_mask(control_, agreement);
   share_windows(masked, agreement.generation, Deadline::in_ms(timeout_ms));
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", rank(), control_.generation,

@@ -101,8 +101,8 @@ class CudaExchange : public DeviceExchange {
   DeviceFacts facts_;
   layout::DeviceWindowLayout layout_;
   std::unique_ptr<SegmentSharer> sharer_;
-  mutable std::mutex generation_mutex_;  // guards what a recovery replaces against tern_exchange_get_state
-  Domain control_;                       // windows in host memory; heaps are not used
+  mutable std::mutex generation_mutex_;            // guards what a recovery replaces against tern_exchange_get_state
+  Domain control_;                                 // windows in host memory; heaps are not used
   std::vector<std::shared_ptr<Segment>> windows_;  // [num_ranks] in GPU memory
   std::vector<std::shared_ptr<Segment>> heaps_;
   std::shared_ptr<DevicePool> pool_;

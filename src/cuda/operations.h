@@ -33,7 +33,7 @@ class DispatchOperation {
   const DispatchCall& call_;
   const tern_launch& launch_;
   int64_t num_tokens_;
-  int64_t rows_at_ = -1;    // in the heap, where the peers pull them; -1: they are staged
+  int64_t rows_at_ = -1;  // in the heap, where the peers pull them; -1: they are staged
   int64_t scales_at_ = -1;
   layout::StagedSlot slot_;  // what goes through the staging
   layout::CallShape shape_;

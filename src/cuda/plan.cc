@@ -196,8 +196,7 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   const DeviceGuard guard(exchange_.facts().device);
   check_ready("combine", launch, true);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
-  if (is_under_way(dispatch_ticket_))
-    fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
+  if (is_under_way(dispatch_ticket_)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
   if (receives_only && combine_ticket_.epoch == 0)
     fail(TERN_INVALID_STATE, "combine: nothing to receive; the plan's last combine was not a send, or has been received");
   if (!receives_only && is_under_way(combine_ticket_)) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");

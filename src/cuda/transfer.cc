@@ -72,8 +72,9 @@ int32_t num_rounds(const CudaPlan& plan, int32_t chunks_per_round, tern_phase ph
   const int64_t num_chunks = (most_tokens + tables.tokens_per_chunk - 1) / tables.tokens_per_chunk;
   const auto rounds = static_cast<int32_t>(std::max<int64_t>(1, (num_chunks + chunks_per_round - 1) / chunks_per_round));
   if (phase != TERN_PHASE_WHOLE && rounds > 1)
-    fail(TERN_OUT_OF_MEMORY, "{}: a send must fit the staging, {} tokens need {} rounds; create the exchange with staging_bytes of at least {}",
-         operation, tables.max_tokens, rounds,
+    fail(TERN_OUT_OF_MEMORY,
+         "{}: a send must fit the staging, {} tokens need {} rounds; create the exchange with staging_bytes of at least {}", operation,
+         tables.max_tokens, rounds,
          plan.exchange().window_layout().staging_bytes * plan.exchange().num_lanes() * layout::kNumBanks * rounds);
   return rounds;
 }
@@ -109,7 +110,9 @@ layout::PulledPart staged_part(const kernels::TransferArgs& transfer, const layo
   return {.offset = offset - transfer.first_token() * slot.stride(), .stride = slot.stride(), .in_heap = 0, .staged = 1};
 }
 
-layout::PulledPart heap_part(int64_t heap_offset, int64_t step) { return {.offset = heap_offset, .stride = step, .in_heap = 1, .staged = 0}; }
+layout::PulledPart heap_part(int64_t heap_offset, int64_t step) {
+  return {.offset = heap_offset, .stride = step, .in_heap = 1, .staged = 0};
+}
 
 int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes, int32_t least) {
   constexpr int64_t kMostStages = 16;
@@ -128,8 +131,8 @@ layout::CallShape call_shape(const PlanShape& shape) {
 
 void check_alignment(const char* operation, const char* name, const void* pointer, int64_t stride_bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % kAlignment != 0 || stride_bytes % kAlignment != 0)
-    fail(TERN_INVALID_ARGUMENT, "{}: {} is at {} with steps of {} bytes; GPU ranks need multiples of {}", operation, name, pointer, stride_bytes,
-         kAlignment);
+    fail(TERN_INVALID_ARGUMENT, "{}: {} is at {} with steps of {} bytes; GPU ranks need multiples of {}", operation, name, pointer,
+         stride_bytes, kAlignment);
 }
 
 void check_zero_copy(const CudaPlan& plan, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy) {
@@ -137,7 +140,8 @@ void check_zero_copy(const CudaPlan& plan, const char* operation, const void* ro
   if (!zero_copy || plan.exchange().heap_offset(rows, plan.num_rows() * row_bytes) >= 0) return;
   if (rows == nullptr && window_bytes > 0) return;
   fail(TERN_INVALID_ARGUMENT,
-       "{}: zero_copy is set, but the {} bytes of rows are not in this rank's window of {} bytes; take them from tern_window_alloc, or set it "
+       "{}: zero_copy is set, but the {} bytes of rows are not in this rank's window of {} bytes; take them from tern_window_alloc, or set "
+       "it "
        "to 0",
        operation, plan.num_rows() * row_bytes, window_bytes);
 }

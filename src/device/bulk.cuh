@@ -36,11 +36,10 @@ __device__ __forceinline__ void expect_bytes(uint64_t* arrivals, uint32_t num_by
 }
 __device__ __forceinline__ bool try_await_bytes(uint64_t* arrivals, uint32_t phase) {
   uint32_t done;
-  asm volatile(
-      "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(shared_address(arrivals)), "r"(phase)
-      : "memory");
+  asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(shared_address(arrivals)), "r"(phase)
+               : "memory");
   return done != 0;
 }
 // Ends always: a bulk load from mapped memory completes, whatever the other ranks do.
@@ -55,7 +54,8 @@ __device__ __forceinline__ void bulk_load(void* to_shared, const void* from_glob
                : "memory");
 }
 __device__ __forceinline__ void bulk_store(void* to_global, const void* from_shared, uint32_t num_bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to_global), "r"(shared_address(from_shared)), "r"(num_bytes)
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to_global), "r"(shared_address(from_shared)),
+               "r"(num_bytes)
                : "memory");
 }
 // The stores of this thread since the last call become one group.

@@ -32,19 +32,23 @@ struct SharedLayout {
 class StagedRows {
  public:
   __device__ StagedRows(const CombineArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
-      : args_(args), plan_(args.plan), transfer_(transfer), walk_(args.transfer, args.plan, warp, num_warps) {}
+      : args_(args), plan_(args.plan), transfer_(transfer), walk_(args.transfer, args.plan, warp, num_warps, args.stage_run) {}
 
   __device__ bool next_row(SumRow& row) {
     Message message;
     while (walk_.next(message)) {
+      const int chunk = message.token / args_.transfer.tokens_per_chunk;
+      if (message.source != counted_rank_ || chunk != counted_chunk_) tell();
+      counted_rank_ = message.source;
+      counted_chunk_ = chunk;
       row = {message.source, message.index, message.token, 0, static_cast<int32_t>(args_.row_bytes)};
       stage_weights(row);
       const bool is_copy = args_.per_entry || !plan_.has_expert_rows();
       if (args_.rows_staged && !is_copy) return true;
       if (args_.rows_staged && !(args_.own_rows_direct && row.rank == transfer_.rank())) copy_rows(row);
-      __syncwarp();
       row_done(row);
     }
+    tell();
     return false;
   }
 
@@ -63,15 +67,21 @@ class StagedRows {
   __device__ const std::byte* bias(const SumRow&, int) const { return nullptr; }
   __device__ std::byte* out(const SumRow& row) const { return slot_of(row) + args_.slot.row(); }
 
-  // Counts the message, and tells its owner when the chunk is complete.
-  __device__ void row_done(const SumRow& row) const {
-    if (device::lane_idx() != 0) return;
-    const int chunk = row.token / args_.transfer.tokens_per_chunk;
-    const int32_t* chunk_begin = plan_.chunk_begin + row.rank * (layout::kMaxChunks + 1) + chunk;
-    if (transfer_.complete(row.rank, chunk, 1, static_cast<uint32_t>(chunk_begin[1] - chunk_begin[0]))) transfer_.raise_chunk(row.rank, chunk);
-  }
+  __device__ void row_done(const SumRow&) { ++counted_; }
 
  private:
+  // Reports the rows that the warp has made of a chunk, together, because each report waits for their stores; tells the owner when the
+  // chunk is complete.
+  __device__ void tell() {
+    __syncwarp();
+    if (counted_ > 0 && device::lane_idx() == 0) {
+      const int32_t* chunk_begin = plan_.chunk_begin + counted_rank_ * (layout::kMaxChunks + 1) + counted_chunk_;
+      if (transfer_.complete(counted_rank_, counted_chunk_, counted_, static_cast<uint32_t>(chunk_begin[1] - chunk_begin[0])))
+        transfer_.raise_chunk(counted_rank_, counted_chunk_);
+    }
+    counted_ = 0;
+  }
+
   __device__ std::byte* slot_of(const SumRow& row) const {
     return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
@@ -85,8 +95,7 @@ class StagedRows {
     }
     for (int k = 0; k < plan_.num_topk; ++k) {
       const int32_t at = plan_.received_rows[int64_t{row.index} * plan_.topk_stride + k];
-      if (at >= 0)
-        copy_row(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(out(row) + k * args_.row_bytes); });
+      if (at >= 0) copy_row(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(out(row) + k * args_.row_bytes); });
     }
   }
 
@@ -109,6 +118,8 @@ class StagedRows {
   const PlanView& plan_;
   const Transfer& transfer_;
   MessageWalk walk_;
+  int counted_rank_ = -1, counted_chunk_ = -1;
+  uint32_t counted_ = 0;  // rows of it that are made and not reported
 };
 
 // The results of this rank's tokens: the Rows of sums.cuh.
@@ -251,7 +262,8 @@ __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_cons
     stage<Wire>(args, transfer);
   } else {
     const Ring ring{shared + shared_layout.rings + nth * args.num_stages * args.stage_bytes,
-                    reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * args.num_stages, args.num_stages, args.stage_bytes};
+                    reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * args.num_stages, args.num_stages,
+                    args.stage_bytes};
     if constexpr (kBulk) ring.init();
     pull<Wire, kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
   }

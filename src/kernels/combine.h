@@ -17,12 +17,13 @@ struct CombineArgs {
   bool per_entry = false;        // every entry's row goes to the owner
   bool rows_staged = false;      // this rank's rows go through the staging
   bool own_rows_direct = false;  // those for its own tokens do not, though the others' do
+  int32_t stage_run = 1;         // messages in a row that a warp stages
   layout::StagedSlot slot;       // of a token; rows of its entries follow each other in it
 
   // At the ranks of the experts.
-  const std::byte* rows = nullptr;         // in the plan's layout
-  const float* entry_weights = nullptr;    // [max_messages, topk_stride] of the entries summed here; nullptr: 1
-  const float* returned_weights = nullptr; // [rows, num_topk] or [rows], handed back
+  const std::byte* rows = nullptr;          // in the plan's layout
+  const float* entry_weights = nullptr;     // [max_messages, topk_stride] of the entries summed here; nullptr: 1
+  const float* returned_weights = nullptr;  // [rows, num_topk] or [rows], handed back
   bool returns_weights = false;
 
   // At the owners.

@@ -102,11 +102,16 @@ class TokenStager {
 
  private:
   __device__ void stage_tokens() {
-    for (int64_t token = args_.transfer.first_token() + warp_; token < end_token_; token += num_warps_) {
-      stage_row(token);
-      stage_sides(token);
+    // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores.
+    const int32_t run = args_.stage_run;
+    for (int64_t begin = args_.transfer.first_token() + warp_ * run; begin < end_token_; begin += num_warps_ * run) {
+      const int64_t end = min(begin + run, end_token_);
+      for (int64_t token = begin; token < end; ++token) {
+        stage_row(token);
+        stage_sides(token);
+      }
       __syncwarp();
-      complete(static_cast<int>(token / args_.transfer.tokens_per_chunk), 1);
+      complete(static_cast<int>(begin / args_.transfer.tokens_per_chunk), static_cast<uint32_t>(end - begin));
     }
   }
 
@@ -169,7 +174,8 @@ class TokenStager {
     int is_complete = 0;
     if (device::lane_idx() == 0) is_complete = transfer_.complete(0, chunk, num, static_cast<uint32_t>(chunk_end - chunk_begin)) ? 1 : 0;
     if (__shfl_sync(~0u, is_complete, 0) == 0) return;
-    for (int peer = static_cast<int>(device::lane_idx()); peer < transfer_.num_ranks(); peer += kWarpThreads) transfer_.raise_chunk(peer, chunk);
+    for (int peer = static_cast<int>(device::lane_idx()); peer < transfer_.num_ranks(); peer += kWarpThreads)
+      transfer_.raise_chunk(peer, chunk);
   }
 
   const DispatchArgs& args_;
@@ -182,7 +188,12 @@ class TokenStager {
 class MessagePuller {
  public:
   __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, int64_t warp, int64_t num_warps)
-      : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), sides_(args), walk_(args.transfer, args.plan, warp, num_warps) {}
+      : args_(args),
+        plan_(args.plan),
+        transfer_(transfer),
+        sources_(sources),
+        sides_(args),
+        walk_(args.transfer, args.plan, warp, num_warps) {}
 
   // Ordinary loads and stores.
   __device__ void pull_by_threads() {
@@ -243,7 +254,9 @@ class MessagePuller {
     int32_t scales_at, weights_at;  // in the stage
   };
   static_assert(sizeof(PieceTag) == kPieceTagBytes);
-  __device__ PieceTag* tag_of(std::byte* stage) const { return reinterpret_cast<PieceTag*>(stage + args_.pieces.stage_bytes - kPieceTagBytes); }
+  __device__ PieceTag* tag_of(std::byte* stage) const {
+    return reinterpret_cast<PieceTag*>(stage + args_.pieces.stage_bytes - kPieceTagBytes);
+  }
 
   __device__ bool await(const Message& message) const {
     int ok = 1;
@@ -276,7 +289,8 @@ class MessagePuller {
     }
     if (row_part > 0) device::bulk_load(stage, row, row_part, arrivals);
     if (scale_part > 0) device::bulk_load(stage + scales_at, source.scales + loading_.token * source.scale_stride, scale_part, arrivals);
-    if (weight_part > 0) device::bulk_load(stage + weights_at, source.weights + loading_.token * source.weight_stride, weight_part, arrivals);
+    if (weight_part > 0)
+      device::bulk_load(stage + weights_at, source.weights + loading_.token * source.weight_stride, weight_part, arrivals);
   }
 
   // What the message's entries are here (rows in the expert layouts, otherwise local experts): asked for when the piece is, put into its stage

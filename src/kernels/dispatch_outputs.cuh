@@ -11,7 +11,12 @@ namespace tern::kernels {
 class OutputWriter {
  public:
   __device__ OutputWriter(const DispatchArgs& args, int64_t thread, int64_t num_threads)
-      : args_(args), plan_(args.plan), out_(args.out), num_ranks_(args.transfer.exchange.num_ranks), thread_(thread), num_threads_(num_threads) {}
+      : args_(args),
+        plan_(args.plan),
+        out_(args.out),
+        num_ranks_(args.transfer.exchange.num_ranks),
+        thread_(thread),
+        num_threads_(num_threads) {}
 
   __device__ void write() const {
     for (int source = 0; source < num_ranks_; ++source) write_rows_of(source);
@@ -54,8 +59,10 @@ class OutputWriter {
   __device__ void write_rows_of(int source) const {
     const int64_t begin = plan_.received_begin[source], end = plan_.received_begin[source + 1];
     if (!plan_.has_expert_rows()) {
-      for (int64_t row = begin + thread_; row < min(end, out_.num_rows); row += num_threads_) write_source(row, plan_.source_token[row], source);
+      for (int64_t row = begin + thread_; row < min(end, out_.num_rows); row += num_threads_)
+        write_source(row, plan_.source_token[row], source);
       const int64_t k_end = min(end, out_.num_rows) * plan_.num_topk;
+#pragma unroll 4
       for (int64_t i = begin * plan_.num_topk + thread_; i < k_end && out_.topk_idx != nullptr; i += num_threads_)
         out_.topk_idx[i] = plan_.received_experts[received_at(i)];
       return;
@@ -69,7 +76,10 @@ class OutputWriter {
   }
 
   // Of entry i, where entries are counted without gaps.
-  __device__ int64_t received_at(int64_t i) const { return i / plan_.num_topk * plan_.topk_stride + i % plan_.num_topk; }
+  __device__ int64_t received_at(int64_t i) const {
+    if (plan_.topk_stride == plan_.num_topk) return i;
+    return i / plan_.num_topk * plan_.topk_stride + i % plan_.num_topk;
+  }
 
   __device__ void write_source(int64_t row, int32_t source_token, int32_t source_rank) const {
     if (out_.source_token != nullptr) out_.source_token[row] = source_token;

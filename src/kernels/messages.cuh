@@ -14,13 +14,13 @@ struct Message {
   int32_t token;  // at its source
 };
 
-// Visits the messages of a round: the first of every source, then the second of every source, ... dealt out to the warps in turn. Each warp
-// meets all sources, so that one which sends little, or late, keeps no warp from the others'.
+// Visits the messages of a round in runs of `run` (1, 2, 4, ..., 32): the first run of every source, then the second of every source, ... dealt out
+// to the warps in turn. Each warp meets all sources, so that one which sends little, or late, keeps no warp from the others'.
 class MessageWalk {
  public:
   // Warp `warp` of `num_warps`. All its threads call this and next().
-  __device__ MessageWalk(const TransferArgs& transfer, const PlanView& plan, int64_t warp, int64_t num_warps)
-      : transfer_(transfer), plan_(plan), num_ranks_(transfer.exchange.num_ranks), next_item_(warp), num_warps_(num_warps) {
+  __device__ MessageWalk(const TransferArgs& transfer, const PlanView& plan, int64_t warp, int64_t num_warps, int run = 1)
+      : transfer_(transfer), plan_(plan), num_ranks_(transfer.exchange.num_ranks), run_(run), next_item_(warp), num_warps_(num_warps) {
     for (int source = static_cast<int>(device::lane_idx()); source < num_ranks_; source += 32) most_ = max(most_, range_of(source).count);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) most_ = max(most_, __shfl_xor_sync(~0u, most_, step));
@@ -49,13 +49,14 @@ class MessageWalk {
     return {plan_.received_begin[source] + begin, chunk_begin[transfer_.end_chunk] - begin};
   }
 
-  // Each thread fetches one of the warp's next 32 items.
+  // Each thread fetches one of the warp's next 32 messages.
   __device__ bool load_batch() {
-    if (next_item_ / num_ranks_ >= most_) return false;
-    const int64_t item = next_item_ + device::lane_idx() * num_warps_;
-    next_item_ += 32 * num_warps_;
-    const int64_t nth = item / num_ranks_;
-    const int64_t turns = nth / max(int64_t{1}, num_warps_ / num_ranks_);  // or a warp would meet the same source each time
+    if (next_item_ / num_ranks_ * run_ >= most_) return false;
+    const int lane = static_cast<int>(device::lane_idx());
+    const int64_t item = next_item_ + lane / run_ * num_warps_;
+    next_item_ += 32 / run_ * num_warps_;
+    const int64_t nth_run = item / num_ranks_, nth = nth_run * run_ + lane % run_;
+    const int64_t turns = nth_run / max(int64_t{1}, num_warps_ / num_ranks_);  // or a warp would meet the same source each time
     ahead_.source = static_cast<int32_t>((transfer_.exchange.rank + 1 + item + turns) % num_ranks_);
     const SourceRange range = range_of(ahead_.source);
     const bool valid = nth < range.count;
@@ -68,7 +69,8 @@ class MessageWalk {
   const TransferArgs& transfer_;
   const PlanView& plan_;
   const int num_ranks_;
-  int64_t next_item_;
+  const int run_;
+  int64_t next_item_;  // a run
   const int64_t num_warps_;
   int32_t most_ = 0;  // messages of any source
   Message ahead_ = {};

@@ -200,7 +200,8 @@ class Route {
 
   __device__ bool await_banks() const {
     bool ok = true;
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads) ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
+    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads)
+      ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
     return __syncthreads_and(ok ? 1 : 0) != 0;
   }
 
@@ -238,7 +239,8 @@ class Route {
     const int64_t entry_idx = token * plan_.num_topk + k;
     const int32_t expert = plan_.experts[entry_idx];
     const bool goes_there = expert >= 0 && expert / plan_.local_experts == message.rank;
-    const layout::RoutingBankLayout::Entry entry{goes_there ? expert % plan_.local_experts : -1, goes_there ? plan_.entry_rows[entry_idx] : 0};
+    const layout::RoutingBankLayout::Entry entry{goes_there ? expert % plan_.local_experts : -1,
+                                                 goes_there ? plan_.entry_rows[entry_idx] : 0};
     auto* entries = reinterpret_cast<layout::RoutingBankLayout::Entry*>(to + args_.bank.entries(plan_.max_tokens));
     entries[int64_t{message.row} * plan_.num_topk + k] = entry;
   }
@@ -414,7 +416,8 @@ class Route {
         for (int c = chunk + 1; c <= layout::kMaxChunks; ++c) chunk_begin[c] = num_messages;
     }
     const auto num_topk = static_cast<uint32_t>(plan_.num_topk);
-    for (uint32_t i = static_cast<uint32_t>(thread); i < static_cast<uint32_t>(num_messages) * num_topk; i += static_cast<uint32_t>(num_threads)) {
+    for (uint32_t i = static_cast<uint32_t>(thread); i < static_cast<uint32_t>(num_messages) * num_topk;
+         i += static_cast<uint32_t>(num_threads)) {
       const layout::RoutingBankLayout::Entry entry = entries[i];
       const int64_t message = begin + static_cast<int64_t>(i / num_topk);
       int32_t row = -1;
@@ -462,8 +465,8 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const __grid_constant__
   extern __shared__ int32_t shared[];
   int32_t* workspace = shared;
   if (args.workspace != nullptr)
-    workspace = args.workspace +
-                blockIdx.x * route_workspace(args.plan.num_experts, args.plan.local_experts, args.exchange.num_ranks, args.num_counting_warps);
+    workspace = args.workspace + blockIdx.x * route_workspace(args.plan.num_experts, args.plan.local_experts, args.exchange.num_ranks,
+                                                              args.num_counting_warps);
   Route(args, workspace).run();
 }
 

@@ -11,10 +11,10 @@ namespace tern::kernels {
 struct TransferArgs {
   ExchangeView exchange;
   layout::CallShape shape;
-  int32_t operation = 0;  // tern_operation
-  bool sends = false;     // tells the peers where this rank's rows are, and stages them
-  bool receives = false;  // pulls the peers' rows
-  bool in_place = false;  // peers pull from the caller's window memory: ends when all have pulled
+  int32_t operation = 0;       // tern_operation
+  bool sends = false;          // tells the peers where this rank's rows are, and stages them
+  bool receives = false;       // pulls the peers' rows
+  bool in_place = false;       // peers pull from the caller's window memory: ends when all have pulled
   uint64_t* ticket = nullptr;  // keeps the epoch from a send to its receive
 
   // Chunks of the owners' tokens that this round carries, and the token that comes first in the staging.

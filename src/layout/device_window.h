@@ -61,9 +61,7 @@ struct DeviceWindowLayout {
   int64_t staging_bytes = 0;  // of one (lane, bank); a multiple of kCacheLine
 
   constexpr int64_t abort() const { return 0; }
-  constexpr int64_t record(int rank) const {
-    return static_cast<int64_t>(kCacheLine) + rank * static_cast<int64_t>(sizeof(FailureRecord));
-  }
+  constexpr int64_t record(int rank) const { return static_cast<int64_t>(kCacheLine) + rank * static_cast<int64_t>(sizeof(FailureRecord)); }
   constexpr int64_t progress(int lane, int source) const {
     return record(num_ranks) + lane * lane_bytes() + source * static_cast<int64_t>(sizeof(ProgressCell));
   }
