@@ -31,6 +31,29 @@
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
+ *
+ * On GPU ranks, besides:
+ * - Pointers in the arguments of an operation are to memory that the rank's GPU reaches: its own, as a rule. The structs themselves
+ *   are read before the call returns. tern_count_routing is the exception: it counts on the host, and expects host memory.
+ * - Rows move 16 bytes at a time: tokens and their stride, out_tokens, rows and biases are at multiples of 16 bytes.
+ * - A call checks its arguments, enqueues and returns. One waits on the host: tern_plan_route of a plan with extent EXACT, until the
+ *   counts are there; other threads run meanwhile.
+ * - The operations of a lane must also run in the order of their calls: on one stream, or with events between the streams.
+ * - What goes wrong while an operation runs shows later. If a wait ends at its deadline, or ranks called different things, the kernels
+ *   end, and what they have written is worth nothing; tern_exchange_get_state then says TERN_HEALTH_FAILED, and every later call returns
+ *   the error. Kernels that are enqueued already, and replayed graphs, return at once without writing anything.
+ *   What is left out of an operation that otherwise completes (TERN_CAPACITY_EXCEEDED; TERN_INVALID_ARGUMENT for indices that are no
+ *   expert, which count as -1) is a notice in tern_exchange_state.failure, while the health stays as it was.
+ * - With extent WORST the operations can be captured in a CUDA graph and replayed, with the phases too; a route with extent EXACT
+ *   cannot, since the host would wait for it. No operation allocates or loads anything, so none has to run before the capture; a dispatch
+ *   must have been called, or captured, before its combine is. Ranks replay the same operations in the same order. The exchange, the plans
+ *   and all buffers stay as long as the graph is used; after tern_exchange_recover it must be captured again, since it holds
+ *   addresses of windows that are gone.
+ * - Ranks may share a GPU if they are threads of one process. While one of them has begun an operation that another one has not, that
+ *   other one must not wait for the whole GPU: cudaDeviceSynchronize, cudaFree and cudaFreeHost do. Streams that share one of the GPU's
+ *   queues wait for each other, and there are 8 unless the environment says CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts.
+ *   Kernels that wait for each other must fit the GPU together: exchanges and lanes that are used at the same time divide its SMs
+ *   between them by num_sms.
  */
 #ifndef TERN_TERN_H_
 #define TERN_TERN_H_
@@ -160,12 +183,13 @@ typedef enum tern_weighting TERN_ENUM_TYPE {
 
 typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
-  TERN_ON_TIMEOUT_MASK =
-      1 /* the operation goes on with a share of zero for the missing rank; the next one starts a generation without it */
+  /* The operation goes on with a share of zero for the missing rank; the next one starts a generation without it. CPU ranks; with GPU
+   * ranks making the exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
+  TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 
 typedef enum tern_mode TERN_ENUM_TYPE {
-  TERN_MODE_AUTO = 0, /* by size: see docs/design.md */
+  TERN_MODE_AUTO = 0, /* by size: see docs/design.md. GPU ranks have the throughput kernels only, and use them in every mode */
   TERN_MODE_THROUGHPUT = 1,
   TERN_MODE_LATENCY = 2
 } tern_mode;
@@ -235,7 +259,9 @@ TERN_API void tern_group_destroy(tern_group* group);
 typedef struct tern_exchange_options {
   size_t struct_size TERN_SIZE_OF(tern_exchange_options);
   tern_device_type device TERN_ZERO;
-  int32_t device_index TERN_ZERO; /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices */
+  /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices. Processes that share a GPU are TERN_UNSUPPORTED,
+   * and so are GPUs that do not reach each other's memory */
+  int32_t device_index TERN_ZERO;
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
    * of them fit one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). A send must fit one round. A combine in mode
    * EXACT sends a row per entry: for its sends, count each token max_topk times in max_tokens. */
@@ -245,9 +271,13 @@ typedef struct tern_exchange_options {
   int64_t max_row_bytes TERN_ZERO; /* the longest row, scales included */
   int32_t max_topk TERN_ZERO;
   int32_t max_experts TERN_ZERO;
-  int32_t num_lanes TERN_ZERO;  /* 0: 1; at most 16 */
-  int32_t num_sms TERN_ZERO;    /* GPU: the most SMs that an operation takes, 0: chosen (docs/design.md says how); ignored on CPU ranks */
-  int64_t timeout_ms TERN_ZERO; /* of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000 */
+  int32_t num_lanes TERN_ZERO; /* 0: 1; at most 16 */
+  /* GPU: SMs that an operation takes (a route fewer) if its launch does not say, 0: chosen (docs/design.md says how). At most this
+   * rank's share of the GPU. Ignored on CPU ranks */
+  int32_t num_sms TERN_ZERO;
+  /* Of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000. GPU: of every wait of a kernel, counted from when it begins to wait. A
+   * route with extent EXACT gives up after twice that and a second if work before it on the stream keeps it from running */
+  int64_t timeout_ms TERN_ZERO;
   tern_timeout_policy on_timeout TERN_ZERO;
   tern_mode mode TERN_ZERO;
 } tern_exchange_options;
@@ -267,12 +297,14 @@ TERN_API tern_status tern_exchange_query_memory(const tern_group* group, const t
  * version is compared, and a difference is TERN_MISMATCH. Collective. */
 TERN_API tern_status tern_exchange_create(tern_group* group, const tern_exchange_options* options, tern_exchange** exchange);
 
-/* Never collective, never waits for other ranks. Plans of the exchange must be destroyed first. NULL is allowed. */
+/* Never collective, never waits for other ranks. Plans of the exchange must be destroyed first. NULL is allowed. GPU: waits until the
+ * operations that were enqueued outside of graphs have ended, at most twice timeout_ms; if they have not, its memory is lost. */
 TERN_API void tern_exchange_destroy(tern_exchange* exchange);
 
-/* Memory inside this rank's window, aligned to 256 bytes: outputs of dispatch and rows of combine that lie there are used
- * in place by the other ranks (zero copy). Local: ranks may allocate different sizes in different orders. TERN_OUT_OF_MEMORY
- * says how much is left. Thread-safe. */
+/* Memory inside this rank's window, aligned to 256 bytes: what lies there is used in place by the other ranks (zero copy). CPU ranks
+ * push, so that is the outputs of dispatch and the rows of combine. GPU ranks pull, so it is the tokens and scales of dispatch and the
+ * rows of combine; each argument and rank by itself. Local: ranks may allocate different sizes in different orders.
+ * TERN_OUT_OF_MEMORY says how much is left. Thread-safe. */
 TERN_API tern_status tern_window_alloc(tern_exchange* exchange, int64_t bytes, void** pointer);
 TERN_API tern_status tern_window_free(tern_exchange* exchange, void* pointer);
 
@@ -306,8 +338,10 @@ typedef enum tern_operation TERN_ENUM_TYPE {
 typedef struct tern_exchange_state {
   size_t struct_size TERN_SIZE_OF(tern_exchange_state);
   tern_health health TERN_ZERO;
-  uint32_t generation TERN_ZERO;  /* 0 at creation, grows with every recovery */
-  tern_failure failure TERN_ZERO; /* of the current generation */
+  uint32_t generation TERN_ZERO; /* 0 at creation, grows with every recovery */
+  /* Of the current generation. GPU ranks, with a health that is not FAILED: the last notice (CAPACITY_EXCEEDED, INVALID_ARGUMENT) of this
+   * rank itself, by the route that found it; expected_epoch says which. It stays until there is another one, or the next generation */
+  tern_failure failure TERN_ZERO;
   uint8_t masked[1024] TERN_ZERO; /* [rank] 1: masked out. Groups are at most 1024 ranks in one exchange */
 } tern_exchange_state;
 
@@ -326,7 +360,8 @@ typedef struct tern_recover_options {
  * rank that was only stopped cannot write into what now belongs to others. Contents and addresses of tern_window_alloc memory are kept.
  * Plans routed before are stale. From then on a masked rank sends nothing, receives nothing, and entries routed to its experts count as
  * -1: its share is zero, and tern_exchange_get_state reports it. A masked rank that comes back gets TERN_MASKED_OUT.
- * Collective among those who go on; no operation of this exchange may be running on the calling rank. */
+ * Collective among those who go on; no operation of this exchange may be running on the calling rank. GPU: waits until those that are
+ * enqueued have ended, but for replays of graphs, which the caller waits for; graphs that hold operations must be captured again. */
 TERN_API tern_status tern_exchange_recover(tern_exchange* exchange, const tern_recover_options* options);
 
 typedef struct tern_metrics {
@@ -344,7 +379,8 @@ typedef struct tern_metrics {
   uint64_t timeouts TERN_ZERO;
 } tern_metrics;
 
-/* Counters since creation, all lanes. Local, any thread. */
+/* Counters since creation, all lanes. Local, any thread. GPU ranks count the first three, and received_rows where the host knows them
+ * (extent EXACT), as calls: replays of graphs are not seen; the rest is 0. */
 TERN_API tern_status tern_exchange_get_metrics(const tern_exchange* exchange, tern_metrics* metrics);
 
 /* -------------------------------------------------------------------------------------------------------------- plan */
@@ -365,6 +401,7 @@ typedef struct tern_plan_options {
 
 /* Room for the routing of one batch. Local. All memory that operations along it need is allocated here. */
 TERN_API tern_status tern_plan_create(tern_exchange* exchange, const tern_plan_options* options, tern_plan** plan);
+/* Never collective, waits for nothing. GPU: operations that are enqueued still run; graphs that hold some must not be replayed any more. */
 TERN_API void tern_plan_destroy(tern_plan* plan);
 
 typedef struct tern_routing {
@@ -387,15 +424,17 @@ typedef struct tern_launch {
   void* stream TERN_ZERO; /* GPU: cudaStream_t; ignored on CPU ranks */
   int32_t lane TERN_ZERO;
   tern_phase phase TERN_ZERO; /* route: WHOLE only */
-  int32_t num_sms TERN_ZERO;  /* GPU: 0: the exchange's, or chosen; see tern_plan_info.num_sms */
+  int32_t num_sms TERN_ZERO;  /* GPU: 0: the exchange's, or chosen; ranks may differ. See tern_plan_info.num_sms */
   /* GPU: 1: runs on the exchange's own stream of this lane, so that it overlaps with what `stream` does next. It starts after
-   * `after_event`, or if that is NULL after what is on `stream` by now; whoever needs the results waits for `done_event`. */
+   * `after_event`, or if that is NULL after what is on `stream` by now; whoever needs the results waits for `done_event`, and so must
+   * the next operation of the lane that runs elsewhere, and a stream that is being captured. */
   int32_t own_stream TERN_ZERO;
   void* after_event TERN_ZERO; /* GPU: a cudaEvent_t that the operation waits for; NULL: none */
   void* done_event TERN_ZERO;  /* GPU: a cudaEvent_t of the caller, recorded behind the operation; NULL: none */
 } tern_launch;
 
-/* What the host knows of a routed plan. With extent WORST on a GPU the counts are not known to the host: numbers are -1, arrays NULL. */
+/* What the host knows of a routed plan. With extent WORST on a GPU the counts are not known to the host: num_received is -1, arrays are
+ * NULL, and num_tokens is -1 if device_num_tokens was given; num_rows is the capacity. */
 typedef struct tern_plan_info {
   size_t struct_size TERN_SIZE_OF(tern_plan_info);
   int64_t num_tokens TERN_ZERO;   /* routed by this rank */
@@ -413,13 +452,15 @@ typedef struct tern_plan_info {
 } tern_plan_info;
 
 /* Exchanges counts, after which this rank knows where every row goes and what it will receive. `info` may be NULL. The
- * arrays in it belong to the plan and hold until it is routed again. Collective. */
+ * arrays in it belong to the plan and hold until it is routed again. GPU: with extent EXACT it returns when the host has the counts,
+ * with WORST at once. Collective. */
 TERN_API tern_status tern_plan_route(tern_plan* plan, const tern_routing* routing, const tern_launch* launch, tern_plan_info* info);
 
 /* The same information again. Local. TERN_INVALID_STATE if the plan is not routed. */
 TERN_API tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* info);
 
-/* Counts of a routing by itself, without any exchange. Each output may be NULL. Local; a pure function of its inputs. */
+/* Counts of a routing by itself, without any exchange. Each output may be NULL. Local; a pure function of its inputs. On GPU ranks too it
+ * counts on the host: inputs and outputs are host memory, the stream is not used, device_num_tokens is not looked at. */
 typedef struct tern_routing_counts {
   size_t struct_size TERN_SIZE_OF(tern_routing_counts);
   int32_t* tokens_per_rank TERN_ZERO;   /* [num_ranks] */
@@ -438,25 +479,32 @@ typedef struct tern_dispatch_args {
   const tern_routing* routing TERN_ZERO;
 
   /* What goes out. */
-  const void* tokens TERN_ZERO; /* [num_tokens, hidden]; NULL allowed only with 0 tokens */
+  /* [num_tokens, hidden]; NULL allowed only with 0 tokens. GPU: pulled in place where they lie in window memory, with encoding AS_GIVEN and
+   * phase WHOLE and no send of the lane under way; the operation then ends when every rank has pulled. Otherwise they are staged */
+  const void* tokens TERN_ZERO;
   tern_dtype dtype TERN_ZERO;
   tern_encoding encoding TERN_ZERO;
   int64_t hidden TERN_ZERO;             /* > 0; a row is a multiple of 16 bytes (after a cast too) */
   int64_t token_stride_bytes TERN_ZERO; /* 0: dense */
-  const void* scales TERN_ZERO;         /* AS_GIVEN: [num_tokens, scale_bytes] opaque; NULL: none */
+  /* AS_GIVEN: [num_tokens, scale_bytes] opaque; NULL: none. GPU: pulled in place as tokens are, if address, scale_bytes and token stride
+   * are multiples of 16 and elements follow each other; otherwise staged */
+  const void* scales TERN_ZERO;
   int64_t scale_bytes
       TERN_ZERO; /* AS_GIVEN: bytes of scales per token, > 0 with scales; equal on all ranks, also on those with no tokens */
   int64_t scale_element_bytes
       TERN_ZERO; /* granule that COLUMN_MAJOR transposes and strides count; 0: 4, or 1 where scale_bytes is no multiple of 4 */
   int64_t scale_token_stride_bytes TERN_ZERO;   /* 0: dense */
   int64_t scale_element_stride_bytes TERN_ZERO; /* 0: scale_element_bytes */
-  const float* topk_weights TERN_ZERO;          /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights) */
-  int32_t carry_weights TERN_ZERO;              /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
+  /* [num_tokens, num_topk]; NULL: none. Given by all ranks or by none (carry_weights). GPU: always staged */
+  const float* topk_weights TERN_ZERO;
+  int32_t carry_weights TERN_ZERO; /* 1: weights travel; a rank without tokens sets it too. 0: as topk_weights != NULL */
 
   /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where the outputs have rows.
    * Counts, offsets and ranges are those of the routing, also where rows were left out for want of capacity. */
   tern_scale_order out_scale_order TERN_ZERO;
-  void* out_tokens TERN_ZERO; /* [rows, hidden]. Window memory on every rank (zero copy), or on none; see zero_copy */
+  /* [rows, hidden]. CPU: window memory on every rank (zero copy), or on none; see zero_copy. GPU: any; this rank itself writes it, so
+   * window memory does nothing here (it does for the rows of a combine) */
+  void* out_tokens TERN_ZERO;
   void* out_scales TERN_ZERO; /* scales as they arrive, by out_scale_order */
   int32_t* out_topk_idx
       TERN_ZERO; /* rank_major: [rows, num_topk] local expert, -1 where the entry is not of this rank; all -1 in unused rows (worst) */
@@ -469,21 +517,28 @@ typedef struct tern_dispatch_args {
   int32_t* out_rank_counts TERN_ZERO;    /* [num_ranks] messages from each rank */
   int64_t* out_expert_rank_ranges
       TERN_ZERO; /* expert layouts: [E_l, num_ranks] count in the low 32 bits, first row (in the expert's group) in the high */
-  int32_t zero_copy
-      TERN_ZERO; /* 1: out_tokens is window memory on every rank (a rank that receives no rows, and has none, sets it too). 0: as out_tokens lies */
+  /* 1: out_tokens is window memory on every rank (a rank that receives no rows, and has none, sets it too). 0: as out_tokens lies.
+   * GPU: 1 is checked on this rank, and changes nothing */
+  int32_t zero_copy TERN_ZERO;
   int32_t reserved TERN_ZERO;
 } tern_dispatch_args;
 
 /* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
  * (GPU). WORST: rows beyond the capacity are left out and TERN_CAPACITY_EXCEEDED is returned (GPU: set in the state) after an
- * otherwise complete operation. Two sends may be under way before the first receive. Collective. */
+ * otherwise complete operation. Two sends may be under way on a lane before its first receive, with nothing else of the lane between
+ * them. GPU: a `routing` is something else, so two plans are routed before the first send; and a send with a routing waits, on the
+ * stream, for the counts of all ranks. Collective. */
 TERN_API tern_status tern_dispatch(tern_plan* plan, const tern_dispatch_args* args, const tern_launch* launch);
 
 /* ----------------------------------------------------------------------------------------------------------- combine */
 
 typedef struct tern_combine_args {
   size_t struct_size TERN_SIZE_OF(tern_combine_args);
-  const void* rows TERN_ZERO; /* [rows, hidden] in the plan's layout. Window memory on every rank (pulled in place), or on none */
+  /* [rows, hidden] in the plan's layout. CPU: window memory on every rank (pulled in place), or on none. GPU: each rank by itself; rows in
+   * window memory are pulled in place in rank_major or with mode EXACT, phase WHOLE and no send of the lane under way; the operation then
+   * ends when every rank has pulled. Otherwise they are summed (expert layouts, HIERARCHICAL) or copied into the staging first. NULL only
+   * where no rows arrive; GPU with WORST: never, since the host does not know */
+  const void* rows TERN_ZERO;
   tern_dtype dtype TERN_ZERO; /* bf16, fp16 or fp32; also the wire type and that of bias and out_tokens */
   tern_combine_mode mode TERN_ZERO;
   int64_t hidden TERN_ZERO;
@@ -495,8 +550,9 @@ typedef struct tern_combine_args {
   const void* bias[2] TERN_ZERO;      /* [num_tokens, hidden] each, or NULL; added first, in this order */
   void* out_tokens TERN_ZERO;         /* [num_tokens, hidden] */
   float* out_topk_weights TERN_ZERO;  /* [num_tokens, num_topk]: row_weights summed over ranks, ascending; needs weights that travel */
-  int32_t zero_copy
-      TERN_ZERO; /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies */
+  /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies. GPU: 1 is checked on
+   * this rank, and changes nothing */
+  int32_t zero_copy TERN_ZERO;
   int32_t reserved TERN_ZERO;
 } tern_combine_args;
 

@@ -364,6 +364,10 @@ void CudaExchange::recover(const tern_recover_options& options) {
 
 std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
                                               const Log& log, Deadline deadline) {
+  if (options.on_timeout == TERN_ON_TIMEOUT_MASK)
+    fail(TERN_UNSUPPORTED,
+         "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which GPU ranks do not have; use TERN_ON_TIMEOUT_ABORT, and call "
+         "tern_exchange_recover with allow_mask after an error");
   return std::make_unique<CudaExchange>(topology, bootstrap, options, log, deadline);
 }
 
