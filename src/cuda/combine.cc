@@ -8,8 +8,6 @@
 namespace tern::cuda {
 namespace {
 
-constexpr int64_t kRingBytes = 208 << 10;  // of shared memory, for the rings of a block
-
 int64_t topk_bytes(const kernels::PlanView& tables) { return tables.topk_stride * static_cast<int64_t>(sizeof(float)); }
 
 }  // namespace
@@ -125,7 +123,7 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
   for (int64_t piece = kernels::kMostCombinePieceBytes; args.num_stages < kLeastStages; piece /= 2) {
     args.piece_bytes = static_cast<int32_t>(std::min(call_.row_bytes, piece));
     args.stage_bytes = kernels::combine_stage_bytes(args.piece_bytes, args.group);
-    args.num_stages = ring_stages(kRingBytes, args.roles.num_pull_warps, args.stage_bytes, 1);
+    args.num_stages = ring_stages(ring_bytes(plan_.exchange().num_ranks()), args.roles.num_pull_warps, args.stage_bytes, 1);
   }
   constexpr int64_t kItemsPerWarp = 4;  // at least, so that they come out even
   const int64_t warps_per_token = kItemsPerWarp * args.roles.num_pull_warps * num_sms_ / std::max<int64_t>(1, plan_.most_tokens());

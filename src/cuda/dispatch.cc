@@ -8,8 +8,8 @@ namespace tern::cuda {
 namespace {
 
 constexpr int64_t kMostPieceBytes = 8192;
-constexpr int64_t kRingBytes = 208 << 10;  // of shared memory, for the rings of a block
 constexpr int64_t kPartAlignment = 16;
+constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
 
 int64_t topk_bytes(const kernels::PlanView& tables) { return tables.topk_stride * static_cast<int64_t>(sizeof(float)); }
 
@@ -69,9 +69,13 @@ void DispatchOperation::check(const Ticket& ticket, int32_t rounds_before) const
 
 void DispatchOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
-  const bool bulk = plan_.exchange().facts().has_bulk_copies;
-  for (int32_t round = 0; round < num_rounds_; ++round)
-    tern::cuda::check(kernels::launch_dispatch(round_args(round), bulk, num_sms_, stream), "launching the kernel of dispatch");
+  for (int32_t round = 0; round < num_rounds_; ++round) {
+    const kernels::DispatchArgs args = round_args(round);
+    // Scales of many KiB leave no room for rings.
+    const int64_t least_bytes = int64_t{kLeastStages} * args.roles.num_pull_warps * args.pieces.stage_bytes;
+    const bool bulk = plan_.exchange().facts().has_bulk_copies && least_bytes <= ring_bytes(plan_.exchange().num_ranks());
+    tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel of dispatch");
+  }
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
 }
 
@@ -117,7 +121,7 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
   p.entries = p.weights + (call_.carries_weights ? topk : 0);
   p.stage_bytes = static_cast<int32_t>(layout::align_up(p.entries + topk + kernels::kPieceTagBytes, layout::kBulkLine));
-  p.num_stages = ring_stages(kRingBytes, roles.num_pull_warps, p.stage_bytes, 2);
+  p.num_stages = ring_stages(ring_bytes(plan_.exchange().num_ranks()), roles.num_pull_warps, p.stage_bytes, kLeastStages);
   return p;
 }
 

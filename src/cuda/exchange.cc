@@ -66,10 +66,10 @@ int choose_device(const tern_exchange_options& options, const Topology& topology
 }
 
 // All code is on the device before an operation waits for a peer: loading it later could need the device to be idle.
-void load_kernels() {
+void load_kernels(bool bulk_copies) {
   check(kernels::prepare_route(), "loading the kernel of route");
-  check(kernels::prepare_dispatch(), "loading the kernels of dispatch");
-  check(kernels::prepare_combine(), "loading the kernels of combine");
+  check(kernels::prepare_dispatch(bulk_copies), "loading the kernels of dispatch");
+  check(kernels::prepare_combine(bulk_copies), "loading the kernels of combine");
 }
 
 }  // namespace
@@ -108,7 +108,7 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
   facts_.device = choose_device(options, topology);
   const DeviceGuard guard(facts_.device);
   find_devices(topology, bootstrap, deadline);
-  load_kernels();
+  load_kernels(facts_.has_bulk_copies);
   const auto num_ranks = static_cast<size_t>(topology.num_ranks);
   control_.rank = topology.rank;
   control_.num_ranks = topology.num_ranks;
@@ -154,7 +154,9 @@ void CudaExchange::abandon_memory() {
 
 void CudaExchange::find_devices(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
   facts_.num_sms = attribute(facts_.device, cudaDevAttrMultiProcessorCount);
-  facts_.has_bulk_copies = attribute(facts_.device, cudaDevAttrComputeCapabilityMajor) >= 9 && knobs().bulk_copy != 0;
+  constexpr int kRingSharedBytes = 224 << 10;  // GPUs for workstations have bulk copies, but not the room for rings
+  facts_.has_bulk_copies = attribute(facts_.device, cudaDevAttrComputeCapabilityMajor) >= 9 &&
+                           attribute(facts_.device, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kRingSharedBytes && knobs().bulk_copy != 0;
   const DeviceIdentity own = identify(facts_.device);
   std::vector<DeviceIdentity> all(static_cast<size_t>(topology.num_ranks));
   bootstrap.allgather(&own, all.data(), sizeof(own), deadline);

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "domain/failure.h"
+#include "kernels/shared_memory.h"
 
 namespace tern::cuda {
 namespace {
@@ -38,6 +39,12 @@ void OperationStream::finish() {
     check(cudaEventRecord(static_cast<cudaEvent_t>(launch_.done_event), stream_), "recording the event behind an operation");
 }
 
+bool OperationStream::is_captured() const {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream_, &status), "asking whether a stream is captured");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 // For the lane and the plan. Whoever replays a captured operation knows when it has run.
 void OperationStream::record_end() {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -50,7 +57,8 @@ int choose_num_sms(const CudaExchange& exchange, const tern_launch& launch, int6
   const int most = std::max(1, exchange.facts().num_sms / exchange.facts().ranks_on_device);
   const int asked = launch.num_sms > 0 ? launch.num_sms : exchange.options().num_sms;
   if (asked > 0) return std::min(asked, most);
-  return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerSm, 4, std::min(kSaturatingSms, most)));
+  constexpr int kLeastSms = 4;
+  return std::min(most, static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerSm, kLeastSms, kSaturatingSms)));
 }
 
 int32_t chunks_per_round(const CudaPlan& plan, int64_t staging_bytes, int64_t token_bytes, const char* operation) {
@@ -112,6 +120,11 @@ layout::PulledPart staged_part(const kernels::TransferArgs& transfer, const layo
 
 layout::PulledPart heap_part(int64_t heap_offset, int64_t step) {
   return {.offset = heap_offset, .stride = step, .in_heap = 1, .staged = 0};
+}
+
+int64_t ring_bytes(int32_t num_ranks) {
+  constexpr int64_t kArrivals = 4096;
+  return kernels::kMostSharedBytes - layout::align_up(num_ranks * kernels::kSourceViewBytes, layout::kBulkLine) - kArrivals;
 }
 
 int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes, int32_t least) {

@@ -21,6 +21,8 @@ class OperationStream {
   OperationStream& operator=(const OperationStream&) = delete;
 
   cudaStream_t get() const { return stream_; }
+  // Is it recorded into a graph instead of run?
+  bool is_captured() const;
   void finish();
 
  private:
@@ -63,6 +65,8 @@ layout::PulledPart staged_part(const kernels::TransferArgs& transfer, const layo
 // A part that is pulled from the caller's window memory, `step` bytes from token to token.
 layout::PulledPart heap_part(int64_t heap_offset, int64_t step);
 
+// Of a block's shared memory, what is left for its rings.
+int64_t ring_bytes(int32_t num_ranks);
 // How many stages of a ring fit each of `num_warps` warps, but at least so many.
 int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes, int32_t least);
 

@@ -8,9 +8,12 @@ namespace tern {
 
 bool cuda_engine_present() { return cuda::num_devices() > 0; }
 
-int64_t cuda_control_bytes(const tern_exchange_options& options, int32_t num_ranks) {
+tern_memory_info cuda_memory(const tern_exchange_options& options, int32_t num_ranks) {
   const layout::DeviceWindowLayout window = cuda::make_device_layout(options, num_ranks);
-  return window.staging(0, 0);
+  tern_memory_info info;
+  info.control_bytes = window.staging(0, 0);
+  info.staging_bytes = window.total_bytes() - info.control_bytes;
+  return info;
 }
 
 std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,

@@ -78,11 +78,14 @@ std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, con
 
 tern_memory_info query_memory(const Group& group, const tern_exchange_options& options) {
   const tern_exchange_options complete = choose_engine(complete_options(options));
-  const layout::WindowLayout window = make_window_layout(complete, group.topology.num_ranks);
   tern_memory_info info;
-  info.control_bytes =
-      complete.device == TERN_DEVICE_CUDA ? cuda_control_bytes(complete, group.topology.num_ranks) : window.control_bytes();
-  info.staging_bytes = window.staging_bytes();
+  if (complete.device == TERN_DEVICE_CUDA) {
+    info = cuda_memory(complete, group.topology.num_ranks);
+  } else {
+    const layout::WindowLayout window = make_window_layout(complete, group.topology.num_ranks);
+    info.control_bytes = window.control_bytes();
+    info.staging_bytes = window.staging_bytes();
+  }
   info.window_bytes = complete.window_bytes;
   info.total_bytes = info.control_bytes + info.staging_bytes + info.window_bytes;
   return info;

@@ -81,6 +81,7 @@ void check_launch(const tern_launch& launch, int32_t num_lanes) {
   if (launch.num_sms < 0) fail(kBad, "launch: num_sms is {}, must not be negative", launch.num_sms);
 }
 
+// Numbers that the host does not know (GPU ranks, extent WORST) are -1: there may be tokens, or rows.
 DispatchCall make_dispatch_call(const tern_dispatch_args& args, const DevicePlan& plan, const tern_launch& launch) {
   const PlanShape& shape = plan.shape();
   DispatchCall call{.args = args};
@@ -104,12 +105,12 @@ DispatchCall make_dispatch_call(const tern_dispatch_args& args, const DevicePlan
   if (a.token_stride_bytes < call.row_bytes)
     fail(kBad, "dispatch: token_stride_bytes is {}, less than a row of {} bytes", a.token_stride_bytes, call.row_bytes);
   if (a.encoding == TERN_ENCODING_AS_GIVEN)
-    set_given_scales(call, num_tokens > 0);
+    set_given_scales(call, num_tokens != 0);
   else
     set_cast(call);
-  if (a.tokens == nullptr && num_tokens > 0) fail(kBad, "dispatch: tokens is NULL with {} tokens", num_tokens);
+  if (a.tokens == nullptr && num_tokens != 0) fail(kBad, "dispatch: tokens is NULL with {} tokens", num_tokens);
   call.carries_weights = a.topk_weights != nullptr || a.carry_weights != 0;
-  check_weights("dispatch", call.carries_weights, a.topk_weights, num_tokens > 0, shape.num_topk);
+  check_weights("dispatch", call.carries_weights, a.topk_weights, num_tokens != 0, shape.num_topk);
   const bool rows_may_come = a.routing != nullptr || shape.extent == TERN_EXTENT_WORST || plan.info().num_rows > 0;
   if (a.out_tokens == nullptr && rows_may_come) fail(kBad, "dispatch: out_tokens is NULL, but rows arrive on this rank");
   return call;
@@ -130,10 +131,10 @@ CombineCall make_combine_call(const tern_combine_args& args, const DevicePlan& p
     fail(kBad,
          "combine: rows of rank_major hold several experts' results, so they cannot be weighted here; weight them before, or use an expert "
          "layout");
-  if (a.weighting == TERN_WEIGHTS_OWNER && a.topk_weights == nullptr && info.num_tokens > 0)
+  if (a.weighting == TERN_WEIGHTS_OWNER && a.topk_weights == nullptr && info.num_tokens != 0)
     fail(kBad, "combine: weighting is TERN_WEIGHTS_OWNER, but topk_weights is NULL");
   call.carries_weights = a.row_weights != nullptr || a.carry_weights != 0;
-  const bool has_rows = info.num_received > 0;
+  const bool has_rows = info.num_received != 0;
   check_weights("combine", call.carries_weights, a.row_weights, has_rows, shape.num_topk);
   if (a.out_topk_weights != nullptr && !call.carries_weights)
     fail(kBad,
@@ -141,7 +142,7 @@ CombineCall make_combine_call(const tern_combine_args& args, const DevicePlan& p
          "on those that have none");
   if (a.rows == nullptr && has_rows && launch.phase != TERN_PHASE_RECEIVE)
     fail(kBad, "combine: rows is NULL, but this rank has received {} messages", info.num_received);
-  if (a.out_tokens == nullptr && info.num_tokens > 0) fail(kBad, "combine: out_tokens is NULL with {} tokens", info.num_tokens);
+  if (a.out_tokens == nullptr && info.num_tokens != 0) fail(kBad, "combine: out_tokens is NULL with {} tokens", info.num_tokens);
   return call;
 }
 

@@ -6,6 +6,7 @@
 //   pulling warps   walk over this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
 #include "kernels/combine.h"
 #include "kernels/messages.cuh"
+#include "kernels/shared_memory.h"
 #include "kernels/sums.cuh"
 #include "kernels/transfer.cuh"
 
@@ -13,7 +14,6 @@ namespace tern::kernels {
 namespace {
 
 constexpr int kMostThreads = 640;
-constexpr int64_t kMostSharedBytes = 220 << 10;
 constexpr int kPullBarrier = 1;
 
 // The dynamic shared memory of a block: sources, then for the pulling warps arrivals of all rings, and rings.
@@ -177,7 +177,9 @@ class OwnedRows {
       const MessageRef message = message_of(token, m);
       if (message.rank >= 0) ok = ok && transfer_.await_chunk(sources_[message.rank], message.rank, token);
     }
-    return __all_sync(~0u, ok) != 0;
+    const bool all_ok = __all_sync(~0u, ok) != 0;
+    __syncwarp();  // what each thread has acquired, all may read
+    return all_ok;
   }
 
   __device__ bool next_entries(int32_t token, int k, Terms& terms) const {
@@ -279,13 +281,11 @@ auto with_kernel(int32_t dtype, Function function) {
 }
 
 template <bool kBulk>
-cudaError_t prepare_instances() {
-  constexpr int64_t kBytes = kBulk ? kMostSharedBytes : 128 << 10;
-  const auto prepare = [](auto kernel) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes));
-  };
-  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
-    if (const cudaError_t error = with_kernel<kBulk>(dtype, prepare); error != cudaSuccess) return error;
+cudaError_t prepare_instances(int64_t shared_bytes) {
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
+    const cudaError_t error = with_kernel<kBulk>(dtype, [&](auto kernel) { return allow_shared(kernel, shared_bytes); });
+    if (error != cudaSuccess) return error;
+  }
   return cudaSuccess;
 }
 
@@ -297,9 +297,9 @@ int32_t combine_stage_bytes(int32_t piece_bytes, int32_t group) {
   return static_cast<int32_t>(layout::align_up(group * piece_bytes + kStageTagBytes, layout::kBulkLine));
 }
 
-cudaError_t prepare_combine() {
-  const cudaError_t error = prepare_instances<true>();
-  return error != cudaSuccess ? error : prepare_instances<false>();
+cudaError_t prepare_combine(bool bulk_copies) {
+  const cudaError_t error = prepare_instances<false>(kMostSourceBytes);
+  return error != cudaSuccess || !bulk_copies ? error : prepare_instances<true>(kMostSharedBytes);
 }
 
 cudaError_t launch_combine(const CombineArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {

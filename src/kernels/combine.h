@@ -48,7 +48,8 @@ int32_t combine_group(int32_t most_terms);
 int32_t combine_stage_bytes(int32_t piece_bytes, int32_t group);
 inline constexpr int32_t kMostCombinePieceBytes = 1024;
 
-cudaError_t prepare_combine();
+// Loads the kernels' code on the current device; `bulk_copies`: also those that use them, which need sm_90.
+cudaError_t prepare_combine(bool bulk_copies);
 // `num_blocks` blocks; all of them, and those of the peers on the same device, must be able to run at the same time.
 cudaError_t launch_combine(const CombineArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream);
 

@@ -11,13 +11,13 @@
 #include "kernels/dispatch_outputs.cuh"
 #include "kernels/messages.cuh"
 #include "kernels/ring.cuh"
+#include "kernels/shared_memory.h"
 #include "kernels/transfer.cuh"
 
 namespace tern::kernels {
 namespace {
 
 constexpr int kMostThreads = 640;
-constexpr int64_t kMostSharedBytes = 220 << 10;
 constexpr int kPullBarrier = 1;
 
 // The dynamic shared memory of a block: sources, then for the pulling warps arrivals of all rings, and rings.
@@ -228,10 +228,8 @@ class MessagePuller {
   }
   __device__ void store(std::byte* stage) {
     const RowPieces& p = args_.pieces;
-    if (stage == fetched_for_) {
-      settle_entries();
-      __syncwarp();
-    }
+    if (stage == fetched_for_) settle_entries();
+    __syncwarp();  // entries and tag were written by other threads
     const PieceTag tag = *tag_of(stage);
     const auto* entries = reinterpret_cast<const int32_t*>(stage + p.entries);
     const int64_t at = int64_t{store_piece_} * p.piece_bytes;
@@ -261,7 +259,9 @@ class MessagePuller {
   __device__ bool await(const Message& message) const {
     int ok = 1;
     if (device::lane_idx() == 0) ok = transfer_.await_chunk(sources_[message.source], message.source, message.token) ? 1 : 0;
-    return __shfl_sync(~0u, ok, 0) != 0;
+    ok = __shfl_sync(~0u, ok, 0);
+    __syncwarp();  // what the first thread has acquired, all may read
+    return ok != 0;
   }
 
   __device__ uint32_t piece_size(int piece) const {
@@ -384,11 +384,9 @@ __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_con
 
 }  // namespace
 
-cudaError_t prepare_dispatch() {
-  const cudaError_t error =
-      cudaFuncSetAttribute(dispatch_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostSharedBytes));
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(dispatch_kernel<false>, cudaFuncAttributeMaxDynamicSharedMemorySize, 128 << 10);
+cudaError_t prepare_dispatch(bool bulk_copies) {
+  const cudaError_t error = allow_shared(dispatch_kernel<false>, kMostSourceBytes);
+  return error != cudaSuccess || !bulk_copies ? error : allow_shared(dispatch_kernel<true>, kMostSharedBytes);
 }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {

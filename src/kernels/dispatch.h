@@ -72,7 +72,8 @@ struct DispatchArgs {
   RowPieces pieces;
 };
 
-cudaError_t prepare_dispatch();
+// Loads the kernels' code on the current device; `bulk_copies`: also those that use them, which need sm_90.
+cudaError_t prepare_dispatch(bool bulk_copies);
 // `num_blocks` blocks; all of them, and those of the peers on the same device, must be able to run at the same time.
 cudaError_t launch_dispatch(const DispatchArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream);
 

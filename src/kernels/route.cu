@@ -9,13 +9,14 @@
 // Positions are those of a walk in token order, so they are the same on every run, and for any number of blocks.
 #include "kernels/operation.cuh"
 #include "kernels/route.h"
+#include "kernels/shared_memory.h"
 
 namespace tern::kernels {
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kMostCountingWarps = kThreads / kWarpThreads;
-constexpr int64_t kSharedBytes = 160 << 10;
+constexpr int64_t kSharedBytes = 96 << 10;  // every GPU has it
 
 struct Range {
   int64_t begin, end;
@@ -40,14 +41,11 @@ class Route {
   }
 
   __device__ void run() {
-    if (op_.is_poisoned() || !await_banks()) return;
-    list();
-    count();
-    if (!op_.sync_blocks(1)) return;
-    add_lower_blocks();
-    push();
-    publish();
-    if (!await_counts()) return;
+    if (op_.is_poisoned()) return;
+    if (!exchange()) {
+      if (threadIdx.x == 0) op_.report_abort();
+      return;
+    }
     settle();
     if (!op_.is_last_block(&args_.exchange.state->blocks_done)) return;
     op_.post_consumed();
@@ -58,6 +56,18 @@ class Route {
   }
 
  private:
+  // Up to the moment when all ranks' counts and messages are here. False: the exchange has failed.
+  __device__ bool exchange() {
+    if (!await_banks()) return false;
+    list();
+    count();
+    if (!op_.sync_blocks(1)) return false;
+    add_lower_blocks();
+    push();
+    publish();
+    return await_counts();
+  }
+
   // ---- list
 
   __device__ void list() {
@@ -480,9 +490,7 @@ int32_t route_counting_warps(int32_t num_experts, int32_t num_ranks) {
 
 bool route_fits_shared(int64_t workspace) { return workspace * static_cast<int64_t>(sizeof(int32_t)) <= kSharedBytes; }
 
-cudaError_t prepare_route() {
-  return cudaFuncSetAttribute(route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-}
+cudaError_t prepare_route() { return allow_shared(route_kernel, kSharedBytes); }
 
 cudaError_t launch_route(const RouteArgs& args, int num_blocks, cudaStream_t stream) {
   const int64_t workspace =

@@ -10,6 +10,7 @@
 
 #include "device/bulk.cuh"
 #include "kernels/operation.cuh"
+#include "kernels/shared_memory.h"
 #include "kernels/transfer.h"
 
 namespace tern::kernels {
@@ -24,6 +25,7 @@ struct SourceView {
   bool sides_follow;  // all parts are staged, so that scales and weights stand right behind the row
   bool rows_in_heap;  // rows lie in the order of the source's outputs, otherwise in that of this rank's tokens (combine)
 };
+static_assert(sizeof(SourceView) == kSourceViewBytes);
 
 class Transfer {
  public:
@@ -41,7 +43,9 @@ class Transfer {
     bool ok = true;
     for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
       ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
-    return __all_sync(~0u, ok) != 0;
+    const bool all_ok = __all_sync(~0u, ok) != 0;
+    __syncwarp();
+    return all_ok;
   }
 
   // One warp of one block, after await_staging().
