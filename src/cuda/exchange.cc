@@ -58,6 +58,15 @@ T load_from_gpu(const T& word) {
   return std::atomic_ref<T>(const_cast<T&>(word)).load(std::memory_order_acquire);
 }
 
+// Before anybody shares anything.
+const tern_exchange_options& require_supported(const tern_exchange_options& options) {
+  if (options.on_timeout == TERN_ON_TIMEOUT_MASK)
+    fail(TERN_UNSUPPORTED,
+         "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which the CUDA engine does not support; use TERN_ON_TIMEOUT_ABORT, and after an "
+         "error tern_exchange_recover with allow_mask");
+  return options;
+}
+
 int choose_device(const tern_exchange_options& options, const Topology& topology) {
   const int device = options.device_index >= 0 ? options.device_index
                                                : topology.rank_in_node[static_cast<size_t>(topology.rank)] % std::max(1, num_devices());
@@ -102,7 +111,10 @@ CudaLane::CudaLane(const std::shared_ptr<DevicePool>& pool, int num_ranks)
 
 CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
                            Deadline deadline)
-    : options_(options), log_(log), sharer_(make_segment_sharer(topology, bootstrap, deadline)), heap_allocator_(options.window_bytes) {
+    : options_(require_supported(options)),
+      log_(log),
+      sharer_(make_segment_sharer(topology, bootstrap, deadline)),
+      heap_allocator_(options.window_bytes) {
   if (topology.num_ranks > layout::kMaxRanks)
     fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
   facts_.device = choose_device(options, topology);
@@ -366,10 +378,6 @@ void CudaExchange::recover(const tern_recover_options& options) {
 
 std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
                                               const Log& log, Deadline deadline) {
-  if (options.on_timeout == TERN_ON_TIMEOUT_MASK)
-    fail(TERN_UNSUPPORTED,
-         "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which GPU ranks do not have; use TERN_ON_TIMEOUT_ABORT, and call "
-         "tern_exchange_recover with allow_mask after an error");
   return std::make_unique<CudaExchange>(topology, bootstrap, options, log, deadline);
 }
 

@@ -16,13 +16,12 @@
 namespace tern::conformance {
 namespace {
 
-constexpr int32_t kVictim = 2;
 constexpr uint64_t kReady = 1, kStruck = 1, kFailed = 2, kRecovered = 2, kWokenUp = 2, kAnswered = 2;
 
 Case ordinary_case(const SceneSettings& settings) {
   Case c;
   c.seed = 7;
-  c.num_ranks = kNumSceneRanks;
+  c.num_ranks = settings.num_ranks;
   c.num_topk = 3;
   c.layout = TERN_LAYOUT_EXPERT_MAJOR;
   c.extent = settings.extent;
@@ -30,9 +29,9 @@ Case ordinary_case(const SceneSettings& settings) {
   return c;
 }
 
-std::vector<uint8_t> only(int32_t rank) {
-  std::vector<uint8_t> mask(kNumSceneRanks, 0);
-  mask[static_cast<size_t>(rank)] = 1;
+std::vector<uint8_t> only_victim(const SceneSettings& settings) {
+  std::vector<uint8_t> mask(static_cast<size_t>(settings.num_ranks), 0);
+  mask[static_cast<size_t>(settings.victim())] = 1;
   return mask;
 }
 
@@ -121,27 +120,28 @@ void await_failed(const Member& member) {
 }
 
 // The error and the record name the rank, the operation and the epoch.
-void require_names_victim(const std::string& text, const char* operation, tern_operation recorded, const Exchange& exchange) {
+void require_names_victim(const std::string& text, const char* operation, tern_operation recorded, const Member& member) {
+  const int32_t victim = member.settings.victim();
   require(text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
-  for (const std::string& part : {fmt::format("rank {}", kVictim), std::string(operation), std::string("epoch")})
+  for (const std::string& part : {fmt::format("rank {}", victim), std::string(operation), std::string("epoch")})
     require(text.find(part) != std::string::npos, fmt::format("\"{}\" is not in: {}", part, text));
-  const tern_exchange_state state = exchange.state();
+  const tern_exchange_state state = member.exchange.state();
   require(state.health == TERN_HEALTH_FAILED, "health is not FAILED");
   require(state.failure.status == TERN_TIMEOUT, fmt::format("the record's status is {}", tern_status_name(state.failure.status)));
-  require(state.failure.awaited == kVictim, fmt::format("the record awaits rank {}", state.failure.awaited));
-  require(state.failure.waiter >= 0 && state.failure.waiter < kNumSceneRanks && state.failure.waiter != kVictim,
+  require(state.failure.awaited == victim, fmt::format("the record awaits rank {}", state.failure.awaited));
+  require(state.failure.waiter >= 0 && state.failure.waiter < member.settings.num_ranks && state.failure.waiter != victim,
           "the waiter is no survivor");
   require(state.failure.operation == recorded, fmt::format("the record's operation is {}", state.failure.operation));
   require(state.failure.expected_epoch > state.failure.seen_epoch, "the record's epochs make no sense");
 }
 
-void require_masked(const Exchange& exchange, const std::vector<uint8_t>& mask, uint32_t generation) {
-  const tern_exchange_state state = exchange.state();
+void require_masked(const Member& member, const std::vector<uint8_t>& mask, uint32_t generation) {
+  const tern_exchange_state state = member.exchange.state();
   const bool any = std::find(mask.begin(), mask.end(), 1) != mask.end();
   require(state.health == (any ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK), fmt::format("health is {}", static_cast<int>(state.health)));
   require(state.generation == generation, fmt::format("generation is {}, expected {}", state.generation, generation));
   require(state.failure.status == TERN_OK, "the record of the last generation is still there");
-  for (int32_t rank = 0; rank < kNumSceneRanks; ++rank)
+  for (int32_t rank = 0; rank < member.settings.num_ranks; ++rank)
     require(state.masked[rank] == (mask.empty() ? 0 : mask[static_cast<size_t>(rank)]),
             fmt::format("masked[{}] is {}", rank, state.masked[rank]));
 }
@@ -166,28 +166,28 @@ void expect_no_complaints(const std::vector<RankReport>& reports, std::optional<
 }
 
 template <typename Seat>
-void wait_for_all(const Seat& seat, uint64_t stage) {
-  for (int32_t rank = 0; rank < kNumSceneRanks; ++rank) seat.wait_for_stage(rank, stage);
+void wait_for_all(const Seat& seat, const SceneSettings& settings, uint64_t stage) {
+  for (int32_t rank = 0; rank < settings.num_ranks; ++rank) seat.wait_for_stage(rank, stage);
 }
 template <typename Seat>
-void wait_for_survivors(const Seat& seat, uint64_t stage) {
-  for (int32_t rank = 0; rank < kNumSceneRanks; ++rank)
-    if (rank != kVictim) seat.wait_for_stage(rank, stage);
+void wait_for_survivors(const Seat& seat, const SceneSettings& settings, uint64_t stage) {
+  for (int32_t rank = 0; rank < settings.num_ranks; ++rank)
+    if (rank != settings.victim()) seat.wait_for_stage(rank, stage);
 }
 
 // What survivors do once the victim is out of action: see the error, recover without it, go on.
 void survive(RankSeat& seat, const Member& member, RoundTrip& trip, const Case& c) {
   seat.wait_for_stage(-1, kStruck);
   const std::string text = failing(member, [&] { trip.dispatch(0); });
-  require_names_victim(text, "dispatch", TERN_OP_DISPATCH, member.exchange);
+  require_names_victim(text, "dispatch", TERN_OP_DISPATCH, member);
   // A failed exchange stays failed until it is recovered.
   require(!failing(member, [&] { trip.combine(0); }).empty(), "");
 
   recover_masking(member);
-  require_masked(member.exchange, only(kVictim), 1);
+  require_masked(member, only_victim(member.settings), 1);
   require_stale(member, trip);
 
-  const Scenario without(c, only(kVictim));
+  const Scenario without(c, only_victim(member.settings));
   for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
   seat.set_stage(kRecovered);
 }
@@ -195,7 +195,7 @@ void survive(RankSeat& seat, const Member& member, RoundTrip& trip, const Case& 
 // What all ranks do when none is gone.
 void recover_together(const Scenario& scenario, const Member& member, RoundTrip& trip) {
   require_ok(tern_exchange_recover(member.get(), nullptr), "tern_exchange_recover");
-  require_masked(member.exchange, {}, 1);
+  require_masked(member, {}, 1);
   require_stale(member, trip);
   for (int repeat = 0; repeat < 3; ++repeat) require_right(scenario, member);
   // A plan of the old generation lives again once it is routed.
@@ -210,26 +210,26 @@ void recover_together(const Scenario& scenario, const Member& member, RoundTrip&
 void killed_rank_is_named_and_masked(const SceneSettings& settings) {
   const std::string name = group_name("killed");
   const Scenario scenario(ordinary_case(settings));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings);
     RoundTrip trip = member.trip(scenario);
     trip.run();
     seat.set_stage(kReady);
-    if (seat.rank() == kVictim) seat.wait_for_stage(-1, kWokenUp);
+    if (seat.rank() == settings.victim()) seat.wait_for_stage(-1, kWokenUp);
     survive(seat, member, trip, scenario.c);
     // A plan of the old generation lives again once it is routed.
-    const Scenario without(scenario.c, only(kVictim));
+    const Scenario without(scenario.c, only_victim(settings));
     RoundTrip again = member.trip(without);
     again.route();
     again.dispatch(2);
     again.combine(2);
     return join_lines(again.differences());
   });
-  wait_for_all(ranks, kReady);
-  const std::string victim_pid = std::to_string(ranks.pid(kVictim));
-  ASSERT_EQ(kill(ranks.pid(kVictim), SIGKILL), 0);
+  wait_for_all(ranks, settings, kReady);
+  const std::string victim_pid = std::to_string(ranks.pid(settings.victim()));
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
   ranks.set_stage(kStruck);
-  expect_no_complaints(ranks.join(), kVictim);
+  expect_no_complaints(ranks.join(), settings.victim());
 
   for (const auto& entry : std::filesystem::directory_iterator("/dev/shm")) {
     const std::string left = entry.path().filename().string();
@@ -240,12 +240,12 @@ void killed_rank_is_named_and_masked(const SceneSettings& settings) {
 void stopped_rank_wakes_up_and_harms_nobody(const SceneSettings& settings) {
   const std::string name = group_name("stopped");
   const Scenario scenario(ordinary_case(settings));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings);
     RoundTrip trip = member.trip(scenario);
     trip.run();
     seat.set_stage(kReady);
-    if (seat.rank() == kVictim) {
+    if (seat.rank() == settings.victim()) {
       seat.wait_for_stage(-1, kWokenUp);
       const std::string text = failing(member, [&] { trip.dispatch(0); });
       require(text.find("returned TERN_OK") == std::string::npos, text);
@@ -256,17 +256,17 @@ void stopped_rank_wakes_up_and_harms_nobody(const SceneSettings& settings) {
     }
     survive(seat, member, trip, scenario.c);
     // Work goes on while the other one wakes up, and afterwards.
-    const Scenario without(scenario.c, only(kVictim));
+    const Scenario without(scenario.c, only_victim(settings));
     for (int repeat = 0; repeat < 50; ++repeat) require_right(without, member);
-    seat.wait_for_stage(kVictim, kAnswered);
+    seat.wait_for_stage(settings.victim(), kAnswered);
     for (int repeat = 0; repeat < 5; ++repeat) require_right(without, member);
     return std::string();
   });
-  wait_for_all(ranks, kReady);
-  ASSERT_EQ(kill(ranks.pid(kVictim), SIGSTOP), 0);
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGSTOP), 0);
   ranks.set_stage(kStruck);
   ranks.wait_for_stage(0, kRecovered);
-  ASSERT_EQ(kill(ranks.pid(kVictim), SIGCONT), 0);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGCONT), 0);
   ranks.set_stage(kWokenUp);
   expect_no_complaints(ranks.join(), std::nullopt);
 }
@@ -274,33 +274,33 @@ void stopped_rank_wakes_up_and_harms_nobody(const SceneSettings& settings) {
 void stopped_rank_comes_back(const SceneSettings& settings) {
   const std::string name = group_name("back");
   const Scenario scenario(ordinary_case(settings));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings);
     RoundTrip trip = member.trip(scenario);
     trip.run();
     seat.set_stage(kReady);
-    if (seat.rank() != kVictim) {
+    if (seat.rank() != settings.victim()) {
       seat.wait_for_stage(-1, kStruck);
-      require_names_victim(failing(member, [&] { trip.dispatch(0); }), "dispatch", TERN_OP_DISPATCH, member.exchange);
+      require_names_victim(failing(member, [&] { trip.dispatch(0); }), "dispatch", TERN_OP_DISPATCH, member);
       seat.set_stage(kFailed);
     }
     seat.wait_for_stage(-1, kWokenUp);
     recover_together(scenario, member, trip);
     return std::string();
   });
-  wait_for_all(ranks, kReady);
-  ASSERT_EQ(kill(ranks.pid(kVictim), SIGSTOP), 0);
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGSTOP), 0);
   ranks.set_stage(kStruck);
-  wait_for_survivors(ranks, kFailed);
-  ASSERT_EQ(kill(ranks.pid(kVictim), SIGCONT), 0);
+  wait_for_survivors(ranks, settings, kFailed);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGCONT), 0);
   ranks.set_stage(kWokenUp);
   expect_no_complaints(ranks.join(), std::nullopt);
 }
 
 void struck_anywhere(const SceneSettings& settings, int signal) {
   const std::string name = group_name("anywhere");
-  const Scenario scenario(ordinary_case(settings)), without(scenario.c, only(kVictim));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  const Scenario scenario(ordinary_case(settings)), without(scenario.c, only_victim(settings));
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings);
     const std::string text = failing(member, [&] {
       RoundTrip trip = member.trip(scenario);
@@ -312,35 +312,35 @@ void struck_anywhere(const SceneSettings& settings, int signal) {
         require(trip.differences().empty(), join_lines(trip.differences()));
       }
     });
-    if (seat.rank() == kVictim) return std::string();  // an error is all that it can get
+    if (seat.rank() == settings.victim()) return std::string();  // an error is all that it can get
     require(text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
     recover_masking(member);
-    require_masked(member.exchange, only(kVictim), 1);
+    require_masked(member, only_victim(settings), 1);
     require_right(without, member);
     seat.set_stage(kRecovered);
     for (int repeat = 0; repeat < 50; ++repeat) require_right(without, member);
     return std::string();
   });
-  wait_for_all(ranks, kReady);
-  ASSERT_EQ(kill(ranks.pid(kVictim), signal), 0);
-  wait_for_survivors(ranks, kRecovered);
-  if (signal == SIGKILL) return expect_no_complaints(ranks.join(), kVictim);
-  ASSERT_EQ(kill(ranks.pid(kVictim), SIGCONT), 0);
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), signal), 0);
+  wait_for_survivors(ranks, settings, kRecovered);
+  if (signal == SIGKILL) return expect_no_complaints(ranks.join(), settings.victim());
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGCONT), 0);
   expect_no_complaints(ranks.join(), std::nullopt);
 }
 
 void recovery_of_all_ranks(const SceneSettings& settings) {
   const std::string name = group_name("skipped");
   const Scenario scenario(ordinary_case(settings));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings);
     RoundTrip trip = member.trip(scenario);
     trip.run();
-    if (seat.rank() == kVictim) {
-      wait_for_survivors(seat, kReady);
+    if (seat.rank() == settings.victim()) {
+      wait_for_survivors(seat, settings, kReady);
       await_failed(member);
     } else {
-      require_names_victim(failing(member, [&] { trip.dispatch(0); }), "dispatch", TERN_OP_DISPATCH, member.exchange);
+      require_names_victim(failing(member, [&] { trip.dispatch(0); }), "dispatch", TERN_OP_DISPATCH, member);
       seat.set_stage(kReady);
     }
     recover_together(scenario, member, trip);
@@ -352,13 +352,13 @@ void recovery_of_all_ranks(const SceneSettings& settings) {
 void recovery_from_a_mismatch(const SceneSettings& settings) {
   const std::string name = group_name("mismatch");
   const Scenario scenario(ordinary_case(settings));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings);
     RoundTrip trip = member.trip(scenario);
     trip.run();
     // One more after it: what one rank saw in the last operation reaches the others here at the latest.
     const std::string text = failing(member, [&] {
-      if (seat.rank() == kVictim) trip.combine(2);
+      if (seat.rank() == settings.victim()) trip.combine(2);
       trip.dispatch(2);
       trip.dispatch(2);
     });
@@ -375,18 +375,18 @@ void recovery_from_a_mismatch(const SceneSettings& settings) {
 void recovery_without_a_mask_needs_every_rank(const SceneSettings& settings) {
   const std::string name = group_name("unmasked");
   const Scenario scenario(ordinary_case(settings));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings);
-    if (seat.rank() != kVictim) {
+    if (seat.rank() != settings.victim()) {
       const tern_status status = tern_exchange_recover(member.get(), nullptr);
       require(status == TERN_TIMEOUT || status == TERN_ABORTED, fmt::format("{}: {}", tern_status_name(status), tern_last_error()));
-      require(std::string(tern_last_error()).find(fmt::format("rank {}", kVictim)) != std::string::npos, tern_last_error());
+      require(std::string(tern_last_error()).find(fmt::format("rank {}", settings.victim())) != std::string::npos, tern_last_error());
       recover_masking(member);
-      require(member.exchange.state().masked[kVictim] == 1, "the rank is not masked");
-      require_right(Scenario(scenario.c, only(kVictim)), member);
+      require(member.exchange.state().masked[settings.victim()] == 1, "the rank is not masked");
+      require_right(Scenario(scenario.c, only_victim(settings)), member);
     }
     seat.set_stage(kReady);
-    wait_for_all(seat, kReady);
+    wait_for_all(seat, settings, kReady);
     return std::string();
   });
   expect_no_complaints(ranks.join(), std::nullopt);
@@ -395,22 +395,25 @@ void recovery_without_a_mask_needs_every_rank(const SceneSettings& settings) {
 void chosen_mask(const SceneSettings& settings) {
   const std::string name = group_name("chosen");
   const Scenario scenario(ordinary_case(settings));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings);
     require_right(scenario, member);
-    if (seat.rank() != kVictim) {
-      const std::vector<uint8_t> mask = only(kVictim);
+    // A single survivor agrees with itself at once: the victim may still be at its last combine.
+    seat.set_stage(kReady);
+    wait_for_all(seat, settings, kReady);
+    if (seat.rank() != settings.victim()) {
+      const std::vector<uint8_t> mask = only_victim(settings);
       tern_recover_options options;
       options.mask = mask.data();
       require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
-      require_masked(member.exchange, mask, 1);
+      require_masked(member, mask, 1);
       require_right(Scenario(scenario.c, mask), member);
-      seat.set_stage(kReady);
-      seat.wait_for_stage(kVictim, kAnswered);
+      seat.set_stage(kRecovered);
+      seat.wait_for_stage(settings.victim(), kAnswered);
       require_right(Scenario(scenario.c, mask), member);
       return std::string();
     }
-    wait_for_survivors(seat, kReady);
+    wait_for_survivors(seat, settings, kRecovered);
     failing(member, [&] { require_right(scenario, member); });
     const tern_status status = tern_exchange_recover(member.get(), nullptr);
     require(status == TERN_MASKED_OUT, fmt::format("{}: {}", tern_status_name(status), tern_last_error()));
@@ -422,12 +425,12 @@ void chosen_mask(const SceneSettings& settings) {
 
 void policy_mask(const SceneSettings& settings) {
   const std::string name = group_name("policy");
-  const Scenario scenario(ordinary_case(settings)), without(scenario.c, only(kVictim));
-  RankProcesses ranks(kNumSceneRanks, settings.process_timeout_ms, [&](RankSeat& seat) {
+  const Scenario scenario(ordinary_case(settings)), without(scenario.c, only_victim(settings));
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
     const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
     require_right(scenario, member);
     seat.set_stage(kReady);
-    if (seat.rank() == kVictim) seat.wait_for_stage(-1, kWokenUp);
+    if (seat.rank() == settings.victim()) seat.wait_for_stage(-1, kWokenUp);
     seat.wait_for_stage(-1, kStruck);
 
     const PlanHandle plan = make_plan(member.get(), scenario.plan_options());
@@ -438,13 +441,31 @@ void policy_mask(const SceneSettings& settings) {
     require_ok(tern_plan_route(plan.get(), &call.routing, &launch, nullptr), "tern_plan_route");
     member.device->synchronise();
     for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
-    require_masked(member.exchange, only(kVictim), 1);
+    require_masked(member, only_victim(settings), 1);
     return std::string();
   });
-  wait_for_all(ranks, kReady);
-  ASSERT_EQ(kill(ranks.pid(kVictim), SIGKILL), 0);
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
   ranks.set_stage(kStruck);
-  expect_no_complaints(ranks.join(), kVictim);
+  expect_no_complaints(ranks.join(), settings.victim());
+}
+
+void policy_mask_is_refused(const SceneSettings& settings) {
+  const std::string name = group_name("refused");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) -> std::string {
+    try {
+      const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+    } catch (const Error& error) {
+      require(error.status() == TERN_UNSUPPORTED, error.what());
+      require(std::string(error.what()).find("TERN_ON_TIMEOUT_MASK") != std::string::npos, error.what());
+      seat.set_stage(kAnswered);
+      wait_for_all(seat, settings, kAnswered);  // who returns ends the talk of those who still make their exchange
+      return "";
+    }
+    return "the exchange was made";
+  });
+  expect_no_complaints(ranks.join(), std::nullopt);
 }
 
 }  // namespace tern::conformance

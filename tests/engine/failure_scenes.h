@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ranks that die, stop or do not come, with real processes and real signals: all others get an error that names the rank, in bounded
-// time; they go on without it, and it harms nobody when it wakes up. Each scene is the body of a test, for ranks of any device.
+// time; they go on without it, and it harms nobody when it wakes up. Each scene is the body of a test, for ranks of any device, two or
+// more of them: of two ranks one goes on alone.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +10,14 @@
 
 namespace tern::conformance {
 
-constexpr int32_t kNumSceneRanks = 4;
-
 struct SceneSettings {
+  int32_t num_ranks = 4;
   RunOptions run;  // with the timeout of the operations, which most scenes wait for
   tern_extent extent = TERN_EXTENT_EXACT;
   int64_t process_timeout_ms = 40'000;  // of the whole scene
+
+  // The rank that dies, stops or does not come. Never rank 0, which others wait for.
+  int32_t victim() const { return num_ranks / 2; }
 };
 
 void killed_rank_is_named_and_masked(const SceneSettings& settings);
@@ -31,5 +34,7 @@ void recovery_without_a_mask_needs_every_rank(const SceneSettings& settings);
 void chosen_mask(const SceneSettings& settings);
 // With the policy MASK the operation itself goes on, and the following ones run without the rank.
 void policy_mask(const SceneSettings& settings);
+// Where the engine cannot do that, it says so when the exchange is made.
+void policy_mask_is_refused(const SceneSettings& settings);
 
 }  // namespace tern::conformance

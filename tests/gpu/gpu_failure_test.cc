@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ranks that die, stop or do not come, on GPUs: the others get the error within the timeout, their CUDA context goes on working (each
 // scene uses it right after the error), and they recover.
+#include <algorithm>
 #include <csignal>
-#include <string_view>
-#include <tern/tern.hpp>
-#include <vector>
 
 #include "engine/failure_scenes.h"
 #include "gpu/support.h"
@@ -14,11 +12,12 @@ namespace {
 
 class GpuFailure : public testing::TestWithParam<tern_extent> {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(kNumSceneRanks); }
+  void SetUp() override { TERN_NEED_GPUS(2); }
 
   SceneSettings settings() const {
     SceneSettings result;
-    result.run = gpu_options(kNumSceneRanks);
+    result.num_ranks = std::min(4, num_gpus());
+    result.run = gpu_options(result.num_ranks);
     result.run.timeout_ms = 1'500;
     result.extent = GetParam();
     result.process_timeout_ms = 150'000;  // CUDA takes seconds to start
@@ -38,18 +37,11 @@ TEST_P(GpuFailure, RecoveryOfAllRanks) { recovery_of_all_ranks(settings()); }
 TEST_P(GpuFailure, RecoveryFromAMismatch) { recovery_from_a_mismatch(settings()); }
 TEST_P(GpuFailure, RecoveryWithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(settings()); }
 TEST_P(GpuFailure, ChosenMask) { chosen_mask(settings()); }
-
-// Going on in the middle of an operation is for CPU ranks. It is refused before CUDA is used, which this process must not: it forks.
-TEST(GpuExchange, MaskingOnTimeoutIsRefused) {
-  const std::vector<Group> groups = Group::local(1);
-  tern_status status = TERN_OK;
-  try {
-    const Exchange exchange(groups[0], {.device = TERN_DEVICE_CUDA, .on_timeout = TERN_ON_TIMEOUT_MASK});
-  } catch (const Error& error) {
-    status = error.status();
-    EXPECT_NE(std::string_view(error.what()).find("tern_exchange_recover"), std::string_view::npos) << error.what();
-  }
-  EXPECT_EQ(status, TERN_UNSUPPORTED);
+TEST_P(GpuFailure, PolicyMask) {
+  if (test_device() == TERN_DEVICE_CUDA)
+    policy_mask_is_refused(settings());
+  else
+    policy_mask(settings());
 }
 
 }  // namespace
