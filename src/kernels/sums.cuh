@@ -87,7 +87,7 @@ __device__ void sum_by_threads(Rows& rows) {
       float sums[kVecs][Wire::kElements] = {};
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
-        if (at + v * kStep < row.end) add_biases<Wire>(rows, row, at + v * kStep, sums[v]);
+        if (rows.has_biases() && at + v * kStep < row.end) add_biases<Wire>(rows, row, at + v * kStep, sums[v]);
       if (has_terms) add_batch<Wire, kVecs>(terms, at, row.end, sums);
       Terms further;
       for (int batch = 1; has_terms && rows.next_terms(row, batch, further); ++batch) add_batch<Wire, kVecs>(further, at, row.end, sums);
