@@ -59,12 +59,11 @@ T load_from_gpu(const T& word) {
 }
 
 // Before anybody shares anything.
-const tern_exchange_options& require_supported(const tern_exchange_options& options) {
+void require_supported(const tern_exchange_options& options) {
   if (options.on_timeout == TERN_ON_TIMEOUT_MASK)
     fail(TERN_UNSUPPORTED,
          "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which the CUDA engine does not support; use TERN_ON_TIMEOUT_ABORT, and after an "
          "error tern_exchange_recover with allow_mask");
-  return options;
 }
 
 int choose_device(const tern_exchange_options& options, const Topology& topology) {
@@ -111,10 +110,7 @@ CudaLane::CudaLane(const std::shared_ptr<DevicePool>& pool, int num_ranks)
 
 CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
                            Deadline deadline)
-    : options_(require_supported(options)),
-      log_(log),
-      sharer_(make_segment_sharer(topology, bootstrap, deadline)),
-      heap_allocator_(options.window_bytes) {
+    : options_(options), log_(log), sharer_(make_segment_sharer(topology, bootstrap, deadline)), heap_allocator_(options.window_bytes) {
   if (topology.num_ranks > layout::kMaxRanks)
     fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
   facts_.device = choose_device(options, topology);
@@ -378,6 +374,7 @@ void CudaExchange::recover(const tern_recover_options& options) {
 
 std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
                                               const Log& log, Deadline deadline) {
+  require_supported(options);
   return std::make_unique<CudaExchange>(topology, bootstrap, options, log, deadline);
 }
 

@@ -23,7 +23,7 @@ template <typename Handle, auto destroy>
 class Owned {
  public:
   Owned() = default;
-  explicit Owned(Handle handle) : handle_(handle) {}
+  explicit Owned(Handle handle) : handle_(std::move(handle)) {}
   Owned(Owned&& other) noexcept : handle_(std::exchange(other.handle_, Handle{})) {}
   Owned& operator=(Owned&& other) noexcept {
     std::swap(handle_, other.handle_);
