@@ -167,15 +167,6 @@ tern_plan_info CpuPlan::info() const {
   return info;
 }
 
-layout::CallShape call_shape(const PlanShape& shape) {
-  return {.max_tokens = shape.max_tokens,
-          .row_capacity = shape.row_capacity,
-          .num_experts = shape.num_experts,
-          .num_topk = shape.num_topk,
-          .choices = static_cast<int32_t>(shape.layout) << 4 | static_cast<int32_t>(shape.extent),
-          .alignment = shape.alignment};
-}
-
 int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& bank, int64_t slots_per_token, tern_phase phase,
                          const char* operation) {
   const layout::WindowLayout& window = context.domain().layout;

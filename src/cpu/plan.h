@@ -47,7 +47,6 @@ struct PlanContext {
 };
 
 // Parts of the operations that concern all of them.
-layout::CallShape call_shape(const PlanShape& shape);
 // Tokens whose slots fit a bank; TERN_OUT_OF_MEMORY says what staging would be needed if not even one does. An operation in one
 // piece takes only as much of a bank as stays in the caches until the other side reads it; sends, and what runs while one is under way,
 // must do without rounds if they can.

@@ -355,7 +355,15 @@ tern_exchange_state CudaExchange::state() const {
   return result;
 }
 
-tern_metrics CudaExchange::metrics() const { return counters_; }
+tern_metrics CudaExchange::metrics() const {
+  tern_metrics m;
+  m.num_routes = counters_.routes;
+  m.num_dispatches = counters_.dispatches;
+  m.num_combines = counters_.combines;
+  m.rounds = counters_.rounds;
+  m.received_rows = counters_.received_rows;
+  return m;
+}
 
 void CudaExchange::recover(const tern_recover_options& options) {
   const DeviceGuard guard(facts_.device);

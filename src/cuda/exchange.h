@@ -5,6 +5,7 @@
 // exactly as CPU ranks do. GPUs tell each other through the windows, and their own host through a mailbox.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -28,6 +29,11 @@ struct DeviceFacts {
   int num_sms = 0;
   bool has_bulk_copies = false;
   int ranks_on_device = 1;
+};
+
+// Read by tern_exchange_get_metrics from any thread. Bytes and waits are known to the GPU alone, and are not counted.
+struct Counters {
+  std::atomic<uint64_t> routes{0}, dispatches{0}, combines{0}, rounds{0}, received_rows{0};
 };
 
 // Host side of a lane: the order in which its operations are enqueued. Epochs themselves live on the GPU, where a replayed graph advances
@@ -71,7 +77,7 @@ class CudaExchange : public DeviceExchange {
   uint32_t generation() const { return control_.generation; }
   bool is_masked(int r) const { return control_.is_masked(r); }
   CudaLane& lane(int32_t index) { return *lanes_[static_cast<size_t>(index)]; }
-  tern_metrics& counters() { return counters_; }
+  Counters& counters() { return counters_; }
 
   // What kernels of a lane get.
   kernels::ExchangeView view(int32_t lane_idx) const;
@@ -114,7 +120,7 @@ class CudaExchange : public DeviceExchange {
   mutable std::mutex heap_mutex_;
   OffsetAllocator heap_allocator_;
   std::vector<std::unique_ptr<CudaLane>> lanes_;
-  tern_metrics counters_;
+  Counters counters_;
 };
 
 }  // namespace tern::cuda

@@ -36,24 +36,9 @@ CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
 
 CudaPlan::~CudaPlan() { exchange_.retire(std::move(memory_)); }
 
-void CudaPlan::check_routing(const tern_routing& routing) const {
-  constexpr auto kBad = TERN_INVALID_ARGUMENT;
-  if (routing.num_tokens < 0 || routing.num_tokens > shape_.max_tokens)
-    fail(kBad, "routing: num_tokens is {}, must be 0 to the plan's max_tokens {}", routing.num_tokens, shape_.max_tokens);
-  if (routing.token_in_rank != nullptr && routing.topk_idx != nullptr)
-    fail(kBad, "routing: both topk_idx and token_in_rank are given; give one");
-  if (shape_.num_topk == 0) {
-    if (routing.token_in_rank == nullptr && routing.num_tokens > 0)
-      fail(kBad, "routing: token_in_rank is NULL, but the plan's num_topk is 0, which means routing by token_in_rank");
-    return;
-  }
-  if (routing.token_in_rank != nullptr) fail(kBad, "routing: token_in_rank needs a plan with num_topk 0; this one has {}", shape_.num_topk);
-  if (routing.topk_idx_type != TERN_INDEX_INT64 && routing.topk_idx_type != TERN_INDEX_INT32)
-    fail(kBad, "routing: topk_idx_type is {}, which is no tern_index_type", static_cast<int>(routing.topk_idx_type));
-  if (routing.topk_idx == nullptr && routing.num_tokens > 0) fail(kBad, "routing: topk_idx is NULL with {} tokens", routing.num_tokens);
-}
+void CudaPlan::check_routing(const tern_routing& routing) const { check_routing_arguments(shape_, routing); }
 
-void CudaPlan::check_ready(const char* operation, const tern_launch& launch, bool must_be_dispatched) const {
+void CudaPlan::check_ready(const char* operation, bool must_be_dispatched) const {
   exchange_.check_health();
   if (!routed_) fail(TERN_INVALID_STATE, "{}: the plan is not routed; call tern_plan_route, or give the dispatch a routing", operation);
   if (must_be_dispatched && !dispatched_)
@@ -61,7 +46,6 @@ void CudaPlan::check_ready(const char* operation, const tern_launch& launch, boo
   if (generation_ != exchange_.generation())
     fail(TERN_STALE_PLAN, "the plan was routed in generation {}, the exchange is in generation {} since its last recovery; route it again",
          generation_, exchange_.generation());
-  static_cast<void>(launch);
 }
 
 void CudaPlan::check_not_under_way(const char* operation) const {
@@ -108,7 +92,8 @@ void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& lau
   num_rows_ = shape_.row_capacity;
   num_received_ = -1;
   most_tokens_ = shape_.max_tokens;
-  ++exchange_.counters().num_routes;
+  ++exchange_.counters().routes;
+  ++exchange_.counters().rounds;
 }
 
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
@@ -173,7 +158,7 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (routes)
     exchange_.check_health();
   else
-    check_ready("dispatch", launch, false);
+    check_ready("dispatch", false);
   if (receives_only && dispatch_ticket_.epoch == 0)
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
   if (!receives_only) check_not_under_way("dispatch");
@@ -188,13 +173,13 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (!receives_only) weights_carried_ = call.carries_weights;
   if (launch.phase == TERN_PHASE_SEND) return;
   dispatched_ = true;
-  ++exchange_.counters().num_dispatches;
+  ++exchange_.counters().dispatches;
   if (num_received_ >= 0) exchange_.counters().received_rows += static_cast<uint64_t>(num_received_);
 }
 
 void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   const DeviceGuard guard(exchange_.facts().device);
-  check_ready("combine", launch, true);
+  check_ready("combine", true);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
   if (is_under_way(dispatch_ticket_)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
   if (receives_only && combine_ticket_.epoch == 0)
@@ -208,7 +193,7 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   operation.enqueue(stream.get(), combine_ticket_);
   stream.finish();
   num_sms_ = operation.num_sms();
-  if (launch.phase != TERN_PHASE_SEND) ++exchange_.counters().num_combines;
+  if (launch.phase != TERN_PHASE_SEND) ++exchange_.counters().combines;
 }
 
 tern_plan_info CudaPlan::info() const {

@@ -46,7 +46,7 @@ class CudaPlan : public DevicePlan {
   int64_t num_tokens() const { return tokens_bound_; }
 
  private:
-  void check_ready(const char* operation, const tern_launch& launch, bool must_be_dispatched) const;
+  void check_ready(const char* operation, bool must_be_dispatched) const;
   void check_not_under_way(const char* operation) const;
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.generation(); }
   kernels::RouteArgs route_args(const tern_routing& routing, CudaLane& lane, int32_t lane_idx) const;

@@ -109,6 +109,7 @@ kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const R
   args.first_chunk = round * options.chunks_per_round;
   args.end_chunk = std::min(args.first_chunk + options.chunks_per_round, tables.num_chunks);
   if (args.sends) ++lane.next_epoch;
+  ++exchange.counters().rounds;
   if (!lane.open_sends.empty()) args.exchange.consumed_lag = static_cast<int32_t>(lane.next_epoch - lane.open_sends.front());
   return args;
 }
@@ -131,15 +132,6 @@ int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes
   constexpr int64_t kMostStages = 16;
   const int64_t arrival = sizeof(uint64_t);
   return static_cast<int32_t>(std::clamp<int64_t>(shared_bytes / num_warps / (stage_bytes + arrival), least, kMostStages));
-}
-
-layout::CallShape call_shape(const PlanShape& shape) {
-  return {.max_tokens = shape.max_tokens,
-          .row_capacity = shape.row_capacity,
-          .num_experts = shape.num_experts,
-          .num_topk = shape.num_topk,
-          .choices = static_cast<int32_t>(shape.layout) << 4 | static_cast<int32_t>(shape.extent),
-          .alignment = shape.alignment};
 }
 
 void check_alignment(const char* operation, const char* name, const void* pointer, int64_t stride_bytes) {

@@ -70,8 +70,6 @@ int64_t ring_bytes(int32_t num_ranks);
 // How many stages of a ring fit each of `num_warps` warps, but at least so many.
 int32_t ring_stages(int64_t shared_bytes, int32_t num_warps, int32_t stage_bytes, int32_t least);
 
-layout::CallShape call_shape(const PlanShape& shape);
-
 // TERN_INVALID_ARGUMENT if a pointer or stride is not a multiple of 16 bytes.
 void check_alignment(const char* operation, const char* name, const void* pointer, int64_t stride_bytes = 0);
 

@@ -63,4 +63,30 @@ PlanShape make_plan_shape(const tern_plan_options& options, int32_t rank, int32_
   return shape;
 }
 
+void check_routing_arguments(const PlanShape& shape, const tern_routing& routing) {
+  constexpr auto kBad = TERN_INVALID_ARGUMENT;
+  if (routing.num_tokens < 0 || routing.num_tokens > shape.max_tokens)
+    fail(kBad, "routing: num_tokens is {}, must be 0 to the plan's max_tokens {}", routing.num_tokens, shape.max_tokens);
+  if (routing.token_in_rank != nullptr && routing.topk_idx != nullptr)
+    fail(kBad, "routing: both topk_idx and token_in_rank are given; give one");
+  if (shape.num_topk == 0) {
+    if (routing.token_in_rank == nullptr && routing.num_tokens > 0)
+      fail(kBad, "routing: token_in_rank is NULL, but the plan's num_topk is 0, which means routing by token_in_rank");
+    return;
+  }
+  if (routing.token_in_rank != nullptr) fail(kBad, "routing: token_in_rank needs a plan with num_topk 0; this one has {}", shape.num_topk);
+  if (routing.topk_idx_type != TERN_INDEX_INT64 && routing.topk_idx_type != TERN_INDEX_INT32)
+    fail(kBad, "routing: topk_idx_type is {}, which is no tern_index_type", static_cast<int>(routing.topk_idx_type));
+  if (routing.topk_idx == nullptr && routing.num_tokens > 0) fail(kBad, "routing: topk_idx is NULL with {} tokens", routing.num_tokens);
+}
+
+layout::CallShape call_shape(const PlanShape& shape) {
+  return {.max_tokens = shape.max_tokens,
+          .row_capacity = shape.row_capacity,
+          .num_experts = shape.num_experts,
+          .num_topk = shape.num_topk,
+          .choices = static_cast<int32_t>(shape.layout) << 4 | static_cast<int32_t>(shape.extent),
+          .alignment = shape.alignment};
+}
+
 }  // namespace tern

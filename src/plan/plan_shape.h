@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "layout/message.h"
+
 namespace tern {
 
 struct PlanShape {
@@ -32,5 +34,11 @@ struct PlanShape {
 
 // Validates a caller's options (TERN_INVALID_ARGUMENT) and fills in their defaults.
 PlanShape make_plan_shape(const tern_plan_options& options, int32_t rank, int32_t num_ranks);
+
+// TERN_INVALID_ARGUMENT if the routing does not fit the shape, as far as its arguments tell: what its arrays hold is not looked at.
+void check_routing_arguments(const PlanShape& shape, const tern_routing& routing);
+
+// What the plan adds to what ranks compare in each operation.
+layout::CallShape call_shape(const PlanShape& shape);
 
 }  // namespace tern

@@ -38,22 +38,13 @@ RoutingTable::RoutingTable(const PlanShape& shape)
 
 void RoutingTable::check(const tern_routing& routing) const {
   constexpr auto kBad = TERN_INVALID_ARGUMENT;
-  if (routing.num_tokens < 0 || routing.num_tokens > shape_.max_tokens)
-    fail(kBad, "routing: num_tokens is {}, must be 0 to the plan's max_tokens {}", routing.num_tokens, shape_.max_tokens);
-  if (routing.token_in_rank != nullptr && routing.topk_idx != nullptr)
-    fail(kBad, "routing: both topk_idx and token_in_rank are given; give one");
+  check_routing_arguments(shape_, routing);
   if (shape_.num_topk == 0) {
-    if (routing.token_in_rank == nullptr && routing.num_tokens > 0)
-      fail(kBad, "routing: token_in_rank is NULL, but the plan's num_topk is 0, which means routing by token_in_rank");
     for (int32_t expert = 0; expert < shape_.num_experts && routing.tokens_per_expert != nullptr; ++expert)
       if (routing.tokens_per_expert[expert] < 0)
         fail(kBad, "routing: tokens_per_expert of expert {} is {}, must not be negative", expert, routing.tokens_per_expert[expert]);
     return;
   }
-  if (routing.token_in_rank != nullptr) fail(kBad, "routing: token_in_rank needs a plan with num_topk 0; this one has {}", shape_.num_topk);
-  if (routing.topk_idx_type != TERN_INDEX_INT64 && routing.topk_idx_type != TERN_INDEX_INT32)
-    fail(kBad, "routing: topk_idx_type is {}, which is no tern_index_type", static_cast<int>(routing.topk_idx_type));
-  if (routing.topk_idx == nullptr && routing.num_tokens > 0) fail(kBad, "routing: topk_idx is NULL with {} tokens", routing.num_tokens);
   for (int64_t i = 0; i < routing.num_tokens * shape_.num_topk; ++i) {
     const int64_t expert = topk_at(routing, i);
     if (expert < -1 || expert >= shape_.num_experts)
