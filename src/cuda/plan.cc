@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "cuda/operations.h"
+#include "cuda/profiling.h"
 #include "cuda/transfer.h"
 #include "domain/failure.h"
 
@@ -97,6 +98,7 @@ void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& lau
 }
 
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
+  const ProfiledRange range("route");
   const DeviceGuard guard(exchange_.facts().device);
   exchange_.check_health();
   check_not_under_way("route");
@@ -152,6 +154,7 @@ void CudaPlan::read_counts() {
 }
 
 void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
+  const ProfiledRange range("dispatch");
   const DeviceGuard guard(exchange_.facts().device);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
   const bool routes = call.args.routing != nullptr && !receives_only;
@@ -178,6 +181,7 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
 }
 
 void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
+  const ProfiledRange range("combine");
   const DeviceGuard guard(exchange_.facts().device);
   check_ready("combine", true);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
