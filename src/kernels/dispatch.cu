@@ -174,6 +174,7 @@ class TokenStager {
     int is_complete = 0;
     if (device::lane_idx() == 0) is_complete = transfer_.complete(0, chunk, num, static_cast<uint32_t>(chunk_end - chunk_begin)) ? 1 : 0;
     if (__shfl_sync(~0u, is_complete, 0) == 0) return;
+    __syncwarp();  // the other threads' releases cover what the first has seen
     for (int peer = static_cast<int>(device::lane_idx()); peer < transfer_.num_ranks(); peer += kWarpThreads)
       transfer_.raise_chunk(peer, chunk);
   }
