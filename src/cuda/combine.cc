@@ -6,12 +6,6 @@
 #include "domain/failure.h"
 
 namespace tern::cuda {
-namespace {
-
-int64_t topk_bytes(const kernels::PlanView& tables) { return tables.topk_stride * static_cast<int64_t>(sizeof(float)); }
-
-}  // namespace
-
 CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch)
     : plan_(plan), call_(call), launch_(launch), per_entry_(call.args.mode == TERN_COMBINE_EXACT && plan.shape().has_expert_rows()) {
   const tern_combine_args& a = call.args;
@@ -26,7 +20,7 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
       launch.phase == TERN_PHASE_WHOLE && (per_entry_ || !plan.shape().has_expert_rows()) && exchange.lane(launch.lane).open_sends.empty();
   if (may_stay && plan.num_rows() > 0) rows_at_ = exchange.heap_offset(a.rows, plan.num_rows() * call.row_bytes);
   const int64_t rows_per_token = per_entry_ ? plan.shape().num_topk : 1;
-  const int64_t weight_bytes = call.carries_weights ? topk_bytes(plan.tables()) : 0;
+  const int64_t weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0;
   const layout::StagedSlot all{rows_per_token * call.row_bytes, 0, weight_bytes};
   slot_ = {rows_at_ >= 0 ? 0 : all.row_bytes, 0, weight_bytes};
   set_shape();
@@ -34,7 +28,7 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
   chunks_per_round_ = chunks_per_round(plan, staging_bytes / exchange.num_ranks(), all.stride(), "combine");
   num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, plan.most_tokens(), "combine");
   if (sends_weights_ahead()) {
-    weight_chunks_per_round_ = chunks_per_round(plan, staging_bytes, topk_bytes(plan.tables()), "combine");
+    weight_chunks_per_round_ = chunks_per_round(plan, staging_bytes, plan.tables().topk_bytes(), "combine");
     num_weight_rounds_ = tern::cuda::num_rounds(plan, weight_chunks_per_round_, TERN_PHASE_WHOLE, plan.most_tokens(), "combine");
   }
   num_sms_ = choose_num_sms(exchange, launch, plan.most_tokens() * call.row_bytes);
@@ -72,7 +66,7 @@ void CombineOperation::enqueue_weights(cudaStream_t stream) const {
   const kernels::PlanView& tables = plan_.tables();
   const bool bulk = false;
   layout::CallShape shape = call_shape(plan_.shape());
-  const layout::StagedSlot slot{.row_bytes = 0, .scale_bytes = 0, .weight_bytes = topk_bytes(tables)};
+  const layout::StagedSlot slot{.row_bytes = 0, .scale_bytes = 0, .weight_bytes = tables.topk_bytes()};
   for (int32_t round = 0; round < num_weight_rounds_; ++round) {
     kernels::DispatchArgs args;
     args.transfer = make_round(plan_, launch_.lane, {TERN_OP_WEIGHTS, TERN_PHASE_WHOLE, shape, weight_chunks_per_round_, nullptr}, round);

@@ -11,8 +11,6 @@ constexpr int64_t kMostPieceBytes = 8192;
 constexpr int64_t kPartAlignment = 16;
 constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
 
-int64_t topk_bytes(const kernels::PlanView& tables) { return tables.topk_stride * static_cast<int64_t>(sizeof(float)); }
-
 }  // namespace
 
 DispatchOperation::DispatchOperation(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, int64_t most_tokens)
@@ -27,7 +25,7 @@ DispatchOperation::DispatchOperation(const CudaPlan& plan, const DispatchCall& c
   set_parts();
   set_shape();
   // Staging is counted as if everything went through it: every rank must come to the same rounds, wherever its rows lie.
-  const layout::StagedSlot all{call.wire_bytes, call.scale_bytes, call.carries_weights ? topk_bytes(plan.tables()) : 0};
+  const layout::StagedSlot all{call.wire_bytes, call.scale_bytes, call.carries_weights ? plan.tables().topk_bytes() : 0};
   chunks_per_round_ = chunks_per_round(plan, plan.exchange().window_layout().staging_bytes, all.stride(), "dispatch");
   num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, most_tokens, "dispatch");
   num_sms_ = choose_num_sms(plan.exchange(), launch, most_tokens * call.wire_bytes);
@@ -49,7 +47,7 @@ void DispatchOperation::set_parts() {
   }
   slot_ = {.row_bytes = rows_at_ >= 0 ? 0 : call_.wire_bytes,
            .scale_bytes = scales_at_ >= 0 ? 0 : call_.scale_bytes,
-           .weight_bytes = call_.carries_weights ? topk_bytes(plan_.tables()) : 0};
+           .weight_bytes = call_.carries_weights ? plan_.tables().topk_bytes() : 0};
 }
 
 void DispatchOperation::set_shape() {
@@ -116,7 +114,7 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
   kernels::RowPieces p;
   p.num_pieces = static_cast<int32_t>((row_bytes + kMostPieceBytes - 1) / kMostPieceBytes);
   p.piece_bytes = static_cast<int32_t>(layout::align_up((row_bytes + p.num_pieces - 1) / p.num_pieces, layout::kBulkLine));
-  const auto topk = static_cast<int32_t>(topk_bytes(plan_.tables()));
+  const auto topk = static_cast<int32_t>(plan_.tables().topk_bytes());
   p.scales = p.piece_bytes;
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
   p.entries = p.weights + (call_.carries_weights ? topk : 0);

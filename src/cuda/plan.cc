@@ -54,10 +54,10 @@ void CudaPlan::check_not_under_way(const char* operation) const {
     fail(TERN_INVALID_STATE, "{}: a send along this plan has not been received yet", operation);
 }
 
-kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, CudaLane& lane, int32_t lane_idx) const {
+kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, int32_t lane_idx) const {
   const kernels::PlanView& v = tables();
   kernels::RouteArgs args;
-  args.exchange = exchange_.view(lane_idx);
+  args.exchange = enter_lane(exchange_, lane_idx, true);
   args.plan = v;
   args.shape = call_shape(shape_);
   args.bank = {.num_counts = v.num_counts(shape_.num_ranks), .num_topk = shape_.num_topk};
@@ -74,19 +74,16 @@ kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, CudaLane& l
   args.num_counting_warps = kernels::route_counting_warps(shape_.num_experts, shape_.num_ranks);
   args.block_counts = memory_.block_counts.data();
   args.workspace = memory_.workspace.data();
-  ++lane.next_epoch;
-  if (!lane.open_sends.empty()) args.exchange.consumed_lag = static_cast<int32_t>(lane.next_epoch - lane.open_sends.front());
   return args;
 }
 
 void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream) {
-  CudaLane& lane = exchange_.lane(launch.lane);
   dispatch_ticket_ = combine_ticket_ = {};
   routed_ = dispatched_ = weights_carried_ = false;
   ++awaited_ticket_;
   const int64_t blocks = (shape_.max_tokens + kTokensPerRouteBlock - 1) / kTokensPerRouteBlock;
   num_sms_ = static_cast<int32_t>(std::min<int64_t>({blocks, kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
-  check(kernels::launch_route(route_args(routing, lane, launch.lane), num_sms_, stream), "launching the kernel of route");
+  check(kernels::launch_route(route_args(routing, launch.lane), num_sms_, stream), "launching the kernel of route");
   generation_ = exchange_.generation();
   num_tokens_ = routing.device_num_tokens != nullptr ? -1 : routing.num_tokens;
   tokens_bound_ = routing.num_tokens;
@@ -94,7 +91,6 @@ void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& lau
   num_received_ = -1;
   most_tokens_ = shape_.max_tokens;
   ++exchange_.counters().routes;
-  ++exchange_.counters().rounds;
 }
 
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {

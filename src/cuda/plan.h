@@ -49,7 +49,7 @@ class CudaPlan : public DevicePlan {
   void check_ready(const char* operation, bool must_be_dispatched) const;
   void check_not_under_way(const char* operation) const;
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.generation(); }
-  kernels::RouteArgs route_args(const tern_routing& routing, CudaLane& lane, int32_t lane_idx) const;
+  kernels::RouteArgs route_args(const tern_routing& routing, int32_t lane_idx) const;
   void enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream);
   void await_counts(const tern_launch& launch);
   void read_counts();

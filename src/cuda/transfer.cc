@@ -94,23 +94,27 @@ void check_room(const CudaLane& lane, tern_operation operation, int32_t num_roun
          operation_name(operation), layout::kNumBanks);
 }
 
-kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const RoundOptions& options, int32_t round) {
-  CudaExchange& exchange = plan.exchange();
+kernels::ExchangeView enter_lane(CudaExchange& exchange, int32_t lane_idx, bool sends) {
   CudaLane& lane = exchange.lane(lane_idx);
+  if (sends) ++lane.next_epoch;
+  ++exchange.counters().rounds;
+  kernels::ExchangeView view = exchange.view(lane_idx);
+  if (!lane.open_sends.empty()) view.consumed_lag = static_cast<int32_t>(lane.next_epoch - lane.open_sends.front());
+  return view;
+}
+
+kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const RoundOptions& options, int32_t round) {
   const kernels::PlanView& tables = plan.tables();
   kernels::TransferArgs args;
-  args.exchange = exchange.view(lane_idx);
   args.shape = options.shape;
   args.operation = options.operation;
   args.sends = options.phase != TERN_PHASE_RECEIVE;
   args.receives = options.phase != TERN_PHASE_SEND;
+  args.exchange = enter_lane(plan.exchange(), lane_idx, args.sends);
   args.ticket = options.ticket;
   args.tokens_per_chunk = tables.tokens_per_chunk;
   args.first_chunk = round * options.chunks_per_round;
   args.end_chunk = std::min(args.first_chunk + options.chunks_per_round, tables.num_chunks);
-  if (args.sends) ++lane.next_epoch;
-  ++exchange.counters().rounds;
-  if (!lane.open_sends.empty()) args.exchange.consumed_lag = static_cast<int32_t>(lane.next_epoch - lane.open_sends.front());
   return args;
 }
 

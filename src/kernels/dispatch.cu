@@ -276,7 +276,7 @@ class MessagePuller {
     const uint32_t row_part = piece_size(load_piece_);
     const bool is_last = load_piece_ + 1 == p.num_pieces;
     const uint32_t scale_part = is_last ? static_cast<uint32_t>(layout::align_up(args_.scale_bytes, 16)) : 0;
-    const uint32_t weight_part = is_last && args_.carries_weights ? static_cast<uint32_t>(plan_.topk_stride * sizeof(float)) : 0;
+    const uint32_t weight_part = is_last && args_.carries_weights ? static_cast<uint32_t>(plan_.topk_bytes()) : 0;
     const std::byte* row = source.rows + loading_.token * source.row_stride + int64_t{load_piece_} * p.piece_bytes;
     const auto row_end = static_cast<int32_t>(layout::align_up(row_part, 16));
     const int32_t scales_at = source.sides_follow ? row_end : p.scales;

@@ -99,6 +99,8 @@ struct PlanView {
   uint64_t* combine_ticket = nullptr;
 
   constexpr int32_t num_counts(int32_t num_ranks) const { return num_experts + num_ranks; }
+  // Of a message's row in the tables of weights, experts or rows.
+  constexpr int64_t topk_bytes() const { return topk_stride * static_cast<int64_t>(sizeof(float)); }
   constexpr bool has_expert_rows() const { return layout != TERN_LAYOUT_RANK_MAJOR; }
 };
 static_assert(std::is_trivially_copyable_v<PlanView>);
