@@ -28,10 +28,14 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
   chunks_per_round_ = chunks_per_round(plan, staging_bytes / exchange.num_ranks(), all.stride(), "combine");
   num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, plan.most_tokens(), "combine");
   if (sends_weights_ahead()) {
-    weight_chunks_per_round_ = chunks_per_round(plan, staging_bytes, plan.tables().topk_bytes(), "combine");
+    weight_chunks_per_round_ = chunks_per_round(plan, staging_bytes, weight_slot().stride(), "combine");
     num_weight_rounds_ = tern::cuda::num_rounds(plan, weight_chunks_per_round_, TERN_PHASE_WHOLE, plan.most_tokens(), "combine");
   }
   num_sms_ = choose_num_sms(exchange, launch, plan.most_tokens() * call.row_bytes);
+}
+
+layout::StagedSlot CombineOperation::weight_slot() const {
+  return {.row_bytes = 0, .scale_bytes = 0, .weight_bytes = plan_.tables().topk_bytes()};
 }
 
 bool CombineOperation::sends_weights_ahead() const {
@@ -66,7 +70,7 @@ void CombineOperation::enqueue_weights(cudaStream_t stream) const {
   const kernels::PlanView& tables = plan_.tables();
   const bool bulk = false;
   layout::CallShape shape = call_shape(plan_.shape());
-  const layout::StagedSlot slot{.row_bytes = 0, .scale_bytes = 0, .weight_bytes = tables.topk_bytes()};
+  const layout::StagedSlot slot = weight_slot();
   for (int32_t round = 0; round < num_weight_rounds_; ++round) {
     kernels::DispatchArgs args;
     args.transfer = make_round(plan_, launch_.lane, {TERN_OP_WEIGHTS, TERN_PHASE_WHOLE, shape, weight_chunks_per_round_, nullptr}, round);

@@ -52,6 +52,7 @@ class CombineOperation {
  private:
   void set_shape();
   bool sends_weights_ahead() const;
+  layout::StagedSlot weight_slot() const;  // of a token's weights that go ahead
   void enqueue_weights(cudaStream_t stream) const;
   kernels::CombineArgs round_args(int32_t round) const;
 
