@@ -75,7 +75,6 @@ class CudaExchange : public DeviceExchange {
   int rank() const { return control_.rank; }
   int num_ranks() const { return control_.num_ranks; }
   uint32_t generation() const { return control_.generation; }
-  bool is_masked(int r) const { return control_.is_masked(r); }
   CudaLane& lane(int32_t index) { return *lanes_[static_cast<size_t>(index)]; }
   Counters& counters() { return counters_; }
 

@@ -17,8 +17,6 @@
 
 namespace tern::device {
 
-inline constexpr bool kHasBulkCopies = TERN_HAS_BULK_COPIES != 0;
-
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
 #if TERN_HAS_BULK_COPIES

@@ -16,17 +16,9 @@ namespace {
 constexpr int kMostThreads = 640;
 constexpr int kPullBarrier = 1;
 
-// The dynamic shared memory of a block: sources, then for the pulling warps arrivals of all rings, and rings.
-struct SharedLayout {
-  int64_t arrivals, rings, bytes;
-
-  __host__ __device__ SharedLayout(const CombineArgs& args, bool bulk_copies) {
-    const int64_t num_stages = int64_t{args.roles.num_pull_warps} * args.num_stages;
-    arrivals = layout::align_up(args.transfer.exchange.num_ranks * static_cast<int64_t>(sizeof(SourceView)), 16);
-    rings = layout::align_up(arrivals + num_stages * static_cast<int64_t>(sizeof(uint64_t)), layout::kBulkLine);
-    bytes = bulk_copies ? rings + num_stages * args.stage_bytes : arrivals;
-  }
-};
+__host__ __device__ constexpr SharedLayout shared_layout_of(const CombineArgs& args, bool bulk_copies) {
+  return {args.transfer.exchange.num_ranks, args.roles.num_pull_warps, args.num_stages, args.stage_bytes, bulk_copies};
+}
 
 // What this rank makes for the owners of the messages it received: the Rows of sums.cuh.
 class StagedRows {
@@ -256,7 +248,7 @@ __device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceVi
 template <typename Wire, bool kBulk>
 __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
-  const SharedLayout shared_layout(args, kBulk);
+  const SharedLayout shared_layout = shared_layout_of(args, kBulk);
   const Transfer transfer(args.transfer);
   if (transfer.operation().is_poisoned()) return;
   const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
@@ -303,7 +295,7 @@ cudaError_t prepare_combine(bool bulk_copies) {
 }
 
 cudaError_t launch_combine(const CombineArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {
-  const auto shared_bytes = static_cast<size_t>(SharedLayout(args, bulk_copies).bytes);
+  const auto shared_bytes = static_cast<size_t>(shared_layout_of(args, bulk_copies).bytes);
   const auto launch = [&](auto kernel) { kernel<<<num_blocks, args.roles.num_threads(), shared_bytes, stream>>>(args); };
   if (bulk_copies)
     with_kernel<true>(args.dtype, launch);

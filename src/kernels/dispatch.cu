@@ -20,17 +20,9 @@ namespace {
 constexpr int kMostThreads = 640;
 constexpr int kPullBarrier = 1;
 
-// The dynamic shared memory of a block: sources, then for the pulling warps arrivals of all rings, and rings.
-struct SharedLayout {
-  int64_t arrivals, rings, bytes;
-
-  __host__ __device__ SharedLayout(const DispatchArgs& args, bool bulk_copies) {
-    const int64_t num_stages = int64_t{args.roles.num_pull_warps} * args.pieces.num_stages;
-    arrivals = layout::align_up(args.transfer.exchange.num_ranks * static_cast<int64_t>(sizeof(SourceView)), 16);
-    rings = layout::align_up(arrivals + num_stages * static_cast<int64_t>(sizeof(uint64_t)), layout::kBulkLine);
-    bytes = bulk_copies ? rings + num_stages * args.pieces.stage_bytes : arrivals;
-  }
-};
+__host__ __device__ constexpr SharedLayout shared_layout_of(const DispatchArgs& args, bool bulk_copies) {
+  return {args.transfer.exchange.num_ranks, args.roles.num_pull_warps, args.pieces.num_stages, args.pieces.stage_bytes, bulk_copies};
+}
 
 // What arrives with a message besides its row, and where that goes; one warp.
 class MessageSides {
@@ -367,7 +359,7 @@ __device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceV
 template <bool kBulk>
 __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
-  const SharedLayout shared_layout(args, kBulk);
+  const SharedLayout shared_layout = shared_layout_of(args, kBulk);
   const Transfer transfer(args.transfer);
   if (transfer.operation().is_poisoned()) return;
   const RowPieces& p = args.pieces;
@@ -391,7 +383,7 @@ cudaError_t prepare_dispatch(bool bulk_copies) {
 }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {
-  const auto shared_bytes = static_cast<size_t>(SharedLayout(args, bulk_copies).bytes);
+  const auto shared_bytes = static_cast<size_t>(shared_layout_of(args, bulk_copies).bytes);
   if (bulk_copies)
     dispatch_kernel<true><<<num_blocks, args.roles.num_threads(), shared_bytes, stream>>>(args);
   else

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "layout/flags.h"
+#include "layout/device_window.h"
 
 namespace tern::kernels {
 
@@ -15,6 +15,18 @@ inline constexpr int64_t kMostSharedBytes = 226 << 10;
 // What blocks keep of each rank.
 inline constexpr int64_t kSourceViewBytes = 56;
 inline constexpr int64_t kMostSourceBytes = layout::kMaxRanks * kSourceViewBytes;
+
+// The dynamic shared memory of a block: sources, then with bulk copies the rings of its pulling warps, whose arrivals stand before the stages.
+struct SharedLayout {
+  int64_t arrivals, rings, bytes;
+
+  constexpr SharedLayout(int32_t num_ranks, int32_t num_rings, int32_t num_stages, int32_t stage_bytes, bool bulk_copies) {
+    const int64_t all_stages = int64_t{num_rings} * num_stages;
+    arrivals = layout::align_up(num_ranks * kSourceViewBytes, 16);
+    rings = layout::align_up(arrivals + all_stages * static_cast<int64_t>(sizeof(uint64_t)), layout::kBulkLine);
+    bytes = bulk_copies ? rings + all_stages * stage_bytes : arrivals;
+  }
+};
 
 // Loads the kernel, and lets its blocks have `bytes` of dynamic shared memory, or as much as there is on this device: what does not fit is an
 // error of the launch.
