@@ -563,6 +563,70 @@ typedef struct tern_combine_args {
  * or zeros. The plan must have been dispatched once. Collective. */
 TERN_API tern_status tern_combine(tern_plan* plan, const tern_combine_args* args, const tern_launch* launch);
 
+/* ---------------------------------------------------------------------------------------------------------- timeline */
+
+/* Where an exchange spends its time: spans of a clock that all processes of a host share, so that those of several ranks go side by side.
+ *
+ *   tern_trace_start(exchange, 0);
+ *   ... operations ...
+ *   tern_trace_stop(exchange);
+ *   tern_trace_read(exchange, NULL, 0, &num_spans, NULL);
+ *   tern_trace_read(exchange, spans, num_spans, &num_spans, &num_dropped);
+ *
+ * The spans of a lane follow each other, or one lies within the other. While nothing is recorded they cost next to nothing. */
+typedef enum tern_span_kind TERN_ENUM_TYPE {
+  TERN_SPAN_OPERATION = 0, /* a whole call: a route, dispatch, combine or recovery. All others but those within a recovery lie in one */
+  TERN_SPAN_PLAN = 1,      /* work on the routing: counting, and finding where each row goes */
+  TERN_SPAN_SEND = 2,      /* writing a round's messages to all ranks. Rows that are summed before they are sent are summed here */
+  TERN_SPAN_WAIT = 3,      /* for a rank that had not come so far when this one looked */
+  TERN_SPAN_RECEIVE = 4,   /* putting in place what a rank has sent in a round; peer -1: filling in what nobody sends */
+  TERN_SPAN_REDUCE = 5     /* combine: summing the rows of a round's tokens at their owner */
+} tern_span_kind;
+
+/* What a rank waits for. */
+typedef enum tern_awaited TERN_ENUM_TYPE {
+  TERN_AWAITED_NOTHING = 0,
+  TERN_AWAITED_MESSAGES = 1, /* those of the epoch */
+  TERN_AWAITED_ADDRESS = 2,  /* zero copy: where the peer's rows are, and that they may be used */
+  TERN_AWAITED_CONSUMED = 3, /* that the peer has taken what it was sent up to the epoch */
+  TERN_AWAITED_OWN_GPU = 4   /* GPU, route with extent EXACT: the counts of all ranks */
+} tern_awaited;
+
+/* An element of an array, which keeps its size. */
+typedef struct tern_span {
+  int64_t begin_ns TERN_ZERO; /* of CLOCK_MONOTONIC */
+  int64_t end_ns TERN_ZERO;
+  uint64_t epoch TERN_ZERO; /* of SEND, WAIT, RECEIVE, REDUCE; starts again with each generation */
+  /* SEND: written to all ranks, as tern_metrics counts them: sent_bytes and sent_local_bytes. RECEIVE: read, counted alike. REDUCE: of the
+   * rows that were summed. Otherwise 0 */
+  int64_t bytes TERN_ZERO;
+  tern_span_kind kind TERN_ZERO;
+  tern_operation operation
+      TERN_ZERO;                  /* a dispatch with a routing has parts that are of ROUTE, a combine may have parts that are of WEIGHTS */
+  tern_phase phase TERN_ZERO;     /* of OPERATION */
+  int32_t lane TERN_ZERO;         /* recoveries that are called for: 0 */
+  int32_t peer TERN_ZERO;         /* WAIT: the rank waited for; RECEIVE: the sender; else -1 */
+  tern_awaited awaited TERN_ZERO; /* of WAIT */
+  tern_status status TERN_ZERO;   /* OPERATION, WAIT: how it ended. A WAIT that ends in TERN_TIMEOUT need not end the operation (MASK) */
+  int32_t reserved TERN_ZERO;
+} tern_span;
+
+/* Starts a recording, and drops what was recorded before. Each lane has room for `capacity` spans, at most 2^24; 0: 65536, which is 4 MiB.
+ * All memory is allocated here. GPU ranks record the calls themselves, which enqueue, and what the host waits for; what runs on the GPU,
+ * and when, is seen by Nsight Systems. Local; no operation of this exchange may be running on the calling rank. */
+TERN_API tern_status tern_trace_start(tern_exchange* exchange, int64_t capacity);
+
+/* Ends the recording, if there is one; what was recorded stays. A span that has begun is still recorded when it ends. Local, any thread,
+ * also while operations run. */
+TERN_API tern_status tern_trace_stop(tern_exchange* exchange);
+
+/* Copies what was recorded to spans[capacity], lane after lane, in each lane in the order in which spans ended; of a recording that goes
+ * on, those that have ended. `num_spans` gets how many there are, also if that is more than `capacity` and the rest was not copied; `spans`
+ * may be NULL with capacity 0. `num_dropped`, which may be NULL, gets how many found no room on their lane: those that ended last. Local,
+ * any thread, also while operations run. */
+TERN_API tern_status tern_trace_read(const tern_exchange* exchange, tern_span* spans, int64_t capacity, int64_t* num_spans,
+                                     int64_t* num_dropped);
+
 #ifdef __cplusplus
 }
 #endif

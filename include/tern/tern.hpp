@@ -88,6 +88,12 @@ class Group {
   detail::Owned<tern_group, tern_group_destroy> handle_;
 };
 
+// What an exchange has recorded: see tern_trace_read.
+struct Timeline {
+  std::vector<tern_span> spans;
+  int64_t num_dropped = 0;
+};
+
 class Exchange {
  public:
   Exchange(const Group& group, tern_exchange_options options) {
@@ -115,6 +121,17 @@ class Exchange {
   }
 
   void recover(tern_recover_options options = {}) { detail::check(tern_exchange_recover(get(), &options)); }
+
+  void start_trace(int64_t capacity = 0) { detail::check(tern_trace_start(get(), capacity)); }
+  void stop_trace() { detail::check(tern_trace_stop(get())); }
+
+  Timeline timeline() const {
+    int64_t num_spans = 0;
+    detail::check(tern_trace_read(get(), nullptr, 0, &num_spans, nullptr));
+    Timeline result{std::vector<tern_span>(static_cast<size_t>(num_spans))};
+    detail::check(tern_trace_read(get(), result.spans.data(), num_spans, &num_spans, &result.num_dropped));
+    return result;
+  }
 
   tern_exchange* get() const { return handle_.get(); }
 

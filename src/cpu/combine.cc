@@ -37,14 +37,14 @@ void send_owner_weights(const PlanContext& ctx, const float* topk_weights) {
   };
   const auto drain = [&](int64_t, uint64_t epoch) {
     ctx.domain().for_each_member([&](int owner) {
-      const std::byte* bank = ctx.lane.await_arrived(trip, epoch, owner);
-      if (bank == nullptr) return;
-      const int32_t num_messages = reinterpret_cast<const layout::MessageHeader*>(bank)->num_messages;
-      for (int32_t i = 0; i < num_messages; ++i) {
-        const int64_t message = next_message[static_cast<size_t>(owner)]++;
-        std::memcpy(ctx.weights.from_owner.data() + message * shape.num_topk, bank + trip.bank.slot_at(i) + trip.bank.slot.weights(),
-                    row_bytes);
-      }
+      ctx.lane.receive_from(trip, epoch, owner, [&](const std::byte* bank) {
+        const int32_t num_messages = reinterpret_cast<const layout::MessageHeader*>(bank)->num_messages;
+        for (int32_t i = 0; i < num_messages; ++i) {
+          const int64_t message = next_message[static_cast<size_t>(owner)]++;
+          std::memcpy(ctx.weights.from_owner.data() + message * shape.num_topk, bank + trip.bank.slot_at(i) + trip.bank.slot.weights(),
+                      row_bytes);
+        }
+      });
     });
   };
   ctx.lane.run(trip, fill, drain);
@@ -191,6 +191,8 @@ class Combine {
     std::fill(scratch_.next_slot.begin(), scratch_.next_slot.end(), 0);
     ctx_.domain().for_each_member(
         [&](int peer) { scratch_.arrived[static_cast<size_t>(peer)] = ctx_.lane.await_arrived(trip_, epoch, peer); });
+    Span span(ctx_.lane.spans(), {.kind = TERN_SPAN_REDUCE, .operation = trip_.operation, .epoch = epoch});
+    size_t num_rows = 0;
     const TokenRange range = tokens_of_round(trip_, round);
     for (int64_t token = range.begin; token < std::min(range.end, trip_.num_tokens); ++token) {
       scratch_.terms.clear();
@@ -202,7 +204,9 @@ class Combine {
       else
         gather_messages(token, out_weights);
       write_result(token);
+      num_rows += scratch_.terms.size();
     }
+    span.set_bytes(static_cast<int64_t>(num_rows) * call_.row_bytes);
   }
 
   // The next slot that `rank` has sent in this round; nullptr if it was given up.

@@ -48,7 +48,7 @@ class Dispatch {
       keep_weights();
       ctx_.lane.run(
           trip_, [&](int64_t round, uint64_t epoch) { fill(round, epoch); }, [&](int64_t round, uint64_t epoch) { drain(round, epoch); });
-      outputs_.finish();
+      finish_outputs();
     } else if (phase == TERN_PHASE_SEND) {
       keep_weights();
       const uint64_t epoch = ctx_.lane.begin(trip_.operation, 1);
@@ -57,7 +57,7 @@ class Dispatch {
     } else {
       ctx_.lane.receive_round(ticket.epoch, [&](uint64_t e) { drain(0, e); });
       ticket = {};
-      outputs_.finish();
+      finish_outputs();
     }
   }
 
@@ -190,16 +190,15 @@ class Dispatch {
       if (fused_) receive_counts(epoch);
       ctx_.table.restart_placing();
     }
-    ctx_.domain().for_each_member([&](int source) {
-      const std::byte* bank = ctx_.lane.await_arrived(trip_, epoch, source);
-      if (bank != nullptr) receive_messages(source, bank);
-    });
+    ctx_.domain().for_each_member(
+        [&](int source) { ctx_.lane.receive_from(trip_, epoch, source, [&](const std::byte* bank) { receive_messages(source, bank); }); });
     if (round + 1 < trip_.num_rounds || !ctx_.lane.gave_up_any()) return;
     for (int r = 0; r < shape_.num_ranks; ++r)
       if (ctx_.lane.gave_up(r)) outputs_.clear_missing(r);
   }
 
   void receive_counts(uint64_t epoch) {
+    const Span span(ctx_.lane.spans(), {.kind = TERN_SPAN_PLAN, .operation = trip_.operation});
     const auto own = ctx_.table.counts_of(shape_.rank);
     ctx_.domain().for_each_member([&](int source) {
       const std::byte* bank = ctx_.lane.await_arrived(trip_, epoch, source);
@@ -208,6 +207,11 @@ class Dispatch {
       ctx_.table.tokens_of(source) = reinterpret_cast<const layout::MessageHeader*>(bank)->num_tokens;
     });
     ctx_.table.finish();
+  }
+
+  void finish_outputs() {
+    const Span span(ctx_.lane.spans(), {.kind = TERN_SPAN_RECEIVE, .operation = trip_.operation});
+    outputs_.finish();
   }
 
   void receive_messages(int source, const std::byte* bank) {

@@ -29,7 +29,11 @@ LaneOptions lane_options(const tern_exchange_options& options, int num_ranks) {
 
 CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
                          Deadline deadline)
-    : options_(options), log_(log), sharer_(make_segment_sharer(topology, bootstrap, deadline)), heap_allocator_(options.window_bytes) {
+    : options_(options),
+      log_(log),
+      sharer_(make_segment_sharer(topology, bootstrap, deadline)),
+      heap_allocator_(options.window_bytes),
+      trace_(options.num_lanes) {
   if (topology.num_ranks > layout::kMaxRanks)
     fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
   domain_.rank = topology.rank;
@@ -40,7 +44,7 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
   domain_.heaps.resize(static_cast<size_t>(topology.num_ranks));
   share_windows(std::vector<uint8_t>(static_cast<size_t>(topology.num_ranks)), 0, deadline);
   for (int i = 0; i < options.num_lanes; ++i)
-    lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, topology.num_ranks)));
+    lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, topology.num_ranks), trace_.lane(i)));
   log_.write(TERN_LOG_INFO, "rank {} of {}: CPU exchange, window {} bytes, {} lanes with {} bytes a bank, heap {} bytes", topology.rank,
              topology.num_ranks, domain_.layout.total_bytes(), options.num_lanes, domain_.layout.bank_bytes, options.window_bytes);
 }
@@ -154,7 +158,7 @@ void CpuExchange::start_operation(Lane& lane) {
   tern_recover_options options;
   options.mask = mask.data();
   options.allow_mask = 1;
-  recover(options);
+  with_span(lane.spans(), {.operation = TERN_OP_RECOVER}, [&](Span&) { recover(options); });
 }
 
 std::unique_ptr<DeviceExchange> make_cpu_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,

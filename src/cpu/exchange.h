@@ -26,6 +26,7 @@ class CpuExchange : public DeviceExchange {
   void free_window(void* pointer) override;
   tern_exchange_state state() const override;
   tern_metrics metrics() const override;
+  Trace& trace() override { return trace_; }
   void recover(const tern_recover_options& options) override;
 
   const Domain& domain() const { return domain_; }
@@ -51,6 +52,7 @@ class CpuExchange : public DeviceExchange {
   Domain domain_;
   mutable std::mutex heap_mutex_;
   OffsetAllocator heap_allocator_;
+  Trace trace_;
   std::vector<std::unique_ptr<Lane>> lanes_;
 };
 

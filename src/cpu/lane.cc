@@ -22,10 +22,11 @@ std::string shape_text(const layout::CallShape& s) {
       s.row_bytes, s.scale_bytes, s.max_tokens, s.num_experts, s.num_topk, s.row_capacity, s.alignment, s.choices, s.tokens_per_round);
 }
 
-Lane::Lane(const Domain& domain, int index, const LaneOptions& options)
+Lane::Lane(const Domain& domain, int index, const LaneOptions& options, SpanLog& spans)
     : domain_(&domain),
       index_(index),
       options_(options),
+      spans_(&spans),
       counters_(std::make_unique<Counters>()),
       num_messages_(domain.num_ranks),
       given_up_(domain.num_ranks) {
@@ -65,19 +66,17 @@ void Lane::begin_round(const RoundTrip& trip, uint64_t epoch) {
   for_each_peer([&](int peer) { await_consumed(epoch - layout::kNumBanks, trip.operation, peer); });
 }
 
-void Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
-  uint64_t sent = 0;
+int64_t Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
+  uint64_t sent = 0, sent_local = 0;
   for_each_peer([&](int peer) {
     auto& header = *reinterpret_cast<layout::MessageHeader*>(domain_->bank(peer, index_, epoch, domain_->rank));
     header.shape = trip.shape;
     header.num_tokens = static_cast<int32_t>(trip.num_tokens);
     header.num_messages = num_messages_[static_cast<size_t>(peer)];
     const auto bytes = static_cast<uint64_t>(trip.bank.slots() + header.num_messages * trip.bank.slot.stride());
-    if (peer == domain_->rank)
-      counters_->sent_local_bytes.fetch_add(bytes, std::memory_order_relaxed);
-    else
-      sent += bytes;
+    (peer == domain_->rank ? sent_local : sent) += bytes;
   });
+  counters_->sent_local_bytes.fetch_add(sent_local, std::memory_order_relaxed);
   counters_->sent_bytes.fetch_add(sent, std::memory_order_relaxed);
   counters_->rounds.fetch_add(1, std::memory_order_relaxed);
   store_fence();  // publishes the streaming stores of the round, which the release below does not order
@@ -87,6 +86,7 @@ void Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
     ring(domain_->doorbell(peer, index_));
   });
   unreceived_.push_back(epoch);
+  return static_cast<int64_t>(sent + sent_local);
 }
 
 void Lane::finish_epoch(uint64_t epoch) {
@@ -105,7 +105,7 @@ void Lane::finish_epoch(uint64_t epoch) {
 const std::byte* Lane::await_arrived(const RoundTrip& trip, uint64_t epoch, int source) {
   if (domain_->is_masked(source)) return nullptr;
   const uint64_t& word = domain_->cell(domain_->rank, index_, source).arrived;
-  const Awaited awaited{source, trip.operation, epoch, word, true};
+  const Awaited awaited{source, trip.operation, epoch, word, TERN_AWAITED_MESSAGES};
   if (!wait_until(awaited, [&] { return layout::flag_epoch(load_acquire(word)) >= epoch; })) return nullptr;
   const uint64_t flag = load_acquire(word);
   if (layout::flag_epoch(flag) == epoch && layout::flag_operation(flag) != trip.operation)
@@ -127,7 +127,7 @@ void Lane::post_ready(uint64_t epoch, tern_operation operation, int64_t offset) 
 std::byte* Lane::await_ready(uint64_t epoch, tern_operation operation, int peer) {
   if (domain_->is_masked(peer)) return nullptr;
   const layout::FlagCell& cell = domain_->cell(domain_->rank, index_, peer);
-  const Awaited awaited{peer, operation, epoch, cell.ready, true};
+  const Awaited awaited{peer, operation, epoch, cell.ready, TERN_AWAITED_ADDRESS};
   // A peer that does not use window memory goes on without posting: then its data arrive, and no `ready` was there before.
   const auto ready = [&] { return layout::flag_epoch(load_acquire(cell.ready)) >= epoch; };
   const auto passed_by = [&] { return layout::flag_epoch(load_acquire(cell.arrived)) >= epoch && !ready(); };
@@ -141,13 +141,25 @@ std::byte* Lane::await_ready(uint64_t epoch, tern_operation operation, int peer)
 
 void Lane::await_consumed(uint64_t epoch, tern_operation operation, int peer) {
   const uint64_t& word = domain_->cell(domain_->rank, index_, peer).consumed;
-  wait_until({peer, operation, epoch, word, false}, [&] { return load_acquire(word) >= epoch; });
+  wait_until({peer, operation, epoch, word, TERN_AWAITED_CONSUMED}, [&] { return load_acquire(word) >= epoch; });
 }
 
 template <typename Ready>
 bool Lane::wait_until(const Awaited& awaited, Ready ready) {
   if (gave_up(awaited.rank)) return false;  // also if it comes after all: it counts as absent to the end of the operation
   if (ready()) return true;
+  return with_span(
+      *spans_,
+      {.kind = TERN_SPAN_WAIT, .operation = awaited.operation, .peer = awaited.rank, .awaited = awaited.what, .epoch = awaited.epoch},
+      [&](Span& span) {
+        const bool has_come = keep_waiting(awaited, ready);
+        if (!has_come) span.set_status(TERN_TIMEOUT);
+        return has_come;
+      });
+}
+
+template <typename Ready>
+bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   counters_->waits.fetch_add(1, std::memory_order_relaxed);
   const auto start = Deadline::Clock::now();
   const Deadline deadline = Deadline::in_ms(options_.timeout_ms);
@@ -187,7 +199,7 @@ void Lane::go_on_without(int rank) {
 // The deadline has passed. Under TERN_ON_TIMEOUT_MASK the operation goes on without the rank: returns false.
 bool Lane::give_up(const Awaited& awaited) {
   counters_->timeouts.fetch_add(1, std::memory_order_relaxed);
-  const uint64_t seen = awaited.is_flag ? layout::flag_epoch(load_acquire(awaited.word)) : load_acquire(awaited.word);
+  const uint64_t seen = awaited.what == TERN_AWAITED_CONSUMED ? load_acquire(awaited.word) : layout::flag_epoch(load_acquire(awaited.word));
   const tern_failure failure{TERN_TIMEOUT, domain_->rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, seen};
   if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) {
     go_on_without(awaited.rank);

@@ -21,6 +21,7 @@
 #include "domain/domain.h"
 #include "domain/doorbell.h"
 #include "domain/failure.h"
+#include "trace/trace.h"
 
 namespace tern::cpu {
 
@@ -59,7 +60,8 @@ inline TokenRange tokens_of_round(const RoundTrip& trip, int64_t round) {
 
 class Lane {
  public:
-  Lane(const Domain& domain, int index, const LaneOptions& options);
+  // `spans`: where this lane's timeline goes.
+  Lane(const Domain& domain, int index, const LaneOptions& options, SpanLog& spans);
 
   // Epochs start again; `domain` holds fresh windows.
   void restart();
@@ -87,8 +89,9 @@ class Lane {
   template <typename Fill>
   void send_round(const RoundTrip& trip, uint64_t epoch, Fill fill) {
     begin_round(trip, epoch);
+    Span span(*spans_, {.kind = TERN_SPAN_SEND, .operation = trip.operation, .epoch = epoch});
     fill(epoch);
-    publish_round(trip, epoch);
+    span.set_bytes(publish_round(trip, epoch));
   }
 
   template <typename Drain>
@@ -117,6 +120,18 @@ class Lane {
   // For drain: waits until what `source` sends in this epoch is here; its bank, or nullptr if the rank is masked or has just been given up.
   const std::byte* await_arrived(const RoundTrip& trip, uint64_t epoch, int source);
 
+  // The same for one that is looked at by itself: calls use(bank) if there is one.
+  template <typename Use>
+  void receive_from(const RoundTrip& trip, uint64_t epoch, int source, Use use) {
+    const std::byte* bank = await_arrived(trip, epoch, source);
+    if (bank == nullptr) return;
+    const int64_t num_messages = reinterpret_cast<const layout::MessageHeader*>(bank)->num_messages;
+    const Span span(
+        *spans_,
+        {.kind = TERN_SPAN_RECEIVE, .operation = trip.operation, .peer = source, .epoch = epoch, .bytes = trip.bank.bytes(num_messages)});
+    use(bank);
+  }
+
   // This rank's rows lie at `offset` of its heap and are free to be written (dispatch) or complete (combine).
   void post_ready(uint64_t epoch, tern_operation operation, int64_t offset);
   // Where `peer`'s rows lie, or nullptr if it has been given up.
@@ -128,6 +143,7 @@ class Lane {
   int index() const { return index_; }
   Counters& counters() { return *counters_; }
   const Counters& counters() const { return *counters_; }
+  SpanLog& spans() { return *spans_; }
   // Ranks given up by the running operation under TERN_ON_TIMEOUT_MASK.
   bool gave_up_any() const { return gave_up_any_; }
   bool gave_up(int r) const { return given_up_[static_cast<size_t>(r)] != 0; }
@@ -140,16 +156,19 @@ class Lane {
     int rank;
     tern_operation operation;
     uint64_t epoch;
-    const uint64_t& word;  // flag or epoch that is waited for
-    bool is_flag;
+    const uint64_t& word;  // flag or, of CONSUMED, epoch that is waited for
+    tern_awaited what;
   };
 
   void begin_round(const RoundTrip& trip, uint64_t epoch);
-  void publish_round(const RoundTrip& trip, uint64_t epoch);
+  // Returns the bytes of the round, to all ranks.
+  int64_t publish_round(const RoundTrip& trip, uint64_t epoch);
   void finish_epoch(uint64_t epoch);
   // True when the awaited word has reached its epoch; false when the rank is given up; throws on failure and deadline.
   template <typename Ready>
   bool wait_until(const Awaited& awaited, Ready ready);
+  template <typename Ready>
+  bool keep_waiting(const Awaited& awaited, Ready ready);
   bool give_up(const Awaited& awaited);
   void go_on_without(int rank);
   bool still_waits_after_failure(const Awaited& awaited);
@@ -159,6 +178,7 @@ class Lane {
   const Domain* domain_;
   int index_;
   LaneOptions options_;
+  SpanLog* spans_;
   std::unique_ptr<Counters> counters_;
   uint64_t next_epoch_ = 1;
   uint64_t consumed_ = 0;              // as published

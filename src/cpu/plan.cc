@@ -69,7 +69,8 @@ void CpuPlan::check_nothing_under_way(const char* operation) const {
     fail(TERN_INVALID_STATE, "{}: a send along this plan has not been received yet", operation);
 }
 
-void CpuPlan::set_routing(const tern_routing& routing) {
+void CpuPlan::set_routing(Lane& lane, const tern_routing& routing) {
+  const Span span(lane.spans(), {.kind = TERN_SPAN_PLAN, .operation = TERN_OP_ROUTE});
   tickets_ = {};
   routed_ = dispatched_ = false;
   weights_.carried = false;
@@ -92,7 +93,7 @@ void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
   operate(launch, true, [&](Lane& lane) {
     check_nothing_under_way("route");
     lane.check_room(TERN_OP_ROUTE, 1);
-    set_routing(routing);
+    set_routing(lane, routing);
     run_route(context(lane));
     finish_routing();
     latency_path_ = false;
@@ -113,7 +114,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
     if (launch.phase != TERN_PHASE_RECEIVE) check_nothing_under_way("dispatch");
     check_dispatch(ctx, run, routes && !fused ? 1 : 0);
     if (routes) {
-      set_routing(*call.args.routing);
+      set_routing(lane, *call.args.routing);
       if (!fused) {
         run_route(ctx);
         finish_routing();

@@ -116,7 +116,7 @@ class CpuPlan : public DevicePlan {
   // Must the ticket's receive come first? What was sent in an earlier generation is gone.
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.domain().generation; }
   void check_nothing_under_way(const char* operation) const;
-  void set_routing(const tern_routing& routing);
+  void set_routing(Lane& lane, const tern_routing& routing);
   void finish_routing();
   // Runs one operation, again in a new generation if other ranks call for one. `routes`: it does not need an earlier routing.
   template <typename Operation>

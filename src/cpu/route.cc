@@ -27,15 +27,17 @@ void run_route(const PlanContext& ctx) {
   };
   const auto receive_counts = [&](int64_t, uint64_t epoch) {
     ctx.domain().for_each_member([&](int source) {
-      const std::byte* bank = ctx.lane.await_arrived(trip, epoch, source);
-      if (bank == nullptr || source == ctx.shape().rank) return;
-      std::memcpy(ctx.table.counts_of(source).data(), bank + trip.bank.counts(), own.size_bytes());
-      ctx.table.tokens_of(source) = reinterpret_cast<const layout::MessageHeader*>(bank)->num_tokens;
+      ctx.lane.receive_from(trip, epoch, source, [&](const std::byte* bank) {
+        if (source == ctx.shape().rank) return;
+        std::memcpy(ctx.table.counts_of(source).data(), bank + trip.bank.counts(), own.size_bytes());
+        ctx.table.tokens_of(source) = reinterpret_cast<const layout::MessageHeader*>(bank)->num_tokens;
+      });
     });
   };
   ctx.lane.run(trip, send_counts, receive_counts);
   // Others may have the counts of a rank that was given up here: no row may move until all have the same.
   if (ctx.lane.gave_up_any()) fail(TERN_ABORTED, "route: a rank did not come; the next generation starts without it");
+  const Span span(ctx.lane.spans(), {.kind = TERN_SPAN_PLAN, .operation = trip.operation});
   ctx.table.finish();
 }
 

@@ -110,7 +110,11 @@ CudaLane::CudaLane(const std::shared_ptr<DevicePool>& pool, int num_ranks)
 
 CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
                            Deadline deadline)
-    : options_(options), log_(log), sharer_(make_segment_sharer(topology, bootstrap, deadline)), heap_allocator_(options.window_bytes) {
+    : options_(options),
+      log_(log),
+      sharer_(make_segment_sharer(topology, bootstrap, deadline)),
+      heap_allocator_(options.window_bytes),
+      trace_(options.num_lanes) {
   if (topology.num_ranks > layout::kMaxRanks)
     fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
   facts_.device = choose_device(options, topology);

@@ -62,6 +62,7 @@ class CudaExchange : public DeviceExchange {
   void free_window(void* pointer) override;
   tern_exchange_state state() const override;
   tern_metrics metrics() const override;
+  Trace& trace() override { return trace_; }
   void recover(const tern_recover_options& options) override;
 
   // For the memory of plans.
@@ -118,6 +119,7 @@ class CudaExchange : public DeviceExchange {
   std::vector<PlanMemory> retired_;  // guarded by retired_mutex_
   mutable std::mutex heap_mutex_;
   OffsetAllocator heap_allocator_;
+  Trace trace_;
   std::vector<std::unique_ptr<CudaLane>> lanes_;
   Counters counters_;
 };

@@ -102,7 +102,10 @@ void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
   OperationStream stream(*this, launch);
   enqueue_route(routing, launch, stream.get());
   stream.finish();
-  if (shape_.extent == TERN_EXTENT_EXACT) await_counts(launch);
+  if (shape_.extent == TERN_EXTENT_EXACT) {
+    const SpanFacts wait{.kind = TERN_SPAN_WAIT, .operation = TERN_OP_ROUTE, .peer = shape_.rank, .awaited = TERN_AWAITED_OWN_GPU};
+    with_span(exchange_.trace().lane(launch.lane), wait, [&](Span&) { await_counts(launch); });
+  }
   routed_ = true;
 }
 

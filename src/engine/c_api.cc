@@ -90,6 +90,8 @@ void check_output(const Struct* given, const char* name) {
   check_size(given->struct_size, sizeof(Struct), name);
 }
 
+tern::SpanLog& trace_of(tern_plan* plan, const tern_launch& launch) { return plan->exchange->device->trace().lane(launch.lane); }
+
 }  // namespace
 
 const char* tern_status_name(tern_status status) { return tern::status_name(status); }
@@ -194,7 +196,8 @@ tern_status tern_exchange_recover(tern_exchange* exchange, const tern_recover_op
     need(exchange, "exchange");
     const auto o = read_optional(options, "tern_recover_options");
     if (o.timeout_ms < 0) fail(TERN_INVALID_ARGUMENT, "recover: timeout_ms is {}, must not be negative", o.timeout_ms);
-    exchange->state->device->recover(o);
+    tern::DeviceExchange& device = *exchange->state->device;
+    tern::with_span(device.trace().lane(0), {.operation = TERN_OP_RECOVER}, [&](tern::Span&) { device.recover(o); });
   });
 }
 
@@ -229,7 +232,7 @@ tern_status tern_plan_route(tern_plan* plan, const tern_routing* routing, const 
     tern::check_launch(l, plan->exchange->device->num_lanes());
     if (l.phase != TERN_PHASE_WHOLE) fail(TERN_INVALID_ARGUMENT, "route: phase must be TERN_PHASE_WHOLE");
     plan->device->check_routing(r);
-    plan->device->route(r, l);
+    tern::with_span(trace_of(plan, l), {.operation = TERN_OP_ROUTE}, [&](tern::Span&) { plan->device->route(r, l); });
     if (info != nullptr) write_struct(info, plan->device->info());
   });
 }
@@ -272,7 +275,9 @@ tern_status tern_dispatch(tern_plan* plan, const tern_dispatch_args* args, const
       routing = read_struct(a.routing, "tern_routing");
       a.routing = &routing;
     }
-    plan->device->dispatch(tern::make_dispatch_call(a, *plan->device, l), l);
+    const tern::DispatchCall call = tern::make_dispatch_call(a, *plan->device, l);
+    tern::with_span(trace_of(plan, l), {.operation = TERN_OP_DISPATCH, .phase = l.phase},
+                    [&](tern::Span&) { plan->device->dispatch(call, l); });
   });
 }
 
@@ -282,6 +287,36 @@ tern_status tern_combine(tern_plan* plan, const tern_combine_args* args, const t
     const auto a = read_struct(args, "tern_combine_args");
     const auto l = read_optional(launch, "tern_launch");
     tern::check_launch(l, plan->exchange->device->num_lanes());
-    plan->device->combine(tern::make_combine_call(a, *plan->device, l), l);
+    const tern::CombineCall call = tern::make_combine_call(a, *plan->device, l);
+    tern::with_span(trace_of(plan, l), {.operation = TERN_OP_COMBINE, .phase = l.phase},
+                    [&](tern::Span&) { plan->device->combine(call, l); });
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------------- timeline
+
+tern_status tern_trace_start(tern_exchange* exchange, int64_t capacity) {
+  return guarded([&] {
+    need(exchange, "exchange");
+    exchange->state->device->trace().start(capacity);
+  });
+}
+
+tern_status tern_trace_stop(tern_exchange* exchange) {
+  return guarded([&] {
+    need(exchange, "exchange");
+    exchange->state->device->trace().stop();
+  });
+}
+
+tern_status tern_trace_read(const tern_exchange* exchange, tern_span* spans, int64_t capacity, int64_t* num_spans, int64_t* num_dropped) {
+  return guarded([&] {
+    need(exchange, "exchange");
+    need(num_spans, "num_spans");
+    if (capacity < 0) fail(TERN_INVALID_ARGUMENT, "trace: capacity is {}, must not be negative", capacity);
+    if (capacity > 0) need(spans, "spans");
+    const tern::Trace::Totals totals = exchange->state->device->trace().read({spans, static_cast<size_t>(capacity)});
+    *num_spans = totals.num_spans;
+    if (num_dropped != nullptr) *num_dropped = totals.num_dropped;
   });
 }

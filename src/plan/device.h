@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "plan/plan_shape.h"
+#include "trace/trace.h"
 
 namespace tern {
 
@@ -54,6 +55,7 @@ class DeviceExchange {
   virtual void free_window(void* pointer) = 0;
   virtual tern_exchange_state state() const = 0;
   virtual tern_metrics metrics() const = 0;
+  virtual Trace& trace() = 0;
   virtual void recover(const tern_recover_options& options) = 0;
 };
 

@@ -193,6 +193,20 @@ FIELD(tern_combine_args, out_topk_weights, 80);
 FIELD(tern_combine_args, zero_copy, 88);
 FIELD(tern_combine_args, reserved, 92);
 
+SIZE(tern_span, 64);
+FIELD(tern_span, begin_ns, 0);
+FIELD(tern_span, end_ns, 8);
+FIELD(tern_span, epoch, 16);
+FIELD(tern_span, bytes, 24);
+FIELD(tern_span, kind, 32);
+FIELD(tern_span, operation, 36);
+FIELD(tern_span, phase, 40);
+FIELD(tern_span, lane, 44);
+FIELD(tern_span, peer, 48);
+FIELD(tern_span, awaited, 52);
+FIELD(tern_span, status, 56);
+FIELD(tern_span, reserved, 60);
+
 SIZE(tern_status, 4);
 VALUE(TERN_OK, 0);
 VALUE(TERN_INVALID_ARGUMENT, 1);
@@ -285,3 +299,18 @@ VALUE(TERN_OP_DISPATCH, 2);
 VALUE(TERN_OP_WEIGHTS, 3);
 VALUE(TERN_OP_COMBINE, 4);
 VALUE(TERN_OP_RECOVER, 5);
+
+SIZE(tern_span_kind, 4);
+VALUE(TERN_SPAN_OPERATION, 0);
+VALUE(TERN_SPAN_PLAN, 1);
+VALUE(TERN_SPAN_SEND, 2);
+VALUE(TERN_SPAN_WAIT, 3);
+VALUE(TERN_SPAN_RECEIVE, 4);
+VALUE(TERN_SPAN_REDUCE, 5);
+
+SIZE(tern_awaited, 4);
+VALUE(TERN_AWAITED_NOTHING, 0);
+VALUE(TERN_AWAITED_MESSAGES, 1);
+VALUE(TERN_AWAITED_ADDRESS, 2);
+VALUE(TERN_AWAITED_CONSUMED, 3);
+VALUE(TERN_AWAITED_OWN_GPU, 4);

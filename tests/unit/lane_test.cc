@@ -56,7 +56,9 @@ class Ranks {
 
   int size() const { return static_cast<int>(domains_.size()); }
   Domain& domain(int rank) { return *domains_[static_cast<size_t>(rank)]; }
-  Lane lane(int rank, int index, LaneOptions options = {.timeout_ms = kLongTimeoutMs}) { return Lane(domain(rank), index, options); }
+  Lane lane(int rank, int index, LaneOptions options = {.timeout_ms = kLongTimeoutMs}) {
+    return Lane(domain(rank), index, options, never_recorded_);
+  }
 
   // body(rank) on a thread for each.
   template <typename Body>
@@ -68,6 +70,7 @@ class Ranks {
 
  private:
   std::vector<std::unique_ptr<Domain>> domains_;
+  SpanLog never_recorded_{0};
 };
 
 // What `source` tells `destination` in a slot.
