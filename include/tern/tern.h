@@ -301,6 +301,19 @@ TERN_API tern_status tern_exchange_create(tern_group* group, const tern_exchange
  * operations that were enqueued outside of graphs have ended, at most twice timeout_ms; if they have not, its memory is lost. */
 TERN_API void tern_exchange_destroy(tern_exchange* exchange);
 
+/* What an exchange came to be. */
+typedef struct tern_exchange_info {
+  size_t struct_size TERN_SIZE_OF(tern_exchange_info);
+  tern_device_type device TERN_ZERO; /* never AUTO */
+  int32_t device_index TERN_ZERO;    /* the CUDA device; 0 on CPU ranks */
+  int32_t num_lanes TERN_ZERO;
+  int32_t reserved TERN_ZERO;
+  int64_t timeout_ms TERN_ZERO; /* the deadline of its waits */
+} tern_exchange_info;
+
+/* Local, any thread. */
+TERN_API tern_status tern_exchange_get_info(const tern_exchange* exchange, tern_exchange_info* info);
+
 /* Memory inside this rank's window, aligned to 256 bytes: what lies there is used in place by the other ranks (zero copy). CPU ranks
  * push, so that is the outputs of dispatch and the rows of combine. GPU ranks pull, so it is the tokens and scales of dispatch and the
  * rows of combine; each argument and rank by itself. Local: ranks may allocate different sizes in different orders.
@@ -458,6 +471,9 @@ TERN_API tern_status tern_plan_route(tern_plan* plan, const tern_routing* routin
 
 /* The same information again. Local. TERN_INVALID_STATE if the plan is not routed. */
 TERN_API tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* info);
+
+/* tern_plan_info.row_capacity, known from the start: the rows that outputs with extent WORST must have. Local. */
+TERN_API tern_status tern_plan_get_row_capacity(const tern_plan* plan, int64_t* num_rows);
 
 /* Counts of a routing by itself, without any exchange. Each output may be NULL. Local; a pure function of its inputs. On GPU ranks too it
  * counts on the host: inputs and outputs are host memory, the stream is not used, device_num_tokens is not looked at. */

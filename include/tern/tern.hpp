@@ -108,6 +108,12 @@ class Exchange {
     return result;
   }
 
+  tern_exchange_info info() const {
+    tern_exchange_info result;
+    detail::check(tern_exchange_get_info(get(), &result));
+    return result;
+  }
+
   tern_exchange_state state() const {
     tern_exchange_state result;
     detail::check(tern_exchange_get_state(get(), &result));
@@ -182,6 +188,12 @@ class Plan {
     tern_plan_info result;
     detail::check(tern_plan_get_info(get(), &result));
     return result;
+  }
+
+  int64_t row_capacity() const {
+    int64_t num_rows = 0;
+    detail::check(tern_plan_get_row_capacity(get(), &num_rows));
+    return num_rows;
   }
 
   // args.routing stays NULL here: the next function is for that.

@@ -21,6 +21,7 @@ class CpuExchange : public DeviceExchange {
   CpuExchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log, Deadline deadline);
 
   int32_t num_lanes() const override { return static_cast<int32_t>(lanes_.size()); }
+  int32_t device_index() const override { return 0; }
   std::unique_ptr<DevicePlan> create_plan(const PlanShape& shape) override;
   void* alloc_window(int64_t bytes) override;
   void free_window(void* pointer) override;

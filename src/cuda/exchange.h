@@ -57,6 +57,7 @@ class CudaExchange : public DeviceExchange {
   ~CudaExchange() override;
 
   int32_t num_lanes() const override { return static_cast<int32_t>(lanes_.size()); }
+  int32_t device_index() const override { return facts_.device; }
   std::unique_ptr<DevicePlan> create_plan(const PlanShape& shape) override;
   void* alloc_window(int64_t bytes) override;
   void free_window(void* pointer) override;

@@ -165,6 +165,20 @@ tern_status tern_exchange_create(tern_group* group, const tern_exchange_options*
   });
 }
 
+tern_status tern_exchange_get_info(const tern_exchange* exchange, tern_exchange_info* info) {
+  return guarded([&] {
+    need(exchange, "exchange");
+    check_output(info, "tern_exchange_info");
+    const tern::Exchange& state = *exchange->state;
+    tern_exchange_info result;
+    result.device = state.options.device;
+    result.device_index = state.device->device_index();
+    result.num_lanes = state.device->num_lanes();
+    result.timeout_ms = state.options.timeout_ms;
+    write_struct(info, result);
+  });
+}
+
 void tern_exchange_destroy(tern_exchange* exchange) { delete exchange; }
 
 tern_status tern_window_alloc(tern_exchange* exchange, int64_t bytes, void** pointer) {
@@ -242,6 +256,14 @@ tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* info) {
     need(plan, "plan");
     check_output(info, "tern_plan_info");
     write_struct(info, plan->device->info());
+  });
+}
+
+tern_status tern_plan_get_row_capacity(const tern_plan* plan, int64_t* num_rows) {
+  return guarded([&] {
+    need(plan, "plan");
+    need(num_rows, "num_rows");
+    *num_rows = plan->device->shape().row_capacity;
   });
 }
 

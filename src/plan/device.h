@@ -50,6 +50,7 @@ class DeviceExchange {
  public:
   virtual ~DeviceExchange() = default;
   virtual int32_t num_lanes() const = 0;
+  virtual int32_t device_index() const = 0;  // of the CUDA device
   virtual std::unique_ptr<DevicePlan> create_plan(const PlanShape& shape) = 0;
   virtual void* alloc_window(int64_t bytes) = 0;
   virtual void free_window(void* pointer) = 0;

@@ -49,6 +49,14 @@ FIELD(tern_exchange_options, timeout_ms, 64);
 FIELD(tern_exchange_options, on_timeout, 72);
 FIELD(tern_exchange_options, mode, 76);
 
+SIZE(tern_exchange_info, 32);
+FIELD(tern_exchange_info, struct_size, 0);
+FIELD(tern_exchange_info, device, 8);
+FIELD(tern_exchange_info, device_index, 12);
+FIELD(tern_exchange_info, num_lanes, 16);
+FIELD(tern_exchange_info, reserved, 20);
+FIELD(tern_exchange_info, timeout_ms, 24);
+
 SIZE(tern_memory_info, 40);
 FIELD(tern_memory_info, struct_size, 0);
 FIELD(tern_memory_info, control_bytes, 8);

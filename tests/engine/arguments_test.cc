@@ -114,6 +114,13 @@ TEST_F(Arguments, ExchangePointers) {
   expect_invalid_argument("query, info", tern_exchange_query_memory(groups_[0].get(), &options, nullptr));
   expect_invalid_argument("state, exchange", tern_exchange_get_state(nullptr, &state));
   expect_invalid_argument("state, state", tern_exchange_get_state(exchange_.get(), nullptr));
+  tern_exchange_info info;
+  expect_invalid_argument("info, exchange", tern_exchange_get_info(nullptr, &info));
+  expect_invalid_argument("info, info", tern_exchange_get_info(exchange_.get(), nullptr));
+  EXPECT_EQ(tern_exchange_get_info(exchange_.get(), &info), TERN_OK);
+  EXPECT_EQ(info.device, TERN_DEVICE_CPU);
+  EXPECT_EQ(info.num_lanes, 1);
+  EXPECT_GT(info.timeout_ms, 0);
   expect_invalid_argument("metrics, exchange", tern_exchange_get_metrics(nullptr, &metrics));
   expect_invalid_argument("metrics, metrics", tern_exchange_get_metrics(exchange_.get(), nullptr));
   expect_invalid_argument("recover", tern_exchange_recover(nullptr, nullptr));

@@ -38,7 +38,13 @@ TEST_F(Arguments, Routing) {
   const tern_routing good = routing();
   expect_invalid_argument("plan", tern_plan_route(nullptr, &good, nullptr, nullptr));
   expect_invalid_argument("routing", tern_plan_route(plan.get(), nullptr, nullptr, nullptr));
-  EXPECT_EQ(tern_plan_route(plan.get(), &good, nullptr, nullptr), TERN_OK);
+  int64_t capacity = 0;
+  expect_invalid_argument("plan", tern_plan_get_row_capacity(nullptr, &capacity));
+  expect_invalid_argument("num_rows", tern_plan_get_row_capacity(plan.get(), nullptr));
+  EXPECT_EQ(tern_plan_get_row_capacity(plan.get(), &capacity), TERN_OK);  // not routed yet
+  tern_plan_info routed;
+  EXPECT_EQ(tern_plan_route(plan.get(), &good, nullptr, &routed), TERN_OK);
+  EXPECT_EQ(capacity, routed.row_capacity);
   expect_still_works();
 }
 

@@ -196,6 +196,7 @@ void Session::get_infos() {
     make(name, [&] { return function(pointer); }, [&] { return pointer == nullptr || given.is_unchanged(); });
   };
   get("get_state", tern_exchange_state{}, [&](tern_exchange_state* s) { return tern_exchange_get_state(exchange_, s); });
+  get("exchange_get_info", tern_exchange_info{}, [&](tern_exchange_info* i) { return tern_exchange_get_info(exchange_, i); });
   get("get_metrics", tern_metrics{}, [&](tern_metrics* m) { return tern_exchange_get_metrics(exchange_, m); });
   get("group_get_info", tern_group_info{}, [&](tern_group_info* i) { return tern_group_get_info(group_, i); });
   for (const TestedPlan& plan : plans_)

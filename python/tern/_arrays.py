@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rest asks of arrays, for torch tensors and NumPy arrays. Anything else that speaks DLPack becomes one of the two.
+
+Neither torch nor NumPy is imported unless the caller's arrays are theirs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any, Optional, Sequence
+
+from ._c import DType, IndexType
+from .errors import InvalidArgumentError, UnsupportedError
+
+Array = Any  # torch.Tensor or numpy.ndarray
+
+_DTYPES = {
+    "bfloat16": DType.BF16,
+    "float16": DType.FP16,
+    "float32": DType.FP32,
+    "float8_e4m3fn": DType.FP8_E4M3,
+}
+_INDEX_TYPES = {"int64": IndexType.INT64, "int32": IndexType.INT32}
+
+
+class TorchArrays:
+    """torch tensors on one device. Fresh ones come from torch's allocator and belong to the current stream."""
+
+    def __init__(self, cuda_index: Optional[int]) -> None:
+        import torch
+
+        self._torch = torch
+        self._cuda_index = cuda_index
+        self._device = torch.device("cpu") if cuda_index is None else torch.device("cuda", cuda_index)
+        self._names = {getattr(torch, name): name for name in (*_DTYPES, *_INDEX_TYPES) if hasattr(torch, name)}
+        self.int32, self.int64, self.float32 = torch.int32, torch.int64, torch.float32
+        self.float8 = getattr(torch, "float8_e4m3fn", torch.uint8)
+        # What torch.cuda.current_stream asks too, without making an object of it.
+        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+    def owns(self, array: Any) -> bool:
+        return isinstance(array, self._torch.Tensor)
+
+    def adopt(self, array: Any, name: str) -> Array:
+        """The array as a tensor, if it is on this device."""
+        if not isinstance(array, self._torch.Tensor):
+            array = self._torch.from_dlpack(array)
+        if array.device != self._device:
+            raise InvalidArgumentError(f"{name} is on {array.device}, but the exchange is on {self._device}; move it there")
+        return array
+
+    def pointer(self, array: Array) -> int:
+        return int(array.data_ptr())
+
+    def item_bytes(self, array: Array) -> int:
+        return int(array.element_size())
+
+    def strides(self, array: Array) -> tuple[int, ...]:
+        """In elements."""
+        return tuple(array.stride())
+
+    def dense(self, array: Array) -> Array:
+        return array.contiguous()
+
+    def dtype_name(self, array: Array) -> str:
+        return self._names.get(array.dtype, "")
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Array:
+        return self._torch.empty(shape, dtype=dtype, device=self._device)
+
+    def view(self, array: Array, dtype: Any) -> Array:
+        return array.view(dtype)
+
+    def transpose(self, array: Array) -> Array:
+        return array.transpose(-1, -2)
+
+    def dtype_bytes(self, dtype: Any) -> int:
+        return int(dtype.itemsize)
+
+    def from_memory(self, owner: Any, shape: Sequence[int], dtype: Any) -> Array:
+        torch = self._torch
+        if self._cuda_index is None:
+            flat = torch.frombuffer(owner, dtype=torch.uint8)
+        else:
+            flat = torch.as_tensor(owner, device=self._device)
+        return flat.view(dtype).view(tuple(shape))
+
+    def current_stream(self) -> int:
+        if self._cuda_index is None:
+            return 0
+        if self._raw_stream is not None:
+            return int(self._raw_stream(self._cuda_index))
+        return int(self._torch.cuda.current_stream(self._cuda_index).cuda_stream)
+
+
+class NumpyArrays:
+    """NumPy arrays, for CPU ranks. bf16 and fp8 are those of ml_dtypes; without it fp8 comes out as uint8."""
+
+    def __init__(self) -> None:
+        import numpy
+
+        self._numpy = numpy
+        self.int32, self.int64, self.float32 = numpy.dtype("int32"), numpy.dtype("int64"), numpy.dtype("float32")
+        try:
+            import ml_dtypes
+
+            self.float8 = numpy.dtype(ml_dtypes.float8_e4m3fn)
+        except ImportError:
+            self.float8 = numpy.dtype("uint8")
+
+    def owns(self, array: Any) -> bool:
+        return isinstance(array, self._numpy.ndarray)
+
+    def adopt(self, array: Any, name: str) -> Array:
+        if isinstance(array, self._numpy.ndarray):
+            return array
+        try:
+            return self._numpy.from_dlpack(array)
+        except (BufferError, TypeError, RuntimeError) as error:
+            raise InvalidArgumentError(f"{name} is not an array in this process's memory: {error}") from error
+
+    def pointer(self, array: Array) -> int:
+        return int(array.ctypes.data) if array.size else 0
+
+    def item_bytes(self, array: Array) -> int:
+        return int(array.itemsize)
+
+    def strides(self, array: Array) -> tuple[int, ...]:
+        return tuple(stride // array.itemsize for stride in array.strides)
+
+    def dense(self, array: Array) -> Array:
+        return self._numpy.ascontiguousarray(array)
+
+    def dtype_name(self, array: Array) -> str:
+        return str(array.dtype.name)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Array:
+        return self._numpy.empty(shape, dtype=dtype)
+
+    def view(self, array: Array, dtype: Any) -> Array:
+        return array.view(dtype)
+
+    def transpose(self, array: Array) -> Array:
+        return array.swapaxes(-1, -2)
+
+    def dtype_bytes(self, dtype: Any) -> int:
+        return int(self._numpy.dtype(dtype).itemsize)
+
+    def from_memory(self, owner: Any, shape: Sequence[int], dtype: Any) -> Array:
+        return self._numpy.frombuffer(owner, dtype=self._numpy.uint8).view(dtype).reshape(tuple(shape))
+
+    def current_stream(self) -> int:
+        return 0
+
+
+Arrays = Any  # TorchArrays or NumpyArrays
+
+
+class ArraysOfDevice:
+    """Chooses between the two for what a caller gives, on the device of one exchange."""
+
+    def __init__(self, cuda_index: Optional[int]) -> None:
+        self._cuda_index = cuda_index
+        self._torch: Optional[TorchArrays] = None
+        self._numpy: Optional[NumpyArrays] = None
+
+    def of(self, array: Any) -> Arrays:
+        torch_arrays = self._torch
+        if torch_arrays is not None and torch_arrays.owns(array):
+            return torch_arrays
+        if type(array).__module__.partition(".")[0] == "numpy":
+            return self.numpy()
+        if "torch" in sys.modules or self._cuda_index is not None:
+            return self.torch()
+        if hasattr(array, "__dlpack__"):
+            return self.numpy()
+        raise InvalidArgumentError(f"{type(array).__name__} is no array: give a torch tensor, a NumPy array, or one with __dlpack__")
+
+    def of_dtype(self, dtype: Any) -> Arrays:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(dtype, torch.dtype):
+            return self.torch()
+        return self.numpy()
+
+    def torch(self) -> TorchArrays:
+        if self._torch is None:
+            self._torch = TorchArrays(self._cuda_index)
+        return self._torch
+
+    def numpy(self) -> NumpyArrays:
+        if self._cuda_index is not None:
+            raise UnsupportedError("NumPy arrays are in host memory, but this exchange is on a GPU; give torch tensors")
+        if self._numpy is None:
+            self._numpy = NumpyArrays()
+        return self._numpy
+
+
+class GpuMemory:
+    """Bytes in a window on a GPU, for torch to make a tensor of."""
+
+    def __init__(self, pointer: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (num_bytes,), "typestr": "|u1", "data": (pointer, False), "version": 3}
+
+
+def memory_at(pointer: int, num_bytes: int, on_gpu: bool) -> Any:
+    """An object that torch and NumPy make arrays of. It lives as long as the last of them, and has a weak reference to tell when."""
+    if on_gpu:
+        return GpuMemory(pointer, num_bytes)
+    return type("HostMemory", (ctypes.c_uint8 * num_bytes,), {}).from_address(pointer)
+
+
+def element_type(arrays: Arrays, array: Array) -> tuple[DType, int]:
+    """The tern_dtype of an array's elements, and how many of its units an element is: other types travel as bytes."""
+    dtype = _DTYPES.get(arrays.dtype_name(array))
+    return (DType.BYTES, arrays.item_bytes(array)) if dtype is None else (dtype, 1)
+
+
+def index_type(arrays: Arrays, array: Array) -> IndexType:
+    name = arrays.dtype_name(array)
+    if name not in _INDEX_TYPES:
+        raise InvalidArgumentError(f"topk_idx has elements of type {array.dtype}; they must be int64 or int32")
+    return _INDEX_TYPES[name]

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds and loads libtern: the one named by TERN_LIBRARY, else the one in this package, else the system's.
+
+Calls through ctypes.CDLL release the GIL, so that other Python threads run while one waits for other ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from . import _c
+from .errors import UnsupportedError
+
+SONAME = "libtern.so.0"
+
+
+def _path() -> str:
+    named = os.environ.get("TERN_LIBRARY")
+    if named:
+        return named
+    own = Path(__file__).parent / "lib" / SONAME
+    return str(own) if own.exists() else SONAME
+
+
+def _load() -> ctypes.CDLL:
+    path = _path()
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(
+            f"Tern's library could not be loaded: {error}. Install Tern with pip, or set TERN_LIBRARY to a {SONAME}."
+        ) from error
+    for name, (result, arguments) in _c.FUNCTIONS.items():
+        function = getattr(library, name, None)
+        if function is None:
+            raise UnsupportedError(f"{path} has no {name}: it is older than this Python package; install both together.")
+        function.restype = result
+        function.argtypes = arguments
+    return library
+
+
+lib = _load()
