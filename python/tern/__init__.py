@@ -15,6 +15,7 @@ text that says what was asked, what was found and what to do; no wait is without
 """
 
 from ._c import (
+    Awaited,
     CombineMode,
     Encoding,
     Extent,
@@ -24,6 +25,7 @@ from ._c import (
     Operation,
     Phase,
     ScaleOrder,
+    SpanKind,
     Status,
     TimeoutPolicy,
     Weighting,
@@ -47,11 +49,13 @@ from .errors import (
 from .exchange import Exchange, Failure, MemoryInfo, State
 from .group import Group
 from .plan import Combined, Dispatched, Pending, Plan, PlanInfo
+from .profile import Profile, Span, merge_traces, profile
 
 __version__ = "{}.{}.{}".format(_lib.tern_version() // 10000, _lib.tern_version() // 100 % 100, _lib.tern_version() % 100)
 
 __all__ = [
     "AbortedError",
+    "Awaited",
     "CapacityExceededError",
     "CombineMode",
     "Combined",
@@ -77,7 +81,10 @@ __all__ = [
     "Phase",
     "Plan",
     "PlanInfo",
+    "Profile",
     "ScaleOrder",
+    "Span",
+    "SpanKind",
     "StalePlanError",
     "State",
     "Status",
@@ -87,4 +94,6 @@ __all__ = [
     "UnsupportedError",
     "Weighting",
     "__version__",
+    "merge_traces",
+    "profile",
 ]

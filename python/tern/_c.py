@@ -137,6 +137,27 @@ class Operation(enum.IntEnum):
     RECOVER = 5
 
 
+class SpanKind(enum.IntEnum):
+    """What a rank did in a span of its timeline; tern.h, tern_span_kind."""
+
+    OPERATION = 0
+    PLAN = 1
+    SEND = 2
+    WAIT = 3
+    RECEIVE = 4
+    REDUCE = 5
+
+
+class Awaited(enum.IntEnum):
+    """What a rank waited for; tern.h, tern_awaited."""
+
+    NOTHING = 0
+    MESSAGES = 1
+    ADDRESS = 2
+    CONSUMED = 3
+    OWN_GPU = 4
+
+
 LogFn = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
 AllgatherFn = ctypes.CFUNCTYPE(ctypes.c_int, c_void_p, c_void_p, c_void_p, c_size_t)
 
@@ -385,6 +406,23 @@ class CombineArgs(Struct):
     ]
 
 
+class Span(Struct):
+    _fields_ = [
+        ("begin_ns", c_int64),
+        ("end_ns", c_int64),
+        ("epoch", c_uint64),
+        ("bytes", c_int64),
+        ("kind", c_int32),
+        ("operation", c_int32),
+        ("phase", c_int32),
+        ("lane", c_int32),
+        ("peer", c_int32),
+        ("awaited", c_int32),
+        ("status", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
 _handle = c_void_p  # tern_group*, tern_exchange*, tern_plan*
 
 # name: (result, arguments). Functions that return a tern_status are checked by errors.check.
@@ -420,4 +458,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "tern_dispatch": (c_int32, [_handle, POINTER(DispatchArgs), POINTER(Launch)]),
     "tern_combine": (c_int32, [_handle, POINTER(CombineArgs), POINTER(Launch)]),
+    "tern_trace_start": (c_int32, [_handle, c_int64]),
+    "tern_trace_stop": (c_int32, [_handle]),
+    "tern_trace_read": (c_int32, [_handle, POINTER(Span), c_int64, POINTER(c_int64), POINTER(c_int64)]),
 }

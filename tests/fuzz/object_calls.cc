@@ -201,6 +201,18 @@ void Session::get_infos() {
   get("group_get_info", tern_group_info{}, [&](tern_group_info* i) { return tern_group_get_info(group_, i); });
   for (const TestedPlan& plan : plans_)
     get("plan_get_info", tern_plan_info{}, [&](tern_plan_info* i) { return tern_plan_get_info(plan.handle, i); });
+  restart_trace();
+}
+
+// What comes next is recorded, as far as there is room.
+void Session::restart_trace() {
+  constexpr int64_t kRoom = 3;
+  tern_span spans[2];
+  int64_t num_spans = -1, num_dropped = -1;
+  require(tern_trace_read(exchange_, spans, 2, &num_spans, &num_dropped) == TERN_OK, "trace_read", "it cannot be read");
+  require(num_spans >= 0 && num_spans <= kRoom * 3 && num_dropped >= 0, "trace_read", "there are more spans than have room on three lanes");
+  require(num_spans == 0 || (spans[0].begin_ns > 0 && spans[0].begin_ns <= spans[0].end_ns), "trace_read", "it gave a span that is none");
+  require(tern_trace_start(exchange_, kRoom) == TERN_OK, "trace_start", "it cannot be started");
 }
 
 void Session::allocate_window() {

@@ -100,6 +100,7 @@ class Session {
   void create_plan();
   void destroy_plan();
   void get_infos();
+  void restart_trace();
   void allocate_window();
   void free_window();
   void recover();
