@@ -36,20 +36,11 @@ void SpanLog::start(std::vector<tern_span> room) noexcept {
   is_on_.store(true, std::memory_order_release);
 }
 
-void Span::begin(const SpanFacts& facts) {
-  span_.kind = facts.kind;
-  span_.operation = facts.operation;
-  span_.phase = facts.phase;
-  span_.peer = facts.peer;
-  span_.awaited = facts.awaited;
-  span_.epoch = facts.epoch;
-  span_.bytes = facts.bytes;
-  span_.begin_ns = now_ns();
-}
+void Span::begin() noexcept { span_->begin_ns = now_ns(); }
 
 void Span::end() noexcept {
-  span_.end_ns = now_ns();
-  log_->add(span_);
+  span_->end_ns = now_ns();
+  log_.add(*span_);
 }
 
 Trace::Trace(int32_t num_lanes) {

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -60,24 +61,39 @@ struct SpanFacts {
 
 class Span {
  public:
-  Span(SpanLog& log, const SpanFacts& facts) : log_(log.is_on() ? &log : nullptr) {
-    if (log_ != nullptr) begin(facts);
+  Span(SpanLog& log, const SpanFacts& facts) : log_(log) {
+    if (!log.is_on()) [[likely]]
+      return;
+    // In the header, so that facts are only put together where they are recorded.
+    span_ = tern_span{.epoch = facts.epoch,
+                      .bytes = facts.bytes,
+                      .kind = facts.kind,
+                      .operation = facts.operation,
+                      .phase = facts.phase,
+                      .peer = facts.peer,
+                      .awaited = facts.awaited};
+    begin();
   }
   ~Span() {
-    if (log_ != nullptr) end();
+    if (span_) [[unlikely]]
+      end();
   }
   Span(const Span&) = delete;
   Span& operator=(const Span&) = delete;
 
-  void set_bytes(int64_t bytes) { span_.bytes = bytes; }
-  void set_status(tern_status status) { span_.status = status; }
+  void set_bytes(int64_t bytes) {
+    if (span_) span_->bytes = bytes;
+  }
+  void set_status(tern_status status) {
+    if (span_) span_->status = status;
+  }
 
  private:
-  void begin(const SpanFacts& facts);
+  void begin() noexcept;
   void end() noexcept;
 
-  SpanLog* log_;  // nullptr: nothing is recorded
-  tern_span span_;
+  SpanLog& log_;
+  std::optional<tern_span> span_;  // only where it is recorded
 };
 
 // A span around body(span), whose status is that of the failure that ends it, if one does. Returns what the body returns.
