@@ -48,10 +48,11 @@ from .errors import (
 )
 from .exchange import Exchange, Failure, MemoryInfo, State
 from .group import Group
-from .plan import Combined, Dispatched, Pending, Plan, PlanInfo
+from .plan import Plan
 from .profile import Profile, Span, merge_traces, profile
+from .results import Combined, Dispatched, Pending, PlanInfo
 
-__version__ = "{}.{}.{}".format(_lib.tern_version() // 10000, _lib.tern_version() // 100 % 100, _lib.tern_version() % 100)
+__version__ = f"{_lib.tern_version() // 10000}.{_lib.tern_version() // 100 % 100}.{_lib.tern_version() % 100}"
 
 __all__ = [
     "AbortedError",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from ._c import DType, IndexType
 from .errors import InvalidArgumentError, UnsupportedError
@@ -27,50 +28,82 @@ _INDEX_TYPES = {"int64": IndexType.INT64, "int32": IndexType.INT32}
 class TorchArrays:
     """torch tensors on one device. Fresh ones come from torch's allocator and belong to the current stream."""
 
-    def __init__(self, cuda_index: Optional[int]) -> None:
+    def __init__(self, cuda_index: int | None) -> None:
         import torch
 
         self._torch = torch
         self._cuda_index = cuda_index
         self._device = torch.device("cpu") if cuda_index is None else torch.device("cuda", cuda_index)
-        self._names = {getattr(torch, name): name for name in (*_DTYPES, *_INDEX_TYPES) if hasattr(torch, name)}
+        self._device_number = -1 if cuda_index is None else cuda_index  # as Tensor.get_device says it
+        self._tensor = torch.Tensor
+        self._empty = torch.empty
+        self._dtypes = {getattr(torch, name): dtype for name, dtype in _DTYPES.items() if hasattr(torch, name)}
+        self._index_types = {getattr(torch, name): kind for name, kind in _INDEX_TYPES.items()}
         self.int32, self.int64, self.float32 = torch.int32, torch.int64, torch.float32
         self.float8 = getattr(torch, "float8_e4m3fn", torch.uint8)
         # What torch.cuda.current_stream asks too, without making an object of it.
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def owns(self, array: Any) -> bool:
-        return isinstance(array, self._torch.Tensor)
+        return isinstance(array, self._tensor)
 
     def adopt(self, array: Any, name: str) -> Array:
         """The array as a tensor, if it is on this device."""
-        if not isinstance(array, self._torch.Tensor):
-            array = self._torch.from_dlpack(array)
-        if array.device != self._device:
-            raise InvalidArgumentError(f"{name} is on {array.device}, but the exchange is on {self._device}; move it there")
+        if not isinstance(array, self._tensor):
+            array = self._torch.utils.dlpack.from_dlpack(array)
+        if array.get_device() != self._device_number:
+            raise InvalidArgumentError(
+                f"{name} is on {array.device}, but the exchange is on {self._device}; move it there"
+            )
+        return array
+
+    def matrix(self, array: Any, name: str, width: int) -> Array:
+        """Dense, [any, width]."""
+        array = self.adopt(array, name).contiguous()
+        if array.dim() != 2 or array.shape[1] != width:
+            raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, {width}]")
+        return array
+
+    def rows(self, array: Any, name: str) -> Array:
+        """[any, any], each row dense."""
+        array = self.adopt(array, name)
+        if array.dim() != 2:
+            raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, hidden]")
+        return array if array.stride(1) == 1 else array.contiguous()
+
+    def row_stride(self, array: Array) -> int:
+        """In elements; 0 where it does not matter."""
+        return int(array.stride(0)) if array.shape[0] > 1 else 0
+
+    def strides(self, array: Array) -> tuple[int, ...]:
+        return tuple(array.stride())
+
+    def int32_vector(self, array: Any, name: str, size: int) -> Array:
+        array = self.adopt(array, name).contiguous()
+        if array.dtype != self.int32 or array.numel() != size:
+            raise InvalidArgumentError(
+                f"{name} is {array.dtype} of shape {list(array.shape)}; it must be int32 with {size} elements"
+            )
         return array
 
     def pointer(self, array: Array) -> int:
-        return int(array.data_ptr())
-
-    def item_bytes(self, array: Array) -> int:
-        return int(array.element_size())
-
-    def strides(self, array: Array) -> tuple[int, ...]:
-        """In elements."""
-        return tuple(array.stride())
+        return array.data_ptr()  # type: ignore[no-any-return]
 
     def dense(self, array: Array) -> Array:
         return array.contiguous()
 
-    def dtype_name(self, array: Array) -> str:
-        return self._names.get(array.dtype, "")
+    def is_dense(self, array: Array) -> bool:
+        return bool(array.is_contiguous())
+
+    def element_type(self, dtype: Any) -> tuple[DType, int]:
+        return element_type(self._dtypes.get(dtype), self.dtype_bytes(dtype))
+
+    def index_type(self, array: Array) -> IndexType:
+        kind = self._index_types.get(array.dtype)
+        return refuse_index(array) if kind is None else kind
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
-        return self._torch.empty(shape, dtype=dtype, device=self._device)
-
-    def view(self, array: Array, dtype: Any) -> Array:
-        return array.view(dtype)
+        return self._empty(shape, dtype=dtype, device=self._device)
 
     def transpose(self, array: Array) -> Array:
         return array.transpose(-1, -2)
@@ -103,7 +136,7 @@ class NumpyArrays:
         self._numpy = numpy
         self.int32, self.int64, self.float32 = numpy.dtype("int32"), numpy.dtype("int64"), numpy.dtype("float32")
         try:
-            import ml_dtypes
+            import ml_dtypes  # type: ignore[import-not-found]
 
             self.float8 = numpy.dtype(ml_dtypes.float8_e4m3fn)
         except ImportError:
@@ -117,29 +150,53 @@ class NumpyArrays:
             return array
         try:
             return self._numpy.from_dlpack(array)
-        except (BufferError, TypeError, RuntimeError) as error:
+        except (AttributeError, BufferError, TypeError, RuntimeError) as error:
             raise InvalidArgumentError(f"{name} is not an array in this process's memory: {error}") from error
 
-    def pointer(self, array: Array) -> int:
-        return int(array.ctypes.data) if array.size else 0
+    def matrix(self, array: Any, name: str, width: int) -> Array:
+        array = self.dense(self.adopt(array, name))
+        if array.ndim != 2 or array.shape[1] != width:
+            raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, {width}]")
+        return array
 
-    def item_bytes(self, array: Array) -> int:
-        return int(array.itemsize)
+    def rows(self, array: Any, name: str) -> Array:
+        array = self.adopt(array, name)
+        if array.ndim != 2:
+            raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, hidden]")
+        return array if array.strides[1] == array.itemsize else self.dense(array)
+
+    def row_stride(self, array: Array) -> int:
+        return int(array.strides[0] // array.itemsize) if array.shape[0] > 1 else 0
 
     def strides(self, array: Array) -> tuple[int, ...]:
         return tuple(stride // array.itemsize for stride in array.strides)
 
+    def int32_vector(self, array: Any, name: str, size: int) -> Array:
+        array = self.dense(self.adopt(array, name))
+        if array.dtype != self.int32 or array.size != size:
+            raise InvalidArgumentError(
+                f"{name} is {array.dtype} of shape {list(array.shape)}; it must be int32 with {size} elements"
+            )
+        return array
+
+    def pointer(self, array: Array) -> int:
+        return int(array.ctypes.data) if array.size else 0
+
     def dense(self, array: Array) -> Array:
         return self._numpy.ascontiguousarray(array)
 
-    def dtype_name(self, array: Array) -> str:
-        return str(array.dtype.name)
+    def is_dense(self, array: Array) -> bool:
+        return bool(array.flags.c_contiguous)
+
+    def element_type(self, dtype: Any) -> tuple[DType, int]:
+        return element_type(_DTYPES.get(dtype.name), dtype.itemsize)
+
+    def index_type(self, array: Array) -> IndexType:
+        kind = _INDEX_TYPES.get(array.dtype.name)
+        return refuse_index(array) if kind is None else kind
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         return self._numpy.empty(shape, dtype=dtype)
-
-    def view(self, array: Array, dtype: Any) -> Array:
-        return array.view(dtype)
 
     def transpose(self, array: Array) -> Array:
         return array.swapaxes(-1, -2)
@@ -157,13 +214,22 @@ class NumpyArrays:
 Arrays = Any  # TorchArrays or NumpyArrays
 
 
+def element_type(dtype: DType | None, item_bytes: int) -> tuple[DType, int]:
+    """The tern_dtype, and how many of its units an element is: types that Tern does not know travel as bytes."""
+    return (DType.BYTES, item_bytes) if dtype is None else (dtype, 1)
+
+
+def refuse_index(array: Array) -> IndexType:
+    raise InvalidArgumentError(f"topk_idx has elements of type {array.dtype}; they must be int64 or int32")
+
+
 class ArraysOfDevice:
     """Chooses between the two for what a caller gives, on the device of one exchange."""
 
-    def __init__(self, cuda_index: Optional[int]) -> None:
+    def __init__(self, cuda_index: int | None) -> None:
         self._cuda_index = cuda_index
-        self._torch: Optional[TorchArrays] = None
-        self._numpy: Optional[NumpyArrays] = None
+        self._torch: TorchArrays | None = None
+        self._numpy: NumpyArrays | None = None
 
     def of(self, array: Any) -> Arrays:
         torch_arrays = self._torch
@@ -175,7 +241,9 @@ class ArraysOfDevice:
             return self.torch()
         if hasattr(array, "__dlpack__"):
             return self.numpy()
-        raise InvalidArgumentError(f"{type(array).__name__} is no array: give a torch tensor, a NumPy array, or one with __dlpack__")
+        raise InvalidArgumentError(
+            f"{type(array).__name__} is no array: give a torch tensor, a NumPy array, or one with __dlpack__"
+        )
 
     def of_dtype(self, dtype: Any) -> Arrays:
         torch = sys.modules.get("torch")
@@ -200,24 +268,17 @@ class GpuMemory:
     """Bytes in a window on a GPU, for torch to make a tensor of."""
 
     def __init__(self, pointer: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {"shape": (num_bytes,), "typestr": "|u1", "data": (pointer, False), "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
 
 
 def memory_at(pointer: int, num_bytes: int, on_gpu: bool) -> Any:
     """An object that torch and NumPy make arrays of. It lives as long as the last of them, and has a weak reference to tell when."""
     if on_gpu:
         return GpuMemory(pointer, num_bytes)
-    return type("HostMemory", (ctypes.c_uint8 * num_bytes,), {}).from_address(pointer)
-
-
-def element_type(arrays: Arrays, array: Array) -> tuple[DType, int]:
-    """The tern_dtype of an array's elements, and how many of its units an element is: other types travel as bytes."""
-    dtype = _DTYPES.get(arrays.dtype_name(array))
-    return (DType.BYTES, arrays.item_bytes(array)) if dtype is None else (dtype, 1)
-
-
-def index_type(arrays: Arrays, array: Array) -> IndexType:
-    name = arrays.dtype_name(array)
-    if name not in _INDEX_TYPES:
-        raise InvalidArgumentError(f"topk_idx has elements of type {array.dtype}; they must be int64 or int32")
-    return _INDEX_TYPES[name]
+    kind: Any = type("HostMemory", (ctypes.c_uint8 * num_bytes,), {})
+    return kind.from_address(pointer)

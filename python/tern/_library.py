@@ -35,7 +35,9 @@ def _load() -> ctypes.CDLL:
     for name, (result, arguments) in _c.FUNCTIONS.items():
         function = getattr(library, name, None)
         if function is None:
-            raise UnsupportedError(f"{path} has no {name}: it is older than this Python package; install both together.")
+            raise UnsupportedError(
+                f"{path} has no {name}: it is older than this Python package; install both together."
+            )
         function.restype = result
         function.argtypes = arguments
     return library

@@ -6,8 +6,10 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Iterable, Optional, Sequence, TypeVar, Union
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _c
 from ._arrays import Array, ArraysOfDevice, memory_at
@@ -18,10 +20,10 @@ from .group import Group
 if TYPE_CHECKING:
     from .plan import Plan
 
-E = TypeVar("E", bound="_c.enum.IntEnum")
+E = TypeVar("E", bound=IntEnum)
 
 
-def choice(kind: type[E], given: Union[E, str]) -> E:
+def choice(kind: type[E], given: E | str) -> E:
     """An enum's member by itself or by its name in small letters."""
     if isinstance(given, kind):
         return given
@@ -60,7 +62,7 @@ class State:
     health: _c.Health
     generation: int  # 0 at first, grows with every recovery
     masked: list[int]  # ranks
-    failure: Optional[Failure]
+    failure: Failure | None
 
 
 class Exchange:
@@ -92,8 +94,8 @@ class Exchange:
         num_lanes: int = 1,
         num_sms: int = 0,
         timeout_ms: int = 0,
-        on_timeout: Union[_c.TimeoutPolicy, str] = _c.TimeoutPolicy.ABORT,
-        mode: Union[_c.Mode, str] = _c.Mode.AUTO,
+        on_timeout: _c.TimeoutPolicy | str = _c.TimeoutPolicy.ABORT,
+        mode: _c.Mode | str = _c.Mode.AUTO,
     ) -> None:
         kind, index = _device(device)
         options = _c.ExchangeOptions(
@@ -112,14 +114,12 @@ class Exchange:
             mode=choice(_c.Mode, mode),
         )
         handle = ctypes.c_void_p()
-        group.call_collective(
-            lib.tern_exchange_create, group._handle, ctypes.byref(options), ctypes.byref(handle)
-        )
+        group.call_collective(lib.tern_exchange_create, group._handle, ctypes.byref(options), ctypes.byref(handle))
         self.group = group
         self._native = NativeExchange(handle)
         info = _c.ExchangeInfo()
         check(lib.tern_exchange_get_info(handle, ctypes.byref(info)))
-        self.cuda_index: Optional[int] = info.device_index if info.device == _c.DeviceType.CUDA else None
+        self.cuda_index: int | None = info.device_index if info.device == _c.DeviceType.CUDA else None
         self.num_lanes = int(info.num_lanes)
         self.timeout_ms = int(info.timeout_ms)
         self._arrays = ArraysOfDevice(self.cuda_index)
@@ -171,7 +171,13 @@ class Exchange:
         failure = None
         if f.status != 0:
             failure = Failure(
-                _c.Status(f.status), f.waiter, f.awaited, f.lane, _c.Operation(f.operation), f.expected_epoch, f.seen_epoch
+                _c.Status(f.status),
+                f.waiter,
+                f.awaited,
+                f.lane,
+                _c.Operation(f.operation),
+                f.expected_epoch,
+                f.seen_epoch,
             )
         masked = [rank for rank in range(self.group.num_ranks) if state.masked[rank]]
         return State(_c.Health(state.health), state.generation, masked, failure)
@@ -180,7 +186,7 @@ class Exchange:
         """Counters since creation: tern.h, tern_metrics."""
         metrics = _c.Metrics()
         check(lib.tern_exchange_get_metrics(self._native.handle, ctypes.byref(metrics)))
-        return {name: int(getattr(metrics, name)) for name, _ in metrics._fields_[1:]}
+        return {name: int(getattr(metrics, name)) for name, *_ in metrics._fields_[1:]}
 
     def recover(self, *, mask: Iterable[int] = (), allow_mask: bool = False, timeout_ms: int = 0) -> None:
         """Starts a new generation without the ranks in `mask`, and with allow_mask without those that do not answer in time.
@@ -207,7 +213,7 @@ class Exchange:
 class NativeExchange:
     """The C handle. Plans and window arrays hold it too, so it is destroyed behind the last of them."""
 
-    def __init__(self, handle: Optional[ctypes.c_void_p]) -> None:
+    def __init__(self, handle: ctypes.c_void_p | None) -> None:
         self.handle = handle
         if handle is not None:
             weakref.finalize(self, lib.tern_exchange_destroy, handle)
@@ -226,4 +232,6 @@ def _device(given: Any) -> tuple[_c.DeviceType, int]:
         return _c.DeviceType.CPU, 0
     if kind == "cuda":
         return _c.DeviceType.CUDA, int(index) if index else -1
-    raise InvalidArgumentError(f"device is {given!r}; it must be 'cpu', 'cuda', 'cuda:N', or None for the best there is")
+    raise InvalidArgumentError(
+        f"device is {given!r}; it must be 'cpu', 'cuda', 'cuda:N', or None for the best there is"
+    )

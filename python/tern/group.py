@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 from . import _c
 from ._library import lib
@@ -62,7 +62,9 @@ class Group:
         if process_group is None:
             process_group = dist.group.WORLD
         if process_group is None:
-            raise InvalidArgumentError("torch.distributed is not initialised: call init_process_group first, or give a ProcessGroup")
+            raise InvalidArgumentError(
+                "torch.distributed is not initialised: call init_process_group first, or give a ProcessGroup"
+            )
 
         def allgather(own: bytes) -> list[bytes]:
             gathered: list[Any] = [None] * process_group.size()
@@ -77,7 +79,12 @@ class Group:
     def from_mpi(cls, communicator: Any, *, name: str = "", node: str = "", timeout_ms: int = 0) -> Group:
         """From an mpi4py communicator, or anything with Get_rank, Get_size and allgather."""
         return cls.from_allgather(
-            communicator.Get_rank(), communicator.Get_size(), communicator.allgather, name=name, node=node, timeout_ms=timeout_ms
+            communicator.Get_rank(),
+            communicator.Get_size(),
+            communicator.allgather,
+            name=name,
+            node=node,
+            timeout_ms=timeout_ms,
         )
 
     @classmethod
@@ -86,7 +93,7 @@ class Group:
         handles = (ctypes.c_void_p * max(num_ranks, 1))()
         options = _options(name, "", timeout_ms)
         check(lib.tern_group_create_local(ctypes.byref(options), num_ranks, handles))
-        return [cls(handle) for handle in handles]
+        return [cls(_value(ctypes.c_void_p(handle))) for handle in handles]
 
     @property
     def rank(self) -> int:
@@ -130,7 +137,7 @@ class _AllgatherCallback:
     def __init__(self, num_ranks: int, allgather: Allgather) -> None:
         self._num_ranks = num_ranks
         self._allgather = allgather
-        self._error: Optional[BaseException] = None
+        self._error: BaseException | None = None
         self.function = _c.AllgatherFn(self._call)
 
     def _call(self, _context: Any, send: int, receive: int, num_bytes: int) -> int:

@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import pytest
-
 import tern
+from ranks import TIMEOUT_MS, as_threads
 
 np = pytest.importorskip("numpy", reason="rows are NumPy arrays here")
 
@@ -20,15 +19,14 @@ NUM_TOKENS, HIDDEN = 5, 32
 ROW_BYTES = HIDDEN * 4
 
 
-def on_ranks(num_ranks: int, body: Callable[[int, tern.Exchange], Any], **options: Any) -> list[Any]:
+def on_ranks(num_ranks: int, body: Callable[[int, tern.Exchange], Any], timeout_ms: int = TIMEOUT_MS) -> list[Any]:
     """Runs body(rank, exchange) on a thread for each rank, and returns what it returned by rank."""
 
     def run(group: tern.Group) -> Any:
-        exchange = tern.Exchange(group, device="cpu", max_tokens=NUM_TOKENS, **options)
+        exchange = tern.Exchange(group, device="cpu", max_tokens=NUM_TOKENS, timeout_ms=timeout_ms)
         return body(group.rank, exchange)
 
-    with ThreadPoolExecutor(num_ranks) as threads:
-        return list(threads.map(run, tern.Group.local(num_ranks)))
+    return as_threads(num_ranks, run)
 
 
 def make_plan(exchange: tern.Exchange) -> tern.Plan:
