@@ -15,6 +15,7 @@
 #include "tools/moe_layer.h"
 #include "tools/numbers.h"
 #include "tools/progress.h"
+#include "tools/timeline.h"
 
 namespace tern::tools {
 namespace {
@@ -31,6 +32,13 @@ struct RankReport {
   int64_t num_rows = 0;
 };
 
+// The timeline of a rank's last run, on the board too.
+struct RankTrace {
+  static constexpr int64_t kRoom = 4096;
+  int64_t num_spans = 0;
+  tern_span spans[kRoom];
+};
+
 struct Setting {
   const RunOptions& options;
   LayerShape layer;
@@ -39,7 +47,10 @@ struct Setting {
 
   size_t result_elements() const { return static_cast<size_t>(options.tokens * layer.hidden); }
   size_t report_bytes() const { return (sizeof(RankReport) * static_cast<size_t>(num_ranks) + 255) / 256 * 256; }
-  size_t board_bytes() const { return report_bytes() + static_cast<size_t>(num_ranks) * result_elements() * sizeof(uint16_t); }
+  size_t trace_at() const {
+    return (report_bytes() + static_cast<size_t>(num_ranks) * result_elements() * sizeof(uint16_t) + 255) / 256 * 256;
+  }
+  size_t board_bytes() const { return trace_at() + (options.trace.empty() ? 0 : sizeof(RankTrace) * static_cast<size_t>(num_ranks)); }
 };
 
 // The layer as one rank runs it: rows travel between the ranks' devices, gate and experts compute on the host.
@@ -92,6 +103,15 @@ class LayerRank {
     report.num_messages = info.num_received;
     report.num_rows = info.num_rows;
     return report;
+  }
+
+  void start_trace() { exchange_.start_trace(RankTrace::kRoom); }
+
+  void copy_trace_to(RankTrace& trace) {
+    exchange_.stop_trace();
+    const auto spans = exchange_.timeline().spans;
+    trace.num_spans = static_cast<int64_t>(spans.size());
+    std::ranges::copy(spans, trace.spans);
   }
 
   void copy_results_to(uint16_t* host) { device_.copy_out(host, results_.data(), results_.num_bytes()); }
@@ -285,22 +305,35 @@ RankReport median_run(std::vector<RankReport> runs) {
   return runs[runs.size() / 2];
 }
 
+void write_trace(const Setting& setting, const Board& board) {
+  const auto* traces = board.shared_as<RankTrace>(setting.trace_at());
+  std::vector<RankTimeline> timelines;
+  for (int rank = 0; rank < setting.num_ranks; ++rank)
+    timelines.push_back({rank, {traces[rank].spans, static_cast<size_t>(traces[rank].num_spans)}});
+  write_chrome_trace(setting.options.trace, timelines);
+  fmt::print("  Timeline of the last run: {} (open it at https://ui.perfetto.dev)\n\n", setting.options.trace);
+}
+
 int run_rank(const Setting& setting, RankContext& context) {
   Progress progress(context.rank == 0);
   progress.show("making the experts' weights", 0, setting.options.iters + 1);
   const std::unique_ptr<RankDevice> device = make_rank_device(setting.device, context.rank);
   LayerRank layer(setting, context, *device);
   std::vector<RankReport> runs;
+  const bool traced = !setting.options.trace.empty();
   layer.run_once();  // the first run finds cold caches and new pages
   for (int64_t i = 0; i < setting.options.iters; ++i) {
     progress.show("running the layer", i + 1, setting.options.iters + 1);
+    if (traced && i + 1 == setting.options.iters) layer.start_trace();
     runs.push_back(layer.run_once());
   }
   progress.clear();
   context.board.shared_as<RankReport>()[context.rank] = median_run(runs);
   auto* all_results = context.board.shared_as<uint16_t>(setting.report_bytes());
   layer.copy_results_to(all_results + static_cast<size_t>(context.rank) * setting.result_elements());
+  if (traced) layer.copy_trace_to(context.board.shared_as<RankTrace>(setting.trace_at())[context.rank]);
   context.align();
+  if (traced && context.rank == 0) write_trace(setting, context.board);
   return context.rank == 0 ? report_layer(setting, context.board) : 0;
 }
 
@@ -322,6 +355,7 @@ void add_run_flags(CLI::App& app, RunOptions& options) {
   app.add_option("--timeout", options.timeout_ms, "Deadline of every wait, milliseconds")
       ->check(CLI::Range(int64_t{1}, int64_t{86400000}))
       ->capture_default_str();
+  app.add_option("--trace", options.trace, "Write a timeline of the last run to this file, for ui.perfetto.dev or chrome://tracing");
 }
 
 int run_layer(const RunOptions& options) {

@@ -18,6 +18,7 @@ struct RunOptions {
   int64_t iters = 5;
   uint64_t seed = 1;
   int64_t timeout_ms = 30000;
+  std::string trace;  // file for a timeline; "": none
 };
 
 void add_run_flags(CLI::App& app, RunOptions& options);

@@ -591,7 +591,7 @@ TERN_API tern_status tern_combine(tern_plan* plan, const tern_combine_args* args
  *
  * The spans of a lane follow each other, or one lies within the other. While nothing is recorded they cost next to nothing. */
 typedef enum tern_span_kind TERN_ENUM_TYPE {
-  TERN_SPAN_OPERATION = 0, /* a whole call: a route, dispatch, combine or recovery. All others but those within a recovery lie in one */
+  TERN_SPAN_OPERATION = 0, /* a whole call: a route, dispatch, combine or recovery. The others are parts of one */
   TERN_SPAN_PLAN = 1,      /* work on the routing: counting, and finding where each row goes */
   TERN_SPAN_SEND = 2,      /* writing a round's messages to all ranks. Rows that are summed before they are sent are summed here */
   TERN_SPAN_WAIT = 3,      /* for a rank that had not come so far when this one looked */
@@ -613,17 +613,16 @@ typedef struct tern_span {
   int64_t begin_ns TERN_ZERO; /* of CLOCK_MONOTONIC */
   int64_t end_ns TERN_ZERO;
   uint64_t epoch TERN_ZERO; /* of SEND, WAIT, RECEIVE, REDUCE; starts again with each generation */
-  /* SEND: written to all ranks, as tern_metrics counts them: sent_bytes and sent_local_bytes. RECEIVE: read, counted alike. REDUCE: of the
-   * rows that were summed. Otherwise 0 */
+  /* SEND: written to all ranks, as tern_metrics counts them in sent_bytes and sent_local_bytes: what goes through the staging. RECEIVE:
+   * the same, from the peer. REDUCE: of the rows that were summed. Otherwise 0 */
   int64_t bytes TERN_ZERO;
   tern_span_kind kind TERN_ZERO;
-  tern_operation operation
-      TERN_ZERO;                  /* a dispatch with a routing has parts that are of ROUTE, a combine may have parts that are of WEIGHTS */
-  tern_phase phase TERN_ZERO;     /* of OPERATION */
-  int32_t lane TERN_ZERO;         /* recoveries that are called for: 0 */
-  int32_t peer TERN_ZERO;         /* WAIT: the rank waited for; RECEIVE: the sender; else -1 */
-  tern_awaited awaited TERN_ZERO; /* of WAIT */
-  tern_status status TERN_ZERO;   /* OPERATION, WAIT: how it ended. A WAIT that ends in TERN_TIMEOUT need not end the operation (MASK) */
+  tern_operation operation TERN_ZERO; /* parts of a dispatch may be of ROUTE, parts of a combine of WEIGHTS */
+  tern_phase phase TERN_ZERO;         /* of OPERATION */
+  int32_t lane TERN_ZERO;             /* recoveries that are called for: 0 */
+  int32_t peer TERN_ZERO;             /* WAIT: the rank waited for; RECEIVE: the sender; else -1 */
+  tern_awaited awaited TERN_ZERO;     /* of WAIT */
+  tern_status status TERN_ZERO; /* OPERATION, WAIT: how it ended. A WAIT that ends in TERN_TIMEOUT need not end the operation (MASK) */
   int32_t reserved TERN_ZERO;
 } tern_span;
 
