@@ -51,11 +51,12 @@ class DispatchKind(NamedTuple):
     scale_dtype: Any  # None: no scales
     num_scales: int
     carries_weights: bool
+    given: bool  # outputs are the caller's: use_outputs; else make_outputs
     outputs: Sequence[str] | None
 
 
 class DispatchCall:
-    """The struct of one kind of dispatch, and what outputs it has: name, field, shape behind the rows' or whole, dtype."""
+    """The struct of one kind of dispatch, and what outputs it makes: name, field, shape behind the rows' or whole, dtype."""
 
     def __init__(self, arrays: Arrays, shape: Shape, kind: DispatchKind) -> None:
         self.arrays, self.shape, self.kind = arrays, shape, kind
@@ -141,9 +142,13 @@ class DispatchCall:
 
     def use_outputs(self, out: Dispatched) -> None:
         """The caller's arrays; those that are None are not written."""
+        args, pointer = self.args, self.arrays.pointer
         for name, field in OUT_FIELDS:
             array = getattr(out, name)
-            setattr(self.args, field, None if array is None else self.arrays.pointer(array))
+            if array is not None:
+                setattr(args, field, pointer(array))
+            elif getattr(args, field) is not None:
+                setattr(args, field, None)
 
 
 class CombineKind(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,8 @@ class State:
 class Exchange:
     """Windows of a group's ranks, mapped by each other. Making one is collective; all ranks give equal options.
 
-    device: "cpu", "cuda", "cuda:1" or a torch.device; None: a GPU where there is one and the library has the engine. "cuda" alone is
-        the rank's index on its host, modulo the GPUs; with torch.cuda in use, prefer torch.device("cuda", torch.cuda.current_device()).
+    device: "cpu", "cuda", "cuda:1" or a torch.device; None: a GPU where there is one and the library has the engine.
+        "cuda" alone is torch's current device if torch uses CUDA already, else the rank's index on its host.
     max_tokens, max_row_bytes (scales included), max_topk, max_experts: shapes to be expected, per rank, from which the staging is
         computed; larger batches go in rounds. staging_bytes sets it by hand.
     window_bytes: memory for `empty`. num_lanes: independent sequences of operations. num_sms: SMs of an operation on a GPU, 0: chosen.
@@ -231,7 +232,13 @@ def _device(given: Any) -> tuple[_c.DeviceType, int]:
     if kind == "cpu":
         return _c.DeviceType.CPU, 0
     if kind == "cuda":
-        return _c.DeviceType.CUDA, int(index) if index else -1
+        return _c.DeviceType.CUDA, int(index) if index else _current_cuda_index()
     raise InvalidArgumentError(
         f"device is {given!r}; it must be 'cpu', 'cuda', 'cuda:N', or None for the best there is"
     )
+
+
+def _current_cuda_index() -> int:
+    """torch's current device if torch uses CUDA in this process already; else -1, the rank's index on its host."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.current_device()) if torch is not None and torch.cuda.is_initialized() else -1

@@ -222,20 +222,13 @@ class Plan:
                     f"scales has shape {list(scales.shape)}; it must be [{tokens.shape[0]}, any number]"
                 )
             scale_dtype, num_scales = scales.dtype, scales.shape[1]
-        key = (
-            tokens.dtype,
-            tokens.shape[1],
-            encoding,
-            scale_order,
-            scale_dtype,
-            num_scales,
-            topk_weights is not None,
-            outputs,
-        )
-        try:
-            call = self._dispatch_calls[key]
-        except (KeyError, TypeError):  # TypeError: `outputs` is a list
-            call = self._new_dispatch_call(arrays, key)
+        wanted = None if outputs is None else tuple(outputs)
+        carries, given = topk_weights is not None, out is not None
+        key = (tokens.dtype, tokens.shape[1], encoding, scale_order, scale_dtype, num_scales, carries, given, wanted)
+        call = self._dispatch_calls.get(key)
+        if call is None:
+            chosen = key[:2] + (choice(_c.Encoding, encoding), choice(_c.ScaleOrder, scale_order)) + key[4:]
+            call = self._dispatch_calls[key] = DispatchCall(arrays, self._shape, DispatchKind(*chosen))
         args = call.args
         args.routing = None if routed is None else self._routing_pointer
         args.tokens = arrays.pointer(tokens)
@@ -256,26 +249,6 @@ class Plan:
         else:
             call.use_outputs(out)
         return call, out, (routed, tokens, scales, topk_weights)
-
-    def _new_dispatch_call(self, arrays: Arrays, key: tuple[Any, ...]) -> DispatchCall:
-        dtype, hidden, encoding, scale_order, scale_dtype, num_scales, carries_weights, outputs = key
-        kind = DispatchKind(
-            dtype,
-            hidden,
-            choice(_c.Encoding, encoding),
-            choice(_c.ScaleOrder, scale_order),
-            scale_dtype,
-            num_scales,
-            carries_weights,
-            None if outputs is None else tuple(outputs),
-        )
-        call = self._dispatch_calls.get(kind)
-        if call is None:
-            call = DispatchCall(arrays, self._shape, kind)
-        if outputs is None or isinstance(outputs, tuple):
-            self._dispatch_calls[key] = call
-        self._dispatch_calls[kind] = call
-        return call
 
     # -------------------------------------------------------------------------------------------------------- combine
 
@@ -344,7 +317,7 @@ class Plan:
             call = self._combine_calls[key] = CombineCall(arrays, self._shape, kind)
         call.check_rows(rows, self._num_rows)
         args, shape = call.args, (self._num_tokens, rows.shape[-1])
-        args.rows, args.zero_copy = arrays.pointer(rows), zero_copy
+        args.rows, args.zero_copy, args.topk_weights = arrays.pointer(rows), zero_copy, None
         if topk_weights is not None:
             topk_weights = self._weights(arrays, topk_weights)
             args.topk_weights = arrays.pointer(topk_weights)

@@ -285,6 +285,10 @@ def test_window_arrays_and_given_outputs(device: str) -> None:
         assert plan.dispatch(x, topk_idx=on(exchange, b.idx), out=out) is out
         expected, _ = expected_rows(group.rank, "rank_major", [batch(r).x for r in range(RANKS)])
         assert torch.equal(rows[: len(expected)].cpu(), expected)
+        out.rank_counts.fill_(-1)
+        fresh = plan.dispatch(x, topk_idx=on(exchange, b.idx))  # of the same kind: writes to its own outputs alone
+        assert torch.equal(fresh.tokens[: len(expected)].cpu(), expected)
+        assert out.rank_counts.tolist() == [-1] * RANKS
         y = on(exchange, torch.empty(b.x.shape))
         assert plan.combine(rows, out=y).tokens is y
         torch.testing.assert_close(y.cpu().double(), combined_reference(group.rank, "rank_major", False))

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host time of a dispatch + combine pair from Python, in eager mode, with one rank, which never waits for another.
+
+    python python/bench/host_overhead.py [--device cuda] [--tokens 1] [--hidden 7168]
+
+Three ways: outputs allocated by the call, outputs given, and the two C functions alone with arguments that are there already, which
+is what Python comes on top of. On a GPU the time is that of enqueueing: the GPU is waited for between the batches and not within.
+On a CPU rank the C functions also do the work, so use few small tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Callable
+
+import tern
+import torch
+from tern._library import lib
+
+CALLS_IN_BATCH = 20
+
+
+def measure(call: Callable[[], object], num_batches: int, settle: Callable[[], None]) -> tuple[float, float]:
+    """Median and p99 over batches of the time of one call, in microseconds."""
+    times = []
+    for batch in range(-num_batches // 10, num_batches):  # the first tenth is warm-up
+        start = time.perf_counter_ns()
+        for _ in range(CALLS_IN_BATCH):
+            call()
+        elapsed = time.perf_counter_ns() - start
+        settle()
+        if batch >= 0:
+            times.append(elapsed / CALLS_IN_BATCH / 1000)
+    return statistics.median(times), statistics.quantiles(times, n=100)[98]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--topk", type=int, default=2)
+    parser.add_argument("--batches", type=int, default=1000)
+    given = parser.parse_args()
+
+    group = tern.Group.local(1)[0]
+    sizes = {"max_tokens": given.tokens, "max_topk": given.topk, "max_experts": given.experts}
+    exchange = tern.Exchange(group, device=given.device, max_row_bytes=2 * given.hidden, **sizes)
+    plan = exchange.plan(
+        max_tokens=given.tokens, num_experts=given.experts, num_topk=given.topk, layout="expert_padded", extent="worst"
+    )
+    device = torch.device("cpu" if exchange.cuda_index is None else f"cuda:{exchange.cuda_index}")
+    x = torch.randn(given.tokens, given.hidden, device=device).to(torch.bfloat16)
+    idx = torch.stack([torch.randperm(given.experts)[: given.topk] for _ in range(given.tokens)]).to(device)
+    weights = torch.rand(given.tokens, given.topk, device=device)
+    arrived = plan.dispatch(x, topk_idx=idx)
+    y = plan.combine(arrived.tokens, topk_weights=weights).tokens
+
+    def allocating() -> None:
+        plan.combine(plan.dispatch(x, topk_idx=idx).tokens, topk_weights=weights)
+
+    def into_given() -> None:
+        plan.dispatch(x, topk_idx=idx, out=arrived)
+        plan.combine(arrived.tokens, topk_weights=weights, out=y)
+
+    into_given()
+    dispatch_call, combine_call = (
+        next(reversed(plan._dispatch_calls.values())),
+        next(iter(plan._combine_calls.values())),
+    )
+
+    def c_functions() -> None:
+        lib.tern_dispatch(plan._handle, dispatch_call.pointer, plan._launch_pointer)
+        lib.tern_combine(plan._handle, combine_call.pointer, plan._launch_pointer)
+
+    def settle() -> None:
+        if exchange.is_cuda:
+            torch.cuda.synchronize(device)
+
+    print(f"dispatch + combine on {device}, {given.tokens} tokens of {given.hidden} bf16, microseconds on the host")
+    ways = {"C functions": c_functions, "outputs given": into_given, "outputs allocated": allocating}
+    for name, call in ways.items():
+        median, p99 = measure(call, given.batches, settle)
+        print(f"  {name:18} median {median:6.2f}   p99 {p99:6.2f}")
+    assert exchange.state().health == tern.Health.OK
+
+
+if __name__ == "__main__":
+    main()
