@@ -10,6 +10,12 @@
 namespace tern::conformance {
 namespace {
 
+#ifdef __SANITIZE_THREAD__
+constexpr bool kUnderThreadSanitizer = true;
+#else
+constexpr bool kUnderThreadSanitizer = false;
+#endif
+
 Case ordinary_case(uint64_t seed) {
   Case c;
   c.seed = seed;
@@ -228,6 +234,9 @@ TEST(Lanes, TwoOnTwoThreads) {
     tern_exchange_options options = a.exchange_options(2);
     options.window_bytes = 2 * std::max(options.window_bytes, b.exchange_options(2).window_bytes);
     expect_right(c, run_threads(c.num_ranks, options, {}, body));
+    // Window memory passes from lane to lane at its owner. For the two threads of another process that write to it, what puts the one
+    // behind the other is in the owner's process, where ThreadSanitizer does not see it. With ranks as threads it sees all.
+    if (window && kUnderThreadSanitizer) continue;
     expect_right(c, run_processes(c.num_ranks, options, {}, body));
   }
 }
