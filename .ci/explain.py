@@ -20,7 +20,12 @@ MESSAGES = (
     (re.compile(r"(WARNING|ERROR): \w+Sanitizer|: runtime error: "), 5),
     (re.compile(r"^SUMMARY: "), 0),
     (re.compile(r"^E  "), 0),  # pytest
-    (re.compile(r"\b(fatal )?error: |^FAILED: |undefined reference to |^CMake Error|^[\w./]+:\d+: \w*(Error|Exception)"), 1),
+    (
+        re.compile(
+            r"\b(fatal )?error: |^FAILED: |undefined reference to |^CMake Error|^[\w./]+:\d+: \w*(Error|Exception)"
+        ),
+        1,
+    ),
     (re.compile(r"terminate called|what\(\): |Segmentation fault|\*\*\*(Timeout|Exception)"), 0),
 )
 SUMMARY = re.compile(r"^SUMMARY: ")
@@ -68,7 +73,10 @@ def main() -> None:
         print(f"---- {name} {test}".rstrip())
         print("\n".join(essential(text)))
     if len(failed) > MAX_TESTS:
-        print(f"---- {name}: and {len(failed) - MAX_TESTS} more: " + " ".join(test for test, _ in failed[MAX_TESTS:])[:MAX_COLUMNS])
+        print(
+            f"---- {name}: and {len(failed) - MAX_TESTS} more: "
+            + " ".join(test for test, _ in failed[MAX_TESTS:])[:MAX_COLUMNS]
+        )
 
 
 if __name__ == "__main__":
