@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -34,11 +35,15 @@ SUMMARY = re.compile(r"^SUMMARY: ")
 def essential(text: str) -> list[str]:
     """At most MAX_LINES lines: messages of known tools, or else the end."""
     lines = [line.rstrip()[:MAX_COLUMNS] for line in text.splitlines() if line.strip()]
-    chosen: dict[int, None] = {}
+    chosen: set[int] = set()
     for line_idx, line in enumerate(lines):
         for pattern, num_following in MESSAGES:
             if pattern.search(line):
-                chosen.update(dict.fromkeys(range(line_idx, min(line_idx + num_following + 1, len(lines)))))
+                following = itertools.takewhile(
+                    lambda after_idx: not lines[after_idx].startswith("[ "),
+                    range(line_idx + 1, min(line_idx + num_following + 1, len(lines))),
+                )
+                chosen.update([line_idx, *following])
     if not chosen:
         return lines[-MAX_LINES:]
     kept = sorted(chosen)
