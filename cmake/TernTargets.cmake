@@ -13,7 +13,7 @@ target_compile_options(tern_flags INTERFACE
   -ffp-contract=off>)
 if(TERN_SANITIZE)
   target_compile_options(tern_flags INTERFACE
-    $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -g -fno-sanitize-recover=all>)
+    $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${TERN_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all>)
   target_link_options(tern_flags INTERFACE -fsanitize=${TERN_SANITIZE})
 endif()
 if(TERN_BUILD_FUZZ)

@@ -2,6 +2,7 @@
 #include "tools/bench_options.h"
 
 #include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
 
 #include <filesystem>
 #include <optional>

@@ -2,7 +2,6 @@
 // What `tern bench` and `tern routing` are asked to do: the flags, and what they amount to.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -12,6 +11,10 @@
 #include "tools/batch.h"
 #include "tools/choose_device.h"
 #include "tools/launch.h"
+
+namespace CLI {
+class App;
+}
 
 namespace tern::tools {
 

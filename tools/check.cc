@@ -2,6 +2,7 @@
 #include "tools/check.h"
 
 #include <fmt/format.h>
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <array>

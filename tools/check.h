@@ -3,9 +3,12 @@
 // cases, with ranks as processes and as threads.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <string>
+
+namespace CLI {
+class App;
+}
 
 namespace tern::tools {
 

@@ -2,6 +2,7 @@
 #include "tools/doctor.h"
 
 #include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <fstream>

@@ -2,8 +2,11 @@
 // `tern doctor`: what the library finds on this machine, which ways it would take, and what keeps it from the others.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <string>
+
+namespace CLI {
+class App;
+}
 
 namespace tern::tools {
 

@@ -3,9 +3,12 @@
 // one process in double precision.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <string>
+
+namespace CLI {
+class App;
+}
 
 namespace tern::tools {
 
