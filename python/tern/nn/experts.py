@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterator, Optional
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -108,7 +109,7 @@ class GroupedMLP(torch.nn.Module):
         num_experts_of_all_ranks: int = 0,
         activation: str = "swiglu",
         device: Any = None,
-        dtype: Optional[torch.dtype] = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if activation not in ("swiglu", "gelu"):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,7 @@ class Router(torch.nn.Module):
     """Chooses each token's experts: the top-k of a linear map in FP32, weighted by the softmax over those k. Equal on all ranks."""
 
     def __init__(
-        self, hidden: int, num_experts: int, num_topk: int, *, device: Any = None, dtype: Optional[torch.dtype] = None
+        self, hidden: int, num_experts: int, num_topk: int, *, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.num_topk = num_topk
@@ -83,7 +83,7 @@ class MoELayer(torch.nn.Module):
         activation: str = "swiglu",
         balance_loss: float = 0.0,
         device: Any = None,
-        dtype: Optional[torch.dtype] = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if plans.layout != _c.Layout.EXPERT_MAJOR:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ class Arrived(NamedTuple):
     expert_counts: Tensor
 
 
-def moe_dispatch(tokens: Tensor, routing: Routing, weights: Optional[Tensor] = None) -> Arrived:
+def moe_dispatch(tokens: Tensor, routing: Routing, weights: Tensor | None = None) -> Arrived:
     """Sends tokens to the ranks of their experts. Collective, and so is its backward. Differentiable in tokens and weights.
 
     tokens: [num_tokens, hidden] bf16, fp16 or fp32, a row is a multiple of 16 bytes. weights: [num_tokens, top-k], travel as f32; given
@@ -102,7 +102,7 @@ def _make_outputs(tokens: Tensor, weighted: bool, plans: PlanPool, num_rows: int
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _dispatch(
-    tokens: Tensor, weights: Optional[Tensor], plan: Tensor, pool: int, num_rows: int, details: bool
+    tokens: Tensor, weights: Tensor | None, plan: Tensor, pool: int, num_rows: int, details: bool
 ) -> tuple[Tensor, ...]:
     plans = pool_of(pool)
     rows, row_weights, row_expert, topk_idx, expert_offsets, expert_counts = outputs = _make_outputs(
@@ -124,7 +124,7 @@ def _dispatch(
 
 @_dispatch.register_fake
 def _(
-    tokens: Tensor, weights: Optional[Tensor], plan: Tensor, pool: int, num_rows: int, details: bool
+    tokens: Tensor, weights: Tensor | None, plan: Tensor, pool: int, num_rows: int, details: bool
 ) -> tuple[Tensor, ...]:
     return tuple(_make_outputs(tokens, weights is not None, pool_of(int(pool)), num_rows, details))
 
@@ -159,7 +159,7 @@ _dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_context)
     schema="(Tensor rows, Tensor? row_weights, Tensor plan, SymInt pool, SymInt num_tokens) -> (Tensor, Tensor)",
 )
 def _combine(
-    rows: Tensor, row_weights: Optional[Tensor], plan: Tensor, pool: int, num_tokens: int
+    rows: Tensor, row_weights: Tensor | None, plan: Tensor, pool: int, num_tokens: int
 ) -> tuple[Tensor, Tensor]:
     plans = pool_of(pool)
     done = leased(plan).combine(rows, mode=plans.combine_mode, row_weights=row_weights, lane=plans.lane)
@@ -168,7 +168,7 @@ def _combine(
 
 
 @_combine.register_fake
-def _(rows: Tensor, row_weights: Optional[Tensor], plan: Tensor, pool: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _(rows: Tensor, row_weights: Tensor | None, plan: Tensor, pool: int, num_tokens: int) -> tuple[Tensor, Tensor]:
     shape = (0,) if row_weights is None else (num_tokens, pool_of(int(pool)).num_topk)
     return rows.new_empty((num_tokens, rows.shape[1])), rows.new_empty(shape, dtype=torch.float32)
 

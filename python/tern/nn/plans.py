@@ -12,7 +12,7 @@ import ctypes
 import itertools
 import weakref
 from collections import deque
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,11 +47,11 @@ class PlanPool:
         max_tokens: int,
         num_experts: int,
         num_topk: int,
-        layout: Union[_c.Layout, str] = _c.Layout.EXPERT_MAJOR,
-        extent: Union[_c.Extent, str] = _c.Extent.EXACT,
+        layout: _c.Layout | str = _c.Layout.EXPERT_MAJOR,
+        extent: _c.Extent | str = _c.Extent.EXACT,
         expert_alignment: int = 1,
         row_capacity: int = 0,
-        combine_mode: Union[_c.CombineMode, str] = _c.CombineMode.HIERARCHICAL,
+        combine_mode: _c.CombineMode | str = _c.CombineMode.HIERARCHICAL,
         lane: int = 0,
     ) -> None:
         self.exchange = exchange
