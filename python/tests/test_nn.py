@@ -12,8 +12,9 @@ import pytest
 import tern
 from ranks import as_processes, as_threads
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
 
+import torch
 from tern import nn
 from tern.nn import plans as nn_plans
 from torch.utils.checkpoint import checkpoint
@@ -144,6 +145,30 @@ def test_expanded_gradients_and_rows_of_any_stride() -> None:
 
 
 @pytest.mark.parametrize("layout", ["expert_major", "rank_major"])
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("extent", ["exact", "worst"])
+def test_rows_that_nothing_arrived_for_poison_no_gradient(
+    layout: str, alignment: int, extent: str, undefined_is_nan: None
+) -> None:
+    """One matrix for all rows: its gradient sums over unused rows too, in both factors."""
+
+    def body(group: tern.Group) -> Any:
+        alignments = {"expert_alignment": alignment} if layout == "expert_major" else {}
+        pool = pool_of(group, layout=layout, extent=extent, **alignments)
+        tokens, idx, weights, grad = inputs_of(group.rank, torch.float32)
+        matrix = integers(0, (HIDDEN, HIDDEN), 4).requires_grad_()
+        routing = pool.route(idx)
+        arrived = nn.moe_dispatch(tokens, routing, weights)
+        factors = arrived.row_weights.reshape(arrived.rows.shape[0], -1).sum(dim=1, keepdim=True)
+        nn.moe_combine((arrived.rows * factors) @ matrix, routing).backward(grad)
+        scale = (weights * (idx >= 0)).sum(dim=1, keepdim=True)
+        return matrix.grad, (tokens * scale).T @ grad
+
+    results = as_threads(RANKS, body)
+    assert torch.equal(sum(found for found, _ in results), sum(expected for _, expected in results))
+
+
+@pytest.mark.parametrize("layout", ["expert_major", "rank_major"])
 def test_the_gradient_has_a_gradient(layout: str) -> None:
     def second(compute: Any, rank: int) -> list[Any]:
         tokens, idx, weights, grad = inputs_of(rank, torch.float32)
@@ -180,7 +205,7 @@ def batch_of(rank: int, dtype: Any = torch.float32, step: int = 0) -> tuple[Any,
     return torch.randn(shape, generator=seed).to(dtype), torch.randn(shape, generator=seed).to(dtype)
 
 
-class DenseLayer(torch.nn.Module):
+class DenseLayer(torch.nn.Module):  # type: ignore[misc, name-defined]
     """The weights of all experts on one rank, and no exchange."""
 
     def __init__(self, router: Any, experts: Any, coefficient: float) -> None:
@@ -397,7 +422,7 @@ def test_grouped_mm_of_the_second_order() -> None:
 
 def check_compiled(group: tern.Group, backend: str, extent: str) -> None:
     """One graph, for batches of several sizes, that gives what eager mode gives."""
-    layer = layer_of(pool_of(group, extent=extent))
+    layer: Any = layer_of(pool_of(group, extent=extent))
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
     for num_tokens in (6, 11, 7):
         x = torch.randn(num_tokens - group.rank, HIDDEN)
