@@ -12,15 +12,14 @@ import pytest
 import tern
 from ranks import as_processes, as_threads
 
-pytest.importorskip("torch", reason="torch is not installed")
+torch: Any = pytest.importorskip("torch", reason="torch is not installed")
 
-import torch
 from tern import nn
 from tern.nn import plans as nn_plans
-from torch.utils.checkpoint import checkpoint
 
 RANKS, TOKENS, HIDDEN, FFN, EXPERTS, TOPK = 3, 12, 32, 24, 6, 2
 LOCAL = EXPERTS // RANKS
+checkpoint = torch.utils.checkpoint.checkpoint
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")),
@@ -153,14 +152,15 @@ def test_rows_that_nothing_arrived_for_poison_no_gradient(
     """One matrix for all rows: its gradient sums over unused rows too, in both factors."""
 
     def body(group: tern.Group) -> Any:
-        alignments = {"expert_alignment": alignment} if layout == "expert_major" else {}
+        alignments: Any = {"expert_alignment": alignment} if layout == "expert_major" else {}
         pool = pool_of(group, layout=layout, extent=extent, **alignments)
         tokens, idx, weights, grad = inputs_of(group.rank, torch.float32)
         matrix = integers(0, (HIDDEN, HIDDEN), 4).requires_grad_()
         routing = pool.route(idx)
         arrived = nn.moe_dispatch(tokens, routing, weights)
         factors = arrived.row_weights.reshape(arrived.rows.shape[0], -1).sum(dim=1, keepdim=True)
-        nn.moe_combine((arrived.rows * factors) @ matrix, routing).backward(grad)
+        y: Any = nn.moe_combine((arrived.rows * factors) @ matrix, routing)
+        y.backward(grad)
         scale = (weights * (idx >= 0)).sum(dim=1, keepdim=True)
         return matrix.grad, (tokens * scale).T @ grad
 
@@ -205,7 +205,7 @@ def batch_of(rank: int, dtype: Any = torch.float32, step: int = 0) -> tuple[Any,
     return torch.randn(shape, generator=seed).to(dtype), torch.randn(shape, generator=seed).to(dtype)
 
 
-class DenseLayer(torch.nn.Module):  # type: ignore[misc, name-defined]
+class DenseLayer(torch.nn.Module):  # type: ignore[misc]
     """The weights of all experts on one rank, and no exchange."""
 
     def __init__(self, router: Any, experts: Any, coefficient: float) -> None:
@@ -397,7 +397,7 @@ def test_grouped_mm(device: str) -> None:
     rows = torch.randn(10, 16, generator=seed).to(device).requires_grad_()
     weights = torch.randn(3, 16, 8, generator=seed).to(device).requires_grad_()
     offsets = torch.tensor([0, 4, 4, 9], device=device)
-    y = nn.grouped_mm(rows, weights, offsets)
+    y: Any = nn.grouped_mm(rows, weights, offsets)
     grad = torch.randn(y.shape, generator=seed).to(device)
     y.backward(grad)
     group_of = torch.tensor([0] * 4 + [2] * 5 + [0], device=device)
