@@ -33,7 +33,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dense", action="store_true", help="all experts in one process: no exchange. For comparison")
     add("--shards", type=int, default=4, help="--dense: parts that the batch is taken in, as many as the other run's ranks (4)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU for each rank if there are so many")
-    add("--threads", type=int, default=0, help="of each rank on the CPU; default: the cores divided by the ranks")
+    add("--threads", type=int, default=1, help="of each rank on the CPU; with one, sums come in the same order in every run (1)")
     add("--steps", type=int, default=200)
     add("--batch", type=int, default=16, help="sequences of a step, on all ranks together (16)")
     add("--context", type=int, default=128, help="bytes of a sequence (128)")

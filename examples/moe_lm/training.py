@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any, Iterator
@@ -30,8 +29,7 @@ def device_of(args: argparse.Namespace, ranks: Ranks) -> torch.device:
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
         return device
-    # Ranks share the cores. One thread each also makes sums come in the same order in every run.
-    torch.set_num_threads(args.threads or max(1, len(os.sched_getaffinity(0)) // ranks.num_ranks))
+    torch.set_num_threads(args.threads)
     return torch.device("cpu")
 
 
