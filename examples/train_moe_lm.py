@@ -29,11 +29,31 @@ CHECK_TOLERANCE = 1e-4
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ranks", type=int, default=0, help="processes to start here; default 4, with --dense 1. torchrun says it itself")
+    add(
+        "--ranks",
+        type=int,
+        default=0,
+        help="processes to start here; default 4, with --dense 1. torchrun says it itself",
+    )
     add("--dense", action="store_true", help="all experts in one process: no exchange. For comparison")
-    add("--shards", type=int, default=4, help="--dense: parts that the batch is taken in, as many as the other run's ranks (4)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU for each rank if there are so many")
-    add("--threads", type=int, default=1, help="of each rank on the CPU; with one, sums come in the same order in every run (1)")
+    add(
+        "--shards",
+        type=int,
+        default=4,
+        help="--dense: parts that the batch is taken in, as many as the other run's ranks (4)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU for each rank if there are so many",
+    )
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        help="of each rank on the CPU; with one, sums come in the same order in every run (1)",
+    )
     add("--steps", type=int, default=200)
     add("--batch", type=int, default=16, help="sequences of a step, on all ranks together (16)")
     add("--context", type=int, default=128, help="bytes of a sequence (128)")
@@ -50,7 +70,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/train_moe_lm"), help="folder of checkpoints and losses.json")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--checkpoint-every", type=int, default=100, help="steps; 0: at the end only (100)")
-    add("--log-every", type=int, default=10, help="steps between lines where there is no terminal for a progress bar (10)")
+    add(
+        "--log-every",
+        type=int,
+        default=10,
+        help="steps between lines where there is no terminal for a progress bar (10)",
+    )
     add("--timeout", type=int, default=120, help="seconds that a rank waits for another one (120)")
     add("--draw", type=Path, nargs="+", metavar="FOLDER", help="draw the curves of these runs, and train nothing")
     add("--png", type=Path, default=Path("train_moe_lm.png"), help="where --draw draws")
@@ -70,7 +95,10 @@ def check(args: argparse.Namespace) -> int:
     own = [argument for argument in sys.argv[1:] if argument != "--check"]
     with tempfile.TemporaryDirectory() as folder:
         spread, whole = Path(folder) / "spread", Path(folder) / "whole"
-        for out, mode in ((spread, ["--ranks", str(num_ranks)]), (whole, ["--ranks", "1", "--dense", "--shards", str(num_ranks)])):
+        for out, mode in (
+            (spread, ["--ranks", str(num_ranks)]),
+            (whole, ["--ranks", "1", "--dense", "--shards", str(num_ranks)]),
+        ):
             command = [sys.executable, sys.argv[0], *own, *mode, "--out", str(out)]
             status = subprocess.run(command, check=False).returncode
             if status != 0:
@@ -96,7 +124,7 @@ def main() -> int:
         return 2
     if num_ranks > 1 and not ranks.are_started():
         return ranks.start(num_ranks)
-    from moe_lm.training import train  # noqa: PLC0415, the process that starts the ranks needs none of it
+    from moe_lm.training import train
 
     return train(args)
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import torch
 
@@ -40,14 +40,16 @@ class Checkpoints:
                     shutil.rmtree(other)
         self.barrier()
 
-    def load(self) -> Optional[dict[str, Any]]:
+    def load(self) -> dict[str, Any] | None:
         """This rank's part of the latest checkpoint; None if there is none."""
         latest = self.folder / "latest"
         if not latest.exists():
             return None
         path = self.folder / latest.read_text() / f"rank-{self.rank}.pt"
         if not path.exists():
-            raise SystemExit(f"{path.parent} has nothing for rank {self.rank}: resume with as many ranks as it was written with")
+            raise SystemExit(
+                f"{path.parent} has nothing for rank {self.rank}: resume with as many ranks as it was written with"
+            )
         state: dict[str, Any] = torch.load(path, weights_only=True)
         if state["num_ranks"] != self.num_ranks:
             raise SystemExit(f"{path.parent} was written by {state['num_ranks']} ranks, but there are {self.num_ranks}")

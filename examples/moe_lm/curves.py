@@ -31,7 +31,9 @@ def draw(folders: list[Path], path: Path) -> None:
     runs = runs_of(folders)
     rows = 2 if len(runs) > 1 else 1
     ratios = [3, 2][:rows]
-    figure, found = plt.subplots(rows, 1, figsize=(7, 3 + 1.6 * (rows - 1)), sharex=True, squeeze=False, height_ratios=ratios)
+    figure, found = plt.subplots(
+        rows, 1, figsize=(7, 3 + 1.6 * (rows - 1)), sharex=True, squeeze=False, height_ratios=ratios
+    )
     axes = found[:, 0]
     for run, color, style in zip(runs, COLORS, ("-", (0, (3, 2)), ":", "-.")):
         steps = range(1, len(run["losses"]) + 1)

@@ -50,7 +50,8 @@ class Attention(torch.nn.Module):
         batch, context, hidden = x.shape
         heads = self.qkv(x).reshape(batch, context, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(batch, context, hidden))
+        output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, context, hidden))
+        return output
 
 
 class Block(torch.nn.Module):
@@ -73,6 +74,8 @@ class LanguageModel(torch.nn.Module):
         super().__init__()
         self.bytes = torch.nn.Embedding(VOCABULARY, hidden)
         self.positions = torch.nn.Embedding(max_context, hidden)
+        for table in (self.bytes, self.positions):
+            torch.nn.init.normal_(table.weight, std=0.02)  # as in GPT-2
         self.blocks = torch.nn.ModuleList(Block(hidden, num_heads, make_moe) for _ in range(num_layers))
         self.norm = torch.nn.LayerNorm(hidden)
         self.logits = torch.nn.Linear(hidden, VOCABULARY, bias=False)

@@ -12,7 +12,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ def are_started() -> bool:
 
 def num_started() -> int:
     """How many ranks the launcher has started; 0 where this process is the one that starts them."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if are_started() else 0
+    return int(os.environ.get("WORLD_SIZE", "1")) if are_started() else 0
 
 
 def start(num_ranks: int) -> int:
@@ -46,7 +45,7 @@ def start(num_ranks: int) -> int:
             for rank in range(num_ranks)
         ]
 
-        def hand_on(number: int, _frame: Optional[FrameType]) -> None:
+        def hand_on(number: int, _frame: FrameType | None) -> None:
             for rank in ranks:
                 if rank.poll() is None:
                     rank.send_signal(number)
@@ -79,8 +78,8 @@ class Ranks:
     """This rank and what it shares with the others. Without a launcher: one rank, and no torch.distributed."""
 
     def __init__(self, timeout_s: int) -> None:
-        self.rank, self.num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank, self.num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._stopping = False
         self._parent = os.getppid()
         if are_started():
@@ -95,7 +94,7 @@ class Ranks:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
-    def _stop(self, number: int, _frame: Optional[FrameType]) -> None:
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._stopping = True
         signal.signal(number, signal.SIG_DFL)  # a second one ends this process at once
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import torch
 
@@ -26,7 +26,9 @@ def load(paths: Iterable[Path]) -> torch.Tensor:
         files.update(dict.fromkeys(file.resolve() for file in inside if file.is_file() and file.suffix in SUFFIXES))
     text = b"\n\n".join(file.read_bytes() for file in files)
     if not text:
-        raise SystemExit(f"there is no text in {', '.join(map(str, paths)) or 'no path at all'}; name files or folders with --text")
+        raise SystemExit(
+            f"there is no text in {', '.join(map(str, paths)) or 'no path at all'}; name files or folders with --text"
+        )
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 

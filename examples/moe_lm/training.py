@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import tern
 import tern.nn
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from . import text
 from .checkpoint import Checkpoints, write_losses
@@ -106,7 +107,7 @@ class Trainer:
         gradients = [p.grad for p in self.shared if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.ranks.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        for gradient, summed in zip(gradients, torch.split(flat, [gradient.numel() for gradient in gradients])):
             gradient.copy_(summed.view_as(gradient))
 
     def clip_gradients(self) -> None:
@@ -134,7 +135,13 @@ class Trainer:
 
 def facts_of(args: argparse.Namespace, ranks: Ranks, trainer: Trainer) -> dict[str, Any]:
     parallel = "one process, no expert parallelism" if args.dense else f"expert parallel on {ranks.num_ranks} ranks"
-    return {"label": parallel, "device": trainer.device.type, "seed": args.seed, "batch": args.batch, "context": args.context}
+    return {
+        "label": parallel,
+        "device": trainer.device.type,
+        "seed": args.seed,
+        "batch": args.batch,
+        "context": args.context,
+    }
 
 
 def train(args: argparse.Namespace) -> int:
@@ -143,7 +150,8 @@ def train(args: argparse.Namespace) -> int:
     trainer = Trainer(args, ranks)
     folder = Path(args.out)
     checkpoints = Checkpoints(folder, ranks.rank, ranks.num_ranks, ranks.barrier)
-    first, losses, stopping = 0, [], False
+    first, stopping = 0, False
+    losses: list[float] = []
     kept = checkpoints.load() if args.resume else None
     if kept is not None:
         first, losses = trainer.restore(kept)
@@ -163,6 +171,9 @@ def train(args: argparse.Namespace) -> int:
     checkpoints.save(len(losses), trainer.state(losses))
     if ranks.rank == 0:
         write_losses(folder / "losses.json", losses, facts_of(args, ranks, trainer))
-        print(f"{'stopped' if stopping else 'done'} after {len(losses)} steps; checkpoint and losses are in {folder}", flush=True)
+        print(
+            f"{'stopped' if stopping else 'done'} after {len(losses)} steps; checkpoint and losses are in {folder}",
+            flush=True,
+        )
     ranks.close()
     return INTERRUPTED if stopping else 0

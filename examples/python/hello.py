@@ -32,7 +32,8 @@ def run_rank(group: tern.Group, xp: Any) -> bool:
     rows = 2 * arrived.tokens  # the experts
     results = plan.combine(rows, weighting="dispatch").tokens
 
-    print(f"rank {group.rank}: {len(rows)} rows for its experts; sent {tokens[0, 0]:g}, got {results[0, 0]:g}", flush=True)
+    # With its end of line in one piece: ranks are threads, and print at the same time.
+    print(f"rank {group.rank}: {len(rows)} rows; sent {tokens[0, 0]:g}, got {results[0, 0]:g}\n", end="", flush=True)
     return bool((results == 2 * tokens).all())
 
 

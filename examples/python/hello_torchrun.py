@@ -19,7 +19,9 @@ TOKENS, HIDDEN, EXPERTS_PER_RANK, TOPK = 16, 256, 2, 2
 def run_rank(device: torch.device) -> bool:
     group = tern.Group.from_torch()
     num_experts = EXPERTS_PER_RANK * group.num_ranks
-    exchange = tern.Exchange(group, device=device, max_tokens=TOKENS, max_row_bytes=2 * HIDDEN, max_topk=TOPK, max_experts=num_experts)
+    exchange = tern.Exchange(
+        group, device=device, max_tokens=TOKENS, max_row_bytes=2 * HIDDEN, max_topk=TOPK, max_experts=num_experts
+    )
     plan = exchange.plan(max_tokens=TOKENS, num_experts=num_experts, num_topk=TOPK, layout="expert_major")
 
     tokens = torch.full((TOKENS, HIDDEN), 1.0 + group.rank, dtype=torch.bfloat16, device=device)
@@ -32,7 +34,7 @@ def run_rank(device: torch.device) -> bool:
     rows = 2 * arrived.tokens
     results = plan.combine(rows, weighting="dispatch").tokens
 
-    print(f"{group}: {len(rows)} rows on {device}; sent {tokens[0, 0]:g}, got {results[0, 0]:g}", flush=True)
+    print(f"{group}: {len(rows)} rows on {device}; sent {tokens[0, 0]:g}, got {results[0, 0]:g}\n", end="", flush=True)
     return bool((results == 2 * tokens).all())
 
 

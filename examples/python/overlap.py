@@ -34,12 +34,14 @@ class Layer:
             group, device="cpu", max_tokens=tokens, max_row_bytes=4 * hidden, max_topk=TOPK, max_experts=EXPERTS
         )
         self.plans = [
-            exchange.plan(max_tokens=tokens, num_experts=EXPERTS, num_topk=TOPK, layout="expert_major") for _ in range(2)
+            exchange.plan(max_tokens=tokens, num_experts=EXPERTS, num_topk=TOPK, layout="expert_major")
+            for _ in range(2)
         ]
         seed = torch.Generator().manual_seed(group.rank)
         self.w = torch.randn(self.plans[0].num_local_experts, hidden, hidden, generator=seed) / hidden**0.5
 
     def experts(self, arrived: tern.Dispatched) -> torch.Tensor:
+        assert arrived.expert_offsets is not None  # expert_major brings them
         bounds = arrived.expert_offsets.tolist()
         rows = torch.empty_like(arrived.tokens)
         for expert, (begin, end) in enumerate(zip(bounds, bounds[1:])):
@@ -105,7 +107,9 @@ def main() -> int:
         found = list(ranks.map(lambda group: run_rank(group, args, together), tern.Group.local(args.ranks)))
     for name in found[0]:
         print(f"{name}: {1e3 * max(times[name] for times in found):.2f} ms for two micro-batches, equal results")
-    print("What is gained is the time of the copies, where they run beside the experts: on GPUs, or with cores to spare.")
+    print(
+        "What is gained is the time of the copies, where they run beside the experts: on GPUs, or with cores to spare."
+    )
     return 0
 
 
