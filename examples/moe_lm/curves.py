@@ -52,5 +52,6 @@ def draw(folders: list[Path], path: Path) -> None:
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
