@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moe_lm import curves, ranks
+from moe_lm import curves, launch
 
 # Of the loss, relative, for a few steps: both runs compute the same in FP32, but sums come in another order. After many steps a token
 # whose second and third expert are all but equally probable goes another way, and from then on the runs differ by more.
@@ -85,7 +85,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.ranks < 0 or args.steps < 0:
         parser.error("--ranks and --steps must not be negative")
     args.steps = args.steps or (10 if args.check else 200)
-    num_shards = args.shards if args.dense else ranks.num_started() or args.ranks or 4
+    num_shards = args.shards if args.dense else launch.num_started() or args.ranks or 4
     if args.batch % num_shards or (not args.dense and args.experts % num_shards):
         parser.error(f"--batch ({args.batch}) and --experts ({args.experts}) must be divisible by {num_shards} ranks")
     return args
@@ -121,14 +121,15 @@ def main() -> int:
     if args.check:
         return check(args)
     num_ranks = args.ranks or (1 if args.dense else 4)
-    if args.dense and (num_ranks > 1 or ranks.are_started()):
+    if args.dense and (num_ranks > 1 or launch.are_started()):
         print("--dense is one process: start it with --ranks 1, and without torchrun", file=sys.stderr)
         return 2
-    if num_ranks > 1 and not ranks.are_started():
-        return ranks.start(num_ranks)
+    if num_ranks > 1 and not launch.are_started():
+        return launch.start(num_ranks)
+    stop = launch.StopRequest()  # before what takes long: a Ctrl-C may come while torch is still being loaded
     from moe_lm.training import train
 
-    return train(args)
+    return train(args, stop)
 
 
 if __name__ == "__main__":

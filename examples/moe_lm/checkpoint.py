@@ -65,8 +65,3 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_losses(path: Path, losses: list[float], facts: dict[str, Any]) -> None:
     write_whole(path, json.dumps({**facts, "losses": losses}, indent=1) + "\n")
-
-
-def read_losses(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
+import json
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-from .checkpoint import read_losses
 
 COLORS = ("#1f5fa8", "#d8541a", "#3a8a3a", "#7a4fa0")
 
 
 def runs_of(folders: list[Path]) -> list[dict[str, Any]]:
-    return [read_losses(folder / "losses.json") for folder in folders]
+    """What training.train wrote into each folder."""
+    return [json.loads((folder / "losses.json").read_text()) for folder in folders]
 
 
 def differences(one: list[float], other: list[float]) -> list[float]:

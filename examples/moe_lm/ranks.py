@@ -1,87 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks as processes: started by torchrun, or by this program itself. A Ctrl-C reaches all of them, and all end behind the same step."""
+"""What a rank shares with the others besides tokens: sums, barriers, and when to stop."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-STORE = "MOE_LM_STORE"  # where ranks that this program started meet
-INTERRUPTED = 130  # exit status, as a shell's
-GRACE_S = 30  # for the other ranks, once one has failed
-
-
-def are_started() -> bool:
-    """Whether this process is a rank, and not the one that starts them."""
-    return "RANK" in os.environ
-
-
-def num_started() -> int:
-    """How many ranks the launcher has started; 0 where this process is the one that starts them."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if are_started() else 0
-
-
-def start(num_ranks: int) -> int:
-    """Runs this program on every rank, hands signals on to them, and returns the exit status of the whole."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, STORE: str(Path(folder) / "store"), "WORLD_SIZE": str(num_ranks)}
-        # In sessions of their own: a Ctrl-C in the terminal reaches this process alone, which hands it on, once.
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, *sys.argv],
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,
-            )
-            for rank in range(num_ranks)
-        ]
-
-        def hand_on(number: int, _frame: FrameType | None) -> None:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.send_signal(number)
-
-        signal.signal(signal.SIGINT, hand_on)
-        signal.signal(signal.SIGTERM, hand_on)
-        try:
-            return _wait(ranks)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-
-
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    deadline = None
-    while True:
-        found = [rank.poll() for rank in ranks]
-        failed = [status for status in found if status not in (None, 0)]
-        if None not in found:
-            return failed[0] or 0 if failed else 0
-        if failed and deadline is None:
-            deadline = time.monotonic() + GRACE_S
-        if deadline is not None and time.monotonic() > deadline:
-            return failed[0] or 1
-        time.sleep(0.05)
+from .launch import STORE, StopRequest, are_started
 
 
 class Ranks:
     """This rank and what it shares with the others. Without a launcher: one rank, and no torch.distributed."""
 
-    def __init__(self, timeout_s: int) -> None:
+    def __init__(self, timeout_s: int, stop: StopRequest) -> None:
         self.rank, self.num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self._stopping = False
-        self._parent = os.getppid()
+        self._stop = stop
         if are_started():
             store = os.environ.get(STORE)
             dist.init_process_group(
@@ -91,12 +28,6 @@ class Ranks:
                 world_size=self.num_ranks,
                 timeout=timedelta(seconds=timeout_s),
             )
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, _frame: FrameType | None) -> None:
-        self._stopping = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends this process at once
 
     def all_reduce(self, values: torch.Tensor) -> None:
         """Sums over all ranks, in place."""
@@ -105,8 +36,7 @@ class Ranks:
 
     def sum_and_agree(self, loss: float) -> tuple[float, bool]:
         """The sum of `loss` over all ranks, and whether any of them is asked to stop: the same answer on all."""
-        stopping = self._stopping or os.getppid() != self._parent  # whoever started the ranks is gone
-        both = torch.tensor([loss, float(stopping)], dtype=torch.float64)
+        both = torch.tensor([loss, float(self._stop.is_there())], dtype=torch.float64)
         self.all_reduce(both)
         return float(both[0]), bool(both[1] > 0)
 

@@ -16,8 +16,9 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from . import text
 from .checkpoint import Checkpoints, write_losses
+from .launch import INTERRUPTED, StopRequest
 from .model import DenseMoE, LanguageModel
-from .ranks import INTERRUPTED, Ranks
+from .ranks import Ranks
 
 Tensor = torch.Tensor
 
@@ -144,9 +145,9 @@ def facts_of(args: argparse.Namespace, ranks: Ranks, trainer: Trainer) -> dict[s
     }
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, stop: StopRequest) -> int:
     """Returns the exit status. Ends behind the step in which any rank was asked to stop, with a checkpoint."""
-    ranks = Ranks(args.timeout)
+    ranks = Ranks(args.timeout, stop)
     trainer = Trainer(args, ranks)
     folder = Path(args.out)
     checkpoints = Checkpoints(folder, ranks.rank, ranks.num_ranks, ranks.barrier)

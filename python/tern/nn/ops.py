@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _c
-from ..plan import Dispatched
+from ..results import Dispatched
 from .plans import PlanPool, Routing, leased, pool_of
 
 Tensor = torch.Tensor

@@ -98,7 +98,7 @@ class PlanPool:
         except IndexError:
             plan = self.exchange.plan(**self._options)
         try:
-            plan.route(topk_idx.contiguous(), lane=self.lane)
+            info = plan.route(topk_idx.contiguous(), lane=self.lane)
         except BaseException:
             self._free.append(plan)
             raise
@@ -106,7 +106,8 @@ class PlanPool:
         _leases[lease] = (self, plan)
         memory = _LeaseMemory(lease)
         weakref.finalize(memory, _give_back, lease).atexit = False
-        return torch.frombuffer(memory, dtype=torch.int64), int(plan._num_rows)
+        num_rows = plan.row_capacity if info is None else info.num_rows
+        return torch.frombuffer(memory, dtype=torch.int64), num_rows
 
 
 class _LeaseMemory(ctypes.c_int64 * 1):  # type: ignore[misc]
