@@ -14,8 +14,8 @@ from ranks import as_processes, as_threads
 
 torch: Any = pytest.importorskip("torch", reason="torch is not installed")
 
-from tern import nn
-from tern.nn import plans as nn_plans
+from tern import nn  # noqa: E402, needs torch
+from tern.nn import plans as nn_plans  # noqa: E402
 
 RANKS, TOKENS, HIDDEN, FFN, EXPERTS, TOPK = 3, 12, 32, 24, 6, 2
 LOCAL = EXPERTS // RANKS
