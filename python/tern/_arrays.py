@@ -65,11 +65,11 @@ class TorchArrays:
         return array
 
     def rows(self, array: Any, name: str) -> Array:
-        """[any, any], each row dense."""
+        """[any, any], each row dense. Rows that are one in memory are copied: a stride of 0 means dense in C."""
         array = self.adopt(array, name)
         if array.dim() != 2:
             raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, hidden]")
-        return array if array.stride(1) == 1 else array.contiguous()
+        return array if array.stride(1) == 1 and array.stride(0) != 0 else array.contiguous()
 
     def row_stride(self, array: Array) -> int:
         """In elements; 0 where it does not matter."""
@@ -163,7 +163,7 @@ class NumpyArrays:
         array = self.adopt(array, name)
         if array.ndim != 2:
             raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, hidden]")
-        return array if array.strides[1] == array.itemsize else self.dense(array)
+        return array if array.strides[1] == array.itemsize and array.strides[0] != 0 else self.dense(array)
 
     def row_stride(self, array: Array) -> int:
         return int(array.strides[0] // array.itemsize) if array.shape[0] > 1 else 0

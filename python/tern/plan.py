@@ -217,6 +217,8 @@ class Plan:
         scale_dtype, num_scales = None, 0
         if scales is not None:
             scales = arrays.adopt(scales, "scales")
+            if 0 in arrays.strides(scales):
+                scales = arrays.dense(scales)
             if len(scales.shape) != 2 or scales.shape[0] != tokens.shape[0]:
                 raise InvalidArgumentError(
                     f"scales has shape {list(scales.shape)}; it must be [{tokens.shape[0]}, any number]"

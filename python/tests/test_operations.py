@@ -182,6 +182,30 @@ def test_routing_within_the_dispatch_and_phases(layout: str, device: str) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_tokens_of_any_stride(device: str) -> None:
+    """Rows that are apart, columns that are apart, and one row said several times."""
+
+    def body(group: tern.Group) -> None:
+        exchange = exchange_of(group, device)
+        plan = plan_of(exchange, "expert_major", "exact")
+        b = [batch(r) for r in range(RANKS)]
+        plan.route(on(exchange, b[group.rank].idx))
+        ways = [
+            lambda x: torch.cat([x, x], dim=1)[:, :HIDDEN],
+            lambda x: x.T.contiguous().T,
+            lambda x: x.mean(0, keepdim=True).expand(x.shape[0], HIDDEN),
+        ]
+        for way in ways:
+            scales = [way(one.x)[:, :8] for one in b]
+            arrived = plan.dispatch(on(exchange, way(b[group.rank].x)), scales=on(exchange, scales[group.rank]))
+            rows, _ = expected_rows(group.rank, "expert_major", [way(one.x) for one in b])
+            assert torch.equal(arrived.tokens.cpu(), rows)
+            assert torch.equal(arrived.scales.cpu(), expected_rows(group.rank, "expert_major", scales)[0])
+
+    as_threads(RANKS, body)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("order", ["row_major", "column_major"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scales_travel(layout: str, order: str, device: str) -> None:
