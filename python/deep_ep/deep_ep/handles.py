@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dispatch hands out for the combine, and for further dispatches along the same routing.
+
+Handles are tuples, of which callers read a few elements by position. What counts is the plan that they carry beside: a handle has to
+come back as the object that it was. Its plan is free for other batches once the handle is dropped.
+"""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from typing import Any, Deque, NamedTuple
+
+import tern
+import torch
+
+_MOST_IDLE_PLANS = 32
+
+
+class PlanLease:
+    """A plan that nobody else uses while this object lives."""
+
+    def __init__(self, plan: tern.Plan, idle: Deque[tern.Plan]) -> None:
+        self.plan = plan
+        # Runs wherever the last reference is dropped, in any thread: it must do nothing but append.
+        weakref.finalize(self, idle.append, plan).atexit = False
+
+
+class PlanPool:
+    """Plans of one exchange. Making one allocates memory, so plans are used again by batches of the same shape.
+
+    `kind` keeps those apart that must not be used in place of each other although their options are equal: plans of different lanes,
+    whose operations are not ordered, and plans that captured graphs hold, which graphs may share among each other as they are replayed
+    one after the other, but not with operations outside of graphs. The latter live as long as the pool.
+    """
+
+    def __init__(self, exchange: tern.Exchange) -> None:
+        self._exchange = exchange
+        self._idle: dict[tuple[Any, ...], Deque[tern.Plan]] = {}
+
+    def lease(self, lane: int, captured: bool, **options: Any) -> PlanLease:
+        key = (captured, lane, *sorted(options.items()))
+        idle = self._idle.setdefault(key, collections.deque())
+        try:
+            return PlanLease(idle.pop(), idle)
+        except IndexError:
+            self._trim()
+            return PlanLease(self._exchange.plan(**options), idle)
+
+    def _trim(self) -> None:
+        """Shapes come and go; what nobody uses is given back before more memory is taken."""
+        evictable = [plans for key, plans in list(self._idle.items()) if not key[0]]
+        if sum(len(plans) for plans in evictable) >= _MOST_IDLE_PLANS:
+            for plans in evictable:
+                plans.clear()
+
+
+class _NormalFields(NamedTuple):
+    rank_prefix_matrix: torch.Tensor  # i32 [R, R]: [i][r] rows that rank r has received from ranks 0..i
+    channel_prefix_matrix: (
+        torch.Tensor
+    )  # i32 [R, 1]: rows sent to each rank; there are no channels, so they count as one
+    recv_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: zeros, where the channel of each rank begins
+    recv_src_idx: torch.Tensor  # i32 [N]: source token of each row
+    is_token_in_rank: torch.Tensor  # bool [T, R]
+    send_head: torch.Tensor  # i32 [T, R]: -1 where the token does not go to the rank
+
+
+class NormalHandle(_NormalFields):
+    """Of a dispatch in normal mode inside one node."""
+
+    lease: PlanLease
+
+
+class _LowLatencyFields(NamedTuple):
+    source_tokens: torch.Tensor  # i32 [E_l, R * max]: source token of each row
+    layout_ranges: torch.Tensor  # i64 [E_l, R]: count in the low 32 bits, first row in the high ones
+    num_max_dispatch_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+
+
+class LowLatencyHandle(_LowLatencyFields):
+    """Of a low-latency dispatch. It also knows its lane, and which of the two zero-copy buffers is its own."""
+
+    lease: PlanLease
+    lane: int
+    bank: int
+
+
+def plan_of(handle: tuple[Any, ...]) -> tern.Plan:
+    lease = getattr(handle, "lease", None)
+    if lease is None:
+        raise tern.InvalidArgumentError(
+            f"the handle is a {type(handle).__name__} without a plan; give the object that the dispatch returned, not a copy of its elements"
+        )
+    plan: tern.Plan = lease.plan
+    return plan

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-latency mode: rows by local expert, as masked GEMMs want them; counts stay on the device; the two halves of an operation apart.
+
+Results take turns on two lanes, so that two may be alive at a time, also in two threads: the n-th dispatch of every rank belongs together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Set, Union
+
+import tern
+import torch
+from tern.exchange import Exchange
+
+from . import sizes
+from .events import EventOverlap
+from .handles import LowLatencyHandle, PlanPool, plan_of
+from .layout import check_topk_idx
+from .streams import Order
+
+Hook = Callable[[], None]
+
+# "hierarchical", "exact", or "auto": exact with a hook where it fits the buffer, else hierarchical.
+COMBINE_VARIABLE = "TERN_DEEP_EP_COMBINE"
+_NUM_BANKS = 2
+_CASTS = {(False, False): "fp8_f32", (True, False): "fp8_f32_pow2", (True, True): "fp8_ue8m0"}
+
+
+@dataclass(frozen=True)
+class Finish:
+    """When the caller wants an operation to be done."""
+
+    async_finish: bool
+    return_recv_hook: bool
+
+    def check(self) -> None:
+        if self.async_finish and self.return_recv_hook:
+            raise tern.InvalidArgumentError("async_finish and return_recv_hook exclude each other; both are set")
+
+
+@dataclass(frozen=True)
+class Cast:
+    """What is done to rows on the way."""
+
+    use_fp8: bool
+    round_scale: bool
+    use_ue8m0: bool
+
+    @property
+    def encoding(self) -> str:
+        if not self.use_fp8:
+            return "as_given"
+        if (self.round_scale, self.use_ue8m0) not in _CASTS:
+            raise tern.InvalidArgumentError("use_ue8m0 needs round_scale: UE8M0 scales are powers of two")
+        return _CASTS[self.round_scale, self.use_ue8m0]
+
+
+class Arrived(NamedTuple):
+    rows: Any  # bf16, or (fp8, scales)
+    expert_counts: Any
+    handle: LowLatencyHandle
+    event: EventOverlap
+    hook: Optional[Hook]
+
+
+class Combined(NamedTuple):
+    tokens: torch.Tensor
+    event: EventOverlap
+    hook: Optional[Hook]
+
+
+class LowLatencyMode:
+    """An exchange, plans, and the two zero-copy buffers. Making it is collective."""
+
+    def __init__(
+        self, group: tern.Group, streams: Any, device: torch.device, num_bytes: int, timeout_ms: int, *, masks: bool
+    ) -> None:
+        self._group, self._streams, self._device, self._num_bytes, self._masks = (
+            group,
+            streams,
+            device,
+            num_bytes,
+            masks,
+        )
+        if masks and device.type == "cuda":
+            raise tern.UnsupportedError(
+                "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the middle of an operation"
+            )
+        num_lanes = 1 if masks else _NUM_BANKS  # one lane alone goes on without a rank
+        least = sizes.least_bytes(group.num_ranks, _NUM_BANKS)
+        if num_bytes < least:
+            raise tern.OutOfMemoryError(
+                f"Buffer: num_rdma_bytes is {num_bytes}; low-latency mode of {group.num_ranks} ranks needs at least {least}, and for a "
+                "given shape what Buffer.get_low_latency_rdma_size_hint says"
+            )
+        self._shares = sizes.Shares.of_low_latency(num_bytes, group.num_ranks, num_lanes)
+        on_timeout = "mask" if masks else "abort"
+        self.exchange = Exchange(
+            group, device=device, timeout_ms=timeout_ms, on_timeout=on_timeout, **self._shares.exchange_options()
+        )
+        self._plans = PlanPool(self.exchange)
+        bank_bytes = self._shares.window_bytes // _NUM_BANKS
+        self._zero_copy = [self.exchange.empty((bank_bytes,), torch.uint8) for _ in range(_NUM_BANKS)]
+        self._lane_locks = [threading.Lock() for _ in range(num_lanes)]
+        self._turn_lock = threading.Lock()
+        self._num_dispatches = 0
+        self._to_mask: Set[int] = set()
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_tokens: int,
+        num_experts: int,
+        cast: Cast,
+        finish: Finish,
+        *,
+        cumulative_stats: Optional[torch.Tensor],
+        wait_stats: Optional[torch.Tensor],
+    ) -> Arrived:
+        finish.check()
+        encoding = cast.encoding
+        check_topk_idx(topk_idx)
+        if x.dim() != 2 or x.shape[0] != topk_idx.shape[0] or x.shape[0] > num_max_tokens:
+            raise tern.InvalidArgumentError(
+                f"low_latency_dispatch: x has shape {list(x.shape)}, topk_idx {list(topk_idx.shape)}; they must be [num_tokens, hidden] and "
+                f"[num_tokens, num_topk] with at most num_max_dispatch_tokens_per_rank = {num_max_tokens} tokens"
+            )
+        num_ranks = self._group.num_ranks
+        _check_stats("cumulative_local_expert_recv_stats", cumulative_stats, torch.int32, num_experts // num_ranks)
+        _check_stats("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, num_ranks)
+        bank = self._take_turn()
+        lane = bank % len(self._lane_locks)
+        arguments = {
+            "topk_idx": topk_idx,
+            "encoding": encoding,
+            "scale_order": "column_major",
+            "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
+            "lane": lane,
+        }
+        captured = self._streams.is_capturing()
+        with self._one_operation("low_latency_dispatch", lane, num_max_tokens, x.shape[1], num_experts):
+            lease = self._plans.lease(
+                lane,
+                captured,
+                max_tokens=num_max_tokens,
+                num_experts=num_experts,
+                num_topk=topk_idx.shape[1],
+                layout="expert_padded",
+                extent="worst",
+            )
+
+        def add_stats(arrived: Any) -> None:
+            if cumulative_stats is not None:
+                cumulative_stats.add_(arrived.expert_counts)
+
+        def run() -> tern.Dispatched:
+            arrived = lease.plan.dispatch(x, **arguments)
+            add_stats(arrived)
+            return arrived
+
+        with self._one_operation("low_latency_dispatch", lane, num_max_tokens, x.shape[1], num_experts):
+            if finish.return_recv_hook:
+                self._streams.follow(lane)
+                pending = lease.plan.dispatch_send(x, **arguments)
+                arrived, event = pending.result, EventOverlap()
+                hook: Optional[Hook] = self._hook(lane, pending, (lease, x), lambda: add_stats(pending.result))
+            else:
+                arrived, event = self._whole(lane, finish, run, (x, topk_idx, cumulative_stats))
+                hook = None
+        source_tokens: Any = arrived.source_token
+        ranges: Any = arrived.expert_rank_ranges
+        handle = LowLatencyHandle(source_tokens, ranges, num_max_tokens, x.shape[1], num_experts)
+        handle.lease, handle.lane, handle.bank = lease, lane, bank
+        rows = (arrived.tokens, arrived.scales) if cast.use_fp8 else arrived.tokens
+        return Arrived(rows, arrived.expert_counts, handle, event, hook)
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: LowLatencyHandle,
+        finish: Finish,
+        *,
+        zero_copy: bool,
+        out: Optional[torch.Tensor],
+        wait_stats: Optional[torch.Tensor],
+    ) -> Combined:
+        finish.check()
+        plan, lane = plan_of(handle), handle.lane
+        check_topk_idx(topk_idx)
+        if topk_idx.shape != topk_weights.shape or topk_idx.shape[1] != plan.num_topk:
+            raise tern.InvalidArgumentError(
+                f"low_latency_combine: topk_idx has shape {list(topk_idx.shape)}, topk_weights {list(topk_weights.shape)}; "
+                f"they must be those of the dispatch, [num_tokens, {plan.num_topk}]"
+            )
+        _check_stats("combine_wait_recv_cost_stats", wait_stats, torch.int64, self._group.num_ranks)
+        rows = self._expert_rows(x, handle, zero_copy)
+        arguments = {
+            "topk_weights": topk_weights,
+            "mode": self._combine_mode(plan, handle.hidden, finish),
+            "out": out if out is None or out.is_contiguous() else None,
+            "lane": lane,
+        }
+
+        def finish_out(combined: tern.Combined) -> torch.Tensor:
+            if out is None or out is combined.tokens:
+                return combined.tokens  # type: ignore[no-any-return]
+            return out.copy_(combined.tokens)
+
+        tokens, num_experts = handle.num_max_dispatch_tokens_per_rank, handle.num_experts
+        with self._one_operation("low_latency_combine", lane, tokens, handle.hidden, num_experts):
+            if finish.return_recv_hook:
+                self._streams.follow(lane)
+                pending = plan.combine_send(rows, **arguments)
+                result = pending.result.tokens if out is None else out
+                hook = self._hook(lane, pending, (handle, rows, topk_weights), lambda: finish_out(pending.result))
+                return Combined(result, EventOverlap(), hook)
+            result, event = self._whole(
+                lane,
+                finish,
+                lambda: finish_out(plan.combine(rows, zero_copy=zero_copy, **arguments)),
+                (rows, topk_weights),
+            )
+            return Combined(result, event, None)
+
+    def next_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
+        plan_of(handle)
+        num_ranks = self._group.num_ranks
+        shape = (handle.num_experts // num_ranks, num_ranks * handle.num_max_dispatch_tokens_per_rank, handle.hidden)
+        num_bytes = 2 * shape[0] * shape[1] * shape[2]
+        bank: torch.Tensor = self._zero_copy[handle.bank]
+        if num_bytes > bank.numel():
+            needed = sizes.low_latency_hint(
+                handle.num_max_dispatch_tokens_per_rank, handle.hidden, num_ranks, handle.num_experts
+            )
+            raise tern.OutOfMemoryError(
+                f"get_next_low_latency_combine_buffer: {list(shape)} in bf16 are {num_bytes} bytes, of which a Buffer with num_rdma_bytes "
+                f"{self._num_bytes} has {bank.numel()}; make it with {needed}, as get_low_latency_rdma_size_hint says"
+            )
+        return bank[:num_bytes].view(torch.bfloat16).view(shape)
+
+    # ----------------------------------------------------------------------------------------------------------- masks
+
+    def update_mask(self, rank: int, mask: bool) -> None:
+        self._require_masks()
+        if not 0 <= rank < self._group.num_ranks or (mask and rank == self._group.rank):
+            raise tern.InvalidArgumentError(
+                f"rank_to_mask is {rank}; it must be one of the {self._group.num_ranks} ranks, and not this one ({self._group.rank})"
+            )
+        if mask:
+            self._to_mask.add(rank)
+        elif rank in self.exchange.state().masked:
+            raise _no_way_back([rank])
+        else:
+            self._to_mask.discard(rank)
+
+    def query_mask(self, mask_status: torch.Tensor) -> None:
+        self._require_masks()
+        _check_stats("mask_status", mask_status, torch.int32, self._group.num_ranks)
+        masked = self._to_mask.union(self.exchange.state().masked)
+        mask_status.copy_(
+            torch.tensor([int(rank in masked) for rank in range(self._group.num_ranks)], dtype=torch.int32)
+        )
+
+    def clean_mask(self) -> None:
+        self._require_masks()
+        masked = self.exchange.state().masked
+        if masked:
+            raise _no_way_back(masked)
+        self._to_mask.clear()
+
+    def _require_masks(self) -> None:
+        if not self._masks:
+            raise tern.InvalidStateError("the Buffer has no masks; make it with enable_shrink=True")
+
+    # ---------------------------------------------------------------------------------------------------------- common
+
+    def _take_turn(self) -> int:
+        """The bank of this dispatch. Behind masks that are wished for comes the generation in which they hold."""
+        with self._turn_lock:
+            to_mask = self._to_mask.difference(self.exchange.state().masked) if self._to_mask else set()
+            self._to_mask.clear()
+            if to_mask:
+                with self._lane_locks[0]:
+                    self.exchange.recover(mask=sorted(to_mask.union(self.exchange.state().masked)))
+            bank = self._num_dispatches % _NUM_BANKS
+            self._num_dispatches += 1
+            return bank
+
+    def _whole(
+        self, lane: int, finish: Finish, operation: Callable[[], Any], inputs: tuple[Any, ...]
+    ) -> tuple[Any, EventOverlap]:
+        """Both halves at once: on the current stream, or with async_finish on the communication stream."""
+        if not finish.async_finish:
+            self._streams.follow(lane)
+            return operation(), EventOverlap()
+        with self._streams.run(Order(async_finish=True)) as work:
+            self._streams.follow(lane)
+            result = operation()
+            work.inputs += inputs
+            work.outputs += _tensors(result)
+        return result, work.overlap()
+
+    def _hook(self, lane: int, pending: Any, keep: Any, then: Callable[[], Any]) -> Hook:
+        """The second half, on the stream that is current now. It keeps the plan and what is being sent until it has run."""
+        stream, kept = self._streams.current(), [keep]
+
+        def receive() -> None:
+            with self._lane_locks[lane], self._streams.on(stream):
+                pending.receive()
+                then()
+            kept.clear()
+
+        return receive
+
+    def _expert_rows(self, x: torch.Tensor, handle: LowLatencyHandle, zero_copy: bool) -> torch.Tensor:
+        num_ranks = self._group.num_ranks
+        shape = (handle.num_experts // num_ranks, num_ranks * handle.num_max_dispatch_tokens_per_rank, handle.hidden)
+        if tuple(x.shape) != shape:
+            raise tern.InvalidArgumentError(
+                f"low_latency_combine: x has shape {list(x.shape)}; it must be {list(shape)}, as dispatched"
+            )
+        if zero_copy:
+            return self.next_combine_buffer(handle)
+        if x.dtype != torch.bfloat16:
+            raise tern.InvalidArgumentError(f"low_latency_combine: x is {x.dtype}; it must be bfloat16")
+        # Ranks agree on whether rows lie in the window by zero_copy alone.
+        begin = x.untyped_storage().data_ptr()
+        return x.clone() if any(begin == bank.untyped_storage().data_ptr() for bank in self._zero_copy) else x
+
+    def _combine_mode(self, plan: tern.Plan, hidden: int, finish: Finish) -> str:
+        asked = os.environ.get(COMBINE_VARIABLE, "auto")
+        if asked in ("hierarchical", "exact"):
+            return asked
+        if asked != "auto":
+            raise tern.InvalidArgumentError(
+                f"{COMBINE_VARIABLE} is {asked!r}; it must be 'auto', 'hierarchical' or 'exact'"
+            )
+        if not finish.return_recv_hook:
+            return "hierarchical"
+        # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each entry.
+        rows = sizes.whole_chunks(plan.max_tokens) * plan.num_topk
+        fits = sizes.bank_bytes(rows, 2 * hidden, plan.num_experts, self._group.num_ranks) <= self._shares.bank_bytes
+        return "exact" if fits else "hierarchical"
+
+    @contextlib.contextmanager
+    def _one_operation(
+        self, operation: str, lane: int, num_tokens: int, hidden: int, num_experts: int
+    ) -> Iterator[None]:
+        try:
+            with self._lane_locks[lane]:
+                yield
+        except tern.OutOfMemoryError as error:
+            needed = sizes.low_latency_hint(num_tokens, hidden, self._group.num_ranks, num_experts)
+            raise tern.OutOfMemoryError(
+                f"{operation}: {num_tokens} tokens of each rank, hidden {hidden}, {num_experts} experts do not fit a Buffer with "
+                f"num_rdma_bytes {self._num_bytes}; make it with {needed}, as get_low_latency_rdma_size_hint says [{error}]"
+            ) from error
+
+
+def _tensors(result: Any) -> tuple[Any, ...]:
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    return (result.tokens, result.scales, result.source_token, result.expert_counts, result.expert_rank_ranges)
+
+
+def _check_stats(name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, size: int) -> None:
+    if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != (size,)):
+        raise tern.InvalidArgumentError(
+            f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; it must be {dtype} of [{size}]"
+        )
+
+
+def _no_way_back(ranks: Any) -> tern.UnsupportedError:
+    return tern.UnsupportedError(
+        f"ranks {sorted(ranks)} are masked out, and cannot come back to this Buffer; make a new one with all ranks"
+    )

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes a buffer needs, and how an exchange divides those that it is given.
+
+A buffer's bytes are divided into fixed shares when it is made, since only sizes are known then and no shapes:
+
+    normal mode     routing 1/8, staging 7/8
+    low latency     routing 1/8, staging 3/8, two buffers for zero-copy combine 1/4 each
+
+The size hints are the least numbers for which every share suffices, so a buffer of a hinted size always does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+NUM_BANKS = 2  # of staging, in each lane
+_MOST_TOPK = 64
+_PAGE_BYTES = 4096
+_SLOT_OVERHEAD_BYTES = 1024  # source token, experts and weights of 64 entries, padding
+_BANK_OVERHEAD_BYTES = 4096
+_ROUTED_ENTRY_BYTES = 8
+_ROUTED_TOKEN_BYTES = 4
+_MOST_CHUNKS = 64  # in which GPU ranks stage a batch; a round carries whole chunks
+_LEAST_ROUTING_BYTES = 2 << 20  # of one source: 30,000 tokens with top-8
+
+
+def slot_bytes(row_bytes: int) -> int:
+    """Staging of one row, with its scales."""
+    return row_bytes + row_bytes // 8 + _SLOT_OVERHEAD_BYTES
+
+
+def bank_bytes(num_rows: int, row_bytes: int, num_experts: int, num_ranks: int) -> int:
+    """Staging from one rank to another in one operation."""
+    return _BANK_OVERHEAD_BYTES + 4 * (num_experts + num_ranks) + num_rows * slot_bytes(row_bytes)
+
+
+def whole_chunks(num_tokens: int) -> int:
+    """The number of tokens when the last chunk is counted as a full one."""
+    return num_tokens + -(-num_tokens // _MOST_CHUNKS)
+
+
+def _routing_bytes(num_tokens: int, num_topk: int, num_experts: int, num_ranks: int) -> int:
+    return 2048 + 4 * (num_experts + num_ranks) + num_tokens * (_ROUTED_TOKEN_BYTES + num_topk * _ROUTED_ENTRY_BYTES)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What becomes of the bytes of a buffer, for one of its modes."""
+
+    routing_bytes: int
+    staging_bytes: int
+    window_bytes: int
+    num_lanes: int
+    num_ranks: int
+
+    @classmethod
+    def of_normal(cls, num_bytes: int, num_ranks: int) -> Shares:
+        return cls(num_bytes // 8, num_bytes - num_bytes // 8, 0, 1, num_ranks)
+
+    @classmethod
+    def of_low_latency(cls, num_bytes: int, num_ranks: int, num_lanes: int) -> Shares:
+        eighth = num_bytes // 8
+        return cls(eighth, 3 * eighth, 4 * eighth // 512 * 512, num_lanes, num_ranks)
+
+    @property
+    def bank_bytes(self) -> int:
+        return self.staging_bytes // (self.num_lanes * NUM_BANKS * self.num_ranks)
+
+    def exchange_options(self) -> dict[str, Any]:
+        routing_bytes = self.routing_bytes // (self.num_lanes * NUM_BANKS * self.num_ranks)
+        token_bytes = _ROUTED_TOKEN_BYTES + _MOST_TOPK * _ROUTED_ENTRY_BYTES
+        return {
+            "staging_bytes": self.staging_bytes,
+            "window_bytes": self.window_bytes,
+            "num_lanes": self.num_lanes,
+            # The shapes size the routing alone: counts of experts and shorter top-k find room among the bytes of the tokens.
+            "max_tokens": max(1, routing_bytes // token_bytes),
+            "max_topk": _MOST_TOPK,
+            "max_experts": 1,
+        }
+
+
+def least_bytes(num_ranks: int, num_lanes: int) -> int:
+    """Of a buffer that can be made at all."""
+    return num_ranks * num_lanes * NUM_BANKS * 8 * _PAGE_BYTES
+
+
+def normal_bytes(
+    tokens_per_round: int, max_tokens: int, row_bytes: int, num_topk: int, num_experts: int, num_ranks: int
+) -> int:
+    """A buffer with which batches of max_tokens run in rounds of at least tokens_per_round."""
+    tokens = max(tokens_per_round, -(-max_tokens // _MOST_CHUNKS))
+    staging = NUM_BANKS * num_ranks * bank_bytes(tokens, row_bytes, num_experts, num_ranks)
+    routing = NUM_BANKS * num_ranks * _routing_bytes(max_tokens, max(1, num_topk), num_experts, num_ranks)
+    return _page(max(-(-staging * 8 // 7), routing * 8, least_bytes(num_ranks, 1)))
+
+
+def normal_hint(tokens_per_round: int, row_bytes: int, num_ranks: int) -> int:
+    """A buffer for any batch up to some ten thousand tokens: longer top-k counts as more tokens."""
+    routing = NUM_BANKS * num_ranks * _LEAST_ROUTING_BYTES
+    return max(normal_bytes(tokens_per_round, 1, row_bytes, _MOST_TOPK, 4096, num_ranks), _page(routing * 8))
+
+
+def low_latency_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    tokens, row_bytes, num_lanes = num_max_dispatch_tokens_per_rank, 2 * hidden, 2
+    num_banks = num_lanes * NUM_BANKS * num_ranks
+    staging = num_banks * bank_bytes(whole_chunks(tokens), row_bytes, num_experts, num_ranks)
+    routing = num_banks * _routing_bytes(tokens, _MOST_TOPK, num_experts, num_ranks)
+    zero_copy = num_experts * tokens * row_bytes + 512
+    return _page(max(routing * 8, -(-staging * 8 // 3) + 8, zero_copy * 4, least_bytes(num_ranks, num_lanes)))
+
+
+def _page(num_bytes: int) -> int:
+    return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On which stream an operation runs, and who waits for it. All that the module knows of CUDA streams is here.
+
+Operations in normal mode run on the buffer's communication stream, and so do the small torch operations around them: their outputs come
+from that stream's share of torch's allocator, and `record_stream` tells it who else uses them. CPU ranks have no streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Optional
+
+import tern
+import torch
+
+from .events import EventHandle, EventOverlap
+
+
+@dataclass(frozen=True)
+class Order:
+    """The arguments of that name, which all operations in normal mode take."""
+
+    previous_event: Optional[EventOverlap] = None
+    async_finish: bool = False
+    allocate_on_comm_stream: bool = False
+
+    @property
+    def awaited(self) -> Optional[EventHandle]:
+        return getattr(self.previous_event, "event", None)
+
+    def check(self) -> None:
+        if self.allocate_on_comm_stream and (self.awaited is None or not self.async_finish):
+            raise tern.InvalidArgumentError(
+                "allocate_on_comm_stream needs a previous_event that holds an event, and async_finish=True; "
+                f"previous_event is {self.previous_event}, async_finish is {self.async_finish}"
+            )
+
+
+@dataclass
+class Work:
+    """One operation: which tensors it reads and makes, and, when it is under way, the event behind it."""
+
+    inputs: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    event: Optional[EventHandle] = None
+
+    def overlap(self) -> EventOverlap:
+        if self.event is None:
+            return EventOverlap()
+        return EventOverlap(self.event, tuple(t for t in (*self.inputs, *self.outputs) if t is not None))
+
+
+class HostStreams:
+    """Of CPU ranks: everything is done when the call returns."""
+
+    def __init__(self) -> None:
+        self.comm_stream: Any = torch.cpu.Stream()
+
+    @contextlib.contextmanager
+    def run(self, order: Order) -> Iterator[Work]:
+        order.check()
+        work = Work()
+        yield work
+        if order.async_finish:
+            work.event = EventHandle()
+
+    def current(self) -> Any:
+        return None
+
+    def on(self, stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def follow(self, lane: int) -> None:
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+
+class CudaStreams:
+    """Of GPU ranks."""
+
+    def __init__(self, device: torch.device, num_lanes: int) -> None:
+        self._device = device
+        cuda: Any = torch.cuda
+        self.comm_stream: Any = cuda.Stream(device)
+        self._last: list[Any] = [None] * num_lanes
+
+    @contextlib.contextmanager
+    def run(self, order: Order) -> Iterator[Work]:
+        """What is done inside runs on the communication stream, behind the order's event or else the caller's stream.
+
+        Behind it the caller's stream waits, or with async_finish work.event is there. Append to work.inputs and work.outputs
+        what the operation reads and what it hands out.
+        """
+        order.check()
+        caller, comm = torch.cuda.current_stream(self._device), self.comm_stream
+        awaited = order.awaited
+        if awaited is not None and awaited.event is not None:
+            comm.wait_event(awaited.event)
+        else:
+            comm.wait_stream(caller)
+        work = Work()
+        with torch.cuda.stream(comm):
+            yield work
+            if order.async_finish:
+                work.event = EventHandle(comm)
+        if order.async_finish:
+            for tensor in work.inputs:
+                if tensor is not None:
+                    tensor.record_stream(comm)
+        else:
+            caller.wait_stream(comm)
+        for tensor in work.outputs:
+            if tensor is not None:
+                tensor.record_stream(caller)
+
+    def current(self) -> Any:
+        return torch.cuda.current_stream(self._device)
+
+    def on(self, stream: Any) -> Any:
+        return torch.cuda.stream(stream)
+
+    def follow(self, lane: int) -> None:
+        """Operations of a lane must run in the order of their calls, so the current stream waits for the one that the last was on.
+
+        Not while a graph is captured: what is captured is ordered by the graph itself, and must not wait for anything outside of it.
+        """
+        if self.is_capturing():
+            return
+        stream = torch.cuda.current_stream(self._device)
+        last, self._last[lane] = self._last[lane], stream
+        if last is not None and last != stream:
+            stream.wait_stream(last)
+
+    def is_capturing(self) -> bool:
+        return bool(torch.cuda.is_current_stream_capturing())
