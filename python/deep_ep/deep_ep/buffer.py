@@ -14,7 +14,7 @@ from .config import Config
 from .events import EventHandle, EventOverlap
 from .handles import LowLatencyHandle, NormalHandle
 from .layout import dispatch_layout
-from .low_latency import Cast, Finish, Hook, LowLatencyMode
+from .low_latency import Cast, Finish, Hook, LowLatencyMode, Shape
 from .normal import Batch, NormalMode, Rows
 from .streams import CudaStreams, HostStreams, Order
 
@@ -283,8 +283,7 @@ class Buffer:
         return mode.dispatch(
             x,
             topk_idx,
-            num_max_dispatch_tokens_per_rank,
-            num_experts,
+            Shape(num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts),
             Cast(use_fp8, round_scale, use_ue8m0),
             Finish(async_finish, return_recv_hook),
             cumulative_stats=cumulative_local_expert_recv_stats,

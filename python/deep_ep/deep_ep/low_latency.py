@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Set, Union
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Set
 
 import tern
 import torch
@@ -18,8 +18,9 @@ from tern.exchange import Exchange
 
 from . import sizes
 from .events import EventOverlap
-from .handles import LowLatencyHandle, PlanPool, plan_of
+from .handles import LowLatencyHandle, PlanLease, PlanPool, plan_of
 from .layout import check_topk_idx
+from .shrink import moved_rows, persistently
 from .streams import Order
 
 Hook = Callable[[], None]
@@ -27,6 +28,7 @@ Hook = Callable[[], None]
 # "hierarchical", "exact", or "auto": exact with a hook where it fits the buffer, else hierarchical.
 COMBINE_VARIABLE = "TERN_DEEP_EP_COMBINE"
 _NUM_BANKS = 2
+_LEAST_HIDDEN = 8  # of bf16 rows
 _CASTS = {(False, False): "fp8_f32", (True, False): "fp8_f32_pow2", (True, True): "fp8_ue8m0"}
 
 
@@ -59,6 +61,14 @@ class Cast:
         return _CASTS[self.round_scale, self.use_ue8m0]
 
 
+class Shape(NamedTuple):
+    """What ranks agree on in a dispatch, as the handle keeps it."""
+
+    num_max_tokens: int  # of each rank
+    hidden: int
+    num_experts: int
+
+
 class Arrived(NamedTuple):
     rows: Any  # bf16, or (fp8, scales)
     expert_counts: Any
@@ -71,6 +81,15 @@ class Combined(NamedTuple):
     tokens: torch.Tensor
     event: EventOverlap
     hook: Optional[Hook]
+
+
+class _Done(NamedTuple):
+    """Pending in form only."""
+
+    result: tern.Combined
+
+    def receive(self) -> tern.Combined:
+        return self.result
 
 
 class LowLatencyMode:
@@ -114,8 +133,7 @@ class LowLatencyMode:
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
-        num_max_tokens: int,
-        num_experts: int,
+        shape: Shape,
         cast: Cast,
         finish: Finish,
         *,
@@ -124,57 +142,42 @@ class LowLatencyMode:
     ) -> Arrived:
         finish.check()
         encoding = cast.encoding
-        check_topk_idx(topk_idx)
-        if x.dim() != 2 or x.shape[0] != topk_idx.shape[0] or x.shape[0] > num_max_tokens:
-            raise tern.InvalidArgumentError(
-                f"low_latency_dispatch: x has shape {list(x.shape)}, topk_idx {list(topk_idx.shape)}; they must be [num_tokens, hidden] and "
-                f"[num_tokens, num_topk] with at most num_max_dispatch_tokens_per_rank = {num_max_tokens} tokens"
-            )
+        _check_batch(x, topk_idx, shape)
         num_ranks = self._group.num_ranks
-        _check_stats("cumulative_local_expert_recv_stats", cumulative_stats, torch.int32, num_experts // num_ranks)
-        _check_stats("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, num_ranks)
+        _check_vector(
+            "cumulative_local_expert_recv_stats", cumulative_stats, torch.int32, shape.num_experts // num_ranks
+        )
+        _check_vector("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, num_ranks)
         bank = self._take_turn()
         lane = bank % len(self._lane_locks)
-        arguments = {
-            "topk_idx": topk_idx,
-            "encoding": encoding,
-            "scale_order": "column_major",
-            "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
-            "lane": lane,
-        }
-        captured = self._streams.is_capturing()
-        with self._one_operation("low_latency_dispatch", lane, num_max_tokens, x.shape[1], num_experts):
-            lease = self._plans.lease(
-                lane,
-                captured,
-                max_tokens=num_max_tokens,
-                num_experts=num_experts,
-                num_topk=topk_idx.shape[1],
-                layout="expert_padded",
-                extent="worst",
-            )
 
-        def add_stats(arrived: Any) -> None:
+        def add_stats(arrived: Any) -> Any:
             if cumulative_stats is not None:
                 cumulative_stats.add_(arrived.expert_counts)
-
-        def run() -> tern.Dispatched:
-            arrived = lease.plan.dispatch(x, **arguments)
-            add_stats(arrived)
             return arrived
 
-        with self._one_operation("low_latency_dispatch", lane, num_max_tokens, x.shape[1], num_experts):
+        with self._one_operation("low_latency_dispatch", lane, shape):
+            lease = self._lease(lane, shape, topk_idx.shape[1])
+            arguments: dict[str, Any] = {
+                "topk_idx": topk_idx,
+                "encoding": encoding,
+                "scale_order": "column_major",
+                "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
+                "lane": lane,
+            }
             if finish.return_recv_hook:
                 self._streams.follow(lane)
                 pending = lease.plan.dispatch_send(x, **arguments)
-                arrived, event = pending.result, EventOverlap()
-                hook: Optional[Hook] = self._hook(lane, pending, (lease, x), lambda: add_stats(pending.result))
+                arrived: Any = pending.result
+                event = EventOverlap()
+                hook = self._hook(lane, pending, lambda: lease.plan.dispatch(x, out=arrived, **arguments), add_stats)
             else:
-                arrived, event = self._whole(lane, finish, run, (x, topk_idx, cumulative_stats))
+                inputs = (x, topk_idx, cumulative_stats)
+                arrived, event = self._whole(
+                    lane, finish, lambda: add_stats(lease.plan.dispatch(x, **arguments)), inputs
+                )
                 hook = None
-        source_tokens: Any = arrived.source_token
-        ranges: Any = arrived.expert_rank_ranges
-        handle = LowLatencyHandle(source_tokens, ranges, num_max_tokens, x.shape[1], num_experts)
+        handle = LowLatencyHandle(arrived.source_token, arrived.expert_rank_ranges, *shape)
         handle.lease, handle.lane, handle.bank = lease, lane, bank
         rows = (arrived.tokens, arrived.scales) if cast.use_fp8 else arrived.tokens
         return Arrived(rows, arrived.expert_counts, handle, event, hook)
@@ -192,53 +195,48 @@ class LowLatencyMode:
         wait_stats: Optional[torch.Tensor],
     ) -> Combined:
         finish.check()
-        plan, lane = plan_of(handle), handle.lane
+        plan, lane, shape = plan_of(handle), handle.lane, Shape(*handle[2:])
         check_topk_idx(topk_idx)
         if topk_idx.shape != topk_weights.shape or topk_idx.shape[1] != plan.num_topk:
             raise tern.InvalidArgumentError(
                 f"low_latency_combine: topk_idx has shape {list(topk_idx.shape)}, topk_weights {list(topk_weights.shape)}; "
                 f"they must be those of the dispatch, [num_tokens, {plan.num_topk}]"
             )
-        _check_stats("combine_wait_recv_cost_stats", wait_stats, torch.int64, self._group.num_ranks)
+        _check_vector("combine_wait_recv_cost_stats", wait_stats, torch.int64, self._group.num_ranks)
         rows = self._expert_rows(x, handle, zero_copy)
-        arguments = {
-            "topk_weights": topk_weights,
-            "mode": self._combine_mode(plan, handle.hidden, finish),
-            "out": out if out is None or out.is_contiguous() else None,
-            "lane": lane,
-        }
+        mode = self._combine_mode(plan, shape, finish)
+        written = out if out is None or out.is_contiguous() else None
+        arguments: dict[str, Any] = {"topk_weights": topk_weights, "mode": mode, "out": written, "lane": lane}
 
-        def finish_out(combined: tern.Combined) -> torch.Tensor:
-            if out is None or out is combined.tokens:
-                return combined.tokens  # type: ignore[no-any-return]
-            return out.copy_(combined.tokens)
+        def hand_out(combined: Any, given: Optional[torch.Tensor] = out) -> torch.Tensor:
+            tokens: torch.Tensor = combined.tokens
+            return tokens if given is None or given is tokens else given.copy_(tokens)
 
-        tokens, num_experts = handle.num_max_dispatch_tokens_per_rank, handle.num_experts
-        with self._one_operation("low_latency_combine", lane, tokens, handle.hidden, num_experts):
+        def again() -> tern.Combined:
+            return self._combine_anew(rows, topk_idx, handle, arguments)
+
+        with self._one_operation("low_latency_combine", lane, shape, plan.num_topk if mode == "exact" else 1):
             if finish.return_recv_hook:
                 self._streams.follow(lane)
-                pending = plan.combine_send(rows, **arguments)
-                result = pending.result.tokens if out is None else out
-                hook = self._hook(lane, pending, (handle, rows, topk_weights), lambda: finish_out(pending.result))
-                return Combined(result, EventOverlap(), hook)
-            result, event = self._whole(
-                lane,
-                finish,
-                lambda: finish_out(plan.combine(rows, zero_copy=zero_copy, **arguments)),
-                (rows, topk_weights),
-            )
+                pending = self._send_combine(lambda: plan.combine_send(rows, **arguments), again)
+                given = pending.result.tokens if out is None else out
+                hook = self._hook(lane, pending, again, lambda combined: hand_out(combined, given), keep=handle)
+                return Combined(given, EventOverlap(), hook)
+
+            def first() -> tern.Combined:
+                return plan.combine(rows, zero_copy=zero_copy, **arguments)
+
+            inputs = (rows, topk_weights)
+            result, event = self._whole(lane, finish, lambda: hand_out(self._persistently(first, again)), inputs)
             return Combined(result, event, None)
 
     def next_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         plan_of(handle)
-        num_ranks = self._group.num_ranks
-        shape = (handle.num_experts // num_ranks, num_ranks * handle.num_max_dispatch_tokens_per_rank, handle.hidden)
+        shape = self._rows_shape(handle)
         num_bytes = 2 * shape[0] * shape[1] * shape[2]
         bank: torch.Tensor = self._zero_copy[handle.bank]
         if num_bytes > bank.numel():
-            needed = sizes.low_latency_hint(
-                handle.num_max_dispatch_tokens_per_rank, handle.hidden, num_ranks, handle.num_experts
-            )
+            needed = sizes.low_latency_hint(*handle[2:4], self._group.num_ranks, handle.num_experts)
             raise tern.OutOfMemoryError(
                 f"get_next_low_latency_combine_buffer: {list(shape)} in bf16 are {num_bytes} bytes, of which a Buffer with num_rdma_bytes "
                 f"{self._num_bytes} has {bank.numel()}; make it with {needed}, as get_low_latency_rdma_size_hint says"
@@ -262,7 +260,7 @@ class LowLatencyMode:
 
     def query_mask(self, mask_status: torch.Tensor) -> None:
         self._require_masks()
-        _check_stats("mask_status", mask_status, torch.int32, self._group.num_ranks)
+        _check_vector("mask_status", mask_status, torch.int32, self._group.num_ranks)
         masked = self._to_mask.union(self.exchange.state().masked)
         mask_status.copy_(
             torch.tensor([int(rank in masked) for rank in range(self._group.num_ranks)], dtype=torch.int32)
@@ -307,21 +305,49 @@ class LowLatencyMode:
             work.outputs += _tensors(result)
         return result, work.overlap()
 
-    def _hook(self, lane: int, pending: Any, keep: Any, then: Callable[[], Any]) -> Hook:
+    def _hook(
+        self, lane: int, pending: Any, again: Callable[[], Any], then: Callable[[Any], Any], keep: Any = None
+    ) -> Hook:
         """The second half, on the stream that is current now. It keeps the plan and what is being sent until it has run."""
-        stream, kept = self._streams.current(), [keep]
+        stream, kept = self._streams.current(), [(keep, again, then)]
 
         def receive() -> None:
+            if not kept:
+                raise tern.InvalidStateError("the hook has run already")
             with self._lane_locks[lane], self._streams.on(stream):
-                pending.receive()
-                then()
-            kept.clear()
+                _, redo, finish = kept.pop()
+                finish(self._persistently(pending.receive, redo))
 
         return receive
 
-    def _expert_rows(self, x: torch.Tensor, handle: LowLatencyHandle, zero_copy: bool) -> torch.Tensor:
+    # --------------------------------------------------------------------------------------- when a rank is left out
+
+    def _persistently(self, first: Callable[[], Any], again: Callable[[], Any]) -> Any:
+        return persistently(first, again, self._group.num_ranks) if self._masks else first()
+
+    def _send_combine(self, send: Callable[[], Any], again: Callable[[], Any]) -> Any:
+        """A pending combine; where the plan is stale, one that is done."""
+        return self._persistently(send, lambda: _Done(again()))
+
+    def _combine_anew(
+        self, rows: torch.Tensor, topk_idx: torch.Tensor, handle: LowLatencyHandle, arguments: dict[str, Any]
+    ) -> tern.Combined:
+        """Along a new plan for the ranks that are left, where rows have moved."""
+        lease = self._lease(handle.lane, Shape(*handle[2:]), topk_idx.shape[1])
+        narrow = torch.zeros((topk_idx.shape[0], _LEAST_HIDDEN), dtype=torch.bfloat16)
+        arrived = lease.plan.dispatch(narrow, topk_idx=topk_idx, outputs=("expert_rank_ranges",), lane=handle.lane)
+        assert arrived.expert_rank_ranges is not None
+        moved = moved_rows(rows, handle.layout_ranges, arrived.expert_rank_ranges)
+        return lease.plan.combine(moved, **arguments)
+
+    # ---------------------------------------------------------------------------------------------------------- rows
+
+    def _rows_shape(self, handle: LowLatencyHandle) -> tuple[int, int, int]:
         num_ranks = self._group.num_ranks
-        shape = (handle.num_experts // num_ranks, num_ranks * handle.num_max_dispatch_tokens_per_rank, handle.hidden)
+        return handle.num_experts // num_ranks, num_ranks * handle.num_max_dispatch_tokens_per_rank, handle.hidden
+
+    def _expert_rows(self, x: torch.Tensor, handle: LowLatencyHandle, zero_copy: bool) -> torch.Tensor:
+        shape = self._rows_shape(handle)
         if tuple(x.shape) != shape:
             raise tern.InvalidArgumentError(
                 f"low_latency_combine: x has shape {list(x.shape)}; it must be {list(shape)}, as dispatched"
@@ -334,7 +360,7 @@ class LowLatencyMode:
         begin = x.untyped_storage().data_ptr()
         return x.clone() if any(begin == bank.untyped_storage().data_ptr() for bank in self._zero_copy) else x
 
-    def _combine_mode(self, plan: tern.Plan, hidden: int, finish: Finish) -> str:
+    def _combine_mode(self, plan: tern.Plan, shape: Shape, finish: Finish) -> str:
         asked = os.environ.get(COMBINE_VARIABLE, "auto")
         if asked in ("hierarchical", "exact"):
             return asked
@@ -345,22 +371,36 @@ class LowLatencyMode:
         if not finish.return_recv_hook:
             return "hierarchical"
         # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each entry.
-        rows = sizes.whole_chunks(plan.max_tokens) * plan.num_topk
-        fits = sizes.bank_bytes(rows, 2 * hidden, plan.num_experts, self._group.num_ranks) <= self._shares.bank_bytes
+        rows = sizes.whole_chunks(shape.num_max_tokens) * plan.num_topk
+        fits = (
+            sizes.bank_bytes(rows, 2 * shape.hidden, shape.num_experts, self._group.num_ranks)
+            <= self._shares.bank_bytes
+        )
         return "exact" if fits else "hierarchical"
 
+    def _lease(self, lane: int, shape: Shape, num_topk: int) -> PlanLease:
+        return self._plans.lease(
+            lane,
+            self._streams.is_capturing(),
+            max_tokens=shape.num_max_tokens,
+            num_experts=shape.num_experts,
+            num_topk=num_topk,
+            layout="expert_padded",
+            extent="worst",
+        )
+
     @contextlib.contextmanager
-    def _one_operation(
-        self, operation: str, lane: int, num_tokens: int, hidden: int, num_experts: int
-    ) -> Iterator[None]:
+    def _one_operation(self, operation: str, lane: int, shape: Shape, rows_per_token: int = 1) -> Iterator[None]:
         try:
             with self._lane_locks[lane]:
                 yield
         except tern.OutOfMemoryError as error:
-            needed = sizes.low_latency_hint(num_tokens, hidden, self._group.num_ranks, num_experts)
+            needed = sizes.low_latency_hint(
+                shape.num_max_tokens, shape.hidden, self._group.num_ranks, shape.num_experts, rows_per_token
+            )
             raise tern.OutOfMemoryError(
-                f"{operation}: {num_tokens} tokens of each rank, hidden {hidden}, {num_experts} experts do not fit a Buffer with "
-                f"num_rdma_bytes {self._num_bytes}; make it with {needed}, as get_low_latency_rdma_size_hint says [{error}]"
+                f"{operation}: {shape.num_max_tokens} tokens of each rank, hidden {shape.hidden}, {shape.num_experts} experts do not fit a "
+                f"Buffer with num_rdma_bytes {self._num_bytes}; make it with {needed} (get_low_latency_rdma_size_hint) [{error}]"
             ) from error
 
 
@@ -370,7 +410,16 @@ def _tensors(result: Any) -> tuple[Any, ...]:
     return (result.tokens, result.scales, result.source_token, result.expert_counts, result.expert_rank_ranges)
 
 
-def _check_stats(name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, size: int) -> None:
+def _check_batch(x: torch.Tensor, topk_idx: torch.Tensor, shape: Shape) -> None:
+    check_topk_idx(topk_idx)
+    if x.dim() != 2 or x.shape[0] != topk_idx.shape[0] or x.shape[0] > shape.num_max_tokens:
+        raise tern.InvalidArgumentError(
+            f"low_latency_dispatch: x has shape {list(x.shape)}, topk_idx {list(topk_idx.shape)}; they must be [num_tokens, hidden] and "
+            f"[num_tokens, num_topk] with at most num_max_dispatch_tokens_per_rank = {shape.num_max_tokens} tokens"
+        )
+
+
+def _check_vector(name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, size: int) -> None:
     if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != (size,)):
         raise tern.InvalidArgumentError(
             f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; it must be {dtype} of [{size}]"

@@ -88,7 +88,7 @@ class NormalMode:
                 "and Config.get_nvl_buffer_size_hint says with how many they are fast"
             )
         self._streams, self._device = streams, device
-        options = sizes.Shares.of_normal(num_bytes, num_ranks).exchange_options()
+        options = sizes.Shares.of_normal(num_bytes, num_ranks, device.type == "cuda").exchange_options()
         self.exchange = Exchange(group, device=device, timeout_ms=timeout_ms, **options)
         self._plans = PlanPool(self.exchange)
         self._told = _NumTokens(self.exchange, device)

@@ -22,6 +22,7 @@ _BANK_OVERHEAD_BYTES = 4096
 _ROUTED_ENTRY_BYTES = 8
 _ROUTED_TOKEN_BYTES = 4
 _MOST_CHUNKS = 64  # in which GPU ranks stage a batch; a round carries whole chunks
+_MOST_CPU_BANK_BYTES = 2 << 20
 _LEAST_ROUTING_BYTES = 2 << 20  # of one source: 30,000 tokens with top-8
 
 
@@ -55,8 +56,12 @@ class Shares:
     num_ranks: int
 
     @classmethod
-    def of_normal(cls, num_bytes: int, num_ranks: int) -> Shares:
-        return cls(num_bytes // 8, num_bytes - num_bytes // 8, 0, 1, num_ranks)
+    def of_normal(cls, num_bytes: int, num_ranks: int, on_gpu: bool) -> Shares:
+        staging = num_bytes - num_bytes // 8
+        if not on_gpu:
+            # Rounds of CPU ranks are small, to stay in caches: more would be taken from the system and never used.
+            staging = min(staging, NUM_BANKS * num_ranks * _MOST_CPU_BANK_BYTES)
+        return cls(num_bytes // 8, staging, 0, 1, num_ranks)
 
     @classmethod
     def of_low_latency(cls, num_bytes: int, num_ranks: int, num_lanes: int) -> Shares:
@@ -102,10 +107,13 @@ def normal_hint(tokens_per_round: int, row_bytes: int, num_ranks: int) -> int:
     return max(normal_bytes(tokens_per_round, 1, row_bytes, _MOST_TOPK, 4096, num_ranks), _page(routing * 8))
 
 
-def low_latency_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+def low_latency_hint(
+    num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int, rows_per_token: int = 1
+) -> int:
+    """rows_per_token: that come back from one rank; more than one in combine mode "exact"."""
     tokens, row_bytes, num_lanes = num_max_dispatch_tokens_per_rank, 2 * hidden, 2
     num_banks = num_lanes * NUM_BANKS * num_ranks
-    staging = num_banks * bank_bytes(whole_chunks(tokens), row_bytes, num_experts, num_ranks)
+    staging = num_banks * bank_bytes(whole_chunks(tokens) * rows_per_token, row_bytes, num_experts, num_ranks)
     routing = num_banks * _routing_bytes(tokens, _MOST_TOPK, num_experts, num_ranks)
     zero_copy = num_experts * tokens * row_bytes + 512
     return _page(max(routing * 8, -(-staging * 8 // 3) + 8, zero_copy * 4, least_bytes(num_ranks, num_lanes)))

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buffers with enable_shrink, a rank that is killed, and one that is left out by hand. Run by deep_ep_ranks.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from deep_ep_checks_low_latency import MOST, check_arrived, check_combined, combine, expert_rows, make_case, send
+from deep_ep_checks_normal import refused
+
+KILLED = (3,)  # in the check of that name
+TIMEOUT_MS = 1500
+_state = {}
+
+
+def masked_ranks(buffer, num_ranks):
+    status = torch.full((num_ranks,), 7, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    return [rank for rank in range(num_ranks) if status[rank]]
+
+
+def without(case, ranks):
+    """What is left of a case when some ranks are gone: their tokens, and entries for their experts."""
+    for rank, inputs in enumerate(case.all):
+        if rank in ranks:
+            case.num_tokens[rank] = 0
+            case.all[rank] = type(inputs)(inputs.x[:0], inputs.topk_idx[:0], inputs.topk_weights[:0])
+        else:
+            gone = torch.isin(inputs.topk_idx // case.num_local, torch.tensor(list(ranks))) & (inputs.topk_idx >= 0)
+            inputs.topk_idx = torch.where(gone, -1, inputs.topk_idx)
+    return case
+
+
+def everybody(ranks):
+    case = make_case(ranks, tokens=(20, 13, 5, 7))
+    buffer = _state["buffer"] = ranks.low_latency(case, MOST, enable_shrink=True)
+    for other in ("by hand", "overlapping", "in between"):
+        _state[other] = ranks.low_latency(case, MOST, enable_shrink=True)
+    # A result that is alive when the rank goes.
+    _state["case"], _state["arrived"] = case, send(_state["in between"], case, ranks.rank, use_fp8=False)
+    assert masked_ranks(buffer, ranks.num_ranks) == []
+    buffer.low_latency_clean_mask_buffer()
+    for kind_options in ({}, {"return_recv_hook": True}):
+        arrived = send(buffer, case, ranks.rank, use_fp8=False, **kind_options)
+        if arrived[4] is not None:
+            arrived[4]()
+        check_arrived(case, ranks.rank, arrived)
+        combined, _, hook = combine(buffer, case, ranks.rank, expert_rows(case, arrived), arrived, **kind_options)
+        if hook is not None:
+            hook()
+        check_combined(case, ranks.rank, combined)
+    refused(lambda: buffer.low_latency_update_mask_buffer(ranks.rank, True), "not this one")
+    ranks.barrier()
+
+
+def a_rank_is_killed(ranks):
+    if ranks.rank == KILLED[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    buffer = _state["buffer"]
+    full = make_case(ranks, tokens=(20, 13, 5, 7))
+    arrived = send(buffer, full, ranks.rank, use_fp8=False)  # waits, and goes on
+    case = without(make_case(ranks, tokens=(20, 13, 5, 7)), KILLED)
+    check_arrived(case, ranks.rank, arrived)
+    rows = expert_rows(case, arrived)
+    own = full.all[ranks.rank]
+    combined = buffer.low_latency_combine(rows, own.topk_idx, own.topk_weights, arrived[2])[0]
+    check_combined(case, ranks.rank, combined)
+    assert masked_ranks(buffer, ranks.num_ranks) == list(KILLED)
+
+
+def the_others_go_on(ranks):
+    buffer = _state["buffer"]
+    for seed in range(3):
+        case = without(make_case(ranks, seed=seed, tokens=(20, 13, 5, 7)), KILLED)
+        arrived = send(buffer, case, ranks.rank, use_fp8=False, return_recv_hook=True)
+        arrived[4]()
+        check_arrived(case, ranks.rank, arrived)
+        check_combined(case, ranks.rank, combine(buffer, case, ranks.rank, expert_rows(case, arrived), arrived)[0])
+    refused(lambda: buffer.low_latency_update_mask_buffer(KILLED[0], False), "cannot come back")
+    refused(buffer.low_latency_clean_mask_buffer, "cannot come back")
+    refused(lambda: buffer.low_latency_query_mask_buffer(torch.zeros(3)), "mask_status")
+
+
+def left_out_by_hand(ranks):
+    """No wait: the survivors say who is gone before they notice."""
+    buffer = _state["by hand"]
+    buffer.low_latency_update_mask_buffer(KILLED[0], True)
+    assert masked_ranks(buffer, ranks.num_ranks) == list(KILLED)
+    buffer.low_latency_update_mask_buffer(KILLED[0], False)
+    assert masked_ranks(buffer, ranks.num_ranks) == []
+    buffer.low_latency_update_mask_buffer(KILLED[0], True)
+    case = without(make_case(ranks, seed=5, tokens=(20, 13, 5, 7)), KILLED)
+    arrived = send(buffer, case, ranks.rank, use_fp8=False)
+    check_arrived(case, ranks.rank, arrived)
+    check_combined(case, ranks.rank, combine(buffer, case, ranks.rank, expert_rows(case, arrived), arrived)[0])
+    assert masked_ranks(buffer, ranks.num_ranks) == list(KILLED)
+
+
+def overlapping_results(ranks):
+    """Two micro-batches are under way when the rank is missed."""
+    buffer = _state["overlapping"]
+    with_hook = {"use_fp8": False, "return_recv_hook": True}
+    full = [make_case(ranks, seed=seed, tokens=(20, 13, 5, 7)) for seed in (6, 7)]
+    results = [send(buffer, case, ranks.rank, **with_hook) for case in full]
+    for arrived in results:
+        arrived[4]()
+    cases = [without(make_case(ranks, seed=seed, tokens=(20, 13, 5, 7)), KILLED) for seed in (6, 7)]
+    combined = []
+    for case, arrived, given in zip(cases, results, full):
+        check_arrived(case, ranks.rank, arrived)
+        combined.append(combine(buffer, given, ranks.rank, expert_rows(case, arrived), arrived, return_recv_hook=True))
+    for case, (out, _, hook) in zip(cases, combined):
+        hook()
+        check_combined(case, ranks.rank, out)
+    assert masked_ranks(buffer, ranks.num_ranks) == list(KILLED)
+
+
+def between_dispatch_and_combine(ranks):
+    """Experts have worked on rows of a rank that is gone: the others' results come back, its experts' shares are missing."""
+    buffer, case, arrived = _state["in between"], _state["case"], _state["arrived"]
+    rows = expert_rows(case, arrived)
+    left = without(make_case(ranks, tokens=(20, 13, 5, 7)), KILLED)
+    for with_hook in (False, True):
+        combined, _, hook = combine(buffer, case, ranks.rank, rows, arrived, return_recv_hook=with_hook)
+        if hook is not None:
+            hook()
+        check_combined(left, ranks.rank, combined)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        everybody,
+        a_rank_is_killed,
+        the_others_go_on,
+        left_out_by_hand,
+        overlapping_results,
+        between_dispatch_and_combine,
+    )
+}
