@@ -298,12 +298,13 @@ def small_buffers(ranks):
     """The error says how many bytes are enough, and they are."""
     case = make_case(ranks, hidden=16384, tokens=(70, 33, 0, 9))
     refused(lambda: ranks.buffer(1), "num_nvl_bytes is 1")
-    small = ranks.buffer(256 << 10)
+    small_bytes = ranks.num_ranks << 16
+    small = ranks.buffer(small_bytes)
     try:
         send(small, case, ranks.rank)
     except RuntimeError as error:
         text = str(error)
-    assert "num_nvl_bytes 262144" in text, text
+    assert f"num_nvl_bytes {small_bytes}" in text, text
     words = text.split()
     buffer = ranks.buffer(int(words[words.index("enough,") - 2]))
     received = send(buffer, case, ranks.rank)

@@ -61,7 +61,7 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("deep_ep")
 
 
-@pytest.mark.parametrize(("checks", "num_ranks", "check"), parameters())
+@pytest.mark.parametrize(("checks", "num_ranks", "check"), list(parameters()))
 def test_ranks(checks, num_ranks, check, directory):
     results, stderr = results_of(checks, num_ranks, directory)
     errors = results.get(check, {})

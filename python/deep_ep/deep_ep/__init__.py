@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of `deep_ep` (version 1), over Tern: on GPUs, and on CPUs too. docs/from_deepep.md says what differs."""
+"""The interface of `deep_ep` (version 1), over Tern: on GPUs, and on CPUs too. docs/from_deepep.md says what
+differs."""
 
 from tern import __version__
 

@@ -27,19 +27,25 @@ _TIMEOUT_MS = (
 
 
 class Buffer:
-    """Dispatch and combine for the ranks of a group, over Tern. R ranks, T tokens of this rank, E experts, E_l = E / R, K top-k, H hidden.
+    """Dispatch and combine for the ranks of a group, over Tern. R ranks, T tokens of this rank, E experts, E_l = E / R,
+    K top-k, H hidden.
 
     group: a torch ProcessGroup of any backend; or None, with comm, an mpi4py-like communicator.
     num_nvl_bytes: memory for normal mode (0: none); Config.get_nvl_buffer_size_hint. Equal on all ranks.
-    num_rdma_bytes: memory for low-latency mode, with low_latency_mode; get_low_latency_rdma_size_hint. Equal on all ranks.
+    num_rdma_bytes: memory for low-latency mode, with low_latency_mode; get_low_latency_rdma_size_hint. Equal on all
+        ranks.
     explicitly_destroy: `destroy` may be called; otherwise memory goes back with the object and its last handle.
     enable_shrink: in low-latency mode a rank that does not come is left out instead of raising. CPU ranks.
-    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted; they mean nothing inside one node.
+    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted; they mean nothing inside one
+        node.
 
-    Making a Buffer is collective; dropping one never is. Ranks are on GPUs if torch has any (torch's current device), else on CPUs;
-    TERN_DEEP_EP_DEVICE ("cuda" or "cpu") says otherwise. Errors are RuntimeErrors. Every wait ends at a deadline: TERN_TIMEOUT_MS.
+    Making a Buffer is collective; dropping one never is. Ranks are on GPUs if torch has any (torch's current device),
+    else on CPUs;
+    TERN_DEEP_EP_DEVICE ("cuda" or "cpu") says otherwise. Errors are RuntimeErrors. Every wait ends at a deadline:
+    TERN_TIMEOUT_MS.
 
-    In normal mode one thread at a time calls; in low-latency mode two threads may, if ranks make their calls in the same order.
+    In normal mode one thread at a time calls; in low-latency mode two threads may, if ranks make their calls in the
+    same order.
     """
 
     num_sms: ClassVar[int] = 20
@@ -68,15 +74,19 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
         self.enable_shrink = enable_shrink
-        ranks = tern.Group.from_mpi(comm) if group is None else tern.Group.from_torch(group)
+        timeout_ms = 0 if os.environ.get("TERN_TIMEOUT_MS") else _TIMEOUT_MS
+        if group is None:
+            ranks = tern.Group.from_mpi(comm, timeout_ms=timeout_ms)
+        else:
+            ranks = tern.Group.from_torch(group, timeout_ms=timeout_ms)
         self.rank, self.group_size = ranks.rank, ranks.num_ranks
         if ranks.num_nodes > 1:
             raise tern.UnsupportedError(
-                f"Buffer: the {ranks.num_ranks} ranks are on {ranks.num_nodes} nodes; so far all ranks of a Buffer must be on one"
+                f"Buffer: the {ranks.num_ranks} ranks are on {ranks.num_nodes} nodes; so far all ranks of a Buffer "
+                f"must be on one"
             )
         self._device = _choose_device()
         self._streams: Any = HostStreams() if self._device.type == "cpu" else CudaStreams(self._device, num_lanes=2)
-        timeout_ms = 0 if os.environ.get("TERN_TIMEOUT_MS") else _TIMEOUT_MS
         self._normal: Optional[NormalMode] = None
         self._low_latency: Optional[LowLatencyMode] = None
         if num_nvl_bytes > 0:
@@ -89,7 +99,8 @@ class Buffer:
         self._is_destroyed = False
 
     def destroy(self) -> None:
-        """Gives the memory back, once handles and zero-copy buffers are gone too. Not collective; a second call does nothing."""
+        """Gives the memory back, once handles and zero-copy buffers are gone too. Not collective; a second call does
+        nothing."""
         if not self.explicitly_destroy:
             raise tern.InvalidStateError(
                 "destroy: the Buffer was made without explicitly_destroy=True; drop it instead"
@@ -109,7 +120,8 @@ class Buffer:
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Nothing is left out of this build: the features that this stands for elsewhere are there on every GPU, and on CPUs."""
+        """Nothing is left out of this build: the features that this stands for elsewhere are there on every GPU, and on
+        CPUs."""
         return True
 
     @staticmethod
@@ -142,7 +154,8 @@ class Buffer:
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: Optional[Sequence[int]] = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> torch.Tensor:
-        """Memory of num_nvl_bytes (or num_rdma_bytes) from byte `offset` on, flat or of shape `size`, for the caller to use or zero.
+        """Memory of num_nvl_bytes (or num_rdma_bytes) from byte `offset` on, flat or of shape `size`, for the caller to
+        use or zero.
 
         Nothing of an operation ever lies in it. It is allocated at the first call, and stays until the Buffer goes.
         """
@@ -154,7 +167,8 @@ class Buffer:
         count = (num_bytes - offset) // item_bytes if shape is None else torch.Size(shape).numel()
         if offset < 0 or offset % item_bytes != 0 or offset + count * item_bytes > num_bytes or offset > num_bytes:
             raise tern.InvalidArgumentError(
-                f"get_local_buffer_tensor: {count} elements of {dtype} at byte {offset} do not lie, aligned, in {name} = {num_bytes} bytes"
+                f"get_local_buffer_tensor: {count} elements of {dtype} at byte {offset} do not lie, aligned, in {name} "
+                f"= {num_bytes} bytes"
             )
         if use_rdma_buffer not in self._local:
             self._local[use_rdma_buffer] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
@@ -173,7 +187,8 @@ class Buffer:
     ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
         """Counts of a routing, without any communication.
 
-        Returns num_tokens_per_rank i32 [R], None (one node), num_tokens_per_expert i32 [E], is_token_in_rank bool [T, R], event.
+        Returns num_tokens_per_rank i32 [R], None (one node), num_tokens_per_expert i32 [E], is_token_in_rank bool [T,
+        R], event.
         """
         self._require_alive()
         with self._streams.run(Order(previous_event, async_finish, allocate_on_comm_stream)) as work:
@@ -205,9 +220,12 @@ class Buffer:
 
         x: [T, H], rows multiples of 16 bytes, or (rows, scales [T, any number] of any strides).
         handle: routes as the dispatch that returned it; then nothing else about the routing is given.
-        num_tokens_per_expert: i32 [E], always given without a handle. topk_idx [T, K] and topk_weights f32 [T, K], or is_token_in_rank
-            alone, say where tokens go. num_tokens_per_rank and num_tokens_per_rdma_rank follow from them and are not looked at.
-        num_worst_tokens: outputs have that many rows and the host waits for nothing (it can be captured in a CUDA graph).
+        num_tokens_per_expert: i32 [E], always given without a handle. topk_idx [T, K] and topk_weights f32 [T, K], or
+            is_token_in_rank
+            alone, say where tokens go. num_tokens_per_rank and num_tokens_per_rdma_rank follow from them and are not
+            looked at.
+        num_worst_tokens: outputs have that many rows and the host waits for nothing (it can be captured in a CUDA
+            graph).
 
         Returns recv_x, recv_topk_idx i64 [N, K] (local experts, -1 where there is none), recv_topk_weights f32 [N, K],
         num_recv_tokens_per_expert_list (rounded up to expert_alignment; empty with num_worst_tokens), handle, event.
@@ -239,7 +257,8 @@ class Buffer:
     ) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
         """The sum of each token's rows, not weighted, after `bias` (one [T, H] or two). Collective.
 
-        x: bf16 (or fp16, fp32) [N, H], rows as the dispatch brought them. topk_weights f32 [N, K] are summed back to [T, K].
+        x: bf16 (or fp16, fp32) [N, H], rows as the dispatch brought them. topk_weights f32 [N, K] are summed back to
+            [T, K].
         Returns combined_x [T, H], combined_topk_weights or None, event.
         """
         normal = self._require_normal("combine")
@@ -275,8 +294,10 @@ class Buffer:
     ]:
         """Sends tokens [T, H] to their experts. Collective; nothing waits on the host of a GPU rank.
 
-        Returns recv_x [E_l, R * max, H], bf16 or (fp8, scales: last two dimensions column-major), recv_count i32 [E_l], handle, event,
-        hook. With return_recv_hook, what is returned holds once hook() has run, on the stream that is current now. At most two
+        Returns recv_x [E_l, R * max, H], bf16 or (fp8, scales: last two dimensions column-major), recv_count i32 [E_l],
+        handle, event,
+        hook. With return_recv_hook, what is returned holds once hook() has run, on the stream that is current now. At
+        most two
         results may be alive. The waits of single ranks are not measured: dispatch_wait_recv_cost_stats stays as it is.
         """
         mode = self._require_low_latency("low_latency_dispatch")
@@ -307,7 +328,8 @@ class Buffer:
 
         topk_idx, topk_weights f32 [T, K]: of this rank's tokens, as dispatched. zero_copy: the rows are those in
         get_next_low_latency_combine_buffer(handle). use_logfmt: accepted; rows travel in full precision all the same.
-        TERN_DEEP_EP_COMBINE: "hierarchical" sums on the experts' ranks first, which need the weights before they send; "exact" sends
+        TERN_DEEP_EP_COMBINE: "hierarchical" sums on the experts' ranks first, which need the weights before they send;
+            "exact" sends
         every expert's row; "auto" (default) is exact with a hook where that fits the buffer, else hierarchical.
 
         Returns combined_x bf16 [T, H] (`out` if given), event, hook.
@@ -329,11 +351,13 @@ class Buffer:
         )
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
-        """bf16 [E_l, R * max, H], shared memory to write the experts' output into before low_latency_combine(zero_copy=True)."""
+        """bf16 [E_l, R * max, H], shared memory to write the experts' output into before
+        low_latency_combine(zero_copy=True)."""
         return self._require_low_latency("get_next_low_latency_combine_buffer").next_combine_buffer(handle)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leaves a rank out, from the next low_latency_dispatch on; all ranks that go on say so before it. There is no way back."""
+        """Leaves a rank out, from the next low_latency_dispatch on; all ranks that go on say so before it. There is no
+        way back."""
         self._require_low_latency("low_latency_update_mask_buffer").update_mask(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
@@ -362,7 +386,8 @@ class Buffer:
         self._require_alive()
         if self._low_latency is None:
             raise tern.InvalidStateError(
-                f"{operation}: the Buffer has low_latency_mode = {self.low_latency_mode} and num_rdma_bytes = {self.num_rdma_bytes}; make it "
+                f"{operation}: the Buffer has low_latency_mode = {self.low_latency_mode} and num_rdma_bytes = "
+                f"{self.num_rdma_bytes}; make it "
                 "with low_latency_mode=True and what Buffer.get_low_latency_rdma_size_hint says"
             )
         return self._low_latency

@@ -10,7 +10,8 @@ from . import sizes
 
 @dataclass(frozen=True)
 class Config:
-    """num_sms: SMs of an operation in normal mode (GPU ranks). There are no queues here, so the chunk sizes only shape the size hint."""
+    """num_sms: SMs of an operation in normal mode (GPU ranks). There are no queues here, so the chunk sizes only shape
+    the size hint."""
 
     num_sms: int = 20
     num_max_nvl_chunked_send_tokens: int = 6

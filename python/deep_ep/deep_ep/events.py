@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events, by which other streams wait for an operation. On CPU ranks an operation is done when its call returns, and so are its events."""
+"""Events, by which other streams wait for an operation. On CPU ranks an operation is done when its call returns, and so
+are its events."""
 
 from __future__ import annotations
 

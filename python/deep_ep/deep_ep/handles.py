@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a dispatch hands out for the combine, and for further dispatches along the same routing.
 
-Handles are tuples, of which callers read a few elements by position. What counts is the plan that they carry beside: a handle has to
+Handles are tuples, of which callers read a few elements by position. What counts is the plan that they carry beside: a
+handle has to
 come back as the object that it was. Its plan is free for other batches once the handle is dropped.
 """
 
@@ -29,8 +30,10 @@ class PlanLease:
 class PlanPool:
     """Plans of one exchange. Making one allocates memory, so plans are used again by batches of the same shape.
 
-    `kind` keeps those apart that must not be used in place of each other although their options are equal: plans of different lanes,
-    whose operations are not ordered, and plans that captured graphs hold, which graphs may share among each other as they are replayed
+    `kind` keeps those apart that must not be used in place of each other although their options are equal: plans of
+    different lanes,
+    whose operations are not ordered, and plans that captured graphs hold, which graphs may share among each other as
+    they are replayed
     one after the other, but not with operations outside of graphs. The latter live as long as the pool.
     """
 
@@ -56,7 +59,7 @@ class PlanPool:
 
 
 class _NormalFields(NamedTuple):
-    rank_prefix_matrix: torch.Tensor  # i32 [R, R]: [i][r] rows that rank r has received from ranks 0..i
+    rank_prefix_matrix: torch.Tensor  # i32 [R, R]: [i][own rank] rows received from ranks 0..i; other columns are 0
     channel_prefix_matrix: (
         torch.Tensor
     )  # i32 [R, 1]: rows sent to each rank; there are no channels, so they count as one
@@ -92,7 +95,8 @@ def plan_of(handle: tuple[Any, ...]) -> tern.Plan:
     lease = getattr(handle, "lease", None)
     if lease is None:
         raise tern.InvalidArgumentError(
-            f"the handle is a {type(handle).__name__} without a plan; give the object that the dispatch returned, not a copy of its elements"
+            f"the handle is a {type(handle).__name__} without a plan; give the object that the dispatch returned, not "
+            f"a copy of its elements"
         )
     plan: tern.Plan = lease.plan
     return plan

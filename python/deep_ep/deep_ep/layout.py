@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts of a routing, by torch: nothing leaves the rank, and on a GPU the host waits for nothing. T tokens, K top-k, R ranks, E experts."""
+"""Counts of a routing, by torch: nothing leaves the rank, and on a GPU the host waits for nothing. T tokens, K top-k, R
+ranks, E experts."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class DispatchLayout(NamedTuple):
 def check_topk_idx(topk_idx: torch.Tensor) -> None:
     if topk_idx.dim() != 2 or topk_idx.dtype not in (torch.int64, torch.int32):
         raise tern.InvalidArgumentError(
-            f"topk_idx is {topk_idx.dtype} of shape {list(topk_idx.shape)}; it must be int64 of [num_tokens, num_topk], -1 where there is none"
+            f"topk_idx is {topk_idx.dtype} of shape {list(topk_idx.shape)}; it must be int64 of [num_tokens, "
+            f"num_topk], -1 where there is none"
         )
 
 

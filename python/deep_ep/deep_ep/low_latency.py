@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-latency mode: rows by local expert, as masked GEMMs want them; counts stay on the device; the two halves of an operation apart.
+"""Low-latency mode: rows by local expert, as masked GEMMs want them; counts stay on the device; the two halves of an
+operation apart.
 
-Results take turns on two lanes, so that two may be alive at a time, also in two threads: the n-th dispatch of every rank belongs together.
+Results take turns on two lanes, so that two may be alive at a time, also in two threads: the n-th dispatch of every
+    rank belongs together.
 """
 
 from __future__ import annotations
@@ -107,13 +109,15 @@ class LowLatencyMode:
         )
         if masks and device.type == "cuda":
             raise tern.UnsupportedError(
-                "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the middle of an operation"
+                "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the "
+                "middle of an operation"
             )
         num_lanes = 1 if masks else _NUM_BANKS  # one lane alone goes on without a rank
         least = sizes.least_bytes(group.num_ranks, _NUM_BANKS)
         if num_bytes < least:
             raise tern.OutOfMemoryError(
-                f"Buffer: num_rdma_bytes is {num_bytes}; low-latency mode of {group.num_ranks} ranks needs at least {least}, and for a "
+                f"Buffer: num_rdma_bytes is {num_bytes}; low-latency mode of {group.num_ranks} ranks needs at least "
+                f"{least}, and for a "
                 "given shape what Buffer.get_low_latency_rdma_size_hint says"
             )
         self._shares = sizes.Shares.of_low_latency(num_bytes, group.num_ranks, num_lanes)
@@ -199,7 +203,8 @@ class LowLatencyMode:
         check_topk_idx(topk_idx)
         if topk_idx.shape != topk_weights.shape or topk_idx.shape[1] != plan.num_topk:
             raise tern.InvalidArgumentError(
-                f"low_latency_combine: topk_idx has shape {list(topk_idx.shape)}, topk_weights {list(topk_weights.shape)}; "
+                f"low_latency_combine: topk_idx has shape {list(topk_idx.shape)}, topk_weights "
+                f"{list(topk_weights.shape)}; "
                 f"they must be those of the dispatch, [num_tokens, {plan.num_topk}]"
             )
         _check_vector("combine_wait_recv_cost_stats", wait_stats, torch.int64, self._group.num_ranks)
@@ -238,7 +243,8 @@ class LowLatencyMode:
         if num_bytes > bank.numel():
             needed = sizes.low_latency_hint(*handle[2:4], self._group.num_ranks, handle.num_experts)
             raise tern.OutOfMemoryError(
-                f"get_next_low_latency_combine_buffer: {list(shape)} in bf16 are {num_bytes} bytes, of which a Buffer with num_rdma_bytes "
+                f"get_next_low_latency_combine_buffer: {list(shape)} in bf16 are {num_bytes} bytes, of which a Buffer "
+                f"with num_rdma_bytes "
                 f"{self._num_bytes} has {bank.numel()}; make it with {needed}, as get_low_latency_rdma_size_hint says"
             )
         return bank[:num_bytes].view(torch.bfloat16).view(shape)
@@ -249,7 +255,8 @@ class LowLatencyMode:
         self._require_masks()
         if not 0 <= rank < self._group.num_ranks or (mask and rank == self._group.rank):
             raise tern.InvalidArgumentError(
-                f"rank_to_mask is {rank}; it must be one of the {self._group.num_ranks} ranks, and not this one ({self._group.rank})"
+                f"rank_to_mask is {rank}; it must be one of the {self._group.num_ranks} ranks, and not this one "
+                f"({self._group.rank})"
             )
         if mask:
             self._to_mask.add(rank)
@@ -308,7 +315,8 @@ class LowLatencyMode:
     def _hook(
         self, lane: int, pending: Any, again: Callable[[], Any], then: Callable[[Any], Any], keep: Any = None
     ) -> Hook:
-        """The second half, on the stream that is current now. It keeps the plan and what is being sent until it has run."""
+        """The second half, on the stream that is current now. It keeps the plan and what is being sent until it has
+        run."""
         stream, kept = self._streams.current(), [(keep, again, then)]
 
         def receive() -> None:
@@ -370,7 +378,8 @@ class LowLatencyMode:
             )
         if not finish.return_recv_hook:
             return "hierarchical"
-        # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each entry.
+        # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each
+        # entry.
         rows = sizes.whole_chunks(shape.num_max_tokens) * plan.num_topk
         fits = (
             sizes.bank_bytes(rows, 2 * shape.hidden, shape.num_experts, self._group.num_ranks)
@@ -399,8 +408,10 @@ class LowLatencyMode:
                 shape.num_max_tokens, shape.hidden, self._group.num_ranks, shape.num_experts, rows_per_token
             )
             raise tern.OutOfMemoryError(
-                f"{operation}: {shape.num_max_tokens} tokens of each rank, hidden {shape.hidden}, {shape.num_experts} experts do not fit a "
-                f"Buffer with num_rdma_bytes {self._num_bytes}; make it with {needed} (get_low_latency_rdma_size_hint) [{error}]"
+                f"{operation}: {shape.num_max_tokens} tokens of each rank, hidden {shape.hidden}, {shape.num_experts} "
+                f"experts do not fit a "
+                f"Buffer with num_rdma_bytes {self._num_bytes}; make it with {needed} (get_low_latency_rdma_size_hint) "
+                f"[{error}]"
             ) from error
 
 
@@ -414,7 +425,8 @@ def _check_batch(x: torch.Tensor, topk_idx: torch.Tensor, shape: Shape) -> None:
     check_topk_idx(topk_idx)
     if x.dim() != 2 or x.shape[0] != topk_idx.shape[0] or x.shape[0] > shape.num_max_tokens:
         raise tern.InvalidArgumentError(
-            f"low_latency_dispatch: x has shape {list(x.shape)}, topk_idx {list(topk_idx.shape)}; they must be [num_tokens, hidden] and "
+            f"low_latency_dispatch: x has shape {list(x.shape)}, topk_idx {list(topk_idx.shape)}; they must be "
+            f"[num_tokens, hidden] and "
             f"[num_tokens, num_topk] with at most num_max_dispatch_tokens_per_rank = {shape.num_max_tokens} tokens"
         )
 

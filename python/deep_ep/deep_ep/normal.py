@@ -117,7 +117,7 @@ class NormalMode:
                     num_sms=num_sms,
                     **routing,
                 )
-            handle = self._handle(lease, batch, arrived, info)
+            handle = self._handle(lease, batch, arrived)
             topk_idx = None if arrived.topk_idx is None else arrived.topk_idx.to(torch.int64)
             received = _joined(x, arrived)
             work.outputs += [*_parts(received), topk_idx, arrived.topk_weights, *handle]
@@ -169,7 +169,8 @@ class NormalMode:
         """The host learns how many rows come."""
         if self._streams.is_capturing():
             raise tern.InvalidStateError(
-                "dispatch: the host must wait for the number of rows, which a CUDA graph cannot capture; give num_worst_tokens or a handle"
+                "dispatch: the host must wait for the number of rows, which a CUDA graph cannot capture; give "
+                "num_worst_tokens or a handle"
             )
         lease = self._lease(batch, max_tokens=_max_tokens() or _rounded(self._told.most(tokens.shape[0])))
         if batch.topk_idx is not None:
@@ -186,7 +187,8 @@ class NormalMode:
         self, tokens: torch.Tensor, batch: Batch, num_sms: int
     ) -> tuple[PlanLease, Any, Optional[tern.PlanInfo]]:
         """Counts stay on the device; the dispatch routes."""
-        # Ranks cannot ask each other how many tokens they have without the host; that many is enough unless rows are dropped.
+        # Ranks cannot ask each other how many tokens they have without the host; that many is enough unless rows are
+        # dropped.
         max_tokens = _max_tokens() or batch.num_worst_tokens
         if tokens.shape[0] > max_tokens:
             raise tern.InvalidArgumentError(
@@ -208,13 +210,11 @@ class NormalMode:
                 "dispatch", f"{max_tokens} tokens with top-{batch.num_topk}", needed, error
             ) from error
 
-    def _handle(self, lease: PlanLease, batch: Batch, arrived: Any, info: Optional[tern.PlanInfo]) -> NormalHandle:
+    def _handle(self, lease: PlanLease, batch: Batch, arrived: Any) -> NormalHandle:
+        """By torch on the device, so that the host waits for nothing."""
         num_ranks, device = self._num_ranks, self._device
-        if info is not None and info.pair_counts is not None:
-            prefix = torch.tensor(info.pair_counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        else:
-            prefix = torch.zeros((num_ranks, num_ranks), dtype=torch.int32, device=device)
-            prefix[:, self._rank] = arrived.rank_counts.cumsum(0, dtype=torch.int32)
+        prefix = torch.zeros((num_ranks, num_ranks), dtype=torch.int32, device=device)
+        prefix[:, self._rank] = arrived.rank_counts.cumsum(0, dtype=torch.int32)
         in_rank = batch.is_token_in_rank
         if in_rank is None:
             assert batch.topk_idx is not None
@@ -248,7 +248,8 @@ class NormalMode:
 class _NumTokens:
     """Ranks tell each other how many tokens they have, as a plan has room for the same number on all of them.
 
-    It is a route of no tokens at all: with num_ranks^2 "experts", expert (to * num_ranks + from) counts the tokens of rank `from`.
+    It is a route of no tokens at all: with num_ranks^2 "experts", expert (to * num_ranks + from) counts the tokens of
+        rank `from`.
     """
 
     def __init__(self, exchange: Exchange, device: torch.device) -> None:
@@ -306,7 +307,8 @@ def _sum_weights(plan: tern.Plan, topk_weights: torch.Tensor, num_sms: int) -> t
     """Weights of another width than the plan's travel as rows, padded to 16 bytes."""
     if topk_weights.dim() != 2 or topk_weights.dtype != torch.float32:
         raise tern.InvalidArgumentError(
-            f"combine: topk_weights is {topk_weights.dtype} of shape {list(topk_weights.shape)}; it must be float32 of [rows, num_topk]"
+            f"combine: topk_weights is {topk_weights.dtype} of shape {list(topk_weights.shape)}; it must be float32 of "
+            f"[rows, num_topk]"
         )
     width = topk_weights.shape[1]
     rows = torch.nn.functional.pad(topk_weights, (0, -width % 4))

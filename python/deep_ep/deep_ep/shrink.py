@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Going on when a rank is left out in the middle of things (enable_shrink).
 
-An operation that waits for a missing rank in vain completes without it. The next one starts a generation of those who are left, in which
-plans that were routed before are stale, on all ranks alike. So whatever was under way along such a plan is done once more: all inputs
+An operation that waits for a missing rank in vain completes without it. The next one starts a generation of those who
+are left, in which
+plans that were routed before are stale, on all ranks alike. So whatever was under way along such a plan is done once
+more: all inputs
 are still there.
 """
 
@@ -32,7 +34,8 @@ def persistently(first: Callable[[], Result], again: Callable[[], Result], num_r
 
 
 def moved_rows(rows: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Expert rows [E_l, R * max, H] where they lie after routing without some of the ranks. before, after: ranges, i64 [E_l, R]."""
+    """Expert rows [E_l, R * max, H] where they lie after routing without some of the ranks. before, after: ranges, i64
+    [E_l, R]."""
     moved = torch.zeros_like(rows)
     for expert, ranges in enumerate(zip(before.tolist(), after.tolist())):
         for old, new in zip(*ranges):

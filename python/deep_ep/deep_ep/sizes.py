@@ -79,7 +79,8 @@ class Shares:
             "staging_bytes": self.staging_bytes,
             "window_bytes": self.window_bytes,
             "num_lanes": self.num_lanes,
-            # The shapes size the routing alone: counts of experts and shorter top-k find room among the bytes of the tokens.
+            # The shapes size the routing alone: counts of experts and shorter top-k find room among the bytes of the
+            # tokens.
             "max_tokens": max(1, routing_bytes // token_bytes),
             "max_topk": _MOST_TOPK,
             "max_experts": 1,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """On which stream an operation runs, and who waits for it. All that the module knows of CUDA streams is here.
 
-Operations in normal mode run on the buffer's communication stream, and so do the small torch operations around them: their outputs come
-from that stream's share of torch's allocator, and `record_stream` tells it who else uses them. CPU ranks have no streams.
+Operations in normal mode run on the buffer's communication stream, and so do the small torch operations around them:
+their outputs come
+from that stream's share of torch's allocator, and `record_stream` tells it who else uses them. CPU ranks have no
+streams.
 """
 
 from __future__ import annotations
@@ -91,7 +93,8 @@ class CudaStreams:
     def run(self, order: Order) -> Iterator[Work]:
         """What is done inside runs on the communication stream, behind the order's event or else the caller's stream.
 
-        Behind it the caller's stream waits, or with async_finish work.event is there. Append to work.inputs and work.outputs
+        Behind it the caller's stream waits, or with async_finish work.event is there. Append to work.inputs and
+        work.outputs
         what the operation reads and what it hands out.
         """
         order.check()
@@ -123,9 +126,11 @@ class CudaStreams:
         return torch.cuda.stream(stream)
 
     def follow(self, lane: int) -> None:
-        """Operations of a lane must run in the order of their calls, so the current stream waits for the one that the last was on.
+        """Operations of a lane must run in the order of their calls, so the current stream waits for the one that the
+        last was on.
 
-        Not while a graph is captured: what is captured is ordered by the graph itself, and must not wait for anything outside of it.
+        Not while a graph is captured: what is captured is ordered by the graph itself, and must not wait for anything
+            outside of it.
         """
         if self.is_capturing():
             return
