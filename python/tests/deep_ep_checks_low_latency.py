@@ -273,7 +273,7 @@ def two_threads(ranks):
                 )
                 hook()
                 check_combined(cases[me], ranks.rank, combined)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001, raised again below
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(me,)) for me in range(2)]

@@ -67,7 +67,7 @@ def run_rank(module, rank, num_ranks, port, path):
             try:
                 check(ranks)
                 error = ""
-            except BaseException:
+            except BaseException:  # noqa: BLE001, reported
                 error = traceback.format_exc()
             results.write(
                 json.dumps({"check": name, "rank": rank, "error": error, "seconds": time.monotonic() - begin}) + "\n"

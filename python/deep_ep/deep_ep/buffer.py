@@ -21,9 +21,8 @@ from .streams import CudaStreams, HostStreams, Order
 topk_idx_t = torch.int64
 
 DEVICE_VARIABLE = "TERN_DEEP_EP_DEVICE"
-_TIMEOUT_MS = (
-    100_000  # unless TERN_TIMEOUT_MS says otherwise: ranks of a framework may be minutes apart when they start
-)
+# Unless TERN_TIMEOUT_MS says otherwise: ranks of a framework may be far apart when they start.
+_TIMEOUT_MS = 100_000
 
 
 class Buffer:
@@ -40,9 +39,8 @@ class Buffer:
         node.
 
     Making a Buffer is collective; dropping one never is. Ranks are on GPUs if torch has any (torch's current device),
-    else on CPUs;
-    TERN_DEEP_EP_DEVICE ("cuda" or "cpu") says otherwise. Errors are RuntimeErrors. Every wait ends at a deadline:
-    TERN_TIMEOUT_MS.
+    else on CPUs; TERN_DEEP_EP_DEVICE ("cuda" or "cpu") says otherwise. Errors are RuntimeErrors. Every wait ends at a
+    deadline: TERN_TIMEOUT_MS.
 
     In normal mode one thread at a time calls; in low-latency mode two threads may, if ranks make their calls in the
     same order.
@@ -295,10 +293,9 @@ class Buffer:
         """Sends tokens [T, H] to their experts. Collective; nothing waits on the host of a GPU rank.
 
         Returns recv_x [E_l, R * max, H], bf16 or (fp8, scales: last two dimensions column-major), recv_count i32 [E_l],
-        handle, event,
-        hook. With return_recv_hook, what is returned holds once hook() has run, on the stream that is current now. At
-        most two
-        results may be alive. The waits of single ranks are not measured: dispatch_wait_recv_cost_stats stays as it is.
+        handle, event, hook. With return_recv_hook, what is returned holds once hook() has run, on the stream that is
+        current now. At most two results may be alive. The waits of single ranks are not measured:
+        dispatch_wait_recv_cost_stats stays as it is.
         """
         mode = self._require_low_latency("low_latency_dispatch")
         return mode.dispatch(

@@ -2,8 +2,7 @@
 """What a dispatch hands out for the combine, and for further dispatches along the same routing.
 
 Handles are tuples, of which callers read a few elements by position. What counts is the plan that they carry beside: a
-handle has to
-come back as the object that it was. Its plan is free for other batches once the handle is dropped.
+handle has to come back as the object that it was. Its plan is free for other batches once the handle is dropped.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ class PlanPool:
     """Plans of one exchange. Making one allocates memory, so plans are used again by batches of the same shape.
 
     `kind` keeps those apart that must not be used in place of each other although their options are equal: plans of
-    different lanes,
-    whose operations are not ordered, and plans that captured graphs hold, which graphs may share among each other as
-    they are replayed
-    one after the other, but not with operations outside of graphs. The latter live as long as the pool.
+    different lanes, whose operations are not ordered, and plans that captured graphs hold, which graphs may share among
+    each other as they are replayed one after the other, but not with operations outside of graphs. The latter live as
+    long as the pool.
     """
 
     def __init__(self, exchange: tern.Exchange) -> None:

@@ -100,13 +100,7 @@ class LowLatencyMode:
     def __init__(
         self, group: tern.Group, streams: Any, device: torch.device, num_bytes: int, timeout_ms: int, *, masks: bool
     ) -> None:
-        self._group, self._streams, self._device, self._num_bytes, self._masks = (
-            group,
-            streams,
-            device,
-            num_bytes,
-            masks,
-        )
+        self._group, self._streams, self._num_bytes, self._masks = group, streams, num_bytes, masks
         if masks and device.type == "cuda":
             raise tern.UnsupportedError(
                 "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the "
@@ -117,8 +111,7 @@ class LowLatencyMode:
         if num_bytes < least:
             raise tern.OutOfMemoryError(
                 f"Buffer: num_rdma_bytes is {num_bytes}; low-latency mode of {group.num_ranks} ranks needs at least "
-                f"{least}, and for a "
-                "given shape what Buffer.get_low_latency_rdma_size_hint says"
+                f"{least}, and for a given shape what Buffer.get_low_latency_rdma_size_hint says"
             )
         self._shares = sizes.Shares.of_low_latency(num_bytes, group.num_ranks, num_lanes)
         on_timeout = "mask" if masks else "abort"

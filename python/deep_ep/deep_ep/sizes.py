@@ -3,8 +3,8 @@
 
 A buffer's bytes are divided into fixed shares when it is made, since only sizes are known then and no shapes:
 
-    normal mode     routing 1/8, staging 7/8
-    low latency     routing 1/8, staging 3/8, two buffers for zero-copy combine 1/4 each
+    normal mode     routing 1/8, staging 7/8 low latency     routing 1/8, staging 3/8, two buffers for zero-copy combine
+    1/4 each
 
 The size hints are the least numbers for which every share suffices, so a buffer of a hinted size always does.
 """

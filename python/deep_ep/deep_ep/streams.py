@@ -2,9 +2,8 @@
 """On which stream an operation runs, and who waits for it. All that the module knows of CUDA streams is here.
 
 Operations in normal mode run on the buffer's communication stream, and so do the small torch operations around them:
-their outputs come
-from that stream's share of torch's allocator, and `record_stream` tells it who else uses them. CPU ranks have no
-streams.
+their outputs come from that stream's share of torch's allocator, and `record_stream` tells it who else uses them. CPU
+ranks have no streams.
 """
 
 from __future__ import annotations
@@ -94,8 +93,7 @@ class CudaStreams:
         """What is done inside runs on the communication stream, behind the order's event or else the caller's stream.
 
         Behind it the caller's stream waits, or with async_finish work.event is there. Append to work.inputs and
-        work.outputs
-        what the operation reads and what it hands out.
+        work.outputs what the operation reads and what it hands out.
         """
         order.check()
         caller, comm = torch.cuda.current_stream(self._device), self.comm_stream
