@@ -151,6 +151,7 @@ def by_communicator(ranks):
             return gathered
 
     buffer = Buffer(None, Config().get_nvl_buffer_size_hint(1024, ranks.num_ranks), comm=Communicator())
+    buffer = ranks.on_device(buffer)
     assert buffer.group is None and (buffer.rank, buffer.group_size) == (ranks.rank, ranks.num_ranks)
     normal_trip(buffer, ranks)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the checks of one of the deep_ep_checks_*.py with ranks as processes over gloo, and writes a line for each check and rank.
 
-    python deep_ep_ranks.py MODULE NUM_RANKS RESULTS
+    TERN_DEEP_EP_DEVICE=cpu python deep_ep_ranks.py MODULE NUM_RANKS RESULTS
 
 torch is imported once, and the ranks are forked before it does anything. Where a check fails on one rank the others run into Tern's
 deadline; all meet again before the next one.
@@ -31,7 +31,14 @@ class Ranks:
     def buffer(self, num_nvl_bytes=0, num_rdma_bytes=0, **options):
         import deep_ep
 
-        return deep_ep.Buffer(self.group, num_nvl_bytes, num_rdma_bytes, **options)
+        return self.on_device(deep_ep.Buffer(self.group, num_nvl_bytes, num_rdma_bytes, **options))
+
+    def on_device(self, buffer):
+        """For the CPU tensors of the checks."""
+        from deep_ep_device import DeviceBuffer
+
+        device = os.environ["TERN_DEEP_EP_DEVICE"]
+        return buffer if device == "cpu" else DeviceBuffer(buffer, device)
 
     def normal(self, hidden=512, **options):
         import deep_ep
@@ -55,6 +62,8 @@ def run_rank(module, rank, num_ranks, port, path):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if os.environ["TERN_DEEP_EP_DEVICE"] == "cuda":
+        torch.cuda.set_device(rank)
     minute = datetime.timedelta(seconds=60)
     store = dist.TCPStore("127.0.0.1", port, num_ranks, rank == 0, minute)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=minute)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drop-in module deep_ep on CPU ranks: the checks of deep_ep_checks_*.py, each a test for each number of ranks."""
+"""The drop-in module deep_ep: the checks of deep_ep_checks_*.py, each a test for each number of ranks, on CPUs and on GPUs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ deep_ep = pytest.importorskip("deep_ep", reason="deep_ep is not installed")
 
 HERE = Path(__file__).parent
 RUNS = [("normal", 2), ("normal", 4), ("low_latency", 2), ("low_latency", 4), ("rules", 3), ("masks", 4)]
+CPU_ONLY = ("masks",)
 _finished = {}
 
 
@@ -24,16 +25,16 @@ def module_of(checks):
     return importlib.import_module(f"deep_ep_checks_{checks}")
 
 
-def results_of(checks, num_ranks, directory):
+def results_of(device, checks, num_ranks, directory):
     """({check: {rank: error}}, standard error) of one run of the ranks, which the first test that asks makes."""
-    key = (checks, num_ranks)
+    key = (device, checks, num_ranks)
     if key not in _finished:
-        path = directory / f"{checks}-{num_ranks}"
+        path = directory / f"{device}-{checks}-{num_ranks}"
         run = subprocess.run(
             [sys.executable, str(HERE / "deep_ep_ranks.py"), f"deep_ep_checks_{checks}", str(num_ranks), str(path)],
             env=dict(
                 os.environ,
-                TERN_DEEP_EP_DEVICE="cpu",
+                TERN_DEEP_EP_DEVICE=device,
                 TERN_TIMEOUT_MS=str(module_of(checks).TIMEOUT_MS),
                 PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]),
             ),
@@ -51,9 +52,16 @@ def results_of(checks, num_ranks, directory):
 
 
 def parameters():
-    for checks, num_ranks in RUNS:
-        for check in module_of(checks).CHECKS:
-            yield pytest.param(checks, num_ranks, check, id=f"{checks}-{num_ranks}-{check}")
+    num_gpus = torch.cuda.device_count()
+    for device in ("cpu", "cuda"):
+        for checks, num_ranks in RUNS:
+            if device == "cuda" and checks in CPU_ONLY:
+                continue
+            lacking = device == "cuda" and num_gpus < num_ranks
+            marks = [pytest.mark.skip(reason=f"needs {num_ranks} GPUs, here are {num_gpus}")] if lacking else []
+            for check in module_of(checks).CHECKS:
+                name = f"{device}-{checks}-{num_ranks}-{check}"
+                yield pytest.param(device, checks, num_ranks, check, id=name, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +69,9 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("deep_ep")
 
 
-@pytest.mark.parametrize(("checks", "num_ranks", "check"), list(parameters()))
-def test_ranks(checks, num_ranks, check, directory):
-    results, stderr = results_of(checks, num_ranks, directory)
+@pytest.mark.parametrize(("device", "checks", "num_ranks", "check"), list(parameters()))
+def test_ranks(device, checks, num_ranks, check, directory):
+    results, stderr = results_of(device, checks, num_ranks, directory)
     errors = results.get(check, {})
     missing = set(range(num_ranks)) - set(module_of(checks).KILLED) - set(errors)
     assert not missing, f"ranks {sorted(missing)} did not finish {check}\n{stderr}"

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A deep_ep.Buffer on a GPU that takes and returns CPU tensors, so that the checks for CPU ranks serve GPU ranks too."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+METHODS = (
+    "get_dispatch_layout",
+    "dispatch",
+    "combine",
+    "low_latency_dispatch",
+    "low_latency_combine",
+)
+# Arguments that are written to.
+OUTPUTS = (
+    "out",
+    "cumulative_local_expert_recv_stats",
+    "dispatch_wait_recv_cost_stats",
+    "combine_wait_recv_cost_stats",
+)
+
+
+class DeviceBuffer:
+    """Everything but METHODS is the Buffer's own: memory that it hands out stays on the GPU, and so do tensors in handles."""
+
+    def __init__(self, buffer, device):
+        self._buffer, self._device = buffer, device
+
+    def __getattr__(self, name):
+        attribute = getattr(self._buffer, name)
+        return functools.partial(_call, attribute, self._device) if name in METHODS else attribute
+
+
+def _call(method, device, *args, **kwargs):
+    """What comes back holds when the operation has run: behind the call, or behind its hook."""
+    pairs = []  # (on the device, here)
+    given = {name: _there(value, device) for name, value in kwargs.items()}
+    pairs += [(given[name], kwargs[name]) for name in OUTPUTS if kwargs.get(name) is not None]
+    results = [_here(value, pairs) for value in method(*(_there(value, device) for value in args), **given)]
+
+    def arrive():
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        for source, target in pairs:
+            target.copy_(source)
+
+    hook = results[-1]
+    if not callable(hook):
+        arrive()
+        return tuple(results)
+
+    def hook_and_arrive():
+        hook()
+        arrive()
+
+    return (*results[:-1], hook_and_arrive)
+
+
+def _there(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return tuple(_there(one, device) for one in value) if type(value) is tuple else value
+
+
+def _here(value, pairs):
+    if isinstance(value, torch.Tensor):
+        for source, target in pairs:
+            if value is source:
+                return target
+        pairs.append((value, value.to("cpu", copy=True)))
+        return pairs[-1][1]
+    return tuple(_here(one, pairs) for one in value) if type(value) is tuple else value
