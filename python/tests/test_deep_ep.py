@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch", reason="deep_ep needs torch")
 deep_ep = pytest.importorskip("deep_ep", reason="deep_ep is not installed")
 
 HERE = Path(__file__).parent
-RUNS = [("normal", 2), ("normal", 4), ("low_latency", 2), ("low_latency", 4), ("rules", 3), ("masks", 4)]
-CPU_ONLY = ("masks",)
+RUNS = [("normal", 2), ("normal", 4), ("low_latency", 2), ("low_latency", 4), ("rules", 3), ("masks", 4), ("graphs", 2)]
+DEVICES = {"masks": ("cpu",), "graphs": ("cuda",)}  # the others: both
 _finished = {}
 
 
@@ -55,7 +55,7 @@ def parameters():
     num_gpus = torch.cuda.device_count()
     for device in ("cpu", "cuda"):
         for checks, num_ranks in RUNS:
-            if device == "cuda" and checks in CPU_ONLY:
+            if device not in DEVICES.get(checks, (device,)):
                 continue
             lacking = device == "cuda" and num_gpus < num_ranks
             marks = [pytest.mark.skip(reason=f"needs {num_ranks} GPUs, here are {num_gpus}")] if lacking else []

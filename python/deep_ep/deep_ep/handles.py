@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import weakref
-from typing import Any, Deque, NamedTuple
+from typing import Any, Deque, NamedTuple, Optional
 
 import tern
 import torch
@@ -29,10 +29,9 @@ class PlanLease:
 class PlanPool:
     """Plans of one exchange. Making one allocates memory, so plans are used again by batches of the same shape.
 
-    `kind` keeps those apart that must not be used in place of each other although their options are equal: plans of
-    different lanes, whose operations are not ordered, and plans that captured graphs hold, which graphs may share among
-    each other as they are replayed one after the other, but not with operations outside of graphs. The latter live as
-    long as the pool.
+    Lanes have plans of their own, since their operations are not ordered. So have captured graphs: they may share
+    plans among each other, as they are replayed one after the other, but not with operations outside of graphs. Those
+    plans live as long as the pool.
     """
 
     def __init__(self, exchange: tern.Exchange) -> None:
@@ -40,13 +39,16 @@ class PlanPool:
         self._idle: dict[tuple[Any, ...], Deque[tern.Plan]] = {}
 
     def lease(self, lane: int, captured: bool, **options: Any) -> PlanLease:
-        key = (captured, lane, *sorted(options.items()))
-        idle = self._idle.setdefault(key, collections.deque())
-        try:
-            return PlanLease(idle.pop(), idle)
-        except IndexError:
+        shape = (lane, *sorted(options.items()))
+        idle = self._idle.setdefault((captured, *shape), collections.deque())
+        plan = _pop(idle)
+        if plan is None and captured:
+            # No memory can be had while a graph is captured; the step that ran before to warm up has left its plan.
+            plan = _pop(self._idle.get((False, *shape), collections.deque()))
+        if plan is None:
             self._trim()
-            return PlanLease(self._exchange.plan(**options), idle)
+            plan = self._exchange.plan(**options)
+        return PlanLease(plan, idle)
 
     def _trim(self) -> None:
         """Shapes come and go; what nobody uses is given back before more memory is taken."""
@@ -54,6 +56,14 @@ class PlanPool:
         if sum(len(plans) for plans in evictable) >= _MOST_IDLE_PLANS:
             for plans in evictable:
                 plans.clear()
+
+
+def _pop(idle: Deque[tern.Plan]) -> Optional[tern.Plan]:
+    """Other threads may take the last one at any time."""
+    try:
+        return idle.pop()
+    except IndexError:
+        return None
 
 
 class _NormalFields(NamedTuple):
