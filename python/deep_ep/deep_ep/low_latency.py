@@ -106,6 +106,7 @@ class LowLatencyMode:
                 "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the "
                 "middle of an operation"
             )
+        self._asked_mode = _asked_combine_mode()
         num_lanes = 1 if masks else _NUM_BANKS  # one lane alone goes on without a rank
         least = sizes.least_bytes(group.num_ranks, _NUM_BANKS)
         if num_bytes < least:
@@ -202,7 +203,7 @@ class LowLatencyMode:
             )
         _check_vector("combine_wait_recv_cost_stats", wait_stats, torch.int64, self._group.num_ranks)
         rows = self._expert_rows(x, handle, zero_copy)
-        mode = self._combine_mode(plan, shape, finish)
+        mode = self._combine_mode(shape, plan.num_topk, finish)
         written = out if out is None or out.is_contiguous() else None
         arguments: dict[str, Any] = {"topk_weights": topk_weights, "mode": mode, "out": written, "lane": lane}
 
@@ -361,24 +362,17 @@ class LowLatencyMode:
         begin = x.untyped_storage().data_ptr()
         return x.clone() if any(begin == bank.untyped_storage().data_ptr() for bank in self._zero_copy) else x
 
-    def _combine_mode(self, plan: tern.Plan, shape: Shape, finish: Finish) -> str:
-        asked = os.environ.get(COMBINE_VARIABLE, "auto")
-        if asked in ("hierarchical", "exact"):
-            return asked
-        if asked != "auto":
-            raise tern.InvalidArgumentError(
-                f"{COMBINE_VARIABLE} is {asked!r}; it must be 'auto', 'hierarchical' or 'exact'"
-            )
-        if not finish.return_recv_hook:
-            return "hierarchical"
+    def _combine_mode(self, shape: Shape, num_topk: int, finish: Finish) -> str:
+        if self._asked_mode != "auto":
+            return self._asked_mode
         # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each
         # entry.
-        rows = sizes.whole_chunks(shape.num_max_tokens) * plan.num_topk
-        fits = (
-            sizes.bank_bytes(rows, 2 * shape.hidden, shape.num_experts, self._group.num_ranks)
-            <= self._shares.bank_bytes
-        )
-        return "exact" if fits else "hierarchical"
+        return "exact" if finish.return_recv_hook and self._fits_exact(shape, num_topk) else "hierarchical"
+
+    def _fits_exact(self, shape: Shape, num_topk: int) -> bool:
+        rows = sizes.whole_chunks(shape.num_max_tokens) * num_topk
+        needed = sizes.bank_bytes(rows, 2 * shape.hidden, shape.num_experts, self._group.num_ranks)
+        return needed <= self._shares.bank_bytes
 
     def _lease(self, lane: int, shape: Shape, num_topk: int) -> PlanLease:
         return self._plans.lease(
@@ -406,6 +400,15 @@ class LowLatencyMode:
                 f"Buffer with num_rdma_bytes {self._num_bytes}; make it with {needed} (get_low_latency_rdma_size_hint) "
                 f"[{error}]"
             ) from error
+
+
+def _asked_combine_mode() -> str:
+    asked = os.environ.get(COMBINE_VARIABLE, "auto")
+    if asked not in ("auto", "hierarchical", "exact"):
+        raise tern.InvalidArgumentError(
+            f"{COMBINE_VARIABLE} is {asked!r}; it must be 'auto', 'hierarchical' or 'exact'"
+        )
+    return asked
 
 
 def _tensors(result: Any) -> tuple[Any, ...]:

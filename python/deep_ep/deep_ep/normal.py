@@ -88,6 +88,7 @@ class NormalMode:
                 "and Config.get_nvl_buffer_size_hint says with how many they are fast"
             )
         self._streams, self._device = streams, device
+        self._most_tokens = _most_tokens()  # 0: not known
         options = sizes.Shares.of_normal(num_bytes, num_ranks, device.type == "cuda").exchange_options()
         self.exchange = Exchange(group, device=device, timeout_ms=timeout_ms, **options)
         self._plans = PlanPool(self.exchange)
@@ -172,7 +173,7 @@ class NormalMode:
                 "dispatch: the host must wait for the number of rows, which a CUDA graph cannot capture; give "
                 "num_worst_tokens or a handle"
             )
-        lease = self._lease(batch, max_tokens=_max_tokens() or _rounded(self._told.most(tokens.shape[0])))
+        lease = self._lease(batch, max_tokens=self._most_tokens or _rounded(self._told.most(tokens.shape[0])))
         if batch.topk_idx is not None:
             info = lease.plan.route(batch.topk_idx, num_sms=num_sms)
         else:
@@ -189,7 +190,7 @@ class NormalMode:
         """Counts stay on the device; the dispatch routes."""
         # Ranks cannot ask each other how many tokens they have without the host; that many is enough unless rows are
         # dropped.
-        max_tokens = _max_tokens() or batch.num_worst_tokens
+        max_tokens = self._most_tokens or batch.num_worst_tokens
         if tokens.shape[0] > max_tokens:
             raise tern.InvalidArgumentError(
                 f"dispatch: {tokens.shape[0]} tokens with num_worst_tokens {batch.num_worst_tokens}; "
@@ -267,8 +268,11 @@ class _NumTokens:
         return max(info.received_per_expert)
 
 
-def _max_tokens() -> int:
-    return int(os.environ.get(MAX_TOKENS_VARIABLE, "0"))
+def _most_tokens() -> int:
+    text = os.environ.get(MAX_TOKENS_VARIABLE, "0")
+    if not text.isdecimal():
+        raise tern.InvalidArgumentError(f"{MAX_TOKENS_VARIABLE} is {text!r}; it must be a whole number of at least 0")
+    return int(text)
 
 
 def _rounded(num_tokens: int) -> int:
