@@ -172,7 +172,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
 
 
 def dies_or_goes_on(rank: int) -> Any:
-    exchange = small_exchange(tern.Group.from_torch(), timeout_ms=1000)
+    exchange = small_exchange(tern.Group.from_torch(), timeout_ms=4000)
     stale, plan = small_plan(exchange), small_plan(exchange)
     idx = torch.tensor([[0, EXPERTS - 1]] * TOKENS)
     stale.route(idx)
@@ -180,7 +180,7 @@ def dies_or_goes_on(rank: int) -> Any:
         os._exit(1)
     with pytest.raises(tern.Error) as raised:
         plan.route(idx)
-    exchange.recover(allow_mask=True, timeout_ms=3000)
+    exchange.recover(allow_mask=True, timeout_ms=6000)
     state = exchange.state()
     with pytest.raises(tern.StalePlanError):
         stale.dispatch(torch.ones(TOKENS, HIDDEN))

@@ -175,7 +175,7 @@ def test_what_was_recorded_is_written_when_an_operation_fails(tmp_path: Path) ->
         with pytest.raises(tern.TimeoutError):
             record(exchange, tmp_path / "trace_{rank}.json")
 
-    on_ranks(2, body, timeout_ms=100)
+    on_ranks(2, body, timeout_ms=2000)  # of the creation too
     events = read_events(tmp_path / "trace_0.json", "X")
     assert [(e["name"], e["args"].get("status")) for e in events if e["cat"] in ("operation", "wait")] == [
         ("route", "TIMEOUT"),
