@@ -6,7 +6,8 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <optional>
+#include <deque>
+#include <functional>
 #include <thread>
 
 #include "base/error.h"
@@ -43,6 +44,8 @@ class FabricEndpoint final : public Endpoint {
   bool send_message(const Put& put, size_t num_bytes, bool last);
   void take(const Completions& completions, size_t num_completions);
   void take_error();
+  // The message of a completion; nullptr if it is not of one of ours.
+  Departing* departed(void* context);
   // The text is thrown at the end of the batch, so that nothing else in it gets lost.
   void lose(int peer, const std::string& why);
   void count(uint64_t data);
@@ -56,7 +59,7 @@ class FabricEndpoint final : public Endpoint {
   std::vector<Departing*> idle_;
   std::vector<int> num_outstanding_to_;
   std::vector<std::string> lost_;  // for each peer, "" or why it cannot be reached
-  std::optional<Failure> problem_;
+  std::deque<Failure> problems_;   // to be thrown, one by each call that finds it here
   EndpointFacts facts_;
 };
 
@@ -167,8 +170,7 @@ void FabricEndpoint::take(const Completions& completions, size_t num_completions
     const fi_cq_data_entry& completion = completions[i];
     if ((completion.flags & FI_REMOTE_CQ_DATA) != 0) {
       count(completion.data);
-    } else if (completion.op_context != nullptr) {
-      auto* message = static_cast<Departing*>(completion.op_context);
+    } else if (Departing* message = departed(completion.op_context)) {
       --num_outstanding_to_[message->peer];
       idle_.push_back(message);
     }
@@ -179,8 +181,15 @@ void FabricEndpoint::count(uint64_t data) {
   try {
     arrivals_.count(code_.decode(data));
   } catch (const Failure& failure) {
-    if (!problem_) problem_ = failure;
+    problems_.push_back(failure);
   }
+}
+
+Departing* FabricEndpoint::departed(void* context) {
+  std::vector<Departing>& all = connection_->departing();
+  const std::less<const void*> before;
+  if (before(context, all.data()) || !before(context, all.data() + all.size())) return nullptr;
+  return static_cast<Departing*>(context);
 }
 
 void FabricEndpoint::take_error() {
@@ -191,9 +200,9 @@ void FabricEndpoint::take_error() {
   char buffer[256] = {};
   const char* detail = fi_cq_strerror(connection_->queue(), error.prov_errno, error.err_data, buffer, sizeof(buffer));
   const std::string why = fmt::format("{}; {}", fabric_library().error_text(error.err), detail == nullptr ? "" : detail);
-  auto* message = static_cast<Departing*>(error.op_context);
+  Departing* message = departed(error.op_context);
   if (message == nullptr) {  // of what a peer sends; that peer finds out by itself
-    if (!problem_) problem_.emplace(TERN_SYSTEM_ERROR, fmt::format("transport: something that was put to rank {} failed: {}", rank_, why));
+    problems_.emplace_back(TERN_SYSTEM_ERROR, fmt::format("transport: something that was put to rank {} failed: {}", rank_, why));
     return;
   }
   --num_outstanding_to_[message->peer];
@@ -204,13 +213,13 @@ void FabricEndpoint::take_error() {
 void FabricEndpoint::lose(int peer, const std::string& why) {
   if (!lost_[peer].empty()) return;
   lost_[peer] = fmt::format("transport: rank {} cannot be reached over {}: {}", peer, facts_.provider, why);
-  if (!problem_) problem_.emplace(TERN_SYSTEM_ERROR, lost_[peer]);
+  problems_.emplace_back(TERN_SYSTEM_ERROR, lost_[peer]);
 }
 
 void FabricEndpoint::throw_problem() {
-  if (!problem_) return;
-  const Failure problem = *problem_;
-  problem_.reset();
+  if (problems_.empty()) return;
+  const Failure problem = problems_.front();
+  problems_.pop_front();
   throw problem;
 }
 

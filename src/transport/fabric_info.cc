@@ -63,6 +63,7 @@ FabricInfo make_hints(uint32_t traffic_class) {
   domain.threading = FI_THREAD_DOMAIN;
   domain.control_progress = FI_PROGRESS_MANUAL;
   domain.data_progress = FI_PROGRESS_MANUAL;
+  domain.resource_mgmt = FI_RM_ENABLED;
   return hints;
 }
 

@@ -68,8 +68,8 @@ void Departures::check(int peer, int channel, int64_t epoch) const {
     fail(TERN_INVALID_STATE, "transport: a message to rank {}, channel {}, for epoch {}, whose last message was sent", peer, channel,
          epoch);
   if (count.epoch != epoch && (count.epoch != epoch - 2 || !count.complete()))
-    fail(TERN_INVALID_STATE, "transport: a message to rank {}, channel {}, for epoch {}, but epoch {} is {}; epochs follow each other",
-         peer, channel, epoch, count.epoch, count.complete() ? "the one before it there" : "not over");
+    fail(TERN_INVALID_STATE, "transport: a message to rank {}, channel {}, for epoch {} while epoch {} is {}; epochs follow each other",
+         peer, channel, epoch, count.epoch, count.complete() ? "the last one sent of every other" : "not over");
 }
 
 uint64_t Departures::num_sent(int peer, int channel, int64_t epoch) const {

@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <tuple>
 
@@ -138,6 +141,7 @@ EndpointOptions over_loopback() {
 struct Rank {
   Bootstrap& bootstrap;
   Endpoint& endpoint;
+  std::atomic<int>& num_finished;
   int rank() const { return bootstrap.rank(); }
   int num_ranks() const { return bootstrap.num_ranks(); }
 
@@ -151,12 +155,15 @@ struct Rank {
     while (!endpoint.complete(peer, channel, epoch))
       require(endpoint.wait(deadline), "epoch " + std::to_string(epoch) + " comes from rank " + std::to_string(peer));
   }
-  // Everything has come, here and everywhere.
+  // All that this rank put has left, and it helps the others until they are as far.
   void finish() const {
     endpoint.flush(ample());
-    char mine = 0;
-    std::vector<char> all(num_ranks());
-    bootstrap.allgather(&mine, all.data(), 1, ample());
+    ++num_finished;
+    const Deadline deadline = ample();
+    while (num_finished < num_ranks()) {
+      require(!deadline.passed(), "all ranks finish");
+      endpoint.wait(Deadline::in_ms(1));
+    }
   }
 };
 
@@ -169,10 +176,11 @@ class Endpoints : public ::testing::Test {
 
   static std::vector<std::string> run(int num_ranks, const EndpointOptions& options, const std::function<void(const Rank&)>& body) {
     auto bootstraps = make_local_bootstraps(num_ranks);
+    std::atomic<int> num_finished = 0;
     return run_threads(num_ranks, [&](int r) {
       const auto bootstrap = std::move(bootstraps[r]);  // who fails leaves, so that the others learn of it
       const auto endpoint = make_endpoint(*bootstrap, options, ample());
-      body({*bootstrap, *endpoint});
+      body({*bootstrap, *endpoint, num_finished});
     });
   }
   static void run_ok(int num_ranks, const EndpointOptions& options, const std::function<void(const Rank&)>& body) {
@@ -180,7 +188,14 @@ class Endpoints : public ::testing::Test {
   }
 };
 
-std::byte pattern(int sender, size_t i) { return static_cast<std::byte>((i * 2654435761u >> 11) + sender * 89u + 1); }
+std::vector<std::byte> make_source(int sender) {
+  std::vector<std::byte> source(9 << 20);
+  std::mt19937 random(static_cast<unsigned>(sender));
+  std::vector<uint32_t> words(source.size() / sizeof(uint32_t));
+  std::ranges::generate(words, random);
+  std::memcpy(source.data(), words.data(), source.size());
+  return source;
+}
 
 // What one rank puts to another: pieces of random size in a random order, with gaps that stay as they were.
 struct Piece {
@@ -207,9 +222,12 @@ TEST_P(AllToAll, LandsByteForByte) {
   constexpr size_t kPerSender = (10 << 20);
   EndpointOptions options = over_loopback();
   options.most_message_bytes = most_message_bytes;
+  options.most_outstanding = 16;  // fewer than the largest put has messages
+  std::vector<std::vector<std::byte>> sources;
+  for (int r = 0; r < num_ranks; ++r) sources.push_back(make_source(r));
   run_ok(num_ranks, options, [&](const Rank& me) {
-    std::vector<std::byte> source(9 << 20), window(kPerSender * me.num_ranks());
-    for (size_t i = 0; i < source.size(); ++i) source[i] = pattern(me.rank(), i);
+    std::vector<std::byte>& source = sources[me.rank()];
+    std::vector<std::byte> window(kPerSender * me.num_ranks());
     const Region from = me.endpoint.register_memory(source.data(), source.size());
     const Region here = me.endpoint.register_memory(window.data(), window.size());
     const std::vector<RemoteRegion> remotes = me.exchange(here);
@@ -232,9 +250,9 @@ TEST_P(AllToAll, LandsByteForByte) {
       if (peer == me.rank()) continue;
       me.await(peer, 0, 1);
       for (const Piece& piece : make_pieces(peer, me.rank(), sizes))
-        for (size_t i = 0; i < piece.num_bytes; ++i) expected[peer * kPerSender + piece.to + i] = pattern(peer, piece.from + i);
+        std::copy_n(sources[peer].begin() + piece.from, piece.num_bytes, expected.begin() + peer * kPerSender + piece.to);
     }
-    require(window == expected, "every byte is where it belongs, and no other has changed");
+    require(std::memcmp(window.data(), expected.data(), window.size()) == 0, "every byte is where it belongs, and no other has changed");
     me.finish();
   });
 }
@@ -323,17 +341,18 @@ TEST_F(Endpoints, ManySmallPutsWithFewOutstanding) {
 // Rank 1 leaves in the middle. Rank 0 learns of it by putting, rank 2 by its own deadline; these two go on.
 TEST_F(Endpoints, APeerThatLeavesIsNamed) {
   auto bootstraps = make_local_bootstraps(3);
+  std::atomic<int> num_finished = 0;
   const auto outcomes = run_threads(3, [&](int r) {
     std::vector<std::byte> memory(1 << 20);
     auto endpoint = make_endpoint(*bootstraps[r], over_loopback(), ample());
-    const Rank me = {*bootstraps[r], *endpoint};
+    const Rank me = {*bootstraps[r], *endpoint, num_finished};
     std::optional<Region> here = endpoint->register_memory(memory.data(), memory.size());
     const std::vector<RemoteRegion> remotes = me.exchange(*here);
     for (int peer = 0; peer < 3; ++peer)
       if (peer != r) endpoint->put({peer, &*here, 0, remotes[peer], 64, 64, 0, 1, true}, ample());
     for (int peer = 0; peer < 3; ++peer)
       if (peer != r) me.await(peer, 0, 1);
-    endpoint->flush(ample());
+    me.finish();
     if (r == 1) {
       here.reset();
       endpoint.reset();
@@ -379,13 +398,14 @@ TEST_F(Endpoints, WhoDoesNotTakeIsNamed) {
 }
 
 TEST_F(Endpoints, CloseInAnyOrder) {
+  std::atomic<int> unused = 0;
   for (const bool regions_first : {false, true}) {
     auto bootstraps = make_local_bootstraps(3);
     std::vector<std::vector<std::byte>> memory(3, std::vector<std::byte>(4 << 20));
     const auto outcomes = run_threads(3, [&](int r) {
       auto endpoint = make_endpoint(*bootstraps[r], over_loopback(), ample());
       std::optional<Region> here = endpoint->register_memory(memory[r].data(), memory[r].size());
-      const std::vector<RemoteRegion> remotes = Rank{*bootstraps[r], *endpoint}.exchange(*here);
+      const std::vector<RemoteRegion> remotes = Rank{*bootstraps[r], *endpoint, unused}.exchange(*here);
       // Under way when everything closes.
       Put put = {(r + 1) % 3, &*here, 0, remotes[(r + 1) % 3], 0, 4 << 20, 0, 1, true};
       endpoint->try_put(put);
