@@ -21,7 +21,8 @@
 // put to it; the other peers can still be reached. A rank that only receives learns of a lost peer by its own deadline.
 // Lifetime: destroying is never collective and waits for nothing; what was not flushed may not arrive, and what was may be lost if a peer
 // has not yet received it: agree on the end first. An endpoint and its regions may go in any order; the connections close with the
-// last of them. Registered memory must outlive its region, and the endpoint unless that was flushed.
+// last of them (over ofi_rxm those of an endpoint that ends with messages under way stay open until the process ends, and peers are not told).
+// Registered memory must outlive its region, and the endpoint unless that was flushed.
 #pragma once
 
 #include <cstddef>

@@ -3,7 +3,9 @@
 
 #include <rdma/fi_errno.h>
 
-#include <algorithm>
+#include <mutex>
+#include <string_view>
+#include <utility>
 
 #include "base/error.h"
 
@@ -106,6 +108,14 @@ Region FabricConnection::register_memory(const std::shared_ptr<FabricConnection>
   if (key == FI_KEY_NOTAVAIL) fail(TERN_UNSUPPORTED, "transport: provider {} has keys of more than 8 bytes", info_->fabric_attr->prov_name);
   const uint64_t base = has_mode(FI_MR_VIRT_ADDR) ? reinterpret_cast<uint64_t>(address) : 0;
   return Region(static_cast<std::byte*>(address), {base, key, num_bytes}, fi_mr_desc(opened), std::move(registration));
+}
+
+void abandon(std::shared_ptr<FabricConnection> connection) {
+  if (!std::string_view(connection->info().fabric_attr->prov_name).ends_with(";ofi_rxm")) return;
+  static std::mutex mutex;
+  static auto* const abandoned = new std::vector<std::shared_ptr<FabricConnection>>();
+  const std::lock_guard lock(mutex);
+  abandoned->push_back(std::move(connection));
 }
 
 }  // namespace tern

@@ -66,4 +66,8 @@ class FabricConnection {
   bool blocks_ = false;
 };
 
+// For an endpoint that ends with messages under way. ofi_rxm (libfabric 1.17) crashes when it closes then, so what is layered over it stays
+// open, and unused, until the process ends; its regions are closed all the same. Others close as always.
+void abandon(std::shared_ptr<FabricConnection> connection);
+
 }  // namespace tern

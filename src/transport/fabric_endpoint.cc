@@ -24,6 +24,10 @@ class FabricEndpoint final : public Endpoint {
  public:
   FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& options, FabricInfo info);
 
+  ~FabricEndpoint() override {
+    if (num_outstanding() != 0) abandon(connection_);
+  }
+
   void meet(Bootstrap& bootstrap, Deadline deadline) { connection_->meet(bootstrap, deadline); }
 
   const EndpointFacts& facts() const override { return facts_; }

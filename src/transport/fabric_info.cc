@@ -16,14 +16,17 @@
 namespace tern {
 namespace {
 
-// RDMA first; of the ways over TCP the one without a layer in between.
-constexpr std::array<std::string_view, 5> kPreferred = {"verbs;ofi_rxm", "efa", "cxi", "tcp", "tcp;ofi_rxm"};
+// RDMA first; of the ways over TCP the ones without a layer in between: libfabric 1.17 calls "net" what is "tcp" from 1.18 on, and its
+// tcp;ofi_rxm crashes when an endpoint closes while a message is half received.
+constexpr std::array<std::string_view, 6> kPreferred = {"verbs;ofi_rxm", "efa", "cxi", "tcp", "net", "tcp;ofi_rxm"};
 
 constexpr const char* kInstall = "install libfabric (Debian and Ubuntu: libfabric1)";
 
 std::string_view core_name(std::string_view provider) { return provider.substr(0, provider.find(';')); }
 
-bool means(const std::string& asked_for, std::string_view provider) { return asked_for == provider || asked_for == core_name(provider); }
+bool means(const std::string& asked_for, std::string_view provider) {
+  return asked_for == provider || asked_for == core_name(provider) || (asked_for == "tcp" && provider == "net");
+}
 
 struct TrafficClass {
   std::string_view name;

@@ -17,6 +17,9 @@
 #include "transport/meet.h"
 #include "transport/notices.h"
 
+// libfabric 1.17's provider "net" loses a few hundred bytes with each endpoint, also when it is closed.
+extern "C" __attribute__((visibility("default"))) const char* __lsan_default_suppressions() { return "leak:libfabric.so.1"; }
+
 namespace tern {
 namespace {
 
@@ -154,6 +157,15 @@ struct Rank {
     const Deadline deadline = ample();
     while (!endpoint.complete(peer, channel, epoch))
       require(endpoint.wait(deadline), "epoch " + std::to_string(epoch) + " comes from rank " + std::to_string(peer));
+  }
+  // Every rank has a connection with every other, over which epoch 1 of channel 0 has gone without bytes. (libfabric 1.17 loses memory
+  // where an endpoint closes while it connects.)
+  void connect(const Region& here, const std::vector<RemoteRegion>& remotes) const {
+    for (int peer = 0; peer < num_ranks(); ++peer)
+      if (peer != rank()) endpoint.put({.peer = peer, .from = &here, .to = remotes[peer], .epoch = 1, .last = true}, ample());
+    for (int peer = 0; peer < num_ranks(); ++peer)
+      if (peer != rank()) await(peer, 0, 1);
+    finish();
   }
   // All that this rank put has left, and it helps the others until they are as far.
   void finish() const {
@@ -348,11 +360,7 @@ TEST_F(Endpoints, APeerThatLeavesIsNamed) {
     const Rank me = {*bootstraps[r], *endpoint, num_finished};
     std::optional<Region> here = endpoint->register_memory(memory.data(), memory.size());
     const std::vector<RemoteRegion> remotes = me.exchange(*here);
-    for (int peer = 0; peer < 3; ++peer)
-      if (peer != r) endpoint->put({peer, &*here, 0, remotes[peer], 64, 64, 0, 1, true}, ample());
-    for (int peer = 0; peer < 3; ++peer)
-      if (peer != r) me.await(peer, 0, 1);
-    me.finish();
+    me.connect(*here, remotes);
     if (r == 1) {
       here.reset();
       endpoint.reset();
@@ -384,10 +392,11 @@ TEST_F(Endpoints, WhoDoesNotTakeIsNamed) {
     std::vector<std::byte> memory(64 << 20);
     const Region here = me.endpoint.register_memory(memory.data(), memory.size());
     const std::vector<RemoteRegion> remotes = me.exchange(here);
+    me.connect(here, remotes);
     if (me.rank() == 0) {  // the peer stays away: more than what sockets hold cannot leave
       const auto act = [&] {
         const Deadline soon = Deadline::in_ms(100);
-        me.endpoint.put({1, &here, 0, remotes[1], 0, memory.size(), 0, 1, true}, soon);
+        me.endpoint.put({1, &here, 0, remotes[1], 0, memory.size(), 0, 2, true}, soon);
         me.endpoint.flush(soon);
       };
       expect_parts(outcome(act), {"TERN_TIMEOUT", "rank 1"});
@@ -398,18 +407,24 @@ TEST_F(Endpoints, WhoDoesNotTakeIsNamed) {
 }
 
 TEST_F(Endpoints, CloseInAnyOrder) {
-  std::atomic<int> unused = 0;
   for (const bool regions_first : {false, true}) {
+    std::atomic<int> num_finished = 0;
     auto bootstraps = make_local_bootstraps(3);
     std::vector<std::vector<std::byte>> memory(3, std::vector<std::byte>(4 << 20));
     const auto outcomes = run_threads(3, [&](int r) {
       auto endpoint = make_endpoint(*bootstraps[r], over_loopback(), ample());
       std::optional<Region> here = endpoint->register_memory(memory[r].data(), memory[r].size());
-      const std::vector<RemoteRegion> remotes = Rank{*bootstraps[r], *endpoint, unused}.exchange(*here);
+      const Rank me = {*bootstraps[r], *endpoint, num_finished};
+      const std::vector<RemoteRegion> remotes = me.exchange(*here);
+      me.connect(*here, remotes);
       // Under way when everything closes.
-      Put put = {(r + 1) % 3, &*here, 0, remotes[(r + 1) % 3], 0, 4 << 20, 0, 1, true};
-      endpoint->try_put(put);
-      endpoint->progress();
+      Put put = {(r + 1) % 3, &*here, 0, remotes[(r + 1) % 3], 0, 4 << 20, 0, 2, true};
+      // Unless the other is faster.
+      const std::string text = outcome([&] {
+        endpoint->try_put(put);
+        endpoint->progress();
+      });
+      require(text == "ok" || text.starts_with("TERN_SYSTEM_ERROR: transport: rank"), text);
       if (regions_first) here.reset();
       endpoint.reset();
     });
