@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "tools/dynamic_library.h"
+#include "base/dynamic_library.h"
 
 namespace tern::tools {
 namespace {

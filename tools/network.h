@@ -5,18 +5,14 @@
 #include <string>
 #include <vector>
 
+#include "transport/fabric_report.h"
+
 namespace tern::tools {
 
-struct NetworkReport {
-  std::string libfabric;               // its version, "" if it is absent
-  std::vector<std::string> providers;  // by name, without duplicates
-  std::string problem;                 // why providers are not listed
+struct NetworkReport : FabricReport {
   std::vector<std::string> rdma_devices;
 };
 
 NetworkReport read_network();
-
-// Fills `providers` or `problem`. One file knows libfabric's headers, another stands in where the build had none.
-void list_fabric_providers(NetworkReport& report);
 
 }  // namespace tern::tools

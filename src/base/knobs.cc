@@ -34,6 +34,13 @@ void for_each_knob(Knobs& k, Visitor visit) {
   visit("TERN_LATENCY_MAX_KB", "batches up to this many KiB of rows per rank are routed and dispatched in one trip (32)", k.latency_max_kb);
   visit("TERN_BULK_COPY", "0: GPU ranks copy by 16-byte loads and stores where they could use bulk copies (1)", k.bulk_copy);
   visit("TERN_RENDEZVOUS", "host:port at which the ranks of a launcher meet (from the launcher)", k.rendezvous);
+  visit("TERN_FABRIC_PROVIDER", "libfabric's provider between hosts: verbs, efa, cxi, tcp, ... (the first of these that all ranks have)",
+        k.fabric_provider);
+  visit("TERN_FABRIC_DOMAIN", "network device between hosts, by libfabric's name: eth0, mlx5_0, ... (the provider's first)",
+        k.fabric_domain);
+  visit("TERN_FABRIC_TCLASS",
+        "traffic class between hosts: best_effort, low_latency, dedicated_access, bulk_data, scavenger, network_ctrl or dscp:0 to dscp:63",
+        k.fabric_tclass);
 }
 
 Knobs read_environment() {

@@ -19,6 +19,9 @@ struct Knobs {
   int64_t latency_max_kb = 32;            // TERN_LATENCY_MAX_KB: batches up to this many payload KiB per rank take the latency path
   int64_t bulk_copy = 1;                  // TERN_BULK_COPY: 0: GPU ranks copy by 16-byte loads and stores where they could use bulk copies
   std::optional<std::string> rendezvous;  // TERN_RENDEZVOUS: host:port where the ranks of a launcher meet
+  std::optional<std::string> fabric_provider;  // TERN_FABRIC_PROVIDER: libfabric's provider between hosts
+  std::optional<std::string> fabric_domain;    // TERN_FABRIC_DOMAIN: its network device
+  std::optional<std::string> fabric_tclass;    // TERN_FABRIC_TCLASS: traffic class of what is sent between hosts
 };
 
 // The values found in the environment at the first call; later changes of the environment are not seen.

@@ -9,7 +9,7 @@
 
 #include <memory>
 
-namespace tern::tools {
+namespace tern {
 
 class DynamicLibrary {
  public:
@@ -30,4 +30,4 @@ class DynamicLibrary {
   std::unique_ptr<void, Close> handle_;
 };
 
-}  // namespace tern::tools
+}  // namespace tern

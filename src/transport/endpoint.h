@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// Moves bytes between ranks of different hosts: writes into memory that a peer has registered, and tells the peer when all
+// writes of an epoch are there. Knows bytes, ranks and epochs, and nothing of what they are for.
+//
+//   auto endpoint = make_endpoint(*bootstrap, {}, deadline);                        // collective
+//   const Region window = endpoint->register_memory(address, num_bytes);
+//   bootstrap->allgather(&window.remote(), remotes.data(), sizeof(RemoteRegion), deadline);
+//   endpoint->put({.peer = 3, .from = &window, .to = remotes[3], .to_offset = 64, .num_bytes = 4096, .epoch = 1, .last = true}, deadline);
+//   while (!endpoint->complete(2, 0, 1))                                            // what rank 2 put here in epoch 1 of channel 0
+//     if (!endpoint->wait(deadline)) fail(...);
+//   endpoint->retire(2, 0, 1);
+//
+// Order and visibility: none between puts, not even to one peer. When complete() is true, the bytes of all puts of that (peer, channel,
+// epoch) are in this rank's memory, and visible to the thread that progresses. Bytes that are put must stay as they are until flush().
+// Epochs of a (peer, channel) are 1, 2, 3 ...; each ends with a put that is `last`, of 0 bytes if there is nothing else to say. Two may
+// be under way: epoch e may be begun once the peer has retired e - 2, and it is for the caller to know (the peer puts a word, or 0 bytes).
+// Threads: an endpoint and its regions belong to one thread at a time. Nothing moves by itself: bytes may be sent, received and counted
+// only while this rank is in put, progress, wait or flush, so a rank that others put to must come back until they are done.
+// Deadlines: a wait that ends without what it was for is TERN_TIMEOUT with the ranks at fault, except of wait(), which returns false.
+// Errors of the network are TERN_SYSTEM_ERROR with the peer's rank, once for each peer from whichever call finds out, and again from every
+// put to it; the other peers can still be reached. A rank that only receives learns of a lost peer by its own deadline.
+// Lifetime: destroying is never collective and waits for nothing; what was not flushed may not arrive, and what was may be lost if a peer
+// has not yet received it: agree on the end first. An endpoint and its regions may go in any order; the connections close with the
+// last of them (over ofi_rxm those of an endpoint that ends with messages under way stay open until the process ends, and peers are not told).
+// Registered memory must outlive its region, and the endpoint unless that was flushed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <type_traits>
+
+#include "base/deadline.h"
+#include "base/knobs.h"
+#include "topology/bootstrap.h"
+
+namespace tern {
+
+// Memory that others may write to, for them. Bytes, to be exchanged.
+struct RemoteRegion {
+  uint64_t base = 0;  // what the provider adds offsets to: an address, or 0
+  uint64_t key = 0;
+  uint64_t num_bytes = 0;
+};
+static_assert(std::is_trivially_copyable_v<RemoteRegion> && sizeof(RemoteRegion) == 24);
+
+// Memory that may be put from and to; undone when this is destroyed.
+class Region {
+ public:
+  Region(std::byte* address, RemoteRegion remote, void* descriptor, std::shared_ptr<const void> registration)
+      : address_(address), remote_(remote), descriptor_(descriptor), registration_(std::move(registration)) {}
+  Region(Region&&) = default;
+  Region& operator=(Region&&) = default;
+
+  std::byte* address() const { return address_; }
+  const RemoteRegion& remote() const { return remote_; }
+  void* descriptor() const { return descriptor_; }  // for the provider
+
+ private:
+  std::byte* address_;
+  RemoteRegion remote_;
+  void* descriptor_;
+  std::shared_ptr<const void> registration_;
+};
+
+struct Put {
+  int peer = 0;
+  const Region* from = nullptr;
+  size_t from_offset = 0;
+  RemoteRegion to;
+  uint64_t to_offset = 0;
+  size_t num_bytes = 0;  // 0: a notice only; needs `from` and `to` all the same
+  int channel = 0;
+  int64_t epoch = 0;
+  bool last = false;  // of its (peer, channel, epoch)
+};
+
+// Empty texts and zeros mean the default.
+struct EndpointOptions {
+  // The name of libfabric's provider ("verbs", or in full "verbs;ofi_rxm"). Default: TERN_FABRIC_PROVIDER, else the first of verbs, efa,
+  // cxi and tcp that every rank has.
+  std::string provider = knobs().fabric_provider.value_or("");
+  // The network device, by libfabric's name for it ("mlx5_0", "eth0"): how a rank chooses its rail. Default: TERN_FABRIC_DOMAIN, else the
+  // first that libfabric lists for the provider.
+  std::string domain = knobs().fabric_domain.value_or("");
+  // best_effort, low_latency, dedicated_access, bulk_data, scavenger, network_ctrl, dscp:0 ... dscp:63. Default: TERN_FABRIC_TCLASS.
+  std::string traffic_class = knobs().fabric_tclass.value_or("");
+  int num_channels = 1;
+  int most_outstanding = 256;     // messages that were put and have not left; fewer if the provider has fewer
+  size_t most_message_bytes = 0;  // longer puts are several messages; default: the provider's limit
+};
+
+struct EndpointFacts {
+  std::string provider, domain;
+  bool traffic_class = false;  // the provider takes the class that was asked for
+  bool blocks = false;         // wait() sleeps in the kernel; otherwise it looks again and again, with short sleeps
+  size_t most_message_bytes = 0;
+  int most_outstanding = 0;
+};
+
+class Endpoint {
+ public:
+  virtual ~Endpoint() = default;
+
+  virtual const EndpointFacts& facts() const = 0;
+
+  // `num_bytes` at least 1. Registers with the network device, so it is slow: do it once for a window.
+  virtual Region register_memory(void* address, size_t num_bytes) = 0;
+
+  // Sends what can be sent of the put without waiting, and moves it on past that; true if nothing is left. Otherwise call it again with
+  // the same put, after progress() or wait(); puts to others, and of other channels and epochs, may come between.
+  virtual bool try_put(Put& put) = 0;
+  // Progresses until all of the put is on its way. TERN_TIMEOUT names the peer.
+  void put(Put put, Deadline deadline);
+
+  // Counts what has come and what has left; does not wait. False if there was nothing.
+  virtual bool progress() = 0;
+  // Waits until progress() would be true, and does it; false: the deadline has passed.
+  virtual bool wait(Deadline deadline) = 0;
+
+  // All messages have left: the memory that they were put from may change. They may not have arrived.
+  // TERN_TIMEOUT names the peers that did not take theirs.
+  virtual void flush(Deadline deadline) = 0;
+  virtual int num_outstanding() const = 0;
+
+  // All that `peer` put here in this epoch of this channel has arrived. True for epochs that were retired.
+  virtual bool complete(int peer, int channel, int64_t epoch) const = 0;
+  // Makes room for epoch + 2. TERN_INVALID_STATE unless it is complete and the previous one retired.
+  virtual void retire(int peer, int channel, int64_t epoch) = 0;
+};
+
+// Collective. All ranks agree on one provider. If one of them has none that fits, all get TERN_UNSUPPORTED with that rank and its reason:
+// libfabric is not installed, or none of its providers has what is needed, or not the device that was asked for.
+std::unique_ptr<Endpoint> make_endpoint(Bootstrap& bootstrap, const EndpointOptions& options, Deadline deadline);
+
+}  // namespace tern

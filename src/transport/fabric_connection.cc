@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "transport/fabric_connection.h"
+
+#include <rdma/fi_errno.h>
+
+#include <mutex>
+#include <string_view>
+#include <utility>
+
+#include "base/error.h"
+
+namespace tern {
+namespace {
+
+// Opens one object: `open` is libfabric's call, which fills the pointer.
+template <typename Fid, typename Open>
+Owned<Fid> open_fid(const char* call, const fi_info& info, Open open) {
+  Fid* object = nullptr;
+  const int code = open(&object);
+  if (code != 0)
+    fail(TERN_SYSTEM_ERROR, "transport: {} of provider {}, device {}: {}", call, info.fabric_attr->prov_name, info.domain_attr->name,
+         fabric_library().error_text(code));
+  return Owned<Fid>(object);
+}
+
+void check(const char* call, int code) {
+  if (code != 0) fail(TERN_SYSTEM_ERROR, "transport: {}: {}", call, fabric_library().error_text(code));
+}
+
+// Large enough for the addresses of all providers (sockaddr_ib has 48 bytes).
+struct AddressMessage {
+  uint64_t num_bytes = 0;
+  std::byte bytes[120] = {};
+};
+
+struct Registration {
+  std::shared_ptr<FabricConnection> connection;  // outlives `memory`
+  Owned<fid_mr> memory;
+};
+
+}  // namespace
+
+FabricConnection::FabricConnection(FabricInfo info, int most_outstanding, int num_ranks)
+    : info_(std::move(info)), departing_(most_outstanding) {
+  const auto& i = *info_;
+  fabric_ = open_fid<fid_fabric>("fi_fabric", i, [&](fid_fabric** out) { return fabric_library().fabric(i.fabric_attr, out, nullptr); });
+  domain_ = open_fid<fid_domain>("fi_domain", i, [&](fid_domain** out) { return fi_domain(fabric_.get(), info_.get(), out, nullptr); });
+  fi_av_attr peers = {};
+  peers.count = static_cast<size_t>(num_ranks);
+  peers_ = open_fid<fid_av>("fi_av_open", i, [&](fid_av** out) { return fi_av_open(domain_.get(), &peers, out, nullptr); });
+  // Room for what leaves, and for some messages of each peer: more wait in the provider until the queue is read.
+  open_queue(departing_.size() + size_t(num_ranks) * 16 + 1024);
+  endpoint_ = open_fid<fid_ep>("fi_endpoint", i, [&](fid_ep** out) { return fi_endpoint(domain_.get(), info_.get(), out, nullptr); });
+  check("fi_ep_bind (addresses)", fi_ep_bind(endpoint_.get(), &peers_->fid, 0));
+  check("fi_ep_bind (completions)", fi_ep_bind(endpoint_.get(), &queue_->fid, FI_TRANSMIT | FI_RECV));
+  check("fi_enable", fi_enable(endpoint_.get()));
+}
+
+// Some providers can wake a sleeper (tcp, verbs), some cannot (efa).
+void FabricConnection::open_queue(size_t num_entries) {
+  fi_cq_attr attributes = {};
+  attributes.format = FI_CQ_FORMAT_DATA;
+  attributes.size = num_entries;
+  attributes.wait_obj = FI_WAIT_UNSPEC;
+  fid_cq* queue = nullptr;
+  blocks_ = fi_cq_open(domain_.get(), &attributes, &queue, nullptr) == 0;
+  if (blocks_) {
+    queue_.reset(queue);
+    return;
+  }
+  attributes.wait_obj = FI_WAIT_NONE;
+  queue_ = open_fid<fid_cq>("fi_cq_open", *info_, [&](fid_cq** out) { return fi_cq_open(domain_.get(), &attributes, out, nullptr); });
+}
+
+void FabricConnection::meet(Bootstrap& bootstrap, Deadline deadline) {
+  AddressMessage mine;
+  size_t num_bytes = sizeof(mine.bytes);
+  check("fi_getname", fi_getname(&endpoint_->fid, mine.bytes, &num_bytes));
+  mine.num_bytes = num_bytes;
+  std::vector<AddressMessage> all(bootstrap.num_ranks());
+  bootstrap.allgather(&mine, all.data(), sizeof(mine), deadline);
+  addresses_.assign(all.size(), FI_ADDR_UNSPEC);
+  for (size_t r = 0; r < all.size(); ++r) {
+    const int inserted = fi_av_insert(peers_.get(), all[r].bytes, 1, &addresses_[r], 0, nullptr);
+    if (inserted != 1)
+      fail(TERN_SYSTEM_ERROR, "transport: the address of rank {} ({} bytes) is none for provider {}, device {}: fi_av_insert gave {}", r,
+           all[r].num_bytes, info_->fabric_attr->prov_name, info_->domain_attr->name, inserted);
+  }
+}
+
+Region FabricConnection::register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes) {
+  if (address == nullptr || num_bytes == 0)
+    fail(TERN_INVALID_ARGUMENT, "transport: {} bytes at {:#x} are registered, there must be some", num_bytes,
+         reinterpret_cast<uintptr_t>(address));
+  fid_mr* opened = nullptr;
+  const int code = fi_mr_reg(domain_.get(), address, num_bytes, FI_WRITE | FI_REMOTE_WRITE, 0, next_key_, 0, &opened, nullptr);
+  if (code != 0)
+    fail(TERN_SYSTEM_ERROR,
+         "transport: cannot register {} bytes with provider {}, device {}: {}; is the limit of locked memory (ulimit -l) high enough?",
+         num_bytes, info_->fabric_attr->prov_name, info_->domain_attr->name, fabric_library().error_text(code));
+  ++next_key_;  // ours, if the provider has none of its own
+  auto registration = std::make_shared<Registration>(Registration{self, Owned<fid_mr>(opened)});
+  if (has_mode(FI_MR_ENDPOINT)) {
+    check("fi_mr_bind", fi_mr_bind(opened, &endpoint_->fid, 0));
+    check("fi_mr_enable", fi_mr_enable(opened));
+  }
+  const uint64_t key = fi_mr_key(opened);
+  if (key == FI_KEY_NOTAVAIL) fail(TERN_UNSUPPORTED, "transport: provider {} has keys of more than 8 bytes", info_->fabric_attr->prov_name);
+  const uint64_t base = has_mode(FI_MR_VIRT_ADDR) ? reinterpret_cast<uint64_t>(address) : 0;
+  return Region(static_cast<std::byte*>(address), {base, key, num_bytes}, fi_mr_desc(opened), std::move(registration));
+}
+
+void abandon(std::shared_ptr<FabricConnection> connection) {
+  if (!std::string_view(connection->info().fabric_attr->prov_name).ends_with(";ofi_rxm")) return;
+  static std::mutex mutex;
+  static auto* const abandoned = new std::vector<std::shared_ptr<FabricConnection>>();
+  const std::lock_guard lock(mutex);
+  abandoned->push_back(std::move(connection));
+}
+
+}  // namespace tern
