@@ -417,6 +417,9 @@ TEST_F(Endpoints, CloseInAnyOrder) {
       const Rank me = {*bootstraps[r], *endpoint, num_finished};
       const std::vector<RemoteRegion> remotes = me.exchange(*here);
       me.connect(*here, remotes);
+      // Nobody closes while others still connect.
+      char mine = 0, all[3];
+      me.bootstrap.allgather(&mine, all, 1, ample());
       // Under way when everything closes.
       Put put = {(r + 1) % 3, &*here, 0, remotes[(r + 1) % 3], 0, 4 << 20, 0, 2, true};
       // Unless the other is faster.
@@ -424,7 +427,7 @@ TEST_F(Endpoints, CloseInAnyOrder) {
         endpoint->try_put(put);
         endpoint->progress();
       });
-      require(text == "ok" || text.starts_with("TERN_SYSTEM_ERROR: transport: rank"), text);
+      require(text == "ok" || text.starts_with("TERN_SYSTEM_ERROR: transport: "), text);
       if (regions_first) here.reset();
       endpoint.reset();
     });
