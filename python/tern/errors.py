@@ -91,11 +91,17 @@ class InternalError(Error):
 _CLASSES = {c.status: c for c in Error.__subclasses__()}
 
 
-def check(status: int) -> None:
-    """Raises what the calling thread's last call into the library reported."""
+def check(status: int, result: Any = None) -> None:
+    """Raises what the calling thread's last call into the library reported.
+
+    result: what the operation would have returned, for the error that says that it is complete but for some rows.
+    """
     if status == 0:
         return
     from ._library import lib
 
     text = (lib.tern_last_error() or b"").decode(errors="replace")
-    raise _CLASSES.get(Status(status), Error)(text)
+    error = _CLASSES.get(Status(status), Error)(text)
+    if isinstance(error, CapacityExceededError):
+        error.result = result
+    raise error

@@ -11,7 +11,7 @@ from . import _c
 from ._arrays import Array, Arrays
 from ._calls import CombineCall, CombineKind, DispatchCall, DispatchKind, Shape
 from ._library import lib
-from .errors import CapacityExceededError, InvalidArgumentError, InvalidStateError, check
+from .errors import InvalidArgumentError, InvalidStateError, check
 from .exchange import Exchange, choice
 from .results import Combined, Dispatched, Pending, PlanInfo
 
@@ -182,9 +182,7 @@ class Plan:
             tokens, topk_idx, device_num_tokens, scales, topk_weights, encoding, scale_order, outputs, out, zero_copy
         )
         self._set_launch(call.arrays, lane, num_sms, stream)
-        status = lib.tern_dispatch(self._handle, call.pointer, self._launch_pointer)
-        if status != 0:
-            _raise(status, result)
+        check(lib.tern_dispatch(self._handle, call.pointer, self._launch_pointer), result)
         return result
 
     def dispatch_send(
@@ -370,17 +368,9 @@ class Plan:
         def receive(stream: Any) -> None:
             launch.phase = _c.Phase.RECEIVE
             launch.stream = call.arrays.current_stream() if stream is None else _raw(stream)
-            check(function(self._handle, ctypes.byref(args), ctypes.byref(launch)))
+            check(function(self._handle, ctypes.byref(args), ctypes.byref(launch)), result)
 
         return Pending(result, receive, (inputs, self))
-
-
-def _raise(status: int, result: Dispatched) -> None:
-    try:
-        check(status)
-    except CapacityExceededError as error:
-        error.result = result
-        raise
 
 
 def _raw(stream: Any) -> int:

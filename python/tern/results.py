@@ -8,7 +8,6 @@ from typing import Any, Callable, Generic, NamedTuple, TypeVar
 
 from . import _c
 from ._arrays import Array
-from .errors import CapacityExceededError
 
 Result = TypeVar("Result")
 
@@ -104,10 +103,6 @@ class Pending(Generic[Result]):
 
     def receive(self, *, stream: Any = None) -> Result:
         """The result. On GPU ranks this enqueues the waiting on `stream`, or torch's current one. To be called once."""
-        try:
-            self._receive(stream)
-        except CapacityExceededError as error:
-            error.result = self.result
-            raise
+        self._receive(stream)
         self._inputs = None
         return self.result
