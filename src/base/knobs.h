@@ -16,7 +16,7 @@ struct Knobs {
   int64_t log_level = TERN_LOG_WARNING;   // TERN_LOG_LEVEL: 0 off .. 4 debug
   std::optional<int64_t> spin_us;         // TERN_SPIN_US: how long a CPU rank spins for a flag before it sleeps
   std::optional<int64_t> staging_max_mb;  // TERN_STAGING_MAX_MB: bound of the staging computed from shapes
-  int64_t latency_max_kb = 32;            // TERN_LATENCY_MAX_KB: batches up to this many payload KiB per rank take the latency path
+  std::optional<int64_t> latency_max_kb;  // TERN_LATENCY_MAX_KB: batches up to this many payload KiB per rank take the latency path
   int64_t bulk_copy = 1;                  // TERN_BULK_COPY: 0: GPU ranks copy by 16-byte loads and stores where they could use bulk copies
   std::optional<std::string> rendezvous;  // TERN_RENDEZVOUS: host:port where the ranks of a launcher meet
   std::optional<std::string> fabric_provider;  // TERN_FABRIC_PROVIDER: libfabric's provider between hosts

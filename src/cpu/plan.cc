@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
 constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
+constexpr int64_t kLatencyKb = 32;              // of rows per rank: batches up to this size take the latency path
 
 size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<size_t>(rows * shape.num_topk); }
 
@@ -197,7 +198,7 @@ bool is_small(const PlanContext& context, int64_t row_bytes) {
     case TERN_MODE_LATENCY: return true;
     case TERN_MODE_AUTO: break;
   }
-  return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb << 10;
+  return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kLatencyKb) << 10;
 }
 
 bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy) {

@@ -23,7 +23,7 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
   const int64_t weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0;
   const layout::StagedSlot all{rows_per_token * call.row_bytes, 0, weight_bytes};
   slot_ = {rows_at_ >= 0 ? 0 : all.row_bytes, 0, weight_bytes};
-  set_shape();
+  shape_ = combine_shape(plan, call);
   const int64_t staging_bytes = exchange.window_layout().staging_bytes;
   chunks_per_round_ = chunks_per_round(plan, staging_bytes / exchange.num_ranks(), all.stride(), "combine");
   num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, plan.most_tokens(), "combine");
@@ -42,11 +42,12 @@ bool CombineOperation::sends_weights_ahead() const {
   return !per_entry_ && call_.args.weighting == TERN_WEIGHTS_OWNER && launch_.phase != TERN_PHASE_RECEIVE;
 }
 
-void CombineOperation::set_shape() {
-  shape_ = call_shape(plan_.shape());
-  shape_.row_bytes = call_.row_bytes;
-  shape_.choices |= static_cast<int32_t>(call_.args.dtype) << 8 | static_cast<int32_t>(call_.args.mode) << 12 |
-                    static_cast<int32_t>(call_.args.weighting) << 16 | static_cast<int32_t>(call_.carries_weights) << 20;
+layout::CallShape combine_shape(const CudaPlan& plan, const CombineCall& call) {
+  layout::CallShape shape = call_shape(plan.shape());
+  shape.row_bytes = call.row_bytes;
+  shape.choices |= static_cast<int32_t>(call.args.dtype) << 8 | static_cast<int32_t>(call.args.mode) << 12 |
+                   static_cast<int32_t>(call.args.weighting) << 16 | static_cast<int32_t>(call.carries_weights) << 20;
+  return shape;
 }
 
 void CombineOperation::check(const Ticket& ticket) const {

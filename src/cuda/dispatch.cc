@@ -23,7 +23,7 @@ DispatchOperation::DispatchOperation(const CudaPlan& plan, const DispatchCall& c
   check_alignment("dispatch", "out_tokens", a.out_tokens);
   check_zero_copy(plan, "dispatch", a.out_tokens, call.wire_bytes, a.zero_copy != 0);
   set_parts();
-  set_shape();
+  shape_ = dispatch_shape(plan, call);
   // Staging is counted as if everything went through it: every rank must come to the same rounds, wherever its rows lie.
   const layout::StagedSlot all{call.wire_bytes, call.scale_bytes, call.carries_weights ? plan.tables().topk_bytes() : 0};
   chunks_per_round_ = chunks_per_round(plan, plan.exchange().window_layout().staging_bytes, all.stride(), "dispatch");
@@ -50,12 +50,13 @@ void DispatchOperation::set_parts() {
            .weight_bytes = call_.carries_weights ? plan_.tables().topk_bytes() : 0};
 }
 
-void DispatchOperation::set_shape() {
-  shape_ = call_shape(plan_.shape());
-  shape_.row_bytes = call_.wire_bytes;
-  shape_.scale_bytes = call_.scale_bytes;
-  shape_.choices |= static_cast<int32_t>(call_.args.dtype) << 8 | static_cast<int32_t>(call_.args.encoding) << 12 |
-                    static_cast<int32_t>(call_.carries_weights) << 16;
+layout::CallShape dispatch_shape(const CudaPlan& plan, const DispatchCall& call) {
+  layout::CallShape shape = call_shape(plan.shape());
+  shape.row_bytes = call.wire_bytes;
+  shape.scale_bytes = call.scale_bytes;
+  shape.choices |= static_cast<int32_t>(call.args.dtype) << 8 | static_cast<int32_t>(call.args.encoding) << 12 |
+                   static_cast<int32_t>(call.carries_weights) << 16;
+  return shape;
 }
 
 void DispatchOperation::check(const Ticket& ticket, int32_t rounds_before) const {
@@ -77,8 +78,8 @@ void DispatchOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
 }
 
-kernels::DispatchInputs DispatchOperation::inputs() const {
-  const tern_dispatch_args& a = call_.args;
+kernels::DispatchInputs dispatch_inputs(const DispatchCall& call) {
+  const tern_dispatch_args& a = call.args;
   return {.tokens = static_cast<const std::byte*>(a.tokens),
           .token_stride_bytes = a.token_stride_bytes,
           .hidden = a.hidden,
@@ -90,8 +91,8 @@ kernels::DispatchInputs DispatchOperation::inputs() const {
           .weights = a.topk_weights};
 }
 
-kernels::DispatchOutputs DispatchOperation::outputs() const {
-  const tern_dispatch_args& a = call_.args;
+kernels::DispatchOutputs dispatch_outputs(const CudaPlan& plan, const DispatchCall& call) {
+  const tern_dispatch_args& a = call.args;
   return {.tokens = static_cast<std::byte*>(a.out_tokens),
           .scales = static_cast<std::byte*>(a.out_scales),
           .topk_idx = a.out_topk_idx,
@@ -103,9 +104,9 @@ kernels::DispatchOutputs DispatchOperation::outputs() const {
           .expert_counts = a.out_expert_counts,
           .rank_counts = a.out_rank_counts,
           .expert_rank_ranges = a.out_expert_rank_ranges,
-          .plan_weights = plan_.tables().weights_received,
-          .num_rows = a.routing != nullptr ? plan_.shape().row_capacity : plan_.num_rows(),
-          .zero_padding = plan_.shape().zero_padding,
+          .plan_weights = plan.tables().weights_received,
+          .num_rows = a.routing != nullptr ? plan.shape().row_capacity : plan.num_rows(),
+          .zero_padding = plan.shape().zero_padding,
           .scales_by_column = a.out_scale_order == TERN_SCALES_COLUMN_MAJOR};
 }
 
@@ -133,8 +134,8 @@ kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
   args.roles = {.num_stage_warps = stages_rows ? 12 : 4, .num_pull_warps = 8};
   const int64_t tokens_per_warp = num_tokens_ / (int64_t{args.roles.num_stage_warps} * num_sms_);
   args.stage_run = tokens_per_warp >= 4 && plan_.tables().tokens_per_chunk % 2 == 0 ? 2 : 1;
-  args.in = inputs();
-  args.out = outputs();
+  args.in = dispatch_inputs(call_);
+  args.out = dispatch_outputs(plan_, call_);
   args.slot = slot_;
   args.row_bytes = call_.wire_bytes;
   args.scale_bytes = call_.scale_bytes;

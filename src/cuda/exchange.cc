@@ -15,6 +15,7 @@
 #include "domain/failure.h"
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
+#include "kernels/latency.h"
 #include "kernels/route.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"
@@ -78,6 +79,8 @@ void load_kernels(bool bulk_copies) {
   check(kernels::prepare_route(), "loading the kernel of route");
   check(kernels::prepare_dispatch(bulk_copies), "loading the kernels of dispatch");
   check(kernels::prepare_combine(bulk_copies), "loading the kernels of combine");
+  check(kernels::prepare_latency_dispatch(), "loading the kernel of dispatch for small batches");
+  check(kernels::prepare_latency_combine(), "loading the kernels of combine for small batches");
 }
 
 }  // namespace
@@ -93,11 +96,20 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
     const layout::StagedSlot slot{options.max_row_bytes + kPartPadding, 0, weight_bytes};
     const int64_t most = staging_bound(options) / (int64_t{options.num_lanes} * layout::kNumBanks * num_ranks);
     per_rank = std::max(per_rank, std::min(slot.stride() * (options.max_tokens + layout::kMaxChunks), most));
+    // Batches for decoding: the latency path takes a combine in mode EXACT at once.
+    constexpr int64_t kDecodingTokens = 256;
+    const int64_t entry_rows = options.max_tokens * layout::align_up(options.max_topk * options.max_row_bytes + weight_bytes + 16, 128);
+    if (options.max_tokens <= kDecodingTokens) per_rank = std::max(per_rank, std::min(entry_rows / num_ranks + 1, most));
   }
+  const int64_t latency_tokens = num_ranks <= layout::kMostLatencyRanks ? std::min(options.max_tokens, layout::kMostLatencyTokens) : 0;
+  const layout::LatencyWords words{
+      .num_counts = int64_t{options.max_experts} + num_ranks, .max_tokens = latency_tokens, .num_topk = options.max_topk};
   return {.num_ranks = num_ranks,
           .num_lanes = options.num_lanes,
           .routing_bytes = routing.bytes(options.max_tokens),
-          .staging_bytes = num_ranks * layout::align_up(per_rank, layout::kBulkLine)};
+          .staging_bytes = num_ranks * layout::align_up(per_rank, layout::kBulkLine),
+          .latency_words = latency_tokens > 0 ? layout::align_up(words.num_words(), 16) : 0,
+          .latency_tokens = latency_tokens};
 }
 
 CudaLane::CudaLane(const std::shared_ptr<DevicePool>& pool, int num_ranks)

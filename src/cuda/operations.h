@@ -13,6 +13,12 @@
 
 namespace tern::cuda {
 
+// What ranks compare of an operation, and a dispatch's arrays as its kernels know them.
+layout::CallShape dispatch_shape(const CudaPlan& plan, const DispatchCall& call);
+layout::CallShape combine_shape(const CudaPlan& plan, const CombineCall& call);
+kernels::DispatchInputs dispatch_inputs(const DispatchCall& call);
+kernels::DispatchOutputs dispatch_outputs(const CudaPlan& plan, const DispatchCall& call);
+
 class DispatchOperation {
  public:
   // `most_tokens`: that any rank may have, for all that the host knows.
@@ -23,9 +29,6 @@ class DispatchOperation {
 
  private:
   void set_parts();
-  void set_shape();
-  kernels::DispatchInputs inputs() const;
-  kernels::DispatchOutputs outputs() const;
   kernels::RowPieces pieces(const kernels::WarpRoles& roles) const;
   kernels::DispatchArgs round_args(int32_t round) const;
 
@@ -50,7 +53,6 @@ class CombineOperation {
   int32_t num_sms() const { return num_sms_; }
 
  private:
-  void set_shape();
   bool sends_weights_ahead() const;
   layout::StagedSlot weight_slot() const;  // of a token's weights that go ahead
   void enqueue_weights(cudaStream_t stream) const;

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "base/error.h"
+#include "cuda/latency.h"
 #include "cuda/operations.h"
 #include "cuda/profiling.h"
 #include "cuda/transfer.h"
@@ -77,13 +78,10 @@ kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, int32_t lan
   return args;
 }
 
-void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream) {
+// What the host knows of a batch before the GPU has routed it.
+void CudaPlan::begin_routing(const tern_routing& routing) {
   dispatch_ticket_ = combine_ticket_ = {};
   routed_ = dispatched_ = weights_carried_ = false;
-  ++awaited_ticket_;
-  const int64_t blocks = (shape_.max_tokens + kTokensPerRouteBlock - 1) / kTokensPerRouteBlock;
-  num_sms_ = static_cast<int32_t>(std::min<int64_t>({blocks, kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
-  check(kernels::launch_route(route_args(routing, launch.lane), num_sms_, stream), "launching the kernel of route");
   generation_ = exchange_.generation();
   num_tokens_ = routing.device_num_tokens != nullptr ? -1 : routing.num_tokens;
   tokens_bound_ = routing.num_tokens;
@@ -91,6 +89,24 @@ void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& lau
   num_received_ = -1;
   most_tokens_ = shape_.max_tokens;
   ++exchange_.counters().routes;
+}
+
+void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream) {
+  begin_routing(routing);
+  ++awaited_ticket_;
+  const int64_t blocks = (shape_.max_tokens + kTokensPerRouteBlock - 1) / kTokensPerRouteBlock;
+  num_sms_ = static_cast<int32_t>(std::min<int64_t>({blocks, kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
+  check(kernels::launch_route(route_args(routing, launch.lane), num_sms_, stream), "launching the kernel of route");
+}
+
+// Enqueues an operation that has been checked; begin(stream) comes first.
+template <typename Operation, typename Begin>
+void CudaPlan::run(const Operation& operation, const tern_launch& launch, Ticket& ticket, Begin begin) {
+  OperationStream stream(*this, launch);
+  begin(stream.get());
+  operation.enqueue(stream.get(), ticket);
+  stream.finish();
+  num_sms_ = operation.num_sms();
 }
 
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
@@ -102,6 +118,7 @@ void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
   OperationStream stream(*this, launch);
   enqueue_route(routing, launch, stream.get());
   stream.finish();
+  latency_path_ = false;
   if (shape_.extent == TERN_EXTENT_EXACT) {
     const SpanFacts wait{.kind = TERN_SPAN_WAIT, .operation = TERN_OP_ROUTE, .peer = shape_.rank, .awaited = TERN_AWAITED_OWN_GPU};
     with_span(exchange_.trace().lane(launch.lane), wait, [&](Span&) { await_counts(launch); });
@@ -164,14 +181,21 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (receives_only && dispatch_ticket_.epoch == 0)
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
   if (!receives_only) check_not_under_way("dispatch");
-  DispatchOperation operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
-  operation.check(dispatch_ticket_, routes ? 1 : 0);
-  OperationStream stream(*this, launch);
-  if (routes) enqueue_route(*call.args.routing, launch, stream.get());
-  operation.enqueue(stream.get(), dispatch_ticket_);
-  stream.finish();
+  latency_path_ = takes_latency_path(*this, call);
+  if (latency_path_) {
+    const LatencyDispatch operation(*this, call, launch);
+    operation.check(dispatch_ticket_);
+    run(operation, launch, dispatch_ticket_, [&](cudaStream_t) {
+      if (routes) begin_routing(*call.args.routing);
+    });
+  } else {
+    const DispatchOperation operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
+    operation.check(dispatch_ticket_, routes ? 1 : 0);
+    run(operation, launch, dispatch_ticket_, [&](cudaStream_t stream) {
+      if (routes) enqueue_route(*call.args.routing, launch, stream);
+    });
+  }
   routed_ = true;
-  num_sms_ = operation.num_sms();
   if (!receives_only) weights_carried_ = call.carries_weights;
   if (launch.phase == TERN_PHASE_SEND) return;
   dispatched_ = true;
@@ -190,12 +214,16 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (!receives_only && is_under_way(combine_ticket_)) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_carried_)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
-  CombineOperation operation(*this, call, launch);
-  operation.check(combine_ticket_);
-  OperationStream stream(*this, launch);
-  operation.enqueue(stream.get(), combine_ticket_);
-  stream.finish();
-  num_sms_ = operation.num_sms();
+  latency_path_ = takes_latency_path(*this, call);
+  if (latency_path_) {
+    const LatencyCombine operation(*this, call, launch);
+    operation.check(combine_ticket_);
+    run(operation, launch, combine_ticket_, [](cudaStream_t) {});
+  } else {
+    const CombineOperation operation(*this, call, launch);
+    operation.check(combine_ticket_);
+    run(operation, launch, combine_ticket_, [](cudaStream_t) {});
+  }
   if (launch.phase != TERN_PHASE_SEND) ++exchange_.counters().combines;
 }
 
@@ -208,6 +236,7 @@ tern_plan_info CudaPlan::info() const {
   info.row_capacity = shape_.row_capacity;
   info.generation = generation_;
   info.num_sms = num_sms_;
+  info.latency_path = latency_path_ ? 1 : 0;
   if (num_received_ < 0) return info;
   info.received_per_rank = received_per_rank_.data();
   info.received_per_expert = received_per_expert_.data();

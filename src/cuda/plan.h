@@ -20,6 +20,7 @@ struct Ticket {
   int32_t lane_idx = 0;
   uint32_t generation = 0;
   layout::CallShape shape;
+  bool routed = false;  // the send has made the plan
 };
 
 class CudaPlan : public DevicePlan {
@@ -50,7 +51,10 @@ class CudaPlan : public DevicePlan {
   void check_not_under_way(const char* operation) const;
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.generation(); }
   kernels::RouteArgs route_args(const tern_routing& routing, int32_t lane_idx) const;
+  void begin_routing(const tern_routing& routing);
   void enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream);
+  template <typename Operation, typename Begin>
+  void run(const Operation& operation, const tern_launch& launch, Ticket& ticket, Begin begin);
   void await_counts(const tern_launch& launch);
   void read_counts();
 
@@ -63,6 +67,7 @@ class CudaPlan : public DevicePlan {
   bool routed_ = false;
   bool dispatched_ = false;
   bool weights_carried_ = false;
+  bool latency_path_ = false;
   int32_t num_sms_ = 0;
   int64_t num_tokens_ = 0;  // -1: the host does not know
   int64_t tokens_bound_ = 0;

@@ -20,6 +20,9 @@ __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* word) {
 __device__ __forceinline__ void store_release_sys(uint64_t* word, uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* word, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
 __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");

@@ -48,20 +48,21 @@ struct Operation {
 
   // One thread. Waits until *word has reached `expected`; false: the exchange has failed.
   __device__ bool await(const uint64_t* word, uint64_t expected, int peer) const {
-    if (load_acquire_sys(word) >= expected) return true;
-    constexpr int kSpinsPerLook = 64;
-    const uint64_t start = device::global_timer_ns();
-    for (int spin = 0;; ++spin) {
-      const uint64_t seen = load_acquire_sys(word);
-      if (seen >= expected) return true;
-      if (spin % kSpinsPerLook != 0) continue;
-      if (is_aborted()) return false;
-      if (device::global_timer_ns() - start > exchange.timeout_ns) {
-        give_up(TERN_TIMEOUT, peer, expected, seen);
-        return false;
-      }
-    }
+    uint64_t seen = load_acquire_sys(word);
+    return seen >= expected || spin(expected, peer, seen, [=](uint64_t& value) { return (value = load_acquire_sys(word)) >= expected; });
   }
+
+  // One thread. Waits until a word of the latency path is of this epoch, and gives its value; false: the exchange has failed.
+  __device__ bool await_word(const uint64_t* word, int peer, uint32_t& value) const {
+    uint64_t seen = load_relaxed_sys(word);
+    const uint64_t epoch_half = epoch << 32;
+    if ((seen & ~uint64_t{0xffffffff}) != epoch_half &&
+        !spin(epoch, peer, seen, [=](uint64_t& now) { return ((now = load_relaxed_sys(word)) & ~uint64_t{0xffffffff}) == epoch_half; }))
+      return false;
+    value = static_cast<uint32_t>(seen);
+    return true;
+  }
+  __device__ void put_word(uint64_t* word, uint32_t value) const { device::store_relaxed_sys(word, epoch << 32 | value); }
 
   // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
   __device__ bool await_bank(int peer) const {
@@ -152,6 +153,22 @@ struct Operation {
   }
 
  private:
+  // Looks until look(seen) says that it is there, or the deadline passes, or the exchange fails otherwise.
+  template <typename Look>
+  __device__ bool spin(uint64_t expected, int peer, uint64_t& seen, Look look) const {
+    constexpr int kSpinsPerLook = 64;
+    const uint64_t start = device::global_timer_ns();
+    for (int turn = 0;; ++turn) {
+      if (look(seen)) return true;
+      if (turn % kSpinsPerLook != 0) continue;
+      if (is_aborted()) return false;
+      if (device::global_timer_ns() - start > exchange.timeout_ns) {
+        give_up(TERN_TIMEOUT, peer, expected, seen);
+        return false;
+      }
+    }
+  }
+
   __device__ void post_failure(const layout::FailureRecord& record) const {
     exchange.mailbox->failure = record;
     store_release_sys(&exchange.mailbox->failure_set, 1);

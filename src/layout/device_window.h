@@ -2,10 +2,13 @@
 // Where things lie in a GPU rank's internal window. The same on every rank.
 //
 //   | abort | records [num_ranks] | lane 0: cells [num_ranks], calls [bank][num_ranks], staged [num_ranks][chunk] | lane 1 ...
-//   | routing: [lane][bank][source rank] | staging: [lane][bank] |
+//   | routing: [lane][bank][source rank] | words: [lane][bank][source rank] | row flags: [lane][source rank] | staging: [lane][bank] |
 //
-// Rows are pulled: a rank puts what it sends into its own staging (or leaves it where it is, if that is window memory), tells its peers where,
-// and raises a flag for each chunk of tokens that is complete. Routing is small and is pushed into the receiver's routing bank.
+// Rows of large batches are pulled: a rank puts what it sends into its own staging (or leaves it where it is, if that is window memory), tells
+// its peers where, and raises a flag for each chunk of tokens that is complete. Routing is small and is pushed into the receiver's routing bank.
+//
+// Rows of small batches, of the latency path, are pushed into slots of the receiver's staging, each with a flag of its own; what is smaller
+// still goes into words.
 #pragma once
 
 #include <cstdint>
@@ -54,11 +57,63 @@ struct alignas(kCacheLine) CallCell {
   PulledPart rows, scales, weights;
 };
 
+// Bulk copies between addresses that differ in where they begin in a line of this many bytes take twice the requests.
+inline constexpr int64_t kBulkLine = 128;
+
+// The latency path takes batches of up to this many tokens of a rank, among up to this many ranks.
+inline constexpr int64_t kMostLatencyTokens = 1024;
+inline constexpr int32_t kMostLatencyRanks = 64;
+
+// What a source tells the owner of the window in words of 8 bytes: the value in the lower half, in the upper half the lower half of the epoch.
+// A word is complete as soon as it is there, with no flag behind it. Nothing else is ever written where words are, so one that is left over
+// from another operation shows another epoch.
+struct LatencyWords {
+  int64_t num_counts = 0;
+  int64_t max_tokens = 0;
+  int32_t num_topk = 0;
+
+  constexpr int64_t call() const { return 0; }  // a hash of the operation and its shape
+  constexpr int64_t num_tokens() const { return 1; }
+  // Of a dispatch that routes: entries by expert, messages by rank; which tokens send a message here, a bit each.
+  constexpr int64_t counts() const { return 2; }
+  constexpr int64_t presence() const { return counts() + num_counts; }
+  constexpr int64_t num_presence() const { return (max_tokens + 31) / 32; }
+  // Of a combine: the owner's weights of each (token, k), as bits.
+  constexpr int64_t weights() const { return 2; }
+  constexpr int64_t num_words() const {
+    const int64_t routing = presence() + num_presence(), combine = weights() + max_tokens * num_topk;
+    return routing > combine ? routing : combine;
+  }
+};
+
+// A row pushed by the latency path. Parts that an operation lacks have length zero.
+struct LatencySlot {
+  int64_t row_bytes = 0;
+  int64_t scale_bytes = 0;
+  int64_t weight_bytes = 0;
+  int32_t num_entries = 0;
+
+  // An entry of the token.
+  struct Entry {
+    int32_t expert;    // of all ranks' experts; -1: none
+    int32_t position;  // among the source's entries of this expert
+  };
+
+  constexpr int64_t row() const { return 0; }
+  constexpr int64_t scales() const { return align_up(row_bytes, 16); }
+  constexpr int64_t weights() const { return scales() + align_up(scale_bytes, 16); }
+  constexpr int64_t entries() const { return weights() + align_up(weight_bytes, 16); }
+  constexpr int64_t end() const { return align_up(entries() + num_entries * static_cast<int64_t>(sizeof(Entry)), 16); }
+  constexpr int64_t stride() const { return align_up(end(), kBulkLine); }
+};
+
 struct DeviceWindowLayout {
   int32_t num_ranks = 0;
   int32_t num_lanes = 0;
-  int64_t routing_bytes = 0;  // of one (lane, bank, source); a multiple of kCacheLine
-  int64_t staging_bytes = 0;  // of one (lane, bank); a multiple of kCacheLine
+  int64_t routing_bytes = 0;   // of one (lane, bank, source); a multiple of kCacheLine
+  int64_t staging_bytes = 0;   // of one (lane, bank); a multiple of kCacheLine
+  int64_t latency_words = 0;   // of one (lane, bank, source)
+  int64_t latency_tokens = 0;  // that have row flags; 0: there is no latency path
 
   constexpr int64_t abort() const { return 0; }
   constexpr int64_t record(int rank) const { return static_cast<int64_t>(kCacheLine) + rank * static_cast<int64_t>(sizeof(FailureRecord)); }
@@ -77,9 +132,16 @@ struct DeviceWindowLayout {
   constexpr int64_t routing(int lane, uint64_t epoch, int source) const {
     return control_bytes() + ((lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * num_ranks + source) * routing_bytes;
   }
+  constexpr int64_t words(int lane, uint64_t epoch, int source) const {
+    return routing(num_lanes, 0, 0) +
+           ((lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * num_ranks + source) * latency_words *
+               static_cast<int64_t>(sizeof(uint64_t));
+  }
+  constexpr int64_t row_flags(int lane, int source) const {
+    return words(num_lanes, 0, 0) + (int64_t{lane} * num_ranks + source) * latency_tokens * static_cast<int64_t>(sizeof(uint64_t));
+  }
   constexpr int64_t staging(int lane, uint64_t epoch) const {
-    return control_bytes() + int64_t{num_lanes} * kNumBanks * num_ranks * routing_bytes +
-           (lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * staging_bytes;
+    return align_up(row_flags(num_lanes, 0), 4096) + (lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * staging_bytes;
   }
   constexpr int64_t total_bytes() const { return staging(num_lanes, 0); }
 
@@ -88,9 +150,6 @@ struct DeviceWindowLayout {
     return num_ranks * static_cast<int64_t>(sizeof(ProgressCell) + kNumBanks * sizeof(CallCell) + kMaxChunks * sizeof(uint64_t));
   }
 };
-
-// Bulk copies between addresses that differ in where they begin in a line of this many bytes take twice the requests.
-inline constexpr int64_t kBulkLine = 128;
 
 // A token's place in its rank's staging; parts that are not staged have length zero.
 struct StagedSlot {

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/latency.h"
+
+#include <algorithm>
+
+#include "base/knobs.h"
+#include "cuda/operations.h"
+
+namespace tern::cuda {
+namespace {
+
+constexpr int64_t kLatencyKb = 4096;
+constexpr int32_t kLatencyChoice = 1 << 24;  // in CallShape::choices: what others call for a large batch is something else
+
+bool is_small(const CudaPlan& plan, int64_t row_bytes) {
+  const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
+  const PlanShape& shape = plan.shape();
+  if (shape.max_tokens > window.latency_tokens || shape.num_topk == 0) return false;
+  switch (plan.exchange().options().mode) {
+    case TERN_MODE_THROUGHPUT: return false;
+    case TERN_MODE_LATENCY: return true;
+    case TERN_MODE_AUTO: break;
+  }
+  return shape.max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kLatencyKb) << 10;
+}
+
+layout::LatencySlot dispatch_slot(const CudaPlan& plan, const DispatchCall& call) {
+  return {.row_bytes = call.wire_bytes,
+          .scale_bytes = call.scale_bytes,
+          .weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0,
+          .num_entries = plan.shape().num_topk};
+}
+
+bool is_per_entry(const CudaPlan& plan, const CombineCall& call) {
+  return call.args.mode == TERN_COMBINE_EXACT && plan.shape().has_expert_rows();
+}
+
+layout::LatencySlot combine_slot(const CudaPlan& plan, const CombineCall& call) {
+  const int64_t num_rows = is_per_entry(plan, call) ? plan.shape().num_topk : 1;
+  return {.row_bytes = num_rows * call.row_bytes, .weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0};
+}
+
+bool fits_staging(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t num_slots) {
+  return num_slots * slot.stride() <= plan.exchange().window_layout().staging_bytes;
+}
+
+layout::LatencyWords words_of(const CudaPlan& plan) {
+  const PlanShape& shape = plan.shape();
+  return {.num_counts = plan.tables().num_counts(shape.num_ranks), .max_tokens = shape.max_tokens, .num_topk = shape.num_topk};
+}
+
+// FNV-1a over the words of what ranks must agree on.
+uint32_t call_hash(tern_operation operation, const layout::CallShape& shape) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const int64_t word : {int64_t{operation}, shape.row_bytes, shape.scale_bytes, shape.max_tokens, shape.row_capacity, int64_t{shape.num_experts},
+                             int64_t{shape.num_topk}, int64_t{shape.choices}, int64_t{shape.alignment}})
+    hash = (hash ^ static_cast<uint64_t>(word)) * 0x100000001b3;
+  return static_cast<uint32_t>(hash ^ hash >> 32);
+}
+
+struct CallFacts {
+  tern_operation operation;
+  const layout::CallShape& shape;
+  const layout::LatencySlot& slot;
+  uint64_t* ticket;
+};
+
+kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, const CallFacts& facts) {
+  kernels::LatencyArgs args;
+  args.sends = launch.phase != TERN_PHASE_RECEIVE;
+  args.receives = launch.phase != TERN_PHASE_SEND;
+  args.exchange = enter_lane(plan.exchange(), launch.lane, args.sends);
+  args.plan = plan.tables();
+  args.shape = facts.shape;
+  args.call_hash = call_hash(facts.operation, facts.shape);
+  args.operation = facts.operation;
+  args.ticket = facts.ticket;
+  args.words = words_of(plan);
+  args.slot = facts.slot;
+  return args;
+}
+
+// A block for each token and one for the routing, or fewer, as the caller or the exchange wants it.
+int latency_sms(const CudaPlan& plan, const tern_launch& launch) {
+  const int64_t blocks = plan.shape().max_tokens + 1;
+  const int64_t bytes_for_all = blocks * kBytesPerSm;
+  const int asked = launch.num_sms > 0 ? launch.num_sms : plan.exchange().options().num_sms;
+  const DeviceFacts& facts = plan.exchange().facts();
+  if (asked > 0) return choose_num_sms(plan.exchange(), launch, bytes_for_all);
+  return static_cast<int>(std::min<int64_t>(blocks, std::max(1, facts.num_sms / facts.ranks_on_device)));
+}
+
+}  // namespace
+
+bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call) {
+  const layout::LatencySlot slot = dispatch_slot(plan, call);
+  if (!is_small(plan, call.wire_bytes) || !fits_staging(plan, slot, plan.shape().max_messages())) return false;
+  kernels::LatencyDispatchArgs args;
+  args.call.exchange.num_ranks = plan.shape().num_ranks;
+  args.call.plan = plan.tables();
+  args.call.words = words_of(plan);
+  args.call.slot = slot;
+  return kernels::latency_dispatch_shared_bytes(args) <= kernels::kMostLatencyShared;
+}
+
+bool takes_latency_path(const CudaPlan& plan, const CombineCall& call) {
+  const int64_t num_slots = is_per_entry(plan, call) ? plan.shape().max_tokens : plan.shape().max_messages();
+  return is_small(plan, call.row_bytes) && fits_staging(plan, combine_slot(plan, call), num_slots);
+}
+
+LatencyDispatch::LatencyDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch)
+    : plan_(plan), call_(call), launch_(launch), shape_(dispatch_shape(plan, call)), num_sms_(latency_sms(plan, launch)) {
+  const tern_dispatch_args& a = call.args;
+  check_alignment("dispatch", "tokens", a.tokens, a.token_stride_bytes);
+  check_alignment("dispatch", "out_tokens", a.out_tokens);
+  check_zero_copy(plan, "dispatch", a.out_tokens, call.wire_bytes, a.zero_copy != 0);
+  shape_.choices |= kLatencyChoice;
+}
+
+void LatencyDispatch::check(const Ticket& ticket) const {
+  if (launch_.phase == TERN_PHASE_RECEIVE)
+    check_ticket(ticket, launch_, shape_, "dispatch");
+  else
+    check_room(plan_.exchange().lane(launch_.lane), TERN_OP_DISPATCH, 1);
+}
+
+void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
+  const bool receives_only = launch_.phase == TERN_PHASE_RECEIVE;
+  const bool routes = receives_only ? ticket.routed : call_.args.routing != nullptr;
+  if (receives_only) close_ticket(plan_.exchange(), launch_, ticket);
+  tern::cuda::check(kernels::launch_latency_dispatch(args(routes), num_sms_, stream), "launching the kernel of dispatch");
+  if (launch_.phase != TERN_PHASE_SEND) return;
+  open_ticket(plan_.exchange(), launch_, shape_, ticket);
+  ticket.routed = routes;
+}
+
+kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes) const {
+  const layout::LatencySlot slot = dispatch_slot(plan_, call_);
+  kernels::LatencyDispatchArgs args;
+  args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket});
+  args.routes = routes;
+  if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
+    args.topk_idx = routing->topk_idx;
+    args.is_int32 = routing->topk_idx_type == TERN_INDEX_INT32;
+    args.num_tokens = static_cast<int32_t>(routing->num_tokens);
+    args.device_num_tokens = routing->device_num_tokens;
+  }
+  args.in = dispatch_inputs(call_);
+  args.out = dispatch_outputs(plan_, call_);
+  args.row_bytes = call_.wire_bytes;
+  args.scale_bytes = call_.scale_bytes;
+  args.scale_element_bytes = static_cast<int32_t>(call_.scale_bytes > 0 ? call_.scale_element_bytes : 1);
+  args.carries_weights = call_.carries_weights;
+  return args;
+}
+
+LatencyCombine::LatencyCombine(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch)
+    : plan_(plan), call_(call), launch_(launch), shape_(combine_shape(plan, call)), num_sms_(latency_sms(plan, launch)) {
+  const tern_combine_args& a = call.args;
+  check_alignment("combine", "rows", a.rows);
+  check_alignment("combine", "out_tokens", a.out_tokens);
+  check_alignment("combine", "bias[0]", a.bias[0]);
+  check_alignment("combine", "bias[1]", a.bias[1]);
+  check_zero_copy(plan, "combine", a.rows, call.row_bytes, a.zero_copy != 0);
+  shape_.choices |= kLatencyChoice;
+}
+
+void LatencyCombine::check(const Ticket& ticket) const {
+  if (launch_.phase == TERN_PHASE_RECEIVE)
+    check_ticket(ticket, launch_, shape_, "combine");
+  else
+    check_room(plan_.exchange().lane(launch_.lane), TERN_OP_COMBINE, 1);
+}
+
+void LatencyCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
+  if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
+  tern::cuda::check(kernels::launch_latency_combine(args(), num_sms_, stream), "launching the kernel of combine");
+  if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
+}
+
+kernels::LatencyCombineArgs LatencyCombine::args() const {
+  const tern_combine_args& a = call_.args;
+  const kernels::PlanView& tables = plan_.tables();
+  const layout::LatencySlot slot = combine_slot(plan_, call_);
+  const bool weighs_with_owners = a.weighting == TERN_WEIGHTS_OWNER;
+  kernels::LatencyCombineArgs args;
+  args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket});
+  args.dtype = a.dtype;
+  args.row_bytes = call_.row_bytes;
+  args.per_entry = is_per_entry(plan_, call_);
+  args.returns_weights = call_.carries_weights;
+  args.rows = static_cast<const std::byte*>(a.rows);
+  args.returned_weights = a.row_weights;
+  if (args.per_entry && a.weighting != TERN_WEIGHTS_NONE)
+    args.token_weights = weighs_with_owners ? a.topk_weights : tables.weights_sent;
+  if (!args.per_entry && a.weighting == TERN_WEIGHTS_DISPATCH) args.entry_weights = tables.weights_received;
+  args.sums_owner_weights = !args.per_entry && weighs_with_owners;
+  if (args.sums_owner_weights) args.owner_weights = a.topk_weights;
+  args.bias[0] = static_cast<const std::byte*>(a.bias[0]);
+  args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
+  args.out_tokens = static_cast<std::byte*>(a.out_tokens);
+  args.out_topk_weights = a.out_topk_weights;
+  return args;
+}
+
+}  // namespace tern::cuda

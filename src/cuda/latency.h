@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// Operations of small batches: one kernel, which pushes rows, in place of those of operations.h.
+//
+//   if (takes_latency_path(plan, call)) {
+//     LatencyDispatch operation(plan, call, launch);
+//     operation.check(ticket);               // throws what would keep it from being started; nothing has happened
+//     operation.enqueue(stream, ticket);
+//   }
+#pragma once
+
+#include "cuda/plan.h"
+#include "kernels/latency.h"
+
+namespace tern::cuda {
+
+// The same answer on every rank, and for a send and its receive.
+bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call);
+bool takes_latency_path(const CudaPlan& plan, const CombineCall& call);
+
+class LatencyDispatch {
+ public:
+  LatencyDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch);
+  void check(const Ticket& ticket) const;
+  // Of a receive the ticket says whether its send has routed.
+  void enqueue(cudaStream_t stream, Ticket& ticket) const;
+  int32_t num_sms() const { return num_sms_; }
+
+ private:
+  kernels::LatencyDispatchArgs args(bool routes) const;
+
+  const CudaPlan& plan_;
+  const DispatchCall& call_;
+  const tern_launch& launch_;
+  layout::CallShape shape_;
+  int32_t num_sms_;
+};
+
+class LatencyCombine {
+ public:
+  LatencyCombine(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch);
+  void check(const Ticket& ticket) const;
+  void enqueue(cudaStream_t stream, Ticket& ticket) const;
+  int32_t num_sms() const { return num_sms_; }
+
+ private:
+  kernels::LatencyCombineArgs args() const;
+
+  const CudaPlan& plan_;
+  const CombineCall& call_;
+  const tern_launch& launch_;
+  layout::CallShape shape_;
+  int32_t num_sms_;
+};
+
+}  // namespace tern::cuda

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// The protocol of the latency path, as the kernels of dispatch and combine see it.
+//
+//   sending    await_slots(): what was pushed two epochs ago is used up;  announce();  write slots;  raise_row(...) behind each
+//   receiving  await_calls(): the sources run the same call;  await_row(...): a row is there
+//   both       finish()
+//
+// Nothing that is small has a flag: it travels in words that hold their epoch (layout::LatencyWords).
+#pragma once
+
+#include "kernels/latency.h"
+#include "kernels/operation.cuh"
+
+namespace tern::kernels {
+
+class LatencyCall {
+ public:
+  __device__ explicit LatencyCall(const LatencyArgs& args)
+      : args_(args), op_{args.exchange, args.operation, args.sends ? args.exchange.state->epoch + 1 : *args.ticket} {}
+
+  __device__ const Operation& operation() const { return op_; }
+  __device__ int rank() const { return args_.exchange.rank; }
+  __device__ int num_ranks() const { return args_.exchange.num_ranks; }
+
+  // What `source` writes to `owner`.
+  __device__ std::byte* slot(int owner, int64_t slot_idx) const {
+    return args_.exchange.window(owner) + args_.exchange.layout.staging(args_.exchange.lane, op_.epoch) + slot_idx * args_.slot.stride();
+  }
+  __device__ int64_t slot_idx(int source, int32_t token) const { return source * args_.plan.max_tokens + token; }
+  __device__ uint64_t* words(int owner, int source) const {
+    return op_.in_window<uint64_t>(owner, args_.exchange.layout.words(args_.exchange.lane, op_.epoch, source));
+  }
+  __device__ void put_word(int owner, int64_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
+  __device__ bool await_word(int source, int64_t word, uint32_t& value) const {
+    return op_.await_word(words(rank(), source) + word, source, value);
+  }
+
+  // All threads of the block. False: the exchange has failed.
+  __device__ bool await_slots() const {
+    bool ok = true;
+    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads)
+      ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
+    return __syncthreads_and(ok ? 1 : 0) != 0;
+  }
+
+  // All threads of one block: says to everybody what this rank calls.
+  __device__ void announce(int32_t num_tokens) const {
+    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
+      if (op_.is_masked(peer)) continue;
+      put_word(peer, args_.words.call(), args_.call_hash);
+      put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
+    }
+  }
+  // The same for ranks that run an operation of the throughput path, by mistake.
+  __device__ void announce_to_throughput() const {
+    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
+      if (op_.is_masked(peer)) continue;
+      layout::CallCell* cell = op_.call(peer, rank());
+      cell->shape = args_.shape;
+      cell->epoch = op_.epoch;
+      cell->operation = op_.operation;
+      store_release_sys(&op_.progress(peer, rank())->ready, op_.epoch);
+    }
+  }
+
+  // All threads of the block. False: the exchange has failed, or does now because a source calls something else.
+  __device__ bool await_calls() const {
+    bool ok = true;
+    for (int source = static_cast<int>(threadIdx.x); source < num_ranks(); source += kLatencyThreads)
+      ok = ok && (op_.is_masked(source) || await_call(source));
+    return __syncthreads_and(ok ? 1 : 0) != 0;
+  }
+
+  // Threads that have written the row have met at a barrier before: one of them tells the owner of the slot.
+  __device__ void raise_row(int owner, int32_t token) const { store_release_sys(row_flag(owner, rank(), token), op_.epoch); }
+  // One thread.
+  __device__ bool await_row(int source, int32_t token) const { return op_.await(row_flag(rank(), source, token), op_.epoch, source); }
+
+  // All threads of all blocks, at the end.
+  __device__ void finish() const {
+    LaneState* state = args_.exchange.state;
+    if (!op_.is_last_block(&state->blocks_done)) return;
+    if (args_.receives) op_.post_consumed();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (op_.is_aborted()) op_.report_abort();
+    if (!args_.sends) return;
+    state->epoch = op_.epoch;
+    if (!args_.receives) *args_.ticket = op_.epoch;
+  }
+
+ private:
+  // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
+  __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
+    return op_.in_window<uint64_t>(owner, args_.exchange.layout.row_flags(args_.exchange.lane, source)) + token;
+  }
+
+  __device__ bool await_call(int source) const {
+    uint32_t hash = 0;
+    if (!await_word(source, args_.words.call(), hash)) return false;
+    if (hash == args_.call_hash) return true;
+    op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);
+    return false;
+  }
+
+  const LatencyArgs& args_;
+  const Operation op_;
+};
+
+}  // namespace tern::kernels

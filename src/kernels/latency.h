@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of the latency path: one launch for a whole dispatch, routing included, and one for a combine. Rows are pushed.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/dispatch.h"
+#include "kernels/exchange_view.h"
+
+namespace tern::kernels {
+
+// What both kernels need.
+struct LatencyArgs {
+  ExchangeView exchange;
+  PlanView plan;
+  layout::CallShape shape;
+  uint32_t call_hash = 0;      // of operation and shape: compared by the receivers
+  int32_t operation = 0;       // tern_operation
+  bool sends = false;          // pushes this rank's rows
+  bool receives = false;       // takes what has been pushed here
+  uint64_t* ticket = nullptr;  // keeps the epoch from a send to its receive
+  layout::LatencyWords words;
+  layout::LatencySlot slot;
+};
+static_assert(std::is_trivially_copyable_v<LatencyArgs>);
+
+struct LatencyDispatchArgs {
+  LatencyArgs call;
+  bool routes = false;  // the plan is made here
+  const void* topk_idx = nullptr;  // [num_tokens, num_topk], int64 or int32
+  bool is_int32 = false;
+  int32_t num_tokens = 0;
+  const int32_t* device_num_tokens = nullptr;  // the number of tokens, if not NULL
+
+  DispatchInputs in;
+  DispatchOutputs out;
+  int64_t row_bytes = 0;    // as it arrives
+  int64_t scale_bytes = 0;  // as they arrive
+  int32_t scale_element_bytes = 1;
+  bool carries_weights = false;
+};
+
+struct LatencyCombineArgs {
+  LatencyArgs call;
+  int32_t dtype = 0;
+  int64_t row_bytes = 0;
+  bool per_entry = false;        // every entry's row goes to the owner
+  bool returns_weights = false;
+
+  // At the ranks of the experts.
+  const std::byte* rows = nullptr;          // in the plan's layout
+  const float* entry_weights = nullptr;     // [max_messages, topk_stride] of the entries summed here; nullptr: 1, or the owner's
+  const float* returned_weights = nullptr;  // [rows, num_topk] or [rows], handed back
+
+  // At the owners.
+  const float* owner_weights = nullptr;  // [num_tokens, num_topk] pushed to the experts' ranks; nullptr: none
+  bool sums_owner_weights = false;       // the experts' ranks wait for them
+  const float* token_weights = nullptr;  // [num_tokens, num_topk] of the entries summed there; nullptr: 1
+  const std::byte* bias[2] = {nullptr, nullptr};
+  std::byte* out_tokens = nullptr;
+  float* out_topk_weights = nullptr;
+};
+
+// Threads of a block.
+inline constexpr int kLatencyThreads = 512;
+// The most shared memory that a block may have: every GPU has it.
+inline constexpr int64_t kMostLatencyShared = 96 << 10;
+// What a block of dispatch needs.
+int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args);
+
+// Loads the kernels' code on the current device.
+cudaError_t prepare_latency_dispatch();
+cudaError_t prepare_latency_combine();
+// `num_blocks` blocks; all of them, and those of the peers on the same device, must be able to run at the same time.
+cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream);
+cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_blocks, cudaStream_t stream);
+
+}  // namespace tern::kernels

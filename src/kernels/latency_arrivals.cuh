@@ -1,0 +1,504 @@
+// SPDX-License-Identifier: Apache-2.0
+// The routing of a small batch within the dispatch that carries it: what a rank tells of its own entries, and where what arrives comes to lie.
+#pragma once
+
+#include "kernels/latency.cuh"
+#include "kernels/rows.cuh"
+
+namespace tern::kernels {
+
+inline constexpr int kMostLatencyTopk = 64;
+
+// The rows of a message, of a group of warps.
+struct GroupRows {
+  int32_t row[kMostLatencyTopk];
+  int32_t num_rows;
+  int32_t is_there;
+};
+
+// Shared memory of a block.
+class DispatchMemory {
+ public:
+  static constexpr int kMostGroups = 4;
+
+  __host__ __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base) : base_(base) {
+    const PlanView& plan = args.call.plan;
+    const int64_t num_ranks = args.call.exchange.num_ranks, num_counts = plan.num_counts(args.call.exchange.num_ranks);
+    tail_ = place(args.call.slot.end() - args.call.slot.scales(), 1);
+    destinations_ = place(num_ranks, sizeof(std::byte*));
+    destination_ranks_ = place(num_ranks + 1, sizeof(int32_t));
+    rows_ = place(kMostGroups, sizeof(GroupRows));
+    counts_ = place(num_ranks * num_counts, sizeof(int32_t));
+    presence_ = place(num_ranks * args.call.words.num_presence(), sizeof(uint32_t));
+    first_row_ = place(plan.num_experts, sizeof(int32_t));
+    group_begin_ = place(2 * plan.local_experts + 1, sizeof(int32_t));
+    received_begin_ = place(2 * num_ranks + 1, sizeof(int32_t));
+    num_ranks_ = static_cast<int32_t>(num_ranks);
+    local_experts_ = plan.local_experts;
+  }
+  __host__ __device__ int64_t num_bytes() const { return num_bytes_; }
+
+  // Of a token that is sent: what stands behind its row, and the ranks it goes to with their slots.
+  __device__ std::byte* tail() const { return at<std::byte>(tail_); }
+  __device__ std::byte** destinations() const { return at<std::byte*>(destinations_); }
+  __device__ int32_t* destination_ranks() const { return at<int32_t>(destination_ranks_); }
+  __device__ int32_t num_destinations() const { return destination_ranks()[num_ranks_]; }
+  __device__ void set_num_destinations(int32_t num) const { destination_ranks()[num_ranks_] = num; }
+  __device__ GroupRows* rows(int group) const { return at<GroupRows>(rows_) + group; }
+  // Sending: [num_counts] of this rank's tokens so far. Receiving: [num_ranks][num_counts] of the source, then of all lower sources.
+  __device__ int32_t* counts() const { return at<int32_t>(counts_); }
+  __device__ uint32_t* presence() const { return at<uint32_t>(presence_); }  // [num_ranks][num_presence] tokens with a message for this rank
+  __device__ int32_t* first_row() const { return at<int32_t>(first_row_); }  // [num_experts] of the expert's group at its rank
+  __device__ int32_t* group_begin() const { return at<int32_t>(group_begin_); }  // [local_experts + 1]
+  __device__ int32_t* num_entries() const { return group_begin() + local_experts_ + 1; }  // [local_experts]
+  __device__ int32_t* received_begin() const { return at<int32_t>(received_begin_); }     // [num_ranks + 1]
+  __device__ int32_t* num_tokens() const { return received_begin() + num_ranks_ + 1; }    // [num_ranks]
+
+ private:
+  __host__ __device__ int32_t place(int64_t num, int64_t element_bytes) {
+    const auto offset = static_cast<int32_t>(num_bytes_);
+    num_bytes_ = layout::align_up(num_bytes_ + num * element_bytes, 16);
+    return offset;
+  }
+  template <typename T>
+  __device__ T* at(int32_t offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+
+  std::byte* base_;
+  int64_t num_bytes_ = 0;
+  int32_t num_ranks_, local_experts_;
+  int32_t tail_, destinations_, destination_ranks_, rows_, counts_, presence_, first_row_, group_begin_, received_begin_;
+};
+
+__device__ __forceinline__ uint64_t or_of_warp(uint64_t bits) {
+  for (int step = 16; step > 0; step /= 2) bits |= __shfl_xor_sync(~0u, bits, step);
+  return bits;
+}
+
+// This rank's tokens, as the call routes them.
+class OwnRouting {
+ public:
+  __device__ OwnRouting(const LatencyDispatchArgs& args, const Operation& op)
+      : args_(args), plan_(args.call.plan), op_(op), num_ranks_(args.call.exchange.num_ranks) {}
+
+  __device__ static int32_t num_tokens(const LatencyDispatchArgs& args) {
+    return args.device_num_tokens == nullptr ? args.num_tokens : max(0, min(*args.device_num_tokens, args.num_tokens));
+  }
+
+  // Threads of a block: adds the entries (by expert) and the messages (by rank) of tokens [begin, end) to the counters. One thread calls
+  // presence(rank, i, bits) for the tokens with a message to that rank, of begin + 32 i to begin + 32 i + 31.
+  template <typename Presence>
+  __device__ void count(int32_t begin, int32_t end, int32_t* counters, Presence presence) const {
+    const int lane = static_cast<int>(device::lane_idx());
+    for (int32_t first = begin + static_cast<int32_t>(threadIdx.x) - lane; first < end; first += kLatencyThreads) {
+      const int32_t token = first + lane;
+      uint64_t ranks = 0;
+      for (int k = 0; k < plan_.num_topk && token < end; ++k) {
+        const int32_t expert = checked_expert(token * plan_.num_topk + k);
+        if (expert < 0) continue;
+        atomicAdd(counters + expert, 1);
+        ranks |= uint64_t{1} << (expert / plan_.local_experts);
+      }
+      for (int rank = 0; rank < num_ranks_; ++rank) {
+        const uint32_t bits = __ballot_sync(~0u, (ranks >> rank & 1) != 0);
+        if (lane != 0) continue;
+        if (bits != 0) atomicAdd(counters + plan_.num_experts + rank, __popc(bits));
+        presence(rank, (first - begin) / kWarpThreads, bits);
+      }
+    }
+  }
+
+  // All threads of one block: tells every rank all counts, and which tokens have a message for it.
+  __device__ void publish(const LatencyCall& call, int32_t num_tokens, int32_t* counters) const {
+    const layout::LatencyWords& words = args_.call.words;
+    const auto num_counts = static_cast<int>(words.num_counts);
+    for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) counters[c] = 0;
+    __syncthreads();
+    const auto put_presence = [&](int rank, int i, uint32_t bits) {
+      if (!op_.is_masked(rank)) call.put_word(rank, words.presence() + i, bits);
+    };
+    count(0, num_tokens, counters, put_presence);
+    const int num_filled = (num_tokens + kWarpThreads - 1) / kWarpThreads, num_presence = static_cast<int>(words.num_presence());
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_presence; i += kLatencyThreads)
+      if (i % num_presence >= num_filled) put_presence(i / num_presence, i % num_presence, 0);
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts; i += kLatencyThreads) {
+      const int peer = i / num_counts, c = i % num_counts;
+      if (!op_.is_masked(peer)) call.put_word(peer, words.counts() + c, static_cast<uint32_t>(counters[c]));
+    }
+  }
+
+  // One warp, with the counters of all tokens before: the token's entries, and where they stand among this rank's. Returns the ranks that it
+  // goes to. Rows in the plan are positions until they are settled.
+  __device__ uint64_t place_token(int32_t token, const int32_t* counters, layout::LatencySlot::Entry* entries) const {
+    const int lane = static_cast<int>(device::lane_idx());
+    uint64_t ranks = 0;
+    int32_t first_experts = -1;
+    for (int first = 0; first < plan_.num_topk; first += kWarpThreads) {
+      const int k = first + lane;
+      const int32_t expert = k < plan_.num_topk ? checked_expert(token * plan_.num_topk + k) : -1;
+      int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
+      for (int i = 0; first > 0 && i < kWarpThreads; ++i) before += __shfl_sync(~0u, first_experts, i) == expert ? 1 : 0;
+      if (first == 0) first_experts = expert;
+      if (expert >= 0) ranks |= uint64_t{1} << (expert / plan_.local_experts);
+      if (k >= plan_.num_topk) continue;
+      const int32_t position = expert >= 0 ? counters[expert] + before : 0;
+      entries[k] = {expert, position};
+      plan_.experts[token * plan_.num_topk + k] = expert;
+      plan_.entry_rows[token * plan_.num_topk + k] = position;
+    }
+    __syncwarp();
+    ranks = or_of_warp(ranks);
+    MessageRef* messages = plan_.messages + int64_t{token} * plan_.messages_per_token;
+    for (int rank = lane; rank < num_ranks_; rank += kWarpThreads)
+      if ((ranks >> rank & 1) != 0) messages[__popcll(ranks & ((uint64_t{1} << rank) - 1))] = {rank, counters[plan_.num_experts + rank]};
+    for (int m = __popcll(ranks) + lane; m < plan_.messages_per_token; m += kWarpThreads) messages[m].rank = -1;
+    return ranks;
+  }
+
+ private:
+  // -1 for entries to masked ranks, and for numbers that are no expert, of which the host is told.
+  __device__ int32_t checked_expert(int32_t entry) const {
+    const int64_t expert =
+        args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
+    if (expert < -1 || expert >= plan_.num_experts) {
+      op_.post_notice(TERN_INVALID_ARGUMENT);
+      return -1;
+    }
+    if (expert < 0 || op_.is_masked(static_cast<int>(expert) / plan_.local_experts)) return -1;
+    return static_cast<int32_t>(expert);
+  }
+
+  const LatencyDispatchArgs& args_;
+  const PlanView& plan_;
+  const Operation& op_;
+  const int num_ranks_;
+};
+
+struct ArrivingMessage {
+  int32_t source;
+  int32_t token;  // at its source
+  int32_t index;  // among all received messages
+};
+
+struct ArrivingEntry {
+  int32_t expert;  // local; -1: not here
+  int32_t row;     // -1: not here, or beyond the capacity
+};
+
+// Where an element of a row's scales goes, as OutputWriter::scale_address().
+__device__ __forceinline__ std::byte* latency_scale_address(const LatencyDispatchArgs& args, int64_t row, int64_t element) {
+  const int64_t element_bytes = args.scale_element_bytes;
+  if (!args.out.scales_by_column) return args.out.scales + row * args.scale_bytes + element * element_bytes;
+  int64_t column_rows = args.out.num_rows, group = 0;
+  if (args.call.plan.layout == TERN_LAYOUT_EXPERT_PADDED) {
+    column_rows = args.call.plan.padded_group_rows;
+    group = row / column_rows;
+    row -= group * column_rows;
+  }
+  return args.out.scales + ((group * (args.scale_bytes / element_bytes) + element) * column_rows + row) * element_bytes;
+}
+
+// What arrives here: of a call that routes, worked out from the words of all sources; else as the plan has it.
+class Arrivals {
+ public:
+  __device__ Arrivals(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
+      : args_(args),
+        plan_(args.call.plan),
+        call_(call),
+        memory_(memory),
+        rank_(call.rank()),
+        num_ranks_(call.num_ranks()),
+        num_counts_(static_cast<int>(args.call.words.num_counts)),
+        num_presence_(static_cast<int>(args.call.words.num_presence())) {}
+
+  // All threads of the block. False: the exchange has failed.
+  __device__ bool open() {
+    if (!args_.routes) {
+      read_plan();
+      __syncthreads();
+      return true;
+    }
+    if (!fetch_words()) return false;
+    set_received_begin();
+    if (blockIdx.x == 0) keep_counts();
+    __syncthreads();
+    sum_counts();
+    __syncthreads();
+    if (plan_.has_expert_rows()) set_first_rows();
+    __syncthreads();
+    set_groups();
+    __syncthreads();
+    settle_own();
+    return true;
+  }
+
+  // Message i of those that there may be; false: there is none. All threads of a warp.
+  __device__ int32_t num_candidates() const { return args_.routes ? most_tokens_ * num_ranks_ : memory_.received_begin()[num_ranks_]; }
+  __device__ bool candidate(int32_t i, ArrivingMessage& message) const {
+    const int32_t* begin = memory_.received_begin();
+    if (!args_.routes) {
+      message = {0, plan_.source_token[i], i};
+      while (begin[message.source + 1] <= i) ++message.source;
+      return true;
+    }
+    message.source = (rank_ + i) % num_ranks_;
+    message.token = i / num_ranks_;
+    const uint32_t* presence = memory_.presence() + message.source * num_presence_;
+    const int word = message.token / 32;
+    const uint32_t bit = 1u << message.token % 32;
+    if ((presence[word] & bit) == 0) return false;
+    int lower = 0;
+    const int lane = static_cast<int>(device::lane_idx());
+    if (lane < word) lower = __popc(presence[lane]);
+    message.index = begin[message.source] + __reduce_add_sync(~0u, lower) + __popc(presence[word] & (bit - 1));
+    return true;
+  }
+
+  // One thread: entry k of a message, whose entries are `sent`; into the plan too if the call routes.
+  __device__ ArrivingEntry entry(const ArrivingMessage& message, int k, const layout::LatencySlot::Entry* sent) const {
+    const int64_t at = int64_t{message.index} * plan_.topk_stride + k;
+    if (!args_.routes) return {plan_.received_experts[at], plan_.received_rows[at]};
+    const layout::LatencySlot::Entry entry = sent[k];
+    ArrivingEntry here{-1, -1};
+    if (entry.expert >= 0 && entry.expert / plan_.local_experts == rank_) {
+      here.expert = entry.expert - rank_ * plan_.local_experts;
+      const int32_t before = memory_.counts()[message.source * num_counts_ + entry.expert];
+      here.row = plan_.has_expert_rows() ? bounded_row(memory_.first_row()[entry.expert], int64_t{before} + entry.position)
+                                         : bounded_row(0, message.index);
+    }
+    plan_.received_experts[at] = here.expert;
+    plan_.received_rows[at] = here.row;
+    return here;
+  }
+  __device__ void keep(const ArrivingMessage& message) const {
+    if (args_.routes) plan_.source_token[message.index] = message.token;
+  }
+
+  // All threads of all blocks: what follows from the routing alone.
+  __device__ void write_outputs() const {
+    if (plan_.has_expert_rows()) {
+      for (auto e = static_cast<int>(blockIdx.x); e < plan_.local_experts; e += static_cast<int>(gridDim.x)) {
+        const int64_t begin = memory_.group_begin()[e], end = min(int64_t{memory_.group_begin()[e + 1]}, args_.out.num_rows);
+        clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, threadIdx.x, kLatencyThreads);
+      }
+    }
+    const int64_t used = plan_.has_expert_rows() ? memory_.group_begin()[plan_.local_experts] : memory_.received_begin()[num_ranks_];
+    clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kLatencyThreads + threadIdx.x,
+               gridDim.x * kLatencyThreads);
+    if (blockIdx.x == 0) write_counts();
+  }
+
+ private:
+  __device__ void read_plan() const {
+    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kLatencyThreads) memory_.received_begin()[i] = plan_.received_begin[i];
+    for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kLatencyThreads) memory_.group_begin()[e] = plan_.group_begin[e];
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
+      int32_t sum = 0;
+      for (int source = 0; source < num_ranks_; ++source) sum += plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
+      memory_.num_entries()[e] = sum;
+    }
+  }
+
+  // The number of tokens, the counts and the presence of every source. Each thread has several words under way.
+  __device__ bool fetch_words() const {
+    constexpr int kAtOnce = 4;
+    const int per_source = 1 + num_counts_ + num_presence_, num_words = num_ranks_ * per_source;
+    bool ok = true;
+    for (int first = static_cast<int>(threadIdx.x); first < num_words; first += kAtOnce * kLatencyThreads) {
+      uint64_t seen[kAtOnce] = {};
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (const int i = first + u * kLatencyThreads; i < num_words) seen[u] = peek(i / per_source, i % per_source);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = first + u * kLatencyThreads, source = i / per_source, word = i % per_source;
+        if (i >= num_words || !ok) continue;
+        auto value = static_cast<uint32_t>(seen[u]);
+        if (call_.operation().is_masked(source))
+          value = 0;
+        else if (seen[u] >> 32 != (call_.operation().epoch & 0xffffffff))
+          ok = call_.await_word(source, args_.call.words.num_tokens() + word, value);
+        keep_word(source, word, value);
+      }
+    }
+    return __syncthreads_and(ok ? 1 : 0) != 0;
+  }
+  __device__ uint64_t peek(int source, int word) const {
+    if (call_.operation().is_masked(source)) return 0;
+    return load_relaxed_sys(call_.words(rank_, source) + args_.call.words.num_tokens() + word);
+  }
+  __device__ void keep_word(int source, int word, uint32_t value) const {
+    if (word == 0)
+      memory_.num_tokens()[source] = static_cast<int32_t>(value);
+    else if (word <= num_counts_)
+      memory_.counts()[source * num_counts_ + word - 1] = static_cast<int32_t>(value);
+    else
+      memory_.presence()[source * num_presence_ + word - 1 - num_counts_] = value;
+  }
+
+  __device__ void set_received_begin() {
+    most_tokens_ = 0;
+    for (int source = 0; source < num_ranks_; ++source) most_tokens_ = max(most_tokens_, memory_.num_tokens()[source]);
+    if (threadIdx.x != 0) return;
+    int32_t begin = 0;
+    for (int source = 0; source < num_ranks_; ++source) {
+      memory_.received_begin()[source] = begin;
+      begin += memory_.counts()[source * num_counts_ + plan_.num_experts + rank_];
+    }
+    memory_.received_begin()[num_ranks_] = begin;
+  }
+
+  // One block, into the plan.
+  __device__ void keep_counts() const {
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts_; i += kLatencyThreads) plan_.counts[i] = memory_.counts()[i];
+    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kLatencyThreads)
+      plan_.num_tokens[source] = memory_.num_tokens()[source];
+    constexpr int kEnds = layout::kMaxChunks + 1;
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kEnds; i += kLatencyThreads)
+      plan_.chunk_begin[i] = num_present(i / kEnds, i % kEnds * plan_.tokens_per_chunk);
+  }
+  // Messages of the source's tokens below `end`.
+  __device__ int32_t num_present(int source, int32_t end) const {
+    const uint32_t* presence = memory_.presence() + source * num_presence_;
+    int32_t sum = 0;
+    for (int i = 0; i < num_presence_ && i * 32 < end; ++i) sum += __popc(end - i * 32 >= 32 ? presence[i] : presence[i] & ((1u << (end - i * 32)) - 1));
+    return sum;
+  }
+
+  // Counts become sums over the lower sources; those over all sources go to first_row() until set_first_rows().
+  __device__ void sum_counts() const {
+    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kLatencyThreads) {
+      int32_t sum = 0;
+      for (int source = 0; source < num_ranks_; ++source) {
+        int32_t& count = memory_.counts()[source * num_counts_ + c];
+        const int32_t own = count;
+        count = sum;
+        sum += own;
+      }
+      if (c >= plan_.num_experts) continue;
+      memory_.first_row()[c] = sum;
+      if (c / plan_.local_experts == rank_) memory_.num_entries()[c - rank_ * plan_.local_experts] = sum;
+    }
+  }
+
+  // Groups follow each other within a rank: a warp for each rank adds up their sizes.
+  __device__ void set_first_rows() const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(device::lane_idx());
+    for (int r = warp; r < num_ranks_; r += kLatencyThreads / kWarpThreads) {
+      int64_t begin = 0;
+      for (int first = 0; first < plan_.local_experts; first += kWarpThreads) {
+        const bool in = first + lane < plan_.local_experts;
+        int32_t* row = memory_.first_row() + r * plan_.local_experts + first + lane;
+        int64_t size = 0;
+        if (in) size = plan_.layout == TERN_LAYOUT_EXPERT_PADDED ? plan_.padded_group_rows : layout::align_up(*row, plan_.alignment);
+        int64_t sum = size;
+        for (int step = 1; step < kWarpThreads; step *= 2) {
+          const int64_t lower = __shfl_up_sync(~0u, sum, step);
+          if (lane >= step) sum += lower;
+        }
+        if (in) *row = static_cast<int32_t>(begin + sum - size);
+        begin += __shfl_sync(~0u, sum, kWarpThreads - 1);
+      }
+      if (r == rank_ && lane == 0) memory_.group_begin()[plan_.local_experts] = static_cast<int32_t>(begin);
+    }
+  }
+
+  // The groups of this rank; one block leaves them in the plan.
+  __device__ void set_groups() const {
+    const int first_local = rank_ * plan_.local_experts;
+    bool overflow = !plan_.has_expert_rows() && memory_.received_begin()[num_ranks_] > plan_.row_capacity;
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
+      memory_.group_begin()[e] = memory_.first_row()[first_local + e];
+      if (blockIdx.x != 0) continue;
+      plan_.group_begin[e] = memory_.group_begin()[e];
+      for (int source = 0; source < num_ranks_; ++source)
+        plan_.source_begin[e * num_ranks_ + source] = memory_.counts()[source * num_counts_ + first_local + e];
+      const int32_t num = memory_.num_entries()[e];
+      if (plan_.has_expert_rows() && num > 0) overflow = overflow || bounded_row(memory_.group_begin()[e], num - 1) < 0;
+    }
+    if (blockIdx.x != 0) return;
+    if (threadIdx.x == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = memory_.group_begin()[plan_.local_experts];
+    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kLatencyThreads) plan_.received_begin[i] = memory_.received_begin()[i];
+    if (overflow) call_.operation().post_notice(TERN_CAPACITY_EXCEEDED);
+  }
+
+  // Row, or -1 if it lies beyond the group's or the outputs' end.
+  __device__ int32_t bounded_row(int64_t group_begin, int64_t row_in_group) const {
+    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && row_in_group >= plan_.padded_group_rows) return -1;
+    const int64_t row = group_begin + row_in_group;
+    return row < plan_.row_capacity ? static_cast<int32_t>(row) : -1;
+  }
+
+  // Where this rank's messages and entries come to lie: positions become rows. Of the tokens that this block has placed.
+  __device__ void settle_own() const {
+    const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
+    const int32_t first = gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1;
+    const int32_t* lower = memory_.counts() + rank_ * num_counts_;  // sums over the lower sources
+    if (first < 0) return;
+    for (int32_t token = first; token < memory_.num_tokens()[rank_]; token += num_senders) {
+      for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kLatencyThreads) {
+        int32_t& row = plan_.entry_rows[token * plan_.num_topk + k];
+        const int32_t expert = plan_.experts[token * plan_.num_topk + k];
+        const bool has_row = expert >= 0 && plan_.has_expert_rows();
+        row = has_row ? bounded_row(memory_.first_row()[expert], int64_t{lower[expert]} + row) : -1;
+      }
+      for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kLatencyThreads) {
+        MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
+        if (message.rank < 0) continue;
+        message.row = plan_.has_expert_rows() ? 0 : bounded_row(lower[plan_.num_experts + message.rank], message.row);
+      }
+    }
+  }
+
+  // Thread `thread` of `num_threads`: rows that nothing arrives for.
+  __device__ void clear_rows(int64_t begin, int64_t end, bool zero, int64_t thread, int64_t num_threads) const {
+    const DispatchOutputs& out = args_.out;
+    for (int64_t row = begin + thread; row < end; row += num_threads) {
+      if (out.source_token != nullptr) out.source_token[row] = -1;
+      if (out.source_rank != nullptr) out.source_rank[row] = -1;
+      if (plan_.has_expert_rows() && out.row_expert != nullptr) out.row_expert[row] = -1;
+    }
+    for (int64_t i = begin * plan_.num_topk + thread; !plan_.has_expert_rows() && i < end * plan_.num_topk; i += num_threads) {
+      if (out.topk_idx != nullptr) out.topk_idx[i] = -1;
+      if (out.topk_weights != nullptr && args_.carries_weights) out.topk_weights[i] = 0.0f;
+    }
+    if (!zero) return;
+    for (int64_t at = begin * args_.row_bytes + thread * 16; at < end * args_.row_bytes; at += num_threads * 16)
+      *reinterpret_cast<Vec16*>(out.tokens + at) = Vec16{};
+    if (out.scales == nullptr || args_.scale_bytes == 0) return;
+    const int64_t num_elements = args_.scale_bytes / args_.scale_element_bytes;
+    for (int64_t i = begin * num_elements + thread; i < end * num_elements; i += num_threads) {
+      std::byte* to = latency_scale_address(args_, i / num_elements, i % num_elements);
+      for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = std::byte{0};
+    }
+  }
+
+  // One block, which has left the groups in the plan.
+  __device__ void write_counts() const {
+    const DispatchOutputs& out = args_.out;
+    __syncthreads();
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
+      if (out.expert_counts != nullptr) out.expert_counts[e] = memory_.num_entries()[e];
+      if (!plan_.has_expert_rows() || out.expert_rank_ranges == nullptr) continue;
+      for (int source = 0; source < num_ranks_; ++source) {
+        const int64_t count = plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
+        out.expert_rank_ranges[e * num_ranks_ + source] = int64_t{plan_.source_begin[e * num_ranks_ + source]} << 32 | count;
+      }
+    }
+    if (plan_.has_expert_rows() && out.expert_offsets != nullptr)
+      for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kLatencyThreads) out.expert_offsets[e] = memory_.group_begin()[e];
+    for (int r = static_cast<int>(threadIdx.x); r < num_ranks_ && out.rank_counts != nullptr; r += kLatencyThreads)
+      out.rank_counts[r] = memory_.received_begin()[r + 1] - memory_.received_begin()[r];
+  }
+
+  const LatencyDispatchArgs& args_;
+  const PlanView& plan_;
+  const LatencyCall& call_;
+  const DispatchMemory& memory_;
+  const int rank_, num_ranks_, num_counts_, num_presence_;
+  int32_t most_tokens_ = 0;
+};
+
+}  // namespace tern::kernels

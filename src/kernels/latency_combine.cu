@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+// Combine of a small batch, in one launch. Rows are pushed.
+//
+//   at the experts' ranks   a group of warps for each received message: its row, summed over its entries (or the rows of its entries as they
+//                           are) into the slot of (this rank, token) at the token's owner
+//   at the owners           a warp for each part of a token's row: waits for the ranks that have a share of it, and sums in the contract's order
+//
+// Weights that only the owners know are pushed ahead, a word each, and the experts' ranks wait for those that they need.
+#include "kernels/latency.cuh"
+#include "kernels/shared_memory.h"
+#include "kernels/sums.cuh"
+
+namespace tern::kernels {
+namespace {
+
+constexpr int kGroupThreads = 128;
+constexpr int kGroups = kLatencyThreads / kGroupThreads;
+constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
+constexpr int kPartBytes = 1024;  // of a row that a warp sums at once
+
+// Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
+__device__ __forceinline__ int64_t slot_idx_of(const LatencyCombineArgs& args, const LatencyCall& call, int rank, int32_t token) {
+  return args.per_entry ? token : call.slot_idx(rank, token);
+}
+
+// A warp's sum of the terms of `for_each_batch(visit)`, which calls visit(terms) for up to 32 terms at a time, over bytes [begin, end) of a row.
+template <typename Wire, typename ForEachBatch, typename Start>
+__device__ __forceinline__ void sum_bytes(int begin, int end, std::byte* out, Start start, ForEachBatch for_each_batch) {
+  constexpr int kVecs = kPartBytes / 512;
+  constexpr int kStep = 32 * sizeof(Vec16);
+  for (int first = begin; first < end; first += kVecs * kStep) {
+    const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+    float sums[kVecs][Wire::kElements] = {};
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v)
+      if (at + v * kStep < end) start(at + v * kStep, sums[v]);
+    for_each_batch([&](const Terms& terms) { add_batch<Wire, kVecs>(terms, at, end, sums); });
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v)
+      if (at + v * kStep < end) *reinterpret_cast<Vec16*>(out + at + v * kStep) = Wire::narrow(sums[v]);
+  }
+}
+
+// Pushes what this rank has for the owners of the messages that it received.
+template <typename Wire>
+class ShareSender {
+ public:
+  __device__ ShareSender(const LatencyCombineArgs& args, const LatencyCall& call)
+      : args_(args),
+        plan_(args.call.plan),
+        call_(call),
+        group_(static_cast<int>(threadIdx.x) / kGroupThreads),
+        thread_(static_cast<int>(threadIdx.x) % kGroupThreads) {}
+
+  // All threads of all blocks.
+  __device__ void run() const {
+    const int32_t num_messages = plan_.received_begin[call_.num_ranks()];
+    int source = 0;
+    for (auto i = static_cast<int32_t>(group_ * gridDim.x + blockIdx.x); i < num_messages; i += static_cast<int32_t>(kGroups * gridDim.x)) {
+      while (plan_.received_begin[source + 1] <= i) ++source;
+      const int32_t token = plan_.source_token[i];
+      push(source, token, i);
+      device::sync_some_warps(1 + group_, kGroupThreads);
+      if (thread_ == 0) call_.raise_row(source, token);
+    }
+  }
+
+ private:
+  // If the exchange has failed the row is not right, and nobody will take it for it.
+  __device__ void push(int source, int32_t token, int32_t message) const {
+    std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), token));
+    if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
+    const int warp = thread_ / kWarpThreads;
+    const auto part = static_cast<int>(layout::align_up((args_.row_bytes + kGroupWarps - 1) / kGroupWarps, 512));
+    const int begin = min(warp * part, static_cast<int>(args_.row_bytes)), end = min(begin + part, static_cast<int>(args_.row_bytes));
+    const int lane = static_cast<int>(device::lane_idx());
+    if (!plan_.has_expert_rows()) {
+      if (message < plan_.row_capacity) copy(args_.rows + message * args_.row_bytes, slot, begin, end);
+      return;
+    }
+    Terms batches[kMostBatches];
+#pragma unroll
+    for (int b = 0; b < kMostBatches; ++b) {
+      const int k = b * kWarpThreads + lane;
+      const int64_t entry = int64_t{message} * plan_.topk_stride + k;
+      const int32_t row = k < plan_.num_topk ? plan_.received_rows[entry] : -1;
+      batches[b].valid = __ballot_sync(~0u, row >= 0);
+      batches[b].address = args_.rows + row * args_.row_bytes;
+      if (row >= 0) batches[b].weight = weight_of(source, token, k, entry);
+    }
+    __syncwarp();
+    if (args_.per_entry) {
+      for (int b = 0; b < kMostBatches; ++b)
+        for (uint32_t left = batches[b].valid; left != 0; left &= left - 1) {
+          const int t = __ffs(static_cast<int>(left)) - 1;
+          const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(batches[b].address), t));
+          copy(address, slot + (b * kWarpThreads + t) * args_.row_bytes, begin, end);
+        }
+      return;
+    }
+    sum_bytes<Wire>(
+        begin, end, slot, [](int, auto&) {},
+        [&](auto visit) {
+#pragma unroll
+          for (int b = 0; b < kMostBatches; ++b)
+            if (batches[b].valid != 0) visit(batches[b]);
+        });
+  }
+
+  __device__ float weight_of(int source, int32_t token, int k, int64_t entry) const {
+    if (!args_.sums_owner_weights) return args_.entry_weights == nullptr ? 1.0f : args_.entry_weights[entry];
+    uint32_t bits = 0;
+    call_.await_word(source, args_.call.words.weights() + token * plan_.num_topk + k, bits);
+    return __uint_as_float(bits);
+  }
+
+  // The warp's part of a row.
+  __device__ static void copy(const std::byte* from, std::byte* to, int begin, int end) {
+    copy_row(from + begin, end - begin, [&](auto visit) { visit(to + begin); });
+  }
+
+  // Weights as they came for each entry; per_entry, those of other ranks' entries are left alone.
+  __device__ void return_weights(int32_t message, float* to) const {
+    for (int k = thread_; k < plan_.num_topk; k += kGroupThreads) {
+      const int64_t entry = int64_t{message} * plan_.topk_stride + k;
+      if (args_.per_entry && plan_.received_experts[entry] < 0) continue;
+      float weight = 0.0f;
+      if (plan_.has_expert_rows()) {
+        if (plan_.received_rows[entry] >= 0) weight = args_.returned_weights[plan_.received_rows[entry]];
+      } else if (message < plan_.row_capacity) {
+        weight = args_.returned_weights[int64_t{message} * plan_.num_topk + k];
+      }
+      to[k] = weight;
+    }
+  }
+
+  static constexpr int kMostBatches = 2;  // top-k is at most 64
+  const LatencyCombineArgs& args_;
+  const PlanView& plan_;
+  const LatencyCall& call_;
+  const int group_, thread_;
+};
+
+// Sums the results of this rank's tokens.
+template <typename Wire>
+class OwnerSums {
+ public:
+  __device__ OwnerSums(const LatencyCombineArgs& args, const LatencyCall& call) : args_(args), plan_(args.call.plan), call_(call) {}
+
+  // All threads of all blocks; a warp takes a part of a token's row at a time.
+  __device__ void run() const {
+    const auto num_parts = static_cast<int32_t>((args_.row_bytes + kPartBytes - 1) / kPartBytes);
+    const int32_t num_tokens = plan_.num_tokens[call_.rank()];
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    const auto num_warps = static_cast<int32_t>(kLatencyThreads / kWarpThreads * gridDim.x);
+    for (auto i = static_cast<int32_t>(warp * gridDim.x + blockIdx.x); i < num_tokens * num_parts; i += num_warps) {
+      const int32_t token = i / num_parts, part = i % num_parts;
+      if (!await_shares(token)) return;
+      const int begin = part * kPartBytes, end = min(begin + kPartBytes, static_cast<int>(args_.row_bytes));
+      if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
+      sum_bytes<Wire>(
+          begin, end, args_.out_tokens + token * args_.row_bytes, [&](int at, auto& sum) { add_biases(token, at, sum); },
+          [&](auto visit) {
+            if (args_.per_entry)
+              for_each_entry_batch(token, visit);
+            else
+              for_each_share_batch(token, visit);
+          });
+    }
+  }
+
+ private:
+  __device__ MessageRef message_of(int32_t token, int m) const {
+    if (m >= plan_.messages_per_token) return {-1, -1};
+    return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
+  }
+
+  // Each thread waits for one of the ranks that have a share of the token.
+  __device__ bool await_shares(int32_t token) const {
+    bool ok = true;
+    for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads)
+      if (const MessageRef message = message_of(token, m); message.rank >= 0) ok = ok && call_.await_row(message.rank, token);
+    const bool all_ok = __all_sync(~0u, ok) != 0;
+    __syncwarp();  // what each thread has acquired, all may read
+    return all_ok;
+  }
+
+  __device__ void add_biases(int32_t token, int at, float (&sum)[Wire::kElements]) const {
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+      if (args_.bias[which] != nullptr)
+        add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(args_.bias[which] + token * args_.row_bytes + at), 1.0f);
+  }
+
+  template <typename Visit>
+  __device__ void for_each_share_batch(int32_t token, Visit visit) const {
+    for (int first = 0; first < plan_.messages_per_token; first += kWarpThreads) {
+      const MessageRef message = message_of(token, first + static_cast<int>(device::lane_idx()));
+      const bool has_row = message.rank >= 0 && message.row >= 0;
+      Terms terms;
+      terms.valid = __ballot_sync(~0u, has_row);
+      if (has_row) terms.address = call_.slot(call_.rank(), slot_idx_of(args_, call_, message.rank, token));
+      if (terms.valid != 0) visit(terms);
+    }
+  }
+
+  template <typename Visit>
+  __device__ void for_each_entry_batch(int32_t token, Visit visit) const {
+    const std::byte* slot = call_.slot(call_.rank(), token);
+    for (int first = 0; first < plan_.num_topk; first += kWarpThreads) {
+      const int k = first + static_cast<int>(device::lane_idx());
+      const int64_t entry = int64_t{token} * plan_.num_topk + k;
+      const bool has_row = k < plan_.num_topk && plan_.experts[entry] >= 0 && plan_.entry_rows[entry] >= 0;
+      Terms terms;
+      terms.valid = __ballot_sync(~0u, has_row);
+      terms.address = slot + k * args_.row_bytes;
+      if (has_row && args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
+      if (terms.valid != 0) visit(terms);
+    }
+  }
+
+  __device__ void sum_weights(int32_t token) const {
+    for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
+      const int64_t entry = int64_t{token} * plan_.num_topk + k;
+      float sum = 0.0f;
+      if (args_.per_entry) {
+        if (plan_.experts[entry] >= 0) sum = __fadd_rn(sum, returned(call_.rank(), token)[k]);
+      } else {
+        for (int m = 0; m < plan_.messages_per_token; ++m) {
+          const MessageRef message = message_of(token, m);
+          if (message.rank < 0) break;
+          sum = __fadd_rn(sum, returned(message.rank, token)[k]);
+        }
+      }
+      args_.out_topk_weights[entry] = sum;
+    }
+  }
+  __device__ const float* returned(int rank, int32_t token) const {
+    return reinterpret_cast<const float*>(call_.slot(call_.rank(), slot_idx_of(args_, call_, rank, token)) + args_.call.slot.weights());
+  }
+
+  const LatencyCombineArgs& args_;
+  const PlanView& plan_;
+  const LatencyCall& call_;
+};
+
+// All threads of all blocks: the weights of this rank's tokens, to the ranks of their experts.
+__device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& call) {
+  const PlanView& plan = args.call.plan;
+  const int32_t num_entries = plan.num_tokens[call.rank()] * plan.num_topk;
+  for (auto i = static_cast<int32_t>(blockIdx.x * kLatencyThreads + threadIdx.x); i < num_entries;
+       i += static_cast<int32_t>(gridDim.x * kLatencyThreads)) {
+    const int32_t expert = plan.experts[i];
+    if (expert >= 0) call.put_word(expert / plan.local_experts, args.call.words.weights() + i, __float_as_uint(args.owner_weights[i]));
+  }
+}
+
+template <typename Wire>
+__global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(const __grid_constant__ LatencyCombineArgs args) {
+  const LatencyCall call(args.call);
+  if (call.operation().is_poisoned()) return;
+  bool ok = true;
+  if (args.call.sends) {
+    ok = call.await_slots();
+    if (ok) {
+      if (args.owner_weights != nullptr) push_weights(args, call);
+      if (blockIdx.x == 0) call.announce(0);
+      ShareSender<Wire>(args, call).run();
+      if (blockIdx.x == 0) call.announce_to_throughput();
+    }
+  }
+  if (ok && args.call.receives && call.await_calls()) OwnerSums<Wire>(args, call).run();
+  call.finish();
+}
+
+template <typename Function>
+auto with_kernel(int32_t dtype, Function function) {
+  if (dtype == TERN_DTYPE_BF16) return function(latency_combine_kernel<device::Bf16>);
+  if (dtype == TERN_DTYPE_FP16) return function(latency_combine_kernel<device::F16>);
+  return function(latency_combine_kernel<device::F32>);
+}
+
+}  // namespace
+
+cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_blocks, cudaStream_t stream) {
+  with_kernel(args.dtype, [&](auto kernel) { kernel<<<num_blocks, kLatencyThreads, 0, stream>>>(args); });
+  return cudaGetLastError();
+}
+
+cudaError_t prepare_latency_combine() {
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
+    const cudaError_t error = with_kernel(dtype, [](auto kernel) { return allow_shared(kernel, 0); });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace tern::kernels

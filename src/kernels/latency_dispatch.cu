@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dispatch of a small batch, in one launch from the routing to the rows of the outputs. Rows are pushed.
+//
+//   routing block   counts this rank's entries, and tells everybody: counts, and which tokens have a message for them
+//   row blocks      push each token once to every rank that it goes to, into the slot of (source, token): its row (cast, if asked for), scales,
+//                   weights, and where among this rank's entries those of the token are
+//   all blocks      learn from the counts where everything comes to lie, and spread the messages to their rows, one group of warps each
+//
+// Positions are those of a walk in token order, so they are the same on every run, for any number of blocks.
+#include "kernels/latency.cuh"
+#include "kernels/latency_arrivals.cuh"
+#include "kernels/shared_memory.h"
+
+namespace tern::kernels {
+namespace {
+
+// Pushes this rank's tokens.
+class RowSender {
+ public:
+  __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory, int32_t num_tokens)
+      : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call.operation()), num_tokens_(num_tokens) {}
+
+  // All threads of a block, which takes tokens first, first + step, ...
+  __device__ void run(int32_t first, int32_t step) {
+    int32_t* counters = memory_.counts();
+    for (int c = static_cast<int>(threadIdx.x); c < plan_.num_counts(call_.num_ranks()); c += kLatencyThreads) counters[c] = 0;
+    __syncthreads();
+    int32_t num_counted = 0;
+    for (int32_t token = first; token < num_tokens_; token += step) {
+      Chunk chunk = load(token, 0);
+      if (args_.routes) {
+        routing_.count(num_counted, token, counters, [](int, int32_t, uint32_t) {});
+        num_counted = token;
+      }
+      __syncthreads();
+      if (threadIdx.x < kWarpThreads) set_destinations(token, counters);
+      stage_sides(token);
+      __syncthreads();
+      push_row(token, chunk);
+      __syncthreads();  // a cast has left its scales in the tail
+      push_tail();
+      __syncthreads();
+      if (threadIdx.x < memory_.num_destinations()) call_.raise_row(memory_.destination_ranks()[threadIdx.x], token);
+    }
+  }
+
+ private:
+  // What a thread has of a row at a time.
+  static constexpr int kVecs = 2;
+  static constexpr int64_t kStep = kLatencyThreads * static_cast<int64_t>(sizeof(Vec16));
+  struct Chunk {
+    Vec16 values[kVecs];
+  };
+
+  __device__ int64_t row_bytes_given() const {
+    return args_.in.encoding == TERN_ENCODING_AS_GIVEN ? args_.row_bytes : args_.in.hidden * (args_.in.dtype == TERN_DTYPE_FP32 ? 4 : 2);
+  }
+  __device__ Chunk load(int32_t token, int64_t first) const {
+    Chunk chunk = {};
+    const std::byte* row = args_.in.tokens + token * args_.in.token_stride_bytes;
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = first + v * kStep + threadIdx.x * sizeof(Vec16);
+      if (at < row_bytes_given()) chunk.values[v] = *reinterpret_cast<const Vec16*>(row + at);
+    }
+    return chunk;
+  }
+
+  // One warp: the ranks that the token goes to, and where its entries are among all of this rank's; into the tail and the plan.
+  __device__ void set_destinations(int32_t token, const int32_t* counters) const {
+    const int lane = static_cast<int>(device::lane_idx());
+    uint64_t ranks = 0;
+    if (args_.routes) {
+      ranks = routing_.place_token(token, counters, reinterpret_cast<layout::LatencySlot::Entry*>(tail(args_.call.slot.entries())));
+    } else {
+      for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
+        const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
+        if (rank >= 0) ranks |= uint64_t{1} << rank;
+      }
+      ranks = or_of_warp(ranks);
+    }
+    for (int rank = lane; rank < call_.num_ranks(); rank += kWarpThreads) {
+      if ((ranks >> rank & 1) == 0) continue;
+      const int nth = __popcll(ranks & ((uint64_t{1} << rank) - 1));
+      memory_.destination_ranks()[nth] = rank;
+      memory_.destinations()[nth] = call_.slot(rank, call_.slot_idx(call_.rank(), token));
+    }
+    if (lane == 0) memory_.set_num_destinations(__popcll(ranks));
+  }
+
+  // `offset` in the slot, of what stands behind the row.
+  __device__ std::byte* tail(int64_t offset) const { return memory_.tail() + (offset - args_.call.slot.scales()); }
+
+  // Scales as given, and weights, into the tail; by the threads that set_destinations() leaves.
+  __device__ void stage_sides(int32_t token) const {
+    const int thread = static_cast<int>(threadIdx.x) - kWarpThreads, num_threads = kLatencyThreads - kWarpThreads;
+    if (thread < 0) return;
+    const layout::LatencySlot& slot = args_.call.slot;
+    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN && args_.scale_bytes > 0) {
+      const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
+      for (int64_t at = thread; at < args_.scale_bytes; at += num_threads)
+        tail(slot.scales())[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
+    }
+    if (!args_.carries_weights) return;
+    for (int k = thread; k < plan_.num_topk; k += num_threads) {
+      const float weight = args_.in.weights[int64_t{token} * plan_.num_topk + k];
+      reinterpret_cast<float*>(tail(slot.weights()))[k] = weight;
+      plan_.weights_sent[int64_t{token} * plan_.num_topk + k] = weight;
+    }
+  }
+
+  __device__ void push_row(int32_t token, Chunk& chunk) const {
+    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
+      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) {
+        if (at < args_.row_bytes) to_all<Vec16>(value, at);
+      });
+    } else if (args_.in.dtype == TERN_DTYPE_BF16) {
+      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::Bf16>(value, at); });
+    } else if (args_.in.dtype == TERN_DTYPE_FP16) {
+      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::F16>(value, at); });
+    } else {
+      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::F32>(value, at); });
+    }
+  }
+
+  // Calls push(16 bytes of the row as given, where they are) in all threads alike, also beyond the row's end. The first chunk is there already.
+  template <typename Push>
+  __device__ void push_chunks(int32_t token, Chunk& chunk, Push push) const {
+    const int64_t end = row_bytes_given();
+    for (int64_t first = 0; first < end; first += kVecs * kStep) {
+      if (first > 0) chunk = load(token, first);
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v)
+        if (first + v * kStep < end) push(chunk.values[v], first + v * kStep + static_cast<int64_t>(threadIdx.x * sizeof(Vec16)));
+    }
+  }
+
+  template <typename T>
+  __device__ void to_all(const T& value, int64_t at) const {
+    for (int i = 0; i < memory_.num_destinations(); ++i) *reinterpret_cast<T*>(memory_.destinations()[i] + at) = value;
+  }
+
+  // 16 bytes of a row of Wire become fp8. The threads of a block of 128 channels are neighbours in a warp.
+  template <typename Wire>
+  __device__ void cast(const Vec16& value, int64_t at) const {
+    constexpr int kBlock = 128, kLanes = kBlock / Wire::kElements;
+    const int64_t channel = at / (16 / Wire::kElements);
+    float values[Wire::kElements];
+    Wire::widen(value, values);
+    float amax = 1e-4f;
+#pragma unroll
+    for (int i = 0; i < Wire::kElements; ++i) amax = fmaxf(amax, fabsf(values[i]));  // fmaxf leaves NaNs out
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
+    const device::BlockScale scale = device::scale_of(amax, args_.in.encoding);
+    if (channel >= args_.in.hidden) return;
+    uint32_t words[Wire::kElements / 4];
+#pragma unroll
+    for (int w = 0; w < Wire::kElements / 4; ++w) {
+      const auto scaled = [&](int i) { return __fmul_rn(values[4 * w + i], scale.multiplier); };
+      words[w] = device::narrow_e4m3x2(scaled(0), scaled(1)) | uint32_t{device::narrow_e4m3x2(scaled(2), scaled(3))} << 16;
+    }
+    if constexpr (Wire::kElements == 8)
+      to_all<uint2>({words[0], words[1]}, channel);
+    else
+      to_all<uint32_t>(words[0], channel);
+    if (device::lane_idx() % kLanes == 0) keep_scale(static_cast<int>(channel / kBlock), scale);
+  }
+
+  __device__ void keep_scale(int block, const device::BlockScale& scale) const {
+    std::byte* scales = tail(args_.call.slot.scales());
+    if (args_.in.encoding != TERN_ENCODING_FP8_UE8M0) {
+      reinterpret_cast<uint32_t*>(scales)[block] = scale.stored;
+      return;
+    }
+    scales[block] = static_cast<std::byte>(scale.stored);
+    const int num_blocks = static_cast<int>((args_.in.hidden + 127) / 128);
+    for (int pad = block + 1; block + 1 == num_blocks && pad < layout::align_up(num_blocks, 4); ++pad) scales[pad] = std::byte{0};
+  }
+
+  __device__ void push_tail() const {
+    const layout::LatencySlot& slot = args_.call.slot;
+    for (int64_t at = slot.scales() + static_cast<int64_t>(threadIdx.x * sizeof(Vec16)); at < slot.end(); at += kStep)
+      to_all<Vec16>(*reinterpret_cast<const Vec16*>(tail(at)), at);
+  }
+
+  const LatencyDispatchArgs& args_;
+  const PlanView& plan_;
+  const LatencyCall& call_;
+  const DispatchMemory& memory_;
+  const OwnRouting routing_;
+  const int32_t num_tokens_;
+};
+
+// Spreads the messages that arrive; a group of warps takes one at a time.
+class MessageSpreader {
+ public:
+  static constexpr int kThreads = 128;
+  static constexpr int kGroups = kLatencyThreads / kThreads;
+
+  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals, const DispatchMemory& memory)
+      : args_(args),
+        plan_(args.call.plan),
+        call_(call),
+        arrivals_(arrivals),
+        group_(static_cast<int>(threadIdx.x) / kThreads),
+        thread_(static_cast<int>(threadIdx.x) % kThreads),
+        rows_(memory.rows(group_)) {}
+
+  // All threads of all blocks. Groups take messages in turn, those of all sources side by side.
+  __device__ void run() {
+    const auto num_groups = static_cast<int32_t>(kGroups * gridDim.x);
+    const int32_t first = static_cast<int32_t>(group_ * gridDim.x + blockIdx.x), end = arrivals_.num_candidates();
+    for (int32_t i = first; i < end; i += num_groups) {
+      ArrivingMessage message;
+      if (arrivals_.candidate(i, message) && !spread(message)) return;
+    }
+  }
+
+ private:
+  __device__ void sync_group() const { device::sync_some_warps(1 + group_, kThreads); }
+
+  // False: the exchange has failed.
+  __device__ bool spread(const ArrivingMessage& message) {
+    if (thread_ == 0) rows_->is_there = call_.await_row(message.source, message.token) ? 1 : 0;
+    sync_group();
+    if (rows_->is_there == 0) return false;
+    const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
+    constexpr int kVecs = 8;
+    constexpr int64_t kStep = kThreads * static_cast<int64_t>(sizeof(Vec16));
+    for (int64_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
+      Vec16 values[kVecs];
+      const int64_t begin = first + static_cast<int64_t>(thread_ * sizeof(Vec16));
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v)
+        if (begin + v * kStep < args_.row_bytes) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
+      if (first == 0) {  // while the row is on its way
+        if (thread_ < kWarpThreads) find_rows(message, slot);
+        sync_group();
+      }
+      for (int r = 0; r < rows_->num_rows; ++r) {
+        std::byte* to = args_.out.tokens + rows_->row[r] * args_.row_bytes;
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v)
+          if (begin + v * kStep < args_.row_bytes) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
+      }
+    }
+    write_scales(slot + args_.call.slot.scales());
+    return true;
+  }
+
+  // One warp: the rows of the message's entries, for the group and for the plan; and what is written once for each of them.
+  __device__ void find_rows(const ArrivingMessage& message, const std::byte* slot) const {
+    const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
+    const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
+    int num_rows = 0;
+    for (int first = 0; first < max(1, plan_.num_topk); first += kWarpThreads) {
+      const int k = first + static_cast<int>(device::lane_idx());
+      int32_t row = -1;
+      if (k < plan_.num_topk) {
+        const ArrivingEntry entry = arrivals_.entry(message, k, entries);
+        row = plan_.has_expert_rows() ? entry.row : -1;
+        if (args_.carries_weights) args_.out.plan_weights[int64_t{message.index} * plan_.topk_stride + k] = weights[k];
+        write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
+      }
+      const uint32_t valid = __ballot_sync(~0u, row >= 0);
+      if (row >= 0) rows_->row[num_rows + __popc(valid & device::lanes_below())] = row;
+      num_rows += __popc(valid);
+    }
+    if (device::lane_idx() != 0) return;
+    arrivals_.keep(message);
+    if (!plan_.has_expert_rows() && message.index < args_.out.num_rows) {
+      rows_->row[num_rows++] = message.index;
+      write_source(message.index, message);
+    }
+    rows_->num_rows = num_rows;
+  }
+
+  __device__ void write_entry(const ArrivingMessage& message, int k, const ArrivingEntry& entry, float weight) const {
+    const DispatchOutputs& out = args_.out;
+    if (!plan_.has_expert_rows()) {
+      if (message.index >= out.num_rows) return;
+      const int64_t at = int64_t{message.index} * plan_.num_topk + k;
+      if (out.topk_idx != nullptr) out.topk_idx[at] = entry.expert;
+      if (out.topk_weights != nullptr && args_.carries_weights) out.topk_weights[at] = entry.expert >= 0 ? weight : 0.0f;
+      return;
+    }
+    if (entry.row < 0) return;
+    write_source(entry.row, message);
+    if (out.row_expert != nullptr) out.row_expert[entry.row] = entry.expert;
+    if (out.topk_weights != nullptr && args_.carries_weights) out.topk_weights[entry.row] = weight;
+  }
+
+  __device__ void write_source(int64_t row, const ArrivingMessage& message) const {
+    if (args_.out.source_token != nullptr) args_.out.source_token[row] = message.token;
+    if (args_.out.source_rank != nullptr) args_.out.source_rank[row] = message.source;
+  }
+
+  __device__ void write_scales(const std::byte* scales) const {
+    if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
+    const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
+    for (int32_t i = thread_; i < rows_->num_rows * num_elements; i += kThreads) {
+      const int32_t element = i % num_elements;
+      std::byte* to = latency_scale_address(args_, rows_->row[i / num_elements], element);
+      const std::byte* from = scales + element * args_.scale_element_bytes;
+      if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
+        *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+      else
+        for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = from[b];
+    }
+  }
+
+  const LatencyDispatchArgs& args_;
+  const PlanView& plan_;
+  const LatencyCall& call_;
+  const Arrivals& arrivals_;
+  const int group_, thread_;
+  GroupRows* const rows_;
+};
+
+__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
+  const int32_t num_tokens = args.routes ? OwnRouting::num_tokens(args) : args.call.plan.num_tokens[call.rank()];
+  const bool is_alone = gridDim.x == 1;
+  if (blockIdx.x == 0) {
+    call.announce(num_tokens);
+    if (args.routes) OwnRouting(args, call.operation()).publish(call, num_tokens, memory.counts());
+    call.announce_to_throughput();
+    if (!is_alone) return;
+    __syncthreads();
+  }
+  RowSender(args, call, memory, num_tokens).run(is_alone ? 0 : static_cast<int32_t>(blockIdx.x) - 1, is_alone ? 1 : static_cast<int32_t>(gridDim.x) - 1);
+}
+
+__device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
+  if (!call.await_calls()) return;
+  Arrivals arrivals(args, call, memory);
+  if (!arrivals.open()) return;
+  arrivals.write_outputs();
+  MessageSpreader(args, call, arrivals, memory).run();
+}
+
+__global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
+  extern __shared__ __align__(16) std::byte shared[];
+  const DispatchMemory memory(args, shared);
+  const LatencyCall call(args.call);
+  if (call.operation().is_poisoned()) return;
+  bool ok = true;
+  if (args.call.sends) {
+    ok = call.await_slots();
+    if (ok) send(args, call, memory);
+    __syncthreads();
+  }
+  if (ok && args.call.receives) receive(args, call, memory);
+  call.finish();
+}
+
+}  // namespace
+
+int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args) { return DispatchMemory(args, nullptr).num_bytes(); }
+
+cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
+  const auto shared_bytes = static_cast<size_t>(latency_dispatch_shared_bytes(args));
+  latency_dispatch_kernel<<<num_blocks, kLatencyThreads, shared_bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t prepare_latency_dispatch() { return allow_shared(latency_dispatch_kernel, kMostLatencyShared); }
+
+}  // namespace tern::kernels
