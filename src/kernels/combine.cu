@@ -180,7 +180,7 @@ class OwnedRows {
     next_ += num_warps_;
     message_ = message_ahead_;
     look_ahead();
-    row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), false};
+    row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
     if (!await_sources(token)) return false;
     if (begin == 0 && args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
     return true;
