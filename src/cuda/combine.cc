@@ -1,11 +1,65 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cmath>
 
 #include "base/error.h"
 #include "cuda/operations.h"
 #include "domain/failure.h"
 
 namespace tern::cuda {
+namespace {
+
+// Enough to keep an SM busy, and few enough that each has a ring of several long pieces.
+constexpr int32_t kWarps = 16;
+
+// Divides a block between staging and pulling by the rows that each reads for a token. A pulled row comes over the link: it takes about twice
+// as long, so the same rate needs twice the shared memory.
+void divide_block(kernels::CombineArgs& args, const CudaExchange& exchange) {
+  const kernels::PlanView& plan = args.plan;
+  const int64_t num_pulled = args.per_entry ? plan.num_topk : plan.messages_per_token;
+  double num_staged = plan.has_expert_rows() ? plan.num_topk : plan.messages_per_token;
+  if (args.own_rows_direct) num_staged *= static_cast<double>(exchange.num_ranks() - 1) / exchange.num_ranks();
+  if (!args.rows_staged) num_staged = 0;
+  const double share = std::min(0.75, num_staged / (num_staged + 2.0 * static_cast<double>(num_pulled)));
+  // What is copied by ordinary loads has no ring, and never enough warps.
+  const bool by_ring = exchange.facts().has_bulk_copies && !args.per_entry;
+  constexpr int32_t kLeast = 4, kMost = 8;
+  args.roles.num_stage_warps = by_ring ? std::clamp(static_cast<int32_t>(std::lround(share * kWarps)), kLeast, kMost) : kMost;
+  if (!args.rows_staged) args.roles.num_stage_warps = 1;
+  args.roles.num_pull_warps = kWarps - args.roles.num_stage_warps;
+
+  const int64_t bytes = ring_bytes(exchange.num_ranks());
+  const auto stage_bytes = by_ring ? static_cast<int64_t>(share * static_cast<double>(bytes)) : 0;
+  const auto ring = [&](int64_t of_warps, int32_t num_warps, int64_t num_terms) {
+    return kernels::sum_ring_shape(of_warps / num_warps / layout::kBulkLine * layout::kBulkLine, args.row_bytes, num_terms);
+  };
+  const int64_t terms_of_message = plan.has_expert_rows() ? (plan.num_topk + num_pulled - 1) / num_pulled : 1;
+  args.stage_ring = ring(stage_bytes, args.roles.num_stage_warps, terms_of_message);
+  args.pull_ring = ring(bytes - stage_bytes, args.roles.num_pull_warps, num_pulled);
+}
+
+// Messages that a staging warp reports together: each report waits for stores, but their chunk must not wait long for it.
+int32_t stage_run(const kernels::CombineArgs& args, int64_t messages_per_warp) {
+  if (messages_per_warp < 16) return 1;
+  if (!args.rows_staged) return 8;
+  if (args.plan.has_expert_rows()) return 1;
+  return messages_per_warp < 64 ? 2 : 4;
+}
+
+// Rows are summed in parts if there are few tokens, so that the warps come out even.
+void divide_rows(kernels::CombineArgs& args, int64_t most_tokens, int32_t num_sms) {
+  constexpr int64_t kItemsPerWarp = 4;
+  const int64_t piece_bytes = args.pull_ring.piece_bytes;
+  const int64_t parts_wanted =
+      std::max<int64_t>(1, kItemsPerWarp * args.roles.num_pull_warps * num_sms / std::max<int64_t>(1, most_tokens));
+  const int64_t num_pieces = (args.row_bytes + piece_bytes - 1) / piece_bytes;
+  const int64_t pieces_per_part = (num_pieces + parts_wanted - 1) / parts_wanted;
+  args.part_bytes = static_cast<int32_t>(pieces_per_part * piece_bytes);
+  args.num_parts = static_cast<int32_t>((num_pieces + pieces_per_part - 1) / pieces_per_part);
+}
+
+}  // namespace
+
 CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch)
     : plan_(plan), call_(call), launch_(launch), per_entry_(call.args.mode == TERN_COMBINE_EXACT && plan.shape().has_expert_rows()) {
   const tern_combine_args& a = call.args;
@@ -114,22 +168,9 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
   args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
   args.out_tokens = static_cast<std::byte*>(a.out_tokens);
   args.out_topk_weights = a.out_topk_weights;
-  args.roles = {.num_stage_warps = args.rows_staged ? 8 : 1, .num_pull_warps = args.rows_staged ? 12 : 19};
-  const int64_t messages_per_warp = plan_.most_tokens() * tables.messages_per_token / (int64_t{args.roles.num_stage_warps} * num_sms_);
-  args.stage_run = messages_per_warp >= 16 ? 4 : 1;
-  constexpr int32_t kLeastStages = 2;
-  args.group = kernels::combine_group(per_entry_ ? tables.num_topk : tables.messages_per_token);
-  for (int64_t piece = kernels::kMostCombinePieceBytes; args.num_stages < kLeastStages; piece /= 2) {
-    args.piece_bytes = static_cast<int32_t>(std::min(call_.row_bytes, piece));
-    args.stage_bytes = kernels::combine_stage_bytes(args.piece_bytes, args.group);
-    args.num_stages = ring_stages(ring_bytes(plan_.exchange().num_ranks()), args.roles.num_pull_warps, args.stage_bytes, 1);
-  }
-  constexpr int64_t kItemsPerWarp = 4;  // at least, so that they come out even
-  const int64_t warps_per_token = kItemsPerWarp * args.roles.num_pull_warps * num_sms_ / std::max<int64_t>(1, plan_.most_tokens());
-  const int64_t num_pieces = (call_.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
-  const int64_t pieces_per_part = (num_pieces + std::max<int64_t>(1, warps_per_token) - 1) / std::max<int64_t>(1, warps_per_token);
-  args.part_bytes = static_cast<int32_t>(pieces_per_part) * args.piece_bytes;
-  args.num_parts = static_cast<int32_t>((num_pieces + pieces_per_part - 1) / pieces_per_part);
+  divide_block(args, plan_.exchange());
+  divide_rows(args, plan_.most_tokens(), num_sms_);
+  args.stage_run = stage_run(args, plan_.most_tokens() * tables.messages_per_token / (int64_t{args.roles.num_stage_warps} * num_sms_));
   kernels::TransferArgs& t = args.transfer;
   t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
   t.in_place = rows_at_ >= 0;

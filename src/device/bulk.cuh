@@ -21,7 +21,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return
 
 #if TERN_HAS_BULK_COPIES
 
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Of global memory alone: the fence of all memory also waits until everything this thread has stored is seen by the whole GPU.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Counts the bytes of bulk loads that have arrived; `phase` alternates 0, 1, 0, ... with each use.
 __device__ __forceinline__ void init_arrivals(uint64_t* arrivals) {

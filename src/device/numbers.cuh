@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <tern/tern.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "base/numeric.h"
@@ -15,6 +16,11 @@ namespace tern::device {
 struct alignas(16) Vec16 {
   uint32_t words[4];
 };
+// In one access: where the words are used one by one, the compiler makes four of a plain copy.
+__device__ __forceinline__ Vec16 load_vec16(const std::byte* from) {
+  const uint4 v = *reinterpret_cast<const uint4*>(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
 
 struct Bf16 {
   static constexpr int kElements = 8;  // in a Vec16

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combine: the owner of a token pulls one row from each rank that had it (or one for each entry), and sums.
 //
-//   staging warps   make what is pulled: for each received message one row in this rank's window, summed over its entries, rounded once; or
-//                   copies of the entries' rows. Rows that are in window memory in the right form already stay there.
+//   staging warps   make what is pulled: for each received message one row in this rank's window, summed over its entries, rounded once (a
+//                   row of rank_major is a sum of one term); or copies of the entries' rows. Rows that are in window memory in the right
+//                   form already stay there.
 //   pulling warps   walk over this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
 #include "kernels/combine.h"
 #include "kernels/messages.cuh"
@@ -13,81 +14,126 @@
 namespace tern::kernels {
 namespace {
 
-constexpr int kMostThreads = 640;
+constexpr int kMostThreads = 512;
 constexpr int kPullBarrier = 1;
 
-__host__ __device__ constexpr SharedLayout shared_layout_of(const CombineArgs& args, bool bulk_copies) {
-  return {args.transfer.exchange.num_ranks, args.roles.num_pull_warps, args.num_stages, args.stage_bytes, bulk_copies};
-}
+// The dynamic shared memory of a block: sources, then with bulk copies the rings of its warps.
+struct CombineShared {
+  int64_t stage_rings, pull_rings, bytes;
+
+  __host__ __device__ constexpr CombineShared(const CombineArgs& args, bool bulk_copies)
+      : stage_rings(layout::align_up(args.transfer.exchange.num_ranks * kSourceViewBytes, layout::kBulkLine)),
+        pull_rings(stage_rings + (bulk_copies ? args.roles.num_stage_warps * args.stage_ring.bytes() : 0)),
+        bytes(pull_rings + (bulk_copies ? args.roles.num_pull_warps * args.pull_ring.bytes() : 0)) {}
+};
 
 // What this rank makes for the owners of the messages it received: the Rows of sums.cuh.
 class StagedRows {
  public:
-  __device__ StagedRows(const CombineArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
-      : args_(args), plan_(args.plan), transfer_(transfer), walk_(args.transfer, args.plan, warp, num_warps, args.stage_run) {}
+  __device__ StagedRows(const CombineArgs& args, const Transfer& transfer, int32_t warp, int32_t num_warps)
+      : args_(args), plan_(args.plan), transfer_(transfer), walk_(args.transfer, args.plan, warp, num_warps, args.stage_run) {
+    look_ahead();
+  }
 
-  __device__ bool next_row(SumRow& row) {
-    Message message;
-    while (walk_.next(message)) {
-      const int chunk = message.token / args_.transfer.tokens_per_chunk;
-      if (message.source != counted_rank_ || chunk != counted_chunk_) tell();
-      counted_rank_ = message.source;
-      counted_chunk_ = chunk;
-      row = {message.source, message.index, message.token, 0, static_cast<int32_t>(args_.row_bytes)};
-      stage_weights(row);
-      const bool is_copy = args_.per_entry || !plan_.has_expert_rows();
-      if (args_.rows_staged && !is_copy) return true;
-      if (args_.rows_staged && !(args_.own_rows_direct && row.rank == transfer_.rank())) copy_rows(row);
+  // Instead of sums: what owners want as it is.
+  __device__ void copy() {
+    SumRow row;
+    while (next_row(row)) {
+      copy_terms(row);
+      __syncwarp();
       row_done(row);
     }
-    tell();
+  }
+
+  __device__ bool next_row(SumRow& row) {
+    while (has_ahead_) {
+      const Message message = ahead_;
+      term_ = term_ahead_;
+      look_ahead();
+      row = {message.source, message.index, message.token, 0, static_cast<int32_t>(args_.row_bytes), 0};
+      const bool has_row = args_.rows_staged && !(args_.own_rows_direct && row.rank == transfer_.rank());
+      if (!has_row && !args_.returns_weights) continue;  // nobody waits for it
+      row.run = count(message);
+      stage_weights(row);
+      if (has_row) return true;
+      __syncwarp();
+      row_done(row);
+    }
     return false;
   }
 
-  __device__ bool next_terms(const SumRow& row, int batch, Terms& terms) const {
-    const int k = batch * 32 + static_cast<int>(device::lane_idx());
-    if (batch * 32 >= plan_.num_topk) return false;
-    const int64_t entry = int64_t{row.index} * plan_.topk_stride + k;
-    const int32_t at = k < plan_.num_topk ? plan_.received_rows[entry] : -1;
-    terms.valid = __ballot_sync(~0u, at >= 0);
-    terms.address = args_.rows + at * args_.row_bytes;
-    if (args_.entry_weights != nullptr && at >= 0) terms.weight = args_.entry_weights[entry];
-    return true;
+  __device__ int num_batches() const { return plan_.has_expert_rows() ? (plan_.num_topk + kWarpThreads - 1) / kWarpThreads : 1; }
+  __device__ void get_terms(const SumRow& row, int batch, Terms& terms) const {
+    const Term term = batch == 0 ? term_ : term_of(row.index, batch * kWarpThreads + static_cast<int>(device::lane_idx()));
+    terms.valid = __ballot_sync(~0u, term.row >= 0);
+    terms.address = args_.rows + term.row * args_.row_bytes;
+    terms.weight = term.weight;
   }
 
   __device__ bool has_biases() const { return false; }
   __device__ const std::byte* bias(const SumRow&, int) const { return nullptr; }
   __device__ std::byte* out(const SumRow& row) const { return slot_of(row) + args_.slot.row(); }
 
-  __device__ void row_done(const SumRow&) { ++counted_; }
+  // Reports a run of rows together, because each report waits for their stores; tells the owner when the chunk is complete. The rows of a source
+  // are all done here in the order of the walk.
+  __device__ void row_done(const SumRow& row) const {
+    if (row.run == 0 || device::lane_idx() != 0) return;
+    const int chunk = chunk_of(row.token);
+    const int32_t* chunk_begin = plan_.chunk_begin + row.rank * (layout::kMaxChunks + 1) + chunk;
+    if (transfer_.complete(row.rank, chunk, row.run, static_cast<uint32_t>(chunk_begin[1] - chunk_begin[0])))
+      transfer_.raise_chunk(row.rank, chunk);
+  }
 
  private:
-  // Reports the rows that the warp has made of a chunk, together, because each report waits for their stores; tells the owner when the
-  // chunk is complete.
-  __device__ void tell() {
-    __syncwarp();
-    if (counted_ > 0 && device::lane_idx() == 0) {
-      const int32_t* chunk_begin = plan_.chunk_begin + counted_rank_ * (layout::kMaxChunks + 1) + counted_chunk_;
-      if (transfer_.complete(counted_rank_, counted_chunk_, counted_, static_cast<uint32_t>(chunk_begin[1] - chunk_begin[0])))
-        transfer_.raise_chunk(counted_rank_, counted_chunk_);
+  // What a thread adds to a message's row: its k-th entry, or the row itself.
+  struct Term {
+    int32_t row = -1;  // here; -1: none
+    float weight = 1.0f;
+  };
+  __device__ Term term_of(int32_t message, int k) const {
+    Term term;
+    if (!plan_.has_expert_rows()) {
+      if (k == 0 && message < plan_.row_capacity) term.row = message;
+    } else if (k < plan_.num_topk) {
+      const int64_t entry = int64_t{message} * plan_.topk_stride + k;
+      term.row = plan_.received_rows[entry];
+      if (args_.entry_weights != nullptr) term.weight = args_.entry_weights[entry];
     }
-    counted_ = 0;
+    return term;
+  }
+
+  // Fetches the next message's terms while those of this one are loaded.
+  __device__ void look_ahead() {
+    has_ahead_ = walk_.next(ahead_);
+    if (has_ahead_ && args_.rows_staged) term_ahead_ = term_of(ahead_.index, static_cast<int>(device::lane_idx()));
+  }
+
+  __device__ int chunk_of(int32_t token) const { return token / args_.transfer.tokens_per_chunk; }
+
+  // Counts the message in its run; if it is the last, says how many there are.
+  __device__ uint32_t count(const Message& message) {
+    const bool goes_on = has_ahead_ && ahead_.source == message.source && chunk_of(ahead_.token) == chunk_of(message.token);
+    if (++num_in_run_ < static_cast<uint32_t>(args_.stage_run) && goes_on) return 0;
+    const uint32_t num = num_in_run_;
+    num_in_run_ = 0;
+    return num;
   }
 
   __device__ std::byte* slot_of(const SumRow& row) const {
     return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
 
-  // What owners want as it is.
-  __device__ void copy_rows(const SumRow& row) const {
+  __device__ void copy_terms(const SumRow& row) const {
+    const auto copy_to = [&](int64_t at, std::byte* to) {
+      copy_row(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(to); });
+    };
     if (!plan_.has_expert_rows()) {
-      if (row.index < plan_.row_capacity)
-        copy_row(args_.rows + row.index * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(out(row)); });
+      if (row.index < plan_.row_capacity) copy_to(row.index, out(row));
       return;
     }
     for (int k = 0; k < plan_.num_topk; ++k) {
       const int32_t at = plan_.received_rows[int64_t{row.index} * plan_.topk_stride + k];
-      if (at >= 0) copy_row(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(out(row) + k * args_.row_bytes); });
+      if (at >= 0) copy_to(at, out(row) + k * args_.row_bytes);
     }
   }
 
@@ -110,43 +156,46 @@ class StagedRows {
   const PlanView& plan_;
   const Transfer& transfer_;
   MessageWalk walk_;
-  int counted_rank_ = -1, counted_chunk_ = -1;
-  uint32_t counted_ = 0;  // rows of it that are made and not reported
+  Message ahead_ = {};
+  bool has_ahead_ = false;
+  Term term_, term_ahead_;
+  uint32_t num_in_run_ = 0;
 };
 
 // The results of this rank's tokens: the Rows of sums.cuh.
 class OwnedRows {
  public:
-  __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, int64_t warp, int64_t num_warps)
+  __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, int32_t warp, int32_t num_warps)
       : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), num_warps_(num_warps) {
     const TransferArgs& t = args.transfer;
-    next_ = t.first_token() * args.num_parts + warp;
+    next_ = static_cast<int32_t>(t.first_token() * args.num_parts + warp);
     end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+    look_ahead();
   }
 
   __device__ bool next_row(SumRow& row) {
-    const auto token = static_cast<int32_t>(next_ / args_.num_parts);
+    const int32_t token = next_ / args_.num_parts;
     if (token >= end_token_) return false;
-    const auto begin = static_cast<int32_t>(next_ % args_.num_parts) * args_.part_bytes;
+    const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
     next_ += num_warps_;
-    row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes))};
+    message_ = message_ahead_;
+    look_ahead();
+    row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
     if (!await_sources(token)) return false;
     if (begin == 0 && args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
     return true;
   }
 
-  __device__ bool next_terms(const SumRow& row, int batch, Terms& terms) const {
-    const int i = batch * 32 + static_cast<int>(device::lane_idx());
-    if (args_.per_entry) return next_entries(row.token, i, terms);
-    if (batch * 32 >= plan_.messages_per_token) return false;
-    const MessageRef message = message_of(row.token, i);
-    const bool valid = message.rank >= 0 && message.row >= 0;
-    terms.valid = __ballot_sync(~0u, valid);
-    if (valid) {
-      const SourceView& source = sources_[message.rank];
-      terms.address = source.rows + (source.rows_in_heap ? message.row * args_.row_bytes : row.token * source.row_stride);
-    }
-    return true;
+  __device__ int num_batches() const {
+    return ((args_.per_entry ? plan_.num_topk : plan_.messages_per_token) + kWarpThreads - 1) / kWarpThreads;
+  }
+  __device__ void get_terms(const SumRow& row, int batch, Terms& terms) const {
+    const int i = batch * kWarpThreads + static_cast<int>(device::lane_idx());
+    if (args_.per_entry)
+      get_entry(row.token, i, terms);
+    else
+      get_message(row.token, i, terms);
+    terms.valid = __ballot_sync(~0u, terms.address != nullptr);
   }
 
   __device__ bool has_biases() const { return args_.bias[0] != nullptr || args_.bias[1] != nullptr; }
@@ -162,29 +211,46 @@ class OwnedRows {
     return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
   }
 
+  // Fetches the thread's message of the next token while those of this one are loaded.
+  __device__ void look_ahead() {
+    const int32_t token = next_ / args_.num_parts;
+    if (token < end_token_) message_ahead_ = message_of(token, static_cast<int>(device::lane_idx()));
+  }
+
+  // Message m of the current token, for the thread that stands for it: m % 32.
+  __device__ MessageRef own_message(int32_t token, int m) const { return m < kWarpThreads ? message_ : message_of(token, m); }
+
   // Each thread waits for one of the ranks that have a part of the token.
   __device__ bool await_sources(int32_t token) const {
     bool ok = true;
     for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
-      const MessageRef message = message_of(token, m);
+      const MessageRef message = own_message(token, m);
       if (message.rank >= 0) ok = ok && transfer_.await_chunk(sources_[message.rank], message.rank, token);
     }
     const bool all_ok = __all_sync(~0u, ok) != 0;
-    __syncwarp();  // what each thread has acquired, all may read
+    __syncwarp();                 // what each thread has acquired, all may read,
+    device::fence_async_proxy();  // by bulk copies too
     return all_ok;
   }
 
-  __device__ bool next_entries(int32_t token, int k, Terms& terms) const {
-    if (k - static_cast<int>(device::lane_idx()) >= plan_.num_topk) return false;
+  // A term's address is nullptr if there is none.
+  __device__ void get_message(int32_t token, int m, Terms& terms) const {
+    const MessageRef message = own_message(token, m);
+    terms.address = nullptr;
+    if (message.rank < 0 || message.row < 0) return;
+    const SourceView& source = sources_[message.rank];
+    terms.address = source.rows + (source.rows_in_heap ? message.row * args_.row_bytes : token * source.row_stride);
+  }
+
+  __device__ void get_entry(int32_t token, int k, Terms& terms) const {
     const int64_t entry = int64_t{token} * plan_.num_topk + k;
     const int32_t expert = k < plan_.num_topk ? plan_.experts[entry] : -1;
     const int32_t at = expert >= 0 ? plan_.entry_rows[entry] : -1;
-    terms.valid = __ballot_sync(~0u, at >= 0);
-    if (at < 0) return true;
+    terms.address = nullptr;
+    if (at < 0) return;
     const SourceView& source = sources_[expert / plan_.local_experts];
     terms.address = source.rows + (source.rows_in_heap ? at * args_.row_bytes : token * source.row_stride + k * args_.row_bytes);
     if (args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
-    return true;
   }
 
   __device__ void sum_weights(int32_t token) const {
@@ -204,25 +270,34 @@ class OwnedRows {
   const PlanView& plan_;
   const Transfer& transfer_;
   const SourceView* const sources_;
-  const int64_t num_warps_;
-  int64_t next_;  // token * num_parts + part
+  const int32_t num_warps_;
+  int32_t next_;  // token * num_parts + part
   int64_t end_token_;
+  MessageRef message_ = {-1, -1}, message_ahead_ = {-1, -1};  // of the current token and the next one: the thread's
 };
 
 // The part of a staging warp.
-template <typename Wire>
-__device__ void stage(const CombineArgs& args, const Transfer& transfer) {
+template <typename Wire, bool kBulk>
+__device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
   if (args.slot.stride() == 0) return;
-  StagedRows rows(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{args.roles.num_stage_warps} * gridDim.x);
-  sum_by_threads<Wire>(rows);
+  const auto num_blocks = static_cast<int32_t>(gridDim.x);
+  StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);
+  if (args.per_entry)
+    rows.copy();
+  else if constexpr (kBulk)
+    sum_by_ring<Wire>(ring, rows);
+  else if (args.plan.has_expert_rows())
+    sum_by_threads<Wire>(rows);
+  else
+    rows.copy();
 }
 
 // The part of a pulling warp.
 template <typename Wire, bool kBulk>
-__device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
+__device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceView* sources, const SumRing& ring) {
   if (!args.transfer.receives) return;
   __shared__ int all_ok;
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
@@ -231,36 +306,36 @@ __device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceVi
   device::sync_some_warps(kPullBarrier, num_threads);
   if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
   if (args.own_rows_direct && thread == transfer.rank() % num_threads) {
-    sources[transfer.rank()].rows = args.rows;
-    sources[transfer.rank()].rows_in_heap = true;
+    SourceView& own = sources[transfer.rank()];
+    own.rows = args.rows;
+    own.rows_in_heap = true;
+    own.is_staged = args.returns_weights;
   }
   device::sync_some_warps(kPullBarrier, num_threads);
   if (all_ok == 0) return;
-  const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
-  OwnedRows rows(args, transfer, sources, warp, int64_t{args.roles.num_pull_warps} * gridDim.x);
-  if constexpr (kBulk) {
-    sum_by_ring<Wire, kMostCombinePieceBytes / 512>(ring, rows, args.piece_bytes, args.group);
-  } else {
+  const auto num_blocks = static_cast<int32_t>(gridDim.x);
+  const int32_t warp = thread / kWarpThreads * num_blocks + static_cast<int32_t>(blockIdx.x);
+  OwnedRows rows(args, transfer, sources, warp, args.roles.num_pull_warps * num_blocks);
+  if constexpr (kBulk)
+    sum_by_ring<Wire>(ring, rows);
+  else
     sum_by_threads<Wire>(rows);
-  }
 }
 
 template <typename Wire, bool kBulk>
 __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
-  const SharedLayout shared_layout = shared_layout_of(args, kBulk);
+  const CombineShared layout(args, kBulk);
   const Transfer transfer(args.transfer);
   if (transfer.operation().is_poisoned()) return;
-  const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
-  if (nth < 0) {
-    stage<Wire>(args, transfer);
-  } else {
-    const Ring ring{shared + shared_layout.rings + nth * args.num_stages * args.stage_bytes,
-                    reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * args.num_stages, args.num_stages,
-                    args.stage_bytes};
-    if constexpr (kBulk) ring.init();
+  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, nth = warp - args.roles.num_stage_warps;
+  const SumRing ring = nth < 0 ? SumRing{shared + layout.stage_rings + warp * args.stage_ring.bytes(), args.stage_ring}
+                               : SumRing{shared + layout.pull_rings + nth * args.pull_ring.bytes(), args.pull_ring};
+  if constexpr (kBulk) ring.init();
+  if (nth < 0)
+    stage<Wire, kBulk>(args, transfer, ring);
+  else
     pull<Wire, kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
-  }
   transfer.finish();
 }
 
@@ -283,19 +358,13 @@ cudaError_t prepare_instances(int64_t shared_bytes) {
 
 }  // namespace
 
-int32_t combine_group(int32_t most_terms) { return most_terms < kMostGroup ? most_terms : kMostGroup; }
-
-int32_t combine_stage_bytes(int32_t piece_bytes, int32_t group) {
-  return static_cast<int32_t>(layout::align_up(group * piece_bytes + kStageTagBytes, layout::kBulkLine));
-}
-
 cudaError_t prepare_combine(bool bulk_copies) {
   const cudaError_t error = prepare_instances<false>(kMostSourceBytes);
   return error != cudaSuccess || !bulk_copies ? error : prepare_instances<true>(kMostSharedBytes);
 }
 
 cudaError_t launch_combine(const CombineArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {
-  const auto shared_bytes = static_cast<size_t>(shared_layout_of(args, bulk_copies).bytes);
+  const auto shared_bytes = static_cast<size_t>(CombineShared(args, bulk_copies).bytes);
   const auto launch = [&](auto kernel) { kernel<<<num_blocks, args.roles.num_threads(), shared_bytes, stream>>>(args); };
   if (bulk_copies)
     with_kernel<true>(args.dtype, launch);

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/sum_ring.h"
 #include "kernels/transfer.h"
 
 namespace tern::kernels {
@@ -36,17 +37,9 @@ struct CombineArgs {
   int32_t num_parts = 1;
   int32_t part_bytes = 0;
 
-  // Bulk copies: a part is summed in pieces of this many bytes; each pulling warp has a ring of so many stages for the terms' pieces.
-  int32_t piece_bytes = 0;
-  int32_t group = 1;  // terms whose pieces share a stage
-  int32_t stage_bytes = 0;
-  int32_t num_stages = 0;
+  // Bulk copies: the ring of each staging warp, and of each pulling warp.
+  SumRingShape stage_ring, pull_ring;
 };
-
-// Terms that share a stage, the bytes of a stage, and the largest piece.
-int32_t combine_group(int32_t most_terms);
-int32_t combine_stage_bytes(int32_t piece_bytes, int32_t group);
-inline constexpr int32_t kMostCombinePieceBytes = 1024;
 
 // Loads the kernels' code on the current device; `bulk_copies`: also those that use them, which need sm_90.
 cudaError_t prepare_combine(bool bulk_copies);

@@ -19,7 +19,7 @@ struct Message {
 class MessageWalk {
  public:
   // Warp `warp` of `num_warps`. All its threads call this and next().
-  __device__ MessageWalk(const TransferArgs& transfer, const PlanView& plan, int64_t warp, int64_t num_warps, int run = 1)
+  __device__ MessageWalk(const TransferArgs& transfer, const PlanView& plan, int32_t warp, int32_t num_warps, int run = 1)
       : transfer_(transfer), plan_(plan), num_ranks_(transfer.exchange.num_ranks), run_(run), next_item_(warp), num_warps_(num_warps) {
     for (int source = static_cast<int>(device::lane_idx()); source < num_ranks_; source += 32) most_ = max(most_, range_of(source).count);
 #pragma unroll
@@ -53,14 +53,14 @@ class MessageWalk {
   __device__ bool load_batch() {
     if (next_item_ / num_ranks_ * run_ >= most_) return false;
     const int lane = static_cast<int>(device::lane_idx());
-    const int64_t item = next_item_ + lane / run_ * num_warps_;
+    const int32_t item = next_item_ + lane / run_ * num_warps_;
     next_item_ += 32 / run_ * num_warps_;
-    const int64_t nth_run = item / num_ranks_, nth = nth_run * run_ + lane % run_;
-    const int64_t turns = nth_run / max(int64_t{1}, num_warps_ / num_ranks_);  // or a warp would meet the same source each time
-    ahead_.source = static_cast<int32_t>((transfer_.exchange.rank + 1 + item + turns) % num_ranks_);
+    const int32_t nth_run = item / num_ranks_, nth = nth_run * run_ + lane % run_;
+    const int32_t turns = nth_run / max(1, num_warps_ / num_ranks_);  // or a warp would meet the same source each time
+    ahead_.source = (transfer_.exchange.rank + 1 + item + turns) % num_ranks_;
     const SourceRange range = range_of(ahead_.source);
     const bool valid = nth < range.count;
-    ahead_.index = range.begin + static_cast<int32_t>(nth);
+    ahead_.index = range.begin + nth;
     ahead_.token = valid ? plan_.source_token[ahead_.index] : 0;
     valid_ = __ballot_sync(~0u, valid);
     return true;
@@ -70,8 +70,8 @@ class MessageWalk {
   const PlanView& plan_;
   const int num_ranks_;
   const int run_;
-  int64_t next_item_;  // a run
-  const int64_t num_warps_;
+  int32_t next_item_;  // a run
+  const int32_t num_warps_;
   int32_t most_ = 0;  // messages of any source
   Message ahead_ = {};
   uint32_t valid_ = 0;  // threads whose message has not been visited

@@ -3,15 +3,19 @@
 // rounded once to the rows' type.
 //
 // `Rows` says what is summed; it is called by all threads of a warp:
-//   bool next_row(SumRow& row)                  the next row, or part of one, to be made; false: there is none, or the exchange has failed
-//   bool next_terms(const SumRow&, int batch, Terms& terms)   up to 32 terms, one per thread; false: no such batch
+//   bool next_row(SumRow& row)                  the next row, or part of one, to be made; false: there is none, or the exchange has failed.
+//                                               Its terms may then be read, by bulk copies too. It may run ahead of row_done()
+//   int num_batches()                           of up to 32 terms, one per thread, each row has so many; in some there may be none
+//   void get_terms(const SumRow&, int batch, Terms& terms)
 //   bool has_biases(); const std::byte* bias(const SumRow&, int which)   added first; nullptr: none
 //   std::byte* out(const SumRow&)
 //   void row_done(const SumRow&)                after the row's stores, which are ordered before by __syncwarp()
 #pragma once
 
-#include "kernels/ring.cuh"
+#include "device/bulk.cuh"
+#include "kernels/operation.cuh"
 #include "kernels/rows.cuh"
+#include "kernels/sum_ring.h"
 
 namespace tern::kernels {
 
@@ -20,6 +24,7 @@ struct SumRow {
   int32_t index;  // of the message, or of the token
   int32_t token;
   int32_t begin, end;  // bytes of it
+  uint32_t run;        // when it is done, so many rows are reported, which came in a row; 0: with a later one
 };
 
 struct Terms {
@@ -28,19 +33,19 @@ struct Terms {
   uint32_t valid = 0;  // bit t: thread t has a term
 };
 
-// Adds 16 bytes of a term. A weight of 1 leaves every bit as it is.
-template <typename Wire>
+// Adds 16 bytes of a term. A weight of 1 leaves every bit as it is, so terms without weights need no product.
+template <typename Wire, bool kWeighted = true>
 __device__ __forceinline__ void add_term(float (&sum)[Wire::kElements], const Vec16& bytes, float weight) {
   float values[Wire::kElements];
   Wire::widen(bytes, values);
 #pragma unroll
-  for (int i = 0; i < Wire::kElements; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, values[i]));
+  for (int i = 0; i < Wire::kElements; ++i) sum[i] = __fadd_rn(sum[i], kWeighted ? __fmul_rn(weight, values[i]) : values[i]);
 }
 
 template <typename Wire, typename Rows>
 __device__ __forceinline__ void add_biases(Rows& rows, const SumRow& row, int64_t at, float (&sum)[Wire::kElements]) {
   for (int which = 0; which < 2; ++which)
-    if (const std::byte* bias = rows.bias(row, which)) add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(bias + at), 1.0f);
+    if (const std::byte* bias = rows.bias(row, which)) add_term<Wire>(sum, device::load_vec16(bias + at), 1.0f);
 }
 
 // Adds the terms of one batch at bytes `at`, and one step of the warp further on; several loads are under way at a time.
@@ -61,7 +66,7 @@ __device__ __forceinline__ void add_batch(const Terms& terms, int at, int end, f
       weights[u] = __shfl_sync(~0u, terms.weight, t);
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
-        if (at + v * kStep < end) values[u][v] = *reinterpret_cast<const Vec16*>(address + at + v * kStep);
+        if (at + v * kStep < end) values[u][v] = device::load_vec16(address + at + v * kStep);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -76,21 +81,24 @@ __device__ __forceinline__ void add_batch(const Terms& terms, int at, int end, f
 // Ordinary loads and stores.
 template <typename Wire, typename Rows>
 __device__ void sum_by_threads(Rows& rows) {
-  constexpr int kVecs = 1;
+  constexpr int kVecs = 2;
   constexpr int kStep = 32 * sizeof(Vec16);
   SumRow row;
   while (rows.next_row(row)) {
-    Terms terms;
-    const bool has_terms = rows.next_terms(row, 0, terms);
+    Terms first_terms;
+    rows.get_terms(row, 0, first_terms);
     for (int first = row.begin; first < row.end; first += kVecs * kStep) {
       const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
       float sums[kVecs][Wire::kElements] = {};
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
         if (rows.has_biases() && at + v * kStep < row.end) add_biases<Wire>(rows, row, at + v * kStep, sums[v]);
-      if (has_terms) add_batch<Wire, kVecs>(terms, at, row.end, sums);
-      Terms further;
-      for (int batch = 1; has_terms && rows.next_terms(row, batch, further); ++batch) add_batch<Wire, kVecs>(further, at, row.end, sums);
+      add_batch<Wire, kVecs>(first_terms, at, row.end, sums);
+      Terms terms;
+      for (int batch = 1; batch < rows.num_batches(); ++batch) {
+        rows.get_terms(row, batch, terms);
+        add_batch<Wire, kVecs>(terms, at, row.end, sums);
+      }
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
         if (at + v * kStep < row.end) *reinterpret_cast<Vec16*>(rows.out(row) + at + v * kStep) = Wire::narrow(sums[v]);
@@ -100,161 +108,208 @@ __device__ void sum_by_threads(Rows& rows) {
   }
 }
 
-// Bulk loads: pieces of up to kMostGroup terms at a time come into a stage of a ring, side by side.
-inline constexpr int kMostGroup = 4;
+// Bulk loads: the pieces of a row's terms come into the slots of a ring, those of up to kMostSumGroup terms together. A group takes as many slots
+// as it has terms, so however many a row has, most of the ring is on its way.
 
-// What a stage holds, behind the pieces.
-struct StageTag {
+// What a group is.
+struct SumTag {
   SumRow row;
   int32_t at;  // where in the row the pieces begin
   int32_t num_terms;
-  float weights[kMostGroup];
-  bool is_last;  // of this piece of the row
+  bool is_last;      // of this piece of the row
+  bool is_weighted;  // there are weights other than 1
+  float weights[kMostSumGroup];
 };
-inline constexpr int kStageTagBytes = 48;
-static_assert(sizeof(StageTag) <= kStageTagBytes);
+static_assert(sizeof(SumTag) <= kSumTagBytes);
 
-// Loads the terms of all rows, one stage after the other; all threads of a warp.
-template <typename Wire, typename Rows>
-class TermLoader {
- public:
-  // A stage holds pieces of `piece_bytes` of up to `group` terms.
-  __device__ TermLoader(Rows& rows, int piece_bytes, int group) : rows_(rows), piece_bytes_(piece_bytes), group_(group) {}
+// A warp's ring. Groups and slots go round separately.
+struct SumRing {
+  std::byte* memory;
+  SumRingShape shape;
 
-  __device__ StageTag& tag_of(std::byte* stage) const { return *reinterpret_cast<StageTag*>(stage + group_ * piece_bytes_); }
+  __device__ std::byte* slot(int idx) const { return memory + idx * shape.piece_bytes; }
+  __device__ SumTag& tag(int group) const { return *reinterpret_cast<SumTag*>(memory + shape.tags() + group * kSumTagBytes); }
+  __device__ uint64_t* arrivals(int group) const { return reinterpret_cast<uint64_t*>(memory + shape.arrivals()) + group; }
 
-  // False: there is nothing left. Each thread with a term loads its own.
-  __device__ bool load(std::byte* stage, uint64_t* arrivals) {
-    while (terms_.valid == 0)
-      if (!next_terms()) return false;
-    const uint32_t own = 1u << device::lane_idx();
-    const int nth = __popc(terms_.valid & (own - 1));
-    const bool loads = (terms_.valid & own) != 0 && nth < group_;
-    const uint32_t group = __ballot_sync(~0u, loads);
-    terms_.valid &= ~group;
-    StageTag& tag = tag_of(stage);
-    const auto num_bytes = static_cast<uint32_t>(min(piece_bytes_, row_.end - at_));
+  // All threads of the warp, before the first use.
+  __device__ void init() const {
     if (device::lane_idx() == 0) {
-      tag.row = row_;
-      tag.at = at_;
-      tag.num_terms = __popc(group);
-      tag.is_last = terms_.valid == 0 && !has_further_;
-      device::expect_bytes(arrivals, num_bytes * __popc(group));
+      for (int group = 0; group < shape.num_slots; ++group) device::init_arrivals(arrivals(group));
+      device::fence_arrivals_init();
     }
     __syncwarp();
-    if (loads) {
-      tag.weights[nth] = terms_.weight;
-      device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
-      device::bulk_load(stage + nth * piece_bytes_, terms_.address + at_, num_bytes, arrivals);
+  }
+};
+
+// Goes round and round a ring.
+struct SumCursor {
+  int num_slots;
+  int group = 0;
+  int slot = 0;
+  uint32_t phase = 0;  // of the group's arrivals: changes with every round
+
+  __device__ int slot_of(int nth) const { return slot + nth < num_slots ? slot + nth : slot + nth - num_slots; }
+  __device__ void advance(int num_terms) {
+    slot = slot_of(num_terms);
+    if (++group < num_slots) return;
+    group = 0;
+    phase ^= 1;
+  }
+};
+
+// Loads the terms of all rows, group after group; all threads of a warp. A piece without terms is a group without slots.
+template <typename Rows>
+class TermLoader {
+ public:
+  __device__ TermLoader(const SumRing& ring, Rows& rows)
+      : ring_(ring), rows_(rows), cursor_{ring.shape.num_slots}, num_free_(ring.shape.num_slots), batch_(rows.num_batches()) {}
+
+  // Starts loading whatever fits. False: nothing is on its way, and there is nothing left.
+  __device__ bool fill() {
+    while (more_) {
+      if (!has_terms_) more_ = has_terms_ = next_batch();
+      const int num_terms = min(min(__popc(terms_.valid), kMostSumGroup), ring_.shape.num_slots);
+      if (!more_ || num_terms > num_free_ || num_groups_ == ring_.shape.num_slots) break;
+      load(num_terms);
+      has_terms_ = terms_.valid != 0;
     }
-    __syncwarp();  // publishes the tag
-    return true;
+    return num_groups_ > 0;
+  }
+  // The oldest group has been used.
+  __device__ void release(int num_terms) {
+    --num_groups_;
+    num_free_ += num_terms;
   }
 
  private:
   // The next batch of terms: of this piece, of the row's next piece, or of the next row.
-  __device__ bool next_terms() {
-    if (has_further_) {
-      ++batch_;
-      has_further_ = has_terms_from(batch_ + 1);
-      return rows_.next_terms(row_, batch_, terms_);
+  __device__ bool next_batch() {
+    if (++batch_ < rows_.num_batches()) {
+      rows_.get_terms(row_, batch_, terms_);
+      return true;
     }
-    at_ += piece_bytes_;
-    if (!in_row_ || at_ >= row_.end) {
+    batch_ = 0;
+    at_ += ring_.shape.piece_bytes;
+    if (at_ >= row_.end) {
       if (!rows_.next_row(row_)) return false;
       at_ = row_.begin;
-      in_row_ = has_terms_from(0);
-      if (!in_row_) {
-        finish_empty_row();
-        return true;
-      }
-      rows_.next_terms(row_, 0, first_terms_);
+      rows_.get_terms(row_, 0, first_terms_);
     }
     terms_ = first_terms_;
-    batch_ = 0;
-    has_further_ = has_terms_from(1);
     return true;
   }
 
-  __device__ bool has_terms_from(int batch) {
-    Terms further;
-    for (; rows_.next_terms(row_, batch, further); ++batch)
-      if (further.valid != 0) return true;
-    return false;
-  }
-
-  // A row without terms: the biases, or zeros.
-  __device__ void finish_empty_row() {
-    for (int at = row_.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)); at < row_.end; at += 32 * sizeof(Vec16)) {
-      float sum[Wire::kElements] = {};
-      add_biases<Wire>(rows_, row_, at, sum);
-      *reinterpret_cast<Vec16*>(rows_.out(row_) + at) = Wire::narrow(sum);
+  // Each thread with a term loads its own.
+  __device__ void load(int num_terms) {
+    const int nth = __popc(terms_.valid & device::lanes_below());
+    const bool loads = (terms_.valid >> device::lane_idx() & 1) != 0 && nth < num_terms;
+    terms_.valid &= ~__ballot_sync(~0u, loads);
+    const bool is_weighted = __any_sync(~0u, loads && terms_.weight != 1.0f) != 0;
+    SumTag& tag = ring_.tag(cursor_.group);
+    uint64_t* const arrivals = ring_.arrivals(cursor_.group);
+    const auto num_bytes = static_cast<uint32_t>(min(ring_.shape.piece_bytes, row_.end - at_));
+    if (device::lane_idx() == 0) {
+      tag.row = row_;
+      tag.at = at_;
+      tag.num_terms = num_terms;
+      tag.is_last = terms_.valid == 0 && batch_ + 1 == rows_.num_batches();
+      tag.is_weighted = is_weighted;
+      device::expect_bytes(arrivals, num_bytes * num_terms);
     }
     __syncwarp();
-    rows_.row_done(row_);
+    if (loads) {
+      tag.weights[nth] = terms_.weight;
+      device::bulk_load(ring_.slot(cursor_.slot_of(nth)), terms_.address + at_, num_bytes, arrivals);
+    }
+    __syncwarp();  // publishes the tag
+    cursor_.advance(num_terms);
+    ++num_groups_;
+    num_free_ -= num_terms;
   }
 
+  const SumRing& ring_;
   Rows& rows_;
-  const int piece_bytes_;
-  const int group_;
+  SumCursor cursor_;
+  int num_groups_ = 0;  // on their way
+  int num_free_;        // slots
   SumRow row_ = {};
-  Terms terms_, first_terms_;
   int at_ = 0;
-  int batch_ = 0;
-  bool in_row_ = false, has_further_ = false;
+  int batch_;
+  Terms terms_, first_terms_;
+  bool more_ = true, has_terms_ = false;
 };
 
-// Sums all rows; the pieces of a row are added up in registers, while the next ones are loaded. kVecs: pieces of up to kVecs * 512 bytes.
+// Where the bytes begin that a thread adds in sums[v].
+__device__ __forceinline__ int vec_offset(int v) {
+  return (v * kWarpThreads + static_cast<int>(device::lane_idx())) * static_cast<int>(sizeof(Vec16));
+}
+
+// Adds the pieces of a group that has arrived, whole steps at a time: what stands behind a piece in its slot is added to sums that nobody uses.
+template <typename Wire, bool kWeighted, int kVecs>
+__device__ __forceinline__ void add_group(const SumRing& ring, const SumCursor& cursor, int num_terms, int size,
+                                          float (&sums)[kVecs][Wire::kElements]) {
+  constexpr int kStepVecs = kSumStepBytes / (kWarpThreads * static_cast<int>(sizeof(Vec16)));
+  const SumTag& tag = ring.tag(cursor.group);
+#pragma unroll 1
+  for (int u = 0; u < num_terms; ++u) {
+    const float weight = kWeighted ? tag.weights[u] : 1.0f;
+    const std::byte* const piece = ring.slot(cursor.slot_of(u));
+#pragma unroll
+    for (int step = 0; step < kVecs; step += kStepVecs) {
+      if (vec_offset(step) >= size && step > 0) break;
+#pragma unroll
+      for (int v = step; v < step + kStepVecs; ++v) add_term<Wire, kWeighted>(sums[v], device::load_vec16(piece + vec_offset(v)), weight);
+    }
+  }
+}
+
 template <typename Wire, int kVecs, typename Rows>
-__device__ void sum_by_ring(const Ring& ring, Rows& rows, int piece_bytes, int group) {
-  const auto offset = [](int v) { return static_cast<int>((v * 32 + device::lane_idx()) * sizeof(Vec16)); };
-  TermLoader<Wire, Rows> loader(rows, piece_bytes, group);
-  RingCursor loading{ring}, summing{ring};
-  int num_ahead = 0;  // loaded and not yet summed
-  bool more = true;
-  const auto load_next = [&] {
-    more = more && loader.load(loading.stage(), loading.arrivals());
-    if (!more) return;
-    loading.advance();
-    ++num_ahead;
-  };
-  while (more && num_ahead < ring.num_stages) load_next();
-  while (num_ahead > 0) {
-    float sums[kVecs][Wire::kElements] = {};
-    const SumRow row = loader.tag_of(summing.stage()).row;
-    const int at = loader.tag_of(summing.stage()).at;
-    const int size = min(piece_bytes, row.end - at);
-    if (rows.has_biases()) {
+__device__ __forceinline__ void add_biases(Rows& rows, const SumTag& tag, int size, float (&sums)[kVecs][Wire::kElements]) {
 #pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (offset(v) < size) add_biases<Wire>(rows, row, at + offset(v), sums[v]);
-    }
-    for (bool is_last = false; !is_last;) {
-      const std::byte* stage = summing.stage();
-      const StageTag& tag = loader.tag_of(summing.stage());
-      summing.await();
-      is_last = tag.is_last;
-      const int num_terms = tag.num_terms;
+  for (int v = 0; v < kVecs; ++v)
+    if (vec_offset(v) < size) add_biases<Wire>(rows, tag.row, tag.at + vec_offset(v), sums[v]);
+}
+
+// Stores the piece of a row, and begins the next one.
+template <typename Wire, int kVecs>
+__device__ __forceinline__ void store_sums(std::byte* to, int size, float (&sums)[kVecs][Wire::kElements]) {
 #pragma unroll
-      for (int u = 0; u < kMostGroup; ++u) {
-        if (u >= num_terms) break;
-        const float weight = tag.weights[u];
+  for (int v = 0; v < kVecs; ++v) {
+    if (vec_offset(v) < size) *reinterpret_cast<Vec16*>(to + vec_offset(v)) = Wire::narrow(sums[v]);
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v)
-          if (offset(v) < size) add_term<Wire>(sums[v], *reinterpret_cast<const Vec16*>(stage + u * piece_bytes + offset(v)), weight);
-      }
-      __syncwarp();
-      summing.advance();
-      --num_ahead;
-      load_next();  // into the stage that has just become free
-    }
-    std::byte* out = rows.out(row) + at;
-#pragma unroll
-    for (int v = 0; v < kVecs; ++v)
-      if (offset(v) < size) *reinterpret_cast<Vec16*>(out + offset(v)) = Wire::narrow(sums[v]);
-    if (at + size < row.end) continue;
-    __syncwarp();
-    rows.row_done(row);
+    for (int i = 0; i < Wire::kElements; ++i) sums[v][i] = 0.0f;
+  }
+}
+
+// Sums all rows; the pieces of a row are added up in registers, while the next ones are loaded.
+template <typename Wire, typename Rows>
+__device__ void sum_by_ring(const SumRing& ring, Rows& rows) {
+  constexpr int kVecs = kMostSumPieceBytes / (kWarpThreads * static_cast<int>(sizeof(Vec16)));
+  TermLoader<Rows> loader(ring, rows);
+  SumCursor summing{ring.shape.num_slots};
+  float sums[kVecs][Wire::kElements] = {};
+  SumRow done;  // is complete, but not reported
+  bool is_done = false, begins = true;
+  while (true) {
+    const bool more = loader.fill();  // first, since reports wait for stores
+    if (is_done) rows.row_done(done);
+    if (!more) break;
+    const SumTag& tag = ring.tag(summing.group);
+    const int num_terms = tag.num_terms;
+    const int size = min(ring.shape.piece_bytes, tag.row.end - tag.at);
+    if (begins && rows.has_biases()) add_biases<Wire>(rows, tag, size, sums);
+    device::await_bytes(ring.arrivals(summing.group), summing.phase);
+    if (tag.is_weighted)
+      add_group<Wire, true>(ring, summing, num_terms, size, sums);
+    else
+      add_group<Wire, false>(ring, summing, num_terms, size, sums);
+    begins = tag.is_last;
+    is_done = begins && tag.at + size == tag.row.end;
+    if (begins) store_sums<Wire>(rows.out(tag.row) + tag.at, size, sums);
+    if (is_done) done = tag.row;
+    __syncwarp();  // all threads have read the group and its tag, and stored
+    summing.advance(num_terms);
+    loader.release(num_terms);
   }
 }
 
