@@ -2,7 +2,7 @@
 // The protocol of the latency path, as the kernels of dispatch and combine see it.
 //
 //   sending    announce();  write slots;  raise_row(...) behind each
-//   receiving  await_calls(): the sources run the same call;  await_row(...): a row is there
+//   receiving  await_calls(): the sources run the same call, or the exchange fails;  await_row(...): a row is there
 //   both       begin(): what was pushed two epochs ago is used up;  finish()
 //
 // Nothing that is small has a flag: it travels in words that hold their epoch (layout::LatencyWords). Nothing waits for all blocks: that this
@@ -13,6 +13,16 @@
 #include "kernels/operation.cuh"
 
 namespace tern::kernels {
+
+// The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on: they
+// meet at a barrier of their own, and work in groups of warps.
+inline constexpr int kRaisingWarp = kLatencyThreads / kWarpThreads - 1;
+inline constexpr int kWorkThreads = kRaisingWarp * kWarpThreads;
+inline constexpr int kGroupThreads = 96;
+inline constexpr int kGroups = kWorkThreads / kGroupThreads;
+static_assert(kGroups * kGroupThreads == kWorkThreads);
+__device__ __forceinline__ bool is_raising() { return threadIdx.x >= kWorkThreads; }
+__device__ __forceinline__ void sync_workers() { device::sync_some_warps(15, kWorkThreads); }
 
 class LatencyCall {
  public:
@@ -40,16 +50,21 @@ class LatencyCall {
 
   // All threads of the block. False: the exchange has failed, and nothing is to be done.
   __device__ bool begin() {
-    bool ok = threadIdx.x != 0 || !op_.is_aborted();
+    bool ok = true;
     for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
       if (op_.is_masked(peer)) continue;
+      // Asked for before the epoch is known, which comes from memory too.
+      const uint64_t consumed = load_acquire_sys(&op_.progress(rank(), peer)->consumed);
       if (blockIdx.x == 0) post_consumed_before(peer);
-      if (args_.sends) ok = ok && op_.await_bank(peer);
+      if (args_.sends && consumed + layout::kNumBanks < op_.epoch) ok = op_.await_bank(peer) && ok;
     }
+    if (threadIdx.x == kLatencyThreads - 1) ok = !op_.is_aborted();
     // All have the epoch now: when all blocks have come here it may be advanced.
     ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
-    if (!ok && threadIdx.x == 0) op_.report_abort();
-    if (threadIdx.x == 0) began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1;
+    if (threadIdx.x == 0) {
+      began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1;
+      if (!ok) op_.report_abort();
+    }
     return ok;
   }
 
@@ -61,9 +76,9 @@ class LatencyCall {
       put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
     }
   }
-  // The same for ranks that run an operation of the throughput path, by mistake.
+  // One warp: the same for ranks that run an operation of the throughput path, by mistake.
   __device__ void announce_to_throughput() const {
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads) {
       if (op_.is_masked(peer)) continue;
       layout::CallCell* cell = op_.call(peer, rank());
       cell->shape = args_.shape;
@@ -73,12 +88,11 @@ class LatencyCall {
     }
   }
 
-  // All threads of the block. False: the exchange has failed, or does now because a source calls something else.
-  __device__ bool await_calls() const {
-    bool ok = true;
-    for (int source = static_cast<int>(threadIdx.x); source < num_ranks(); source += kLatencyThreads)
-      ok = ok && (op_.is_masked(source) || await_call(source));
-    return __syncthreads_and(ok ? 1 : 0) != 0;
+  // One warp: do the sources run the same call? If not, the exchange fails, and so do all waits.
+  __device__ void await_calls() const {
+    uint32_t hash = 0;
+    for (int source = static_cast<int>(device::lane_idx()); source < num_ranks(); source += kWarpThreads)
+      if (!op_.is_masked(source) && await_word(source, args_.words.call(), hash)) check_call(source, hash);
   }
 
   __device__ bool check_call(int source, uint32_t hash) const {
@@ -108,11 +122,6 @@ class LatencyCall {
   // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
   __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
     return op_.in_window<uint64_t>(owner, args_.exchange.layout.row_flags(args_.exchange.lane, source)) + token;
-  }
-
-  __device__ bool await_call(int source) const {
-    uint32_t hash = 0;
-    return await_word(source, args_.words.call(), hash) && check_call(source, hash);
   }
 
   // Passes on why a wait has failed.

@@ -19,15 +19,13 @@ struct GroupRows {
 // Shared memory of a block.
 class DispatchMemory {
  public:
-  static constexpr int kMostGroups = 4;
-
   __host__ __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base) : base_(base) {
     const PlanView& plan = args.call.plan;
     const int64_t num_ranks = args.call.exchange.num_ranks, num_counts = plan.num_counts(args.call.exchange.num_ranks);
     tail_ = place(args.call.slot.end() - args.call.slot.scales(), 1);
     destinations_ = place(num_ranks, sizeof(std::byte*));
-    destination_ranks_ = place(num_ranks + 1, sizeof(int32_t));
-    rows_ = place(kMostGroups, sizeof(GroupRows));
+    destination_ranks_ = place(num_ranks + 2, sizeof(int32_t));
+    rows_ = place(kGroups, sizeof(GroupRows));
     counts_ = place(num_ranks * num_counts, sizeof(int32_t));
     presence_ = place(num_ranks * args.call.words.num_presence(), sizeof(uint32_t));
     first_row_ = place(plan.num_experts, sizeof(int32_t));
@@ -44,6 +42,8 @@ class DispatchMemory {
   __device__ int32_t* destination_ranks() const { return at<int32_t>(destination_ranks_); }
   __device__ int32_t num_destinations() const { return destination_ranks()[num_ranks_]; }
   __device__ void set_num_destinations(int32_t num) const { destination_ranks()[num_ranks_] = num; }
+  // 1: a wait for words has failed.
+  __device__ int32_t* has_failed() const { return destination_ranks() + num_ranks_ + 1; }
   __device__ GroupRows* rows(int group) const { return at<GroupRows>(rows_) + group; }
   // Sending: [num_counts] of this rank's tokens so far. Receiving: [num_ranks][num_counts] of the source, then of all lower sources.
   __device__ int32_t* counts() const { return at<int32_t>(counts_); }
@@ -93,13 +93,7 @@ class OwnRouting {
     const int lane = static_cast<int>(device::lane_idx());
     for (int32_t first = begin + static_cast<int32_t>(threadIdx.x) - lane; first < end; first += kLatencyThreads) {
       const int32_t token = first + lane;
-      uint64_t ranks = 0;
-      for (int k = 0; k < plan_.num_topk && token < end; ++k) {
-        const int32_t expert = checked_expert(token * plan_.num_topk + k);
-        if (expert < 0) continue;
-        atomicAdd(counters + expert, 1);
-        ranks |= uint64_t{1} << (expert / plan_.local_experts);
-      }
+      const uint64_t ranks = token < end ? count_token(token, counters) : 0;
       for (int rank = 0; rank < num_ranks_; ++rank) {
         const uint32_t bits = __ballot_sync(~0u, (ranks >> rank & 1) != 0);
         if (lane != 0) continue;
@@ -129,15 +123,27 @@ class OwnRouting {
     }
   }
 
+  // Entries lane_idx() and 32 + lane_idx() of a token, as the caller gives them; -1 beyond the last.
+  struct GivenEntries {
+    int64_t expert[2];
+  };
+  __device__ GivenEntries given_entries(int32_t token) const {
+    const int k = static_cast<int>(device::lane_idx()), first = token * plan_.num_topk;
+    return {{k < plan_.num_topk ? given_expert(first + k) : -1,
+             k + kWarpThreads < plan_.num_topk ? given_expert(first + k + kWarpThreads) : -1}};
+  }
+
   // One warp, with the counters of all tokens before: the token's entries, and where they stand among this rank's. Returns the ranks that it
   // goes to. Rows in the plan are positions until they are settled.
-  __device__ uint64_t place_token(int32_t token, const int32_t* counters, layout::LatencySlot::Entry* entries) const {
+  __device__ uint64_t place_token(int32_t token, const GivenEntries& given, const int32_t* counters, layout::LatencySlot::Entry* entries) const {
     const int lane = static_cast<int>(device::lane_idx());
     uint64_t ranks = 0;
     int32_t first_experts = -1;
-    for (int first = 0; first < plan_.num_topk; first += kWarpThreads) {
+#pragma unroll
+    for (int first = 0; first < 2 * kWarpThreads; first += kWarpThreads) {
+      if (first >= plan_.num_topk) break;
       const int k = first + lane;
-      const int32_t expert = k < plan_.num_topk ? checked_expert(token * plan_.num_topk + k) : -1;
+      const int32_t expert = checked(given.expert[first / kWarpThreads]);
       int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
       for (int i = 0; first > 0 && i < kWarpThreads; ++i) before += __shfl_sync(~0u, first_experts, i) == expert ? 1 : 0;
       if (first == 0) first_experts = expert;
@@ -158,16 +164,37 @@ class OwnRouting {
   }
 
  private:
+  __device__ int64_t given_expert(int32_t entry) const {
+    return args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
+  }
+
   // -1 for entries to masked ranks, and for numbers that are no expert, of which the host is told.
-  __device__ int32_t checked_expert(int32_t entry) const {
-    const int64_t expert =
-        args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
+  __device__ int32_t checked(int64_t expert) const {
     if (expert < -1 || expert >= plan_.num_experts) {
       op_.post_notice(TERN_INVALID_ARGUMENT);
       return -1;
     }
     if (expert < 0 || op_.is_masked(static_cast<int>(expert) / plan_.local_experts)) return -1;
     return static_cast<int32_t>(expert);
+  }
+
+  // One thread: adds the token's entries; the ranks that it goes to.
+  __device__ uint64_t count_token(int32_t token, int32_t* counters) const {
+    constexpr int kAtOnce = 8;  // under way together
+    uint64_t ranks = 0;
+    for (int first = 0; first < plan_.num_topk; first += kAtOnce) {
+      int64_t given[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) given[i] = first + i < plan_.num_topk ? given_expert(token * plan_.num_topk + first + i) : -1;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t expert = checked(given[i]);
+        if (expert < 0) continue;
+        atomicAdd(counters + expert, 1);
+        ranks |= uint64_t{1} << (expert / plan_.local_experts);
+      }
+    }
+    return ranks;
   }
 
   const LatencyDispatchArgs& args_;
@@ -213,27 +240,30 @@ class Arrivals {
         num_counts_(static_cast<int>(args.call.words.num_counts)),
         num_presence_(static_cast<int>(args.call.words.num_presence())) {}
 
-  // All threads of the block. False: the exchange has failed.
+  // All threads of the block. False: the exchange has failed, or this warp has no further part in it.
   __device__ bool open() {
-    if (!args_.routes) {
-      if (!call_.await_calls()) return false;
+    if (is_raising()) {
+      if (!args_.routes && blockIdx.x == 0) call_.await_calls();
+    } else if (args_.routes) {
+      if (!fetch_words()) *memory_.has_failed() = 1;
+      sync_workers();
+      set_received_begin();
+      if (blockIdx.x == 0) {
+        keep_counts();
+        sync_workers();
+      }
+      sum_counts();
+      if (plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) {
+        sync_workers();
+        set_first_rows();
+      }
+    } else {
       read_plan();
-      __syncthreads();
-      return true;
     }
-    if (!fetch_words()) return false;
-    set_received_begin();
-    if (blockIdx.x == 0) {
-      keep_counts();
-      __syncthreads();
-    }
-    sum_counts();
-    __syncthreads();
-    if (plan_.has_expert_rows()) {
-      set_first_rows();
-      __syncthreads();
-    }
-    return true;
+    if (is_raising()) return false;
+    sync_workers();
+    for (int source = 0; args_.routes && source < num_ranks_; ++source) most_tokens_ = max(most_tokens_, memory_.num_tokens()[source]);
+    return *memory_.has_failed() == 0;
   }
 
   // Message i of those that there may be; false: there is none. All threads of a warp.
@@ -267,7 +297,7 @@ class Arrivals {
     if (entry.expert >= 0 && entry.expert / plan_.local_experts == rank_) {
       here.expert = entry.expert - rank_ * plan_.local_experts;
       const int32_t before = memory_.counts()[message.source * num_counts_ + entry.expert];
-      here.row = plan_.has_expert_rows() ? bounded_row(memory_.first_row()[entry.expert], int64_t{before} + entry.position)
+      here.row = plan_.has_expert_rows() ? bounded_row(first_row(entry.expert), int64_t{before} + entry.position)
                                          : bounded_row(0, message.index);
     }
     plan_.received_experts[at] = here.expert;
@@ -278,23 +308,27 @@ class Arrivals {
     if (args_.routes) plan_.source_token[message.index] = message.token;
   }
 
-  // All threads of all blocks: what follows from the routing alone.
+  // The workers of all blocks: what follows from the routing alone.
   __device__ void write_outputs() const {
+    const DispatchOutputs& out = args_.out;
+    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && !out.zero_padding) {
+      if (out.source_token != nullptr || out.source_rank != nullptr || out.row_expert != nullptr) clear_padded_rows();
+      if (blockIdx.x == 0) keep_and_write_counts();
+      return;
+    }
     const auto warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-    const auto num_warps = static_cast<int>(kLatencyThreads / kWarpThreads * gridDim.x);
+    const auto num_warps = static_cast<int>(kWorkThreads / kWarpThreads * gridDim.x);
     for (auto e = static_cast<int>(warp * gridDim.x + blockIdx.x); plan_.has_expert_rows() && e < plan_.local_experts; e += num_warps) {
       const int64_t begin = group_begin(e), end = min(int64_t{group_begin(e + 1)}, args_.out.num_rows);
       clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
     }
     const int64_t used = plan_.has_expert_rows() ? group_begin(plan_.local_experts) : memory_.received_begin()[num_ranks_];
-    clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kLatencyThreads + threadIdx.x,
-               gridDim.x * kLatencyThreads);
-    if (blockIdx.x != 0) return;
-    if (args_.routes) keep_groups();
-    write_counts();
+    clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kWorkThreads + threadIdx.x,
+               gridDim.x * kWorkThreads);
+    if (blockIdx.x == 0) keep_and_write_counts();
   }
 
-  // All threads of all blocks, at the end: where this rank's messages and entries come to lie, into the plan.
+  // The workers of all blocks, at the end: where this rank's messages and entries come to lie, into the plan.
   __device__ void settle_own() const {
     if (!args_.routes) return;
     const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
@@ -303,13 +337,13 @@ class Arrivals {
     // Positions, which this block has left there, become rows.
     const int32_t* lower = memory_.counts() + rank_ * num_counts_;  // sums over the lower sources
     for (int32_t token = first; token < memory_.num_tokens()[rank_]; token += num_senders) {
-      for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kLatencyThreads) {
+      for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kWorkThreads) {
         int32_t& row = plan_.entry_rows[token * plan_.num_topk + k];
         const int32_t expert = plan_.experts[token * plan_.num_topk + k];
         const bool has_row = expert >= 0 && plan_.has_expert_rows();
-        row = has_row ? bounded_row(memory_.first_row()[expert], int64_t{lower[expert]} + row) : -1;
+        row = has_row ? bounded_row(first_row(expert), int64_t{lower[expert]} + row) : -1;
       }
-      for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kLatencyThreads) {
+      for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kWorkThreads) {
         MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
         if (message.rank < 0) continue;
         message.row = plan_.has_expert_rows() ? 0 : bounded_row(lower[plan_.num_experts + message.rank], message.row);
@@ -319,8 +353,8 @@ class Arrivals {
 
  private:
   __device__ void read_plan() const {
-    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kLatencyThreads) memory_.received_begin()[i] = plan_.received_begin[i];
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) memory_.received_begin()[i] = plan_.received_begin[i];
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kWorkThreads) {
       int32_t sum = 0;
       for (int source = 0; source < num_ranks_; ++source) sum += plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
       memory_.num_entries()[e] = sum;
@@ -332,24 +366,24 @@ class Arrivals {
     constexpr int kAtOnce = 4;
     const int per_source = 2 + num_counts_ + num_presence_, num_words = num_ranks_ * per_source;
     bool ok = true;
-    for (int first = static_cast<int>(threadIdx.x); first < num_words; first += kAtOnce * kLatencyThreads) {
+    for (int first = static_cast<int>(threadIdx.x); first < num_words; first += kAtOnce * kWorkThreads) {
       uint64_t seen[kAtOnce] = {};
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u)
-        if (const int i = first + u * kLatencyThreads; i < num_words) seen[u] = peek(i / per_source, i % per_source);
+        if (const int i = first + u * kWorkThreads; i < num_words) seen[u] = peek(i / per_source, i % per_source);
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * kLatencyThreads, source = i / per_source, word = i % per_source;
+        const int i = first + u * kWorkThreads, source = i / per_source, word = i % per_source;
         if (i >= num_words || !ok) continue;
         auto value = static_cast<uint32_t>(seen[u]);
         if (call_.operation().is_masked(source))
           value = 0;
-        else if (seen[u] >> 32 != (call_.operation().epoch & 0xffffffff))
+        else if (!call_.operation().is_of_epoch(seen[u]))
           ok = call_.await_word(source, word, value);
         ok = ok && keep_word(source, word, value);
       }
     }
-    return __syncthreads_and(ok ? 1 : 0) != 0;
+    return ok;
   }
   __device__ uint64_t peek(int source, int word) const {
     if (call_.operation().is_masked(source)) return 0;
@@ -368,11 +402,9 @@ class Arrivals {
     return true;
   }
 
-  __device__ void set_received_begin() {
-    most_tokens_ = 0;
-    for (int source = 0; source < num_ranks_; ++source) most_tokens_ = max(most_tokens_, memory_.num_tokens()[source]);
+  __device__ void set_received_begin() const {
     const int counter = plan_.num_experts + rank_;
-    if (threadIdx.x != counter % kLatencyThreads) return;  // sum_counts() leaves this counter to the same thread
+    if (threadIdx.x != counter % kWorkThreads) return;  // sum_counts() leaves this counter to the same thread
     int32_t begin = 0;
     for (int source = 0; source < num_ranks_; ++source) {
       memory_.received_begin()[source] = begin;
@@ -383,11 +415,11 @@ class Arrivals {
 
   // One block, into the plan.
   __device__ void keep_counts() const {
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts_; i += kLatencyThreads) plan_.counts[i] = memory_.counts()[i];
-    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kLatencyThreads)
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts_; i += kWorkThreads) plan_.counts[i] = memory_.counts()[i];
+    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kWorkThreads)
       plan_.num_tokens[source] = memory_.num_tokens()[source];
     constexpr int kEnds = layout::kMaxChunks + 1;
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kEnds; i += kLatencyThreads)
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kEnds; i += kWorkThreads)
       plan_.chunk_begin[i] = num_present(i / kEnds, i % kEnds * plan_.tokens_per_chunk);
   }
   // Messages of the source's tokens below `end`.
@@ -400,7 +432,7 @@ class Arrivals {
 
   // Counts become sums over the lower sources; those over all sources go to first_row() until set_first_rows().
   __device__ void sum_counts() const {
-    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kLatencyThreads) {
+    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kWorkThreads) {
       int32_t sum = 0;
       for (int source = 0; source < num_ranks_; ++source) {
         int32_t& count = memory_.counts()[source * num_counts_ + c];
@@ -414,16 +446,16 @@ class Arrivals {
     }
   }
 
-  // Groups follow each other within a rank: a warp for each rank adds up their sizes.
+  // expert_major: groups follow each other within a rank; a warp for each rank adds up their sizes.
   __device__ void set_first_rows() const {
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(device::lane_idx());
-    for (int r = warp; r < num_ranks_; r += kLatencyThreads / kWarpThreads) {
+    for (int r = warp; r < num_ranks_; r += kWorkThreads / kWarpThreads) {
       int64_t begin = 0;
       for (int first = 0; first < plan_.local_experts; first += kWarpThreads) {
         const bool in = first + lane < plan_.local_experts;
         int32_t* row = memory_.first_row() + r * plan_.local_experts + first + lane;
         int64_t size = 0;
-        if (in) size = plan_.layout == TERN_LAYOUT_EXPERT_PADDED ? plan_.padded_group_rows : layout::align_up(*row, plan_.alignment);
+        if (in) size = layout::align_up(*row, plan_.alignment);
         int64_t sum = size;
         for (int step = 1; step < kWarpThreads; step *= 2) {
           const int64_t lower = __shfl_up_sync(~0u, sum, step);
@@ -439,19 +471,26 @@ class Arrivals {
   // One block, into the plan: the groups of this rank.
   __device__ void keep_groups() const {
     bool overflow = !plan_.has_expert_rows() && memory_.received_begin()[num_ranks_] > plan_.row_capacity;
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts && plan_.has_expert_rows(); e += kLatencyThreads) {
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts && plan_.has_expert_rows(); e += kWorkThreads) {
       plan_.group_begin[e] = group_begin(e);
       for (int source = 0; source < num_ranks_; ++source)
         plan_.source_begin[e * num_ranks_ + source] = memory_.counts()[source * num_counts_ + rank_ * plan_.local_experts + e];
       if (memory_.num_entries()[e] > 0) overflow = overflow || bounded_row(group_begin(e), memory_.num_entries()[e] - 1) < 0;
     }
     if (threadIdx.x == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = group_begin(plan_.local_experts);
-    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kLatencyThreads) plan_.received_begin[i] = memory_.received_begin()[i];
+    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) plan_.received_begin[i] = memory_.received_begin()[i];
     if (overflow) call_.operation().post_notice(TERN_CAPACITY_EXCEEDED);
+  }
+
+  // First row of an expert's group at its rank.
+  __device__ int64_t first_row(int32_t expert) const {
+    if (plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) return memory_.first_row()[expert];
+    return expert % plan_.local_experts * plan_.padded_group_rows;
   }
 
   // First row of a local expert's group; local_experts: where the last one ends.
   __device__ int32_t group_begin(int e) const {
+    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED) return static_cast<int32_t>(e * plan_.padded_group_rows);
     if (!args_.routes) return plan_.group_begin[e];
     return e < plan_.local_experts ? memory_.first_row()[rank_ * plan_.local_experts + e] : *memory_.groups_end();
   }
@@ -461,6 +500,26 @@ class Arrivals {
     if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && row_in_group >= plan_.padded_group_rows) return -1;
     const int64_t row = group_begin + row_in_group;
     return row < plan_.row_capacity ? static_cast<int32_t>(row) : -1;
+  }
+
+  // One block.
+  __device__ void keep_and_write_counts() const {
+    if (args_.routes) keep_groups();
+    write_counts();
+  }
+
+  // The workers of all blocks, for groups of equal size: what clear_rows() does, a row each.
+  __device__ void clear_padded_rows() const {
+    const DispatchOutputs& out = args_.out;
+    const auto group_rows = static_cast<uint32_t>(plan_.padded_group_rows);
+    const auto num_rows = static_cast<uint32_t>(out.num_rows);
+    for (uint32_t row = blockIdx.x * kWorkThreads + threadIdx.x; row < num_rows; row += gridDim.x * kWorkThreads) {
+      const uint32_t e = row / group_rows;
+      if (static_cast<int32_t>(row - e * group_rows) < memory_.num_entries()[e]) continue;
+      if (out.source_token != nullptr) out.source_token[row] = -1;
+      if (out.source_rank != nullptr) out.source_rank[row] = -1;
+      if (out.row_expert != nullptr) out.row_expert[row] = -1;
+    }
   }
 
   // Thread `thread` of `num_threads`: rows that nothing arrives for.
@@ -489,8 +548,8 @@ class Arrivals {
   // One block, behind what it has left in the plan itself: each thread reads what it wrote, but for the counts.
   __device__ void write_counts() const {
     const DispatchOutputs& out = args_.out;
-    __syncthreads();
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
+    sync_workers();
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kWorkThreads) {
       if (out.expert_counts != nullptr) out.expert_counts[e] = memory_.num_entries()[e];
       if (!plan_.has_expert_rows() || out.expert_rank_ranges == nullptr) continue;
       for (int source = 0; source < num_ranks_; ++source) {
@@ -499,8 +558,8 @@ class Arrivals {
       }
     }
     if (plan_.has_expert_rows() && out.expert_offsets != nullptr)
-      for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kLatencyThreads) out.expert_offsets[e] = group_begin(e);
-    for (int r = static_cast<int>(threadIdx.x); r < num_ranks_ && out.rank_counts != nullptr; r += kLatencyThreads)
+      for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kWorkThreads) out.expert_offsets[e] = group_begin(e);
+    for (int r = static_cast<int>(threadIdx.x); r < num_ranks_ && out.rank_counts != nullptr; r += kWorkThreads)
       out.rank_counts[r] = memory_.received_begin()[r + 1] - memory_.received_begin()[r];
   }
 

@@ -26,21 +26,24 @@ class RowSender {
     for (int c = static_cast<int>(threadIdx.x); c < plan_.num_counts(call_.num_ranks()); c += kLatencyThreads) counters[c] = 0;
     __syncthreads();
     int32_t num_counted = 0;
+    const bool casts = args_.in.encoding != TERN_ENCODING_AS_GIVEN;
     for (int32_t token = first; token < num_tokens_; token += step) {
       Chunk chunk = load(token, 0);
+      OwnRouting::GivenEntries entries = {{-1, -1}};
       if (args_.routes) {
+        if (threadIdx.x < kWarpThreads) entries = routing_.given_entries(token);
         routing_.count(num_counted, token, counters, [](int, int32_t, uint32_t) {});
         num_counted = token;
       }
       __syncthreads();
-      if (threadIdx.x < kWarpThreads) set_destinations(token, counters);
+      if (threadIdx.x < kWarpThreads) set_destinations(token, entries, counters);
       stage_sides(token);
       __syncthreads();
       push_row(token, chunk);
-      __syncthreads();  // a cast has left its scales in the tail
+      if (casts) __syncthreads();  // its scales are in the tail
       push_tail();
       __syncthreads();
-      if (threadIdx.x < memory_.num_destinations()) call_.raise_row(memory_.destination_ranks()[threadIdx.x], token);
+      if (is_raising()) raise(token);
     }
   }
 
@@ -67,11 +70,11 @@ class RowSender {
   }
 
   // One warp: the ranks that the token goes to, and where its entries are among all of this rank's; into the tail and the plan.
-  __device__ void set_destinations(int32_t token, const int32_t* counters) const {
+  __device__ void set_destinations(int32_t token, const OwnRouting::GivenEntries& given, const int32_t* counters) const {
     const int lane = static_cast<int>(device::lane_idx());
     uint64_t ranks = 0;
     if (args_.routes) {
-      ranks = routing_.place_token(token, counters, reinterpret_cast<layout::LatencySlot::Entry*>(tail(args_.call.slot.entries())));
+      ranks = routing_.place_token(token, given, counters, reinterpret_cast<layout::LatencySlot::Entry*>(tail(args_.call.slot.entries())));
     } else {
       for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
         const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
@@ -86,6 +89,12 @@ class RowSender {
       memory_.destinations()[nth] = call_.slot(rank, call_.slot_idx(call_.rank(), token));
     }
     if (lane == 0) memory_.set_num_destinations(__popcll(ranks));
+  }
+
+  // One warp: the token's row is in its slots.
+  __device__ void raise(int32_t token) const {
+    for (int i = static_cast<int>(device::lane_idx()); i < memory_.num_destinations(); i += kWarpThreads)
+      call_.raise_row(memory_.destination_ranks()[i], token);
   }
 
   // `offset` in the slot, of what stands behind the row.
@@ -195,8 +204,7 @@ class RowSender {
 // Spreads the messages that arrive; a group of warps takes one at a time.
 class MessageSpreader {
  public:
-  static constexpr int kThreads = 128;
-  static constexpr int kGroups = kLatencyThreads / kThreads;
+  static constexpr int kThreads = kGroupThreads;
 
   __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals, const DispatchMemory& memory)
       : args_(args),
@@ -207,7 +215,7 @@ class MessageSpreader {
         thread_(static_cast<int>(threadIdx.x) % kThreads),
         rows_(memory.rows(group_)) {}
 
-  // All threads of all blocks. Groups take messages in turn, those of all sources side by side.
+  // The workers of all blocks. Groups take messages in turn, those of all sources side by side.
   __device__ void run() {
     const auto num_groups = static_cast<int32_t>(kGroups * gridDim.x);
     const int32_t first = static_cast<int32_t>(group_ * gridDim.x + blockIdx.x), end = arrivals_.num_candidates();
@@ -226,7 +234,7 @@ class MessageSpreader {
     sync_group();
     if (rows_->is_there == 0) return false;
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
-    constexpr int kVecs = 8;
+    constexpr int kVecs = 10;
     constexpr int64_t kStep = kThreads * static_cast<int64_t>(sizeof(Vec16));
     for (int64_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
       Vec16 values[kVecs];
@@ -324,9 +332,9 @@ __device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, c
   if (blockIdx.x == 0) {
     call.announce(num_tokens);
     if (args.routes) OwnRouting(args, call.operation()).publish(call, num_tokens, memory.counts());
-    call.announce_to_throughput();
-    if (!is_alone) return;
     __syncthreads();
+    if (is_raising()) call.announce_to_throughput();
+    if (!is_alone) return;
   }
   RowSender(args, call, memory, num_tokens).run(is_alone ? 0 : static_cast<int32_t>(blockIdx.x) - 1, is_alone ? 1 : static_cast<int32_t>(gridDim.x) - 1);
 }
@@ -343,11 +351,9 @@ __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
   LatencyCall call(args.call);
+  if (threadIdx.x == 0) *memory.has_failed() = 0;
   if (call.begin()) {
-    if (args.call.sends) {
-      send(args, call, memory);
-      __syncthreads();
-    }
+    if (args.call.sends) send(args, call, memory);
     if (args.call.receives) receive(args, call, memory);
   }
   call.finish();

@@ -48,20 +48,17 @@ struct Operation {
 
   // One thread. Waits until *word has reached `expected`; false: the exchange has failed.
   __device__ bool await(const uint64_t* word, uint64_t expected, int peer) const {
-    uint64_t seen = load_acquire_sys(word);
-    return seen >= expected || spin(expected, peer, seen, [=](uint64_t& value) { return (value = load_acquire_sys(word)) >= expected; });
+    return load_acquire_sys(word) >= expected || await_flag(*this, word, expected, peer);
   }
 
   // One thread. Waits until a word of the latency path is of this epoch, and gives its value; false: the exchange has failed.
   __device__ bool await_word(const uint64_t* word, int peer, uint32_t& value) const {
     uint64_t seen = load_relaxed_sys(word);
-    const uint64_t epoch_half = epoch << 32;
-    if ((seen & ~uint64_t{0xffffffff}) != epoch_half &&
-        !spin(epoch, peer, seen, [=](uint64_t& now) { return ((now = load_relaxed_sys(word)) & ~uint64_t{0xffffffff}) == epoch_half; }))
-      return false;
+    if (!is_of_epoch(seen) && !await_epoch(*this, word, peer, seen)) return false;
     value = static_cast<uint32_t>(seen);
     return true;
   }
+  __device__ bool is_of_epoch(uint64_t word) const { return word >> 32 == (epoch & 0xffffffff); }
   __device__ void put_word(uint64_t* word, uint32_t value) const { device::store_relaxed_sys(word, epoch << 32 | value); }
 
   // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
@@ -72,41 +69,14 @@ struct Operation {
 
   // Records why this rank stops, in every window and for the host, unless it has been recorded already. Never waits.
   __device__ void give_up(tern_status status, int awaited, uint64_t expected, uint64_t seen) const {
-    if (atomicExch(exchange.failed, 1u) != 0) return;
-    layout::FailureRecord record;
-    record.status = status;
-    record.waiter = exchange.rank;
-    record.awaited = awaited;
-    record.lane = exchange.lane;
-    record.operation = operation;
-    record.expected_epoch = expected;
-    record.seen_epoch = seen;
-    for (int i = 0; i < exchange.num_ranks; ++i) {
-      const int owner = (exchange.rank + i) % exchange.num_ranks;
-      if (is_masked(owner)) continue;
-      *in_window<layout::FailureRecord>(owner, exchange.layout.record(exchange.rank)) = record;
-      store_release_sys(in_window<uint64_t>(owner, exchange.layout.abort()), static_cast<uint64_t>(exchange.rank) + 1);
-    }
-    post_failure(record);
+    record_failure(*this, status, awaited, expected, seen);
   }
 
   // Passes on to the host what another rank has recorded.
-  __device__ void report_abort() const {
-    const uint64_t waiter = load_acquire_sys(abort_word());
-    if (waiter == 0 || atomicExch(exchange.failed, 1u) != 0) return;
-    post_failure(*in_window<layout::FailureRecord>(exchange.rank, exchange.layout.record(static_cast<int>(waiter) - 1)));
-  }
+  __device__ void report_abort() const { pass_on_failure(*this); }
 
   // Something was left out of an operation that otherwise completed.
-  __device__ void post_notice(tern_status status) const {
-    layout::FailureRecord& notice = exchange.mailbox->notice;
-    notice.waiter = notice.awaited = exchange.rank;
-    notice.lane = exchange.lane;
-    notice.operation = operation;
-    notice.expected_epoch = notice.seen_epoch = epoch;
-    device::fence_sys();
-    *const_cast<volatile int32_t*>(&notice.status) = status;
-  }
+  __device__ void post_notice(tern_status status) const { record_notice(*this, status); }
 
   // All threads of the block, at its start: true if the exchange has failed, and nothing is to be done.
   __device__ bool is_poisoned() const {
@@ -153,13 +123,22 @@ struct Operation {
   }
 
  private:
-  // Looks until look(seen) says that it is there, or the deadline passes, or the exchange fails otherwise.
+  // What is seldom done is not inlined: kernels stay small, and begin sooner.
+  static __device__ __noinline__ bool await_flag(Operation op, const uint64_t* word, uint64_t expected, int peer) {
+    uint64_t seen = 0;
+    return op.spin(expected, peer, seen, [&] { return (seen = load_acquire_sys(word)) >= expected; });
+  }
+  static __device__ __noinline__ bool await_epoch(Operation op, const uint64_t* word, int peer, uint64_t& seen) {
+    return op.spin(op.epoch, peer, seen, [&] { return op.is_of_epoch(seen = load_relaxed_sys(word)); });
+  }
+
+  // Looks until look() says that it is there, or the deadline passes, or the exchange fails otherwise.
   template <typename Look>
-  __device__ bool spin(uint64_t expected, int peer, uint64_t& seen, Look look) const {
+  __device__ bool spin(uint64_t expected, int peer, const uint64_t& seen, Look look) const {
     constexpr int kSpinsPerLook = 64;
     const uint64_t start = device::global_timer_ns();
     for (int turn = 0;; ++turn) {
-      if (look(seen)) return true;
+      if (look()) return true;
       if (turn % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
       if (device::global_timer_ns() - start > exchange.timeout_ns) {
@@ -167,6 +146,42 @@ struct Operation {
         return false;
       }
     }
+  }
+
+  static __device__ __noinline__ void record_failure(Operation op, tern_status status, int awaited, uint64_t expected, uint64_t seen) {
+    const ExchangeView& exchange = op.exchange;
+    if (atomicExch(exchange.failed, 1u) != 0) return;
+    layout::FailureRecord record;
+    record.status = status;
+    record.waiter = exchange.rank;
+    record.awaited = awaited;
+    record.lane = exchange.lane;
+    record.operation = op.operation;
+    record.expected_epoch = expected;
+    record.seen_epoch = seen;
+    for (int i = 0; i < exchange.num_ranks; ++i) {
+      const int owner = (exchange.rank + i) % exchange.num_ranks;
+      if (op.is_masked(owner)) continue;
+      *op.in_window<layout::FailureRecord>(owner, exchange.layout.record(exchange.rank)) = record;
+      store_release_sys(op.in_window<uint64_t>(owner, exchange.layout.abort()), static_cast<uint64_t>(exchange.rank) + 1);
+    }
+    op.post_failure(record);
+  }
+
+  static __device__ __noinline__ void pass_on_failure(Operation op) {
+    const uint64_t waiter = load_acquire_sys(op.abort_word());
+    if (waiter == 0 || atomicExch(op.exchange.failed, 1u) != 0) return;
+    op.post_failure(*op.in_window<layout::FailureRecord>(op.exchange.rank, op.exchange.layout.record(static_cast<int>(waiter) - 1)));
+  }
+
+  static __device__ __noinline__ void record_notice(Operation op, tern_status status) {
+    layout::FailureRecord& notice = op.exchange.mailbox->notice;
+    notice.waiter = notice.awaited = op.exchange.rank;
+    notice.lane = op.exchange.lane;
+    notice.operation = op.operation;
+    notice.expected_epoch = notice.seen_epoch = op.epoch;
+    device::fence_sys();
+    *const_cast<volatile int32_t*>(&notice.status) = status;
   }
 
   __device__ void post_failure(const layout::FailureRecord& record) const {
