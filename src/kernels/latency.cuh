@@ -24,6 +24,11 @@ static_assert(kGroups * kGroupThreads == kWorkThreads);
 __device__ __forceinline__ bool is_raising() { return threadIdx.x >= kWorkThreads; }
 __device__ __forceinline__ void sync_workers() { device::sync_some_warps(15, kWorkThreads); }
 
+// The rank of an expert.
+__device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) {
+  return args.experts_reciprocal == 0 ? expert : static_cast<int>(__umulhi(static_cast<uint32_t>(expert), args.experts_reciprocal));
+}
+
 class LatencyCall {
  public:
   __device__ explicit LatencyCall(const LatencyArgs& args)
@@ -36,15 +41,15 @@ class LatencyCall {
   __device__ int num_ranks() const { return args_.exchange.num_ranks; }
 
   // What `source` writes to `owner`.
-  __device__ std::byte* slot(int owner, int64_t slot_idx) const {
-    return args_.exchange.window(owner) + args_.exchange.layout.staging(args_.exchange.lane, op_.epoch) + slot_idx * args_.slot.stride();
+  __device__ std::byte* slot(int owner, int32_t slot_idx) const {
+    return args_.exchange.window(owner) + args_.slots_at[op_.epoch % layout::kNumBanks] + int64_t{slot_idx} * args_.slot_stride;
   }
-  __device__ int64_t slot_idx(int source, int32_t token) const { return source * args_.plan.max_tokens + token; }
+  __device__ int32_t slot_idx(int source, int32_t token) const { return source * static_cast<int32_t>(args_.plan.max_tokens) + token; }
   __device__ uint64_t* words(int owner, int source) const {
-    return op_.in_window<uint64_t>(owner, args_.exchange.layout.words(args_.exchange.lane, op_.epoch, source));
+    return op_.in_window<uint64_t>(owner, args_.words_at[op_.epoch % layout::kNumBanks]) + source * args_.words_stride;
   }
-  __device__ void put_word(int owner, int64_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
-  __device__ bool await_word(int source, int64_t word, uint32_t& value) const {
+  __device__ void put_word(int owner, int32_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
+  __device__ bool await_word(int source, int32_t word, uint32_t& value) const {
     return reported(op_.await_word(words(rank(), source) + word, source, value));
   }
 
@@ -121,7 +126,7 @@ class LatencyCall {
  private:
   // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
   __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
-    return op_.in_window<uint64_t>(owner, args_.exchange.layout.row_flags(args_.exchange.lane, source)) + token;
+    return op_.in_window<uint64_t>(owner, args_.row_flags_at) + source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
   }
 
   // Passes on why a wait has failed.

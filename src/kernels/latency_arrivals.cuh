@@ -72,8 +72,8 @@ class DispatchMemory {
 };
 
 __device__ __forceinline__ uint64_t or_of_warp(uint64_t bits) {
-  for (int step = 16; step > 0; step /= 2) bits |= __shfl_xor_sync(~0u, bits, step);
-  return bits;
+  const uint32_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(bits)), high = __reduce_or_sync(~0u, static_cast<uint32_t>(bits >> 32));
+  return uint64_t{high} << 32 | low;
 }
 
 // This rank's tokens, as the call routes them.
@@ -94,11 +94,16 @@ class OwnRouting {
     for (int32_t first = begin + static_cast<int32_t>(threadIdx.x) - lane; first < end; first += kLatencyThreads) {
       const int32_t token = first + lane;
       const uint64_t ranks = token < end ? count_token(token, counters) : 0;
-      for (int rank = 0; rank < num_ranks_; ++rank) {
-        const uint32_t bits = __ballot_sync(~0u, (ranks >> rank & 1) != 0);
-        if (lane != 0) continue;
-        if (bits != 0) atomicAdd(counters + plan_.num_experts + rank, __popc(bits));
-        presence(rank, (first - begin) / kWarpThreads, bits);
+      for (int first_rank = 0; first_rank < num_ranks_; first_rank += kWarpThreads) {
+        const int num = min(num_ranks_ - first_rank, kWarpThreads);
+        uint32_t own_bits = 0;  // of rank first_rank + lane
+        for (int r = 0; r < num; ++r) {
+          const uint32_t bits = __ballot_sync(~0u, (ranks >> (first_rank + r) & 1) != 0);
+          if (r == lane) own_bits = bits;
+        }
+        if (lane >= num) continue;
+        if (own_bits != 0) atomicAdd(counters + plan_.num_experts + first_rank + lane, __popc(own_bits));
+        presence(first_rank + lane, (first - begin) / kWarpThreads, own_bits);
       }
     }
   }
@@ -106,20 +111,22 @@ class OwnRouting {
   // All threads of one block: tells every rank all counts, and which tokens have a message for it.
   __device__ void publish(const LatencyCall& call, int32_t num_tokens, int32_t* counters) const {
     const layout::LatencyWords& words = args_.call.words;
-    const auto num_counts = static_cast<int>(words.num_counts);
+    const auto num_counts = static_cast<int32_t>(words.num_counts), counts = static_cast<int32_t>(words.counts());
+    const auto presence = static_cast<int32_t>(words.presence()), num_presence = static_cast<int32_t>(words.num_presence());
     for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) counters[c] = 0;
     __syncthreads();
-    const auto put_presence = [&](int rank, int i, uint32_t bits) {
-      if (!op_.is_masked(rank)) call.put_word(rank, words.presence() + i, bits);
-    };
-    count(0, num_tokens, counters, put_presence);
-    const int num_filled = (num_tokens + kWarpThreads - 1) / kWarpThreads, num_presence = static_cast<int>(words.num_presence());
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_presence; i += kLatencyThreads)
-      if (i % num_presence >= num_filled) put_presence(i / num_presence, i % num_presence, 0);
+    count(0, num_tokens, counters, [&](int rank, int i, uint32_t bits) {
+      if (!op_.is_masked(rank)) call.put_word(rank, presence + i, bits);
+    });
+    const int num_filled = (num_tokens + kWarpThreads - 1) / kWarpThreads;
+    for (int i = num_filled + static_cast<int>(threadIdx.x); i < num_presence; i += kLatencyThreads)
+      for (int rank = 0; rank < num_ranks_; ++rank)
+        if (!op_.is_masked(rank)) call.put_word(rank, presence + i, 0);
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts; i += kLatencyThreads) {
-      const int peer = i / num_counts, c = i % num_counts;
-      if (!op_.is_masked(peer)) call.put_word(peer, words.counts() + c, static_cast<uint32_t>(counters[c]));
+    for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) {
+      const auto count = static_cast<uint32_t>(counters[c]);
+      for (int rank = 0; rank < num_ranks_; ++rank)
+        if (!op_.is_masked(rank)) call.put_word(rank, counts + c, count);
     }
   }
 
@@ -147,7 +154,7 @@ class OwnRouting {
       int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
       for (int i = 0; first > 0 && i < kWarpThreads; ++i) before += __shfl_sync(~0u, first_experts, i) == expert ? 1 : 0;
       if (first == 0) first_experts = expert;
-      if (expert >= 0) ranks |= uint64_t{1} << (expert / plan_.local_experts);
+      if (expert >= 0) ranks |= uint64_t{1} << rank_of(args_.call, expert);
       if (k >= plan_.num_topk) continue;
       const int32_t position = expert >= 0 ? counters[expert] + before : 0;
       entries[k] = {expert, position};
@@ -156,7 +163,7 @@ class OwnRouting {
     }
     __syncwarp();
     ranks = or_of_warp(ranks);
-    MessageRef* messages = plan_.messages + int64_t{token} * plan_.messages_per_token;
+    MessageRef* messages = plan_.messages + token * plan_.messages_per_token;
     for (int rank = lane; rank < num_ranks_; rank += kWarpThreads)
       if ((ranks >> rank & 1) != 0) messages[__popcll(ranks & ((uint64_t{1} << rank) - 1))] = {rank, counters[plan_.num_experts + rank]};
     for (int m = __popcll(ranks) + lane; m < plan_.messages_per_token; m += kWarpThreads) messages[m].rank = -1;
@@ -174,7 +181,7 @@ class OwnRouting {
       op_.post_notice(TERN_INVALID_ARGUMENT);
       return -1;
     }
-    if (expert < 0 || op_.is_masked(static_cast<int>(expert) / plan_.local_experts)) return -1;
+    if (expert < 0 || op_.is_masked(rank_of(args_.call, static_cast<int32_t>(expert)))) return -1;
     return static_cast<int32_t>(expert);
   }
 
@@ -191,7 +198,7 @@ class OwnRouting {
         const int32_t expert = checked(given[i]);
         if (expert < 0) continue;
         atomicAdd(counters + expert, 1);
-        ranks |= uint64_t{1} << (expert / plan_.local_experts);
+        ranks |= uint64_t{1} << rank_of(args_.call, expert);
       }
     }
     return ranks;
@@ -290,11 +297,11 @@ class Arrivals {
 
   // One thread: entry k of a message, whose entries are `sent`; into the plan too if the call routes.
   __device__ ArrivingEntry entry(const ArrivingMessage& message, int k, const layout::LatencySlot::Entry* sent) const {
-    const int64_t at = int64_t{message.index} * plan_.topk_stride + k;
+    const int32_t at = message.index * plan_.topk_stride + k;
     if (!args_.routes) return {plan_.received_experts[at], plan_.received_rows[at]};
     const layout::LatencySlot::Entry entry = sent[k];
     ArrivingEntry here{-1, -1};
-    if (entry.expert >= 0 && entry.expert / plan_.local_experts == rank_) {
+    if (entry.expert >= 0 && rank_of(args_.call, entry.expert) == rank_) {
       here.expert = entry.expert - rank_ * plan_.local_experts;
       const int32_t before = memory_.counts()[message.source * num_counts_ + entry.expert];
       here.row = plan_.has_expert_rows() ? bounded_row(first_row(entry.expert), int64_t{before} + entry.position)
@@ -361,33 +368,31 @@ class Arrivals {
     }
   }
 
-  // All that the sources tell of their routing. Each thread has several words under way.
+  // All that the sources tell of their routing. Each thread has the words of several sources under way.
   __device__ bool fetch_words() const {
     constexpr int kAtOnce = 4;
-    const int per_source = 2 + num_counts_ + num_presence_, num_words = num_ranks_ * per_source;
+    const int num_words = 2 + num_counts_ + num_presence_;
     bool ok = true;
-    for (int first = static_cast<int>(threadIdx.x); first < num_words; first += kAtOnce * kWorkThreads) {
-      uint64_t seen[kAtOnce] = {};
+    for (int word = static_cast<int>(threadIdx.x); word < num_words; word += kWorkThreads) {
+      for (int first = 0; first < num_ranks_; first += kAtOnce) {
+        uint64_t seen[kAtOnce] = {};
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u)
-        if (const int i = first + u * kWorkThreads; i < num_words) seen[u] = peek(i / per_source, i % per_source);
+        for (int u = 0; u < kAtOnce; ++u)
+          if (first + u < num_ranks_ && !call_.operation().is_masked(first + u)) seen[u] = load_relaxed_sys(call_.words(rank_, first + u) + word);
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * kWorkThreads, source = i / per_source, word = i % per_source;
-        if (i >= num_words || !ok) continue;
-        auto value = static_cast<uint32_t>(seen[u]);
-        if (call_.operation().is_masked(source))
-          value = 0;
-        else if (!call_.operation().is_of_epoch(seen[u]))
-          ok = call_.await_word(source, word, value);
-        ok = ok && keep_word(source, word, value);
+        for (int u = 0; u < kAtOnce; ++u)
+          if (first + u < num_ranks_) ok = ok && take_word(first + u, word, seen[u]);
       }
     }
     return ok;
   }
-  __device__ uint64_t peek(int source, int word) const {
-    if (call_.operation().is_masked(source)) return 0;
-    return load_relaxed_sys(call_.words(rank_, source) + word);
+  __device__ bool take_word(int source, int word, uint64_t seen) const {
+    auto value = static_cast<uint32_t>(seen);
+    if (call_.operation().is_masked(source))
+      value = 0;
+    else if (!call_.operation().is_of_epoch(seen) && !call_.await_word(source, word, value))
+      return false;
+    return keep_word(source, word, value);
   }
   // False: the source calls something else.
   __device__ bool keep_word(int source, int word, uint32_t value) const {
@@ -485,7 +490,7 @@ class Arrivals {
   // First row of an expert's group at its rank.
   __device__ int64_t first_row(int32_t expert) const {
     if (plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) return memory_.first_row()[expert];
-    return expert % plan_.local_experts * plan_.padded_group_rows;
+    return (expert - rank_of(args_.call, expert) * plan_.local_experts) * plan_.padded_group_rows;
   }
 
   // First row of a local expert's group; local_experts: where the last one ends.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combine of a small batch, in one launch. Rows are pushed.
 //
-//   at the experts' ranks   a group of warps for each received message: its row, summed over its entries (or the rows of its entries as they
+//   at the experts' ranks   a block for each received message: its row, summed over its entries (or the rows of its entries as they
 //                           are) into the slot of (this rank, token) at the token's owner
 //   at the owners           a warp for each part of a token's row: waits for the ranks that have a share of it, and sums in the contract's order
 //
@@ -13,11 +13,10 @@
 namespace tern::kernels {
 namespace {
 
-constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
 constexpr int kPartBytes = 1024;  // of a row that a warp sums at once
 
 // Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
-__device__ __forceinline__ int64_t slot_idx_of(const LatencyCombineArgs& args, const LatencyCall& call, int rank, int32_t token) {
+__device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const LatencyCall& call, int rank, int32_t token) {
   return args.per_entry ? token : call.slot_idx(rank, token);
 }
 
@@ -48,31 +47,30 @@ class ShareSender {
       : args_(args),
         plan_(args.call.plan),
         call_(call),
-        group_(static_cast<int>(threadIdx.x) / kGroupThreads),
-        thread_(static_cast<int>(threadIdx.x) % kGroupThreads),
         num_messages_(plan_.received_begin[call.num_ranks()]),
         begins_(args, call) {
-    if (!is_raising()) ahead_ = fetch(first_of(group_));
+    if (!is_raising()) ahead_ = fetch(first());
   }
 
-  // All threads of all blocks. A group of warps takes a message at a time; the raising warp follows them.
+  // All threads of all blocks. The workers of a block take a message at a time, each warp a part of it; the raising warp follows them.
   __device__ void run() {
     if (is_raising()) {
       raise();
       return;
     }
-    for (int32_t i = first_of(group_); i < num_messages_; i += step()) {
-      if (i >= step()) device::sync_some_warps(kFreeBarrier + group_, kGroupThreads + kWarpThreads);
+    for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
+      if (nth >= kAhead) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
       const Share share = ahead_;
       ahead_ = fetch(i + step());
       push(share, i);
-      device::arrive_at_barrier(kDoneBarrier + group_, kGroupThreads + kWarpThreads);
+      device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
     }
   }
 
  private:
   static constexpr int kMostBatches = 2;  // top-k is at most 64
-  static constexpr int kDoneBarrier = 1, kFreeBarrier = kDoneBarrier + kGroups;
+  // The workers are ahead of the raising warp by up to so many messages, with a pair of barriers for each.
+  static constexpr int kAhead = 4, kDoneBarrier = 1, kFreeBarrier = kDoneBarrier + kAhead;
 
   // A message, as the plan has it. Of entries lane_idx() and 32 + lane_idx().
   struct Share {
@@ -98,8 +96,8 @@ class ShareSender {
     int32_t end[kMostBatches];
   };
 
-  __device__ static int32_t step() { return static_cast<int32_t>(kGroups * gridDim.x); }
-  __device__ static int32_t first_of(int group) { return static_cast<int32_t>(group * gridDim.x + blockIdx.x); }
+  __device__ static int32_t first() { return static_cast<int32_t>(blockIdx.x); }
+  __device__ static int32_t step() { return static_cast<int32_t>(gridDim.x); }
 
   // May be asked for beyond the last message.
   __device__ Share fetch(int32_t message) const {
@@ -109,29 +107,22 @@ class ShareSender {
 #pragma unroll
     for (int b = 0; b < kMostBatches; ++b) {
       const int k = b * kWarpThreads + static_cast<int>(device::lane_idx());
-      const int64_t entry = int64_t{message} * plan_.topk_stride + k;
+      const int32_t entry = message * plan_.topk_stride + k;
       share.row[b] = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
       share.weight[b] = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
     }
     return share;
   }
 
-  // One warp: raises the flags of what the groups have pushed, all groups' of a round together; thread g that of group g.
+  // One warp: raises the flag of each message that the workers have pushed.
   __device__ void raise() const {
-    const int lane = static_cast<int>(device::lane_idx());
-    for (int32_t before = 0; before + first_of(0) < num_messages_; before += step()) {
-      int source = 0;
-      for (int g = 0; g < kGroups; ++g)
-        if (const int of_group = begins_.source_of(before + first_of(g)); g == lane) source = of_group;
-      const int32_t own = before + first_of(lane);
-      const bool has_own = lane < kGroups && own < num_messages_;
-      const int32_t token = has_own ? plan_.source_token[own] : 0;
-      for (int g = 0; g < kGroups && before + first_of(g) < num_messages_; ++g)
-        device::sync_some_warps(kDoneBarrier + g, kGroupThreads + kWarpThreads);
-      if (has_own) call_.raise_row(source, token);
+    for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
+      const int source = begins_.source_of(i);
+      const int32_t token = plan_.source_token[i];
+      device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
+      if (device::lane_idx() == 0) call_.raise_row(source, token);
       __syncwarp();
-      for (int g = 0; g < kGroups && before + step() + first_of(g) < num_messages_; ++g)
-        device::sync_some_warps(kFreeBarrier + g, kGroupThreads + kWarpThreads);
+      if (i + kAhead * step() < num_messages_) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
     }
   }
 
@@ -140,18 +131,18 @@ class ShareSender {
     const int source = begins_.source_of(message);
     std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
     if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
-    const int warp = thread_ / kWarpThreads;
-    const auto part = static_cast<int>(layout::align_up((args_.row_bytes + kGroupWarps - 1) / kGroupWarps, 512));
-    const int begin = min(warp * part, static_cast<int>(args_.row_bytes)), end = min(begin + part, static_cast<int>(args_.row_bytes));
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    const auto part = static_cast<int>(layout::align_up((args_.row_bytes + kRaisingWarp - 1) / kRaisingWarp, 512));
+    const int begin = min(warp * part, args_.row_bytes), end = min(begin + part, args_.row_bytes);
     if (!plan_.has_expert_rows()) {
-      if (message < plan_.row_capacity) copy(args_.rows + message * args_.row_bytes, slot, begin, end);
+      if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, begin, end);
       return;
     }
     Terms batches[kMostBatches];
 #pragma unroll
     for (int b = 0; b < kMostBatches; ++b) {
       batches[b].valid = __ballot_sync(~0u, share.row[b] >= 0);
-      batches[b].address = args_.rows + share.row[b] * args_.row_bytes;
+      batches[b].address = args_.rows + int64_t{share.row[b]} * args_.row_bytes;
       batches[b].weight = share.weight[b];
       if (args_.sums_owner_weights && share.row[b] >= 0) batches[b].weight = owner_weight(source, share.token, b);
     }
@@ -172,7 +163,7 @@ class ShareSender {
   __device__ float owner_weight(int source, int32_t token, int batch) const {
     const int k = batch * kWarpThreads + static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
-    call_.await_word(source, args_.call.words.weights() + token * plan_.num_topk + k, bits);
+    call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
     return __uint_as_float(bits);
   }
 
@@ -193,7 +184,7 @@ class ShareSender {
 
   // Weights as they came for each entry; per_entry, those of other ranks' entries are left alone.
   __device__ void return_weights(int32_t message, float* to) const {
-    for (int k = thread_; k < plan_.num_topk; k += kGroupThreads) {
+    for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kWorkThreads) {
       const int64_t entry = int64_t{message} * plan_.topk_stride + k;
       if (args_.per_entry && plan_.received_experts[entry] < 0) continue;
       float weight = 0.0f;
@@ -209,7 +200,6 @@ class ShareSender {
   const LatencyCombineArgs& args_;
   const PlanView& plan_;
   const LatencyCall& call_;
-  const int group_, thread_;
   const int32_t num_messages_;
   const Begins begins_;
   Share ahead_ = {};
@@ -223,17 +213,17 @@ class OwnerSums {
 
   // The workers of all blocks; a warp takes a part of a token's row at a time.
   __device__ void run() const {
-    const auto num_parts = static_cast<int32_t>((args_.row_bytes + kPartBytes - 1) / kPartBytes);
+    const int32_t num_parts = (args_.row_bytes + kPartBytes - 1) / kPartBytes;
     const int32_t num_tokens = plan_.num_tokens[call_.rank()];
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     const auto num_warps = static_cast<int32_t>(kRaisingWarp * gridDim.x);
     for (auto i = static_cast<int32_t>(warp * gridDim.x + blockIdx.x); i < num_tokens * num_parts; i += num_warps) {
       const int32_t token = i / num_parts, part = i % num_parts;
       if (!await_shares(token)) return;
-      const int begin = part * kPartBytes, end = min(begin + kPartBytes, static_cast<int>(args_.row_bytes));
+      const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
       if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
       sum_bytes<Wire>(
-          begin, end, args_.out_tokens + token * args_.row_bytes, [&](int at, auto& sum) { add_biases(token, at, sum); },
+          begin, end, args_.out_tokens + int64_t{token} * args_.row_bytes, [&](int at, auto& sum) { add_biases(token, at, sum); },
           [&](auto visit) {
             if (args_.per_entry)
               for_each_entry_batch(token, visit);
@@ -263,7 +253,7 @@ class OwnerSums {
 #pragma unroll
     for (int which = 0; which < 2; ++which)
       if (args_.bias[which] != nullptr)
-        add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(args_.bias[which] + token * args_.row_bytes + at), 1.0f);
+        add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(args_.bias[which] + int64_t{token} * args_.row_bytes + at), 1.0f);
   }
 
   template <typename Visit>
@@ -325,7 +315,7 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
   for (auto i = static_cast<int32_t>(blockIdx.x * kLatencyThreads + threadIdx.x); i < num_entries;
        i += static_cast<int32_t>(gridDim.x * kLatencyThreads)) {
     const int32_t expert = plan.experts[i];
-    if (expert >= 0) call.put_word(expert / plan.local_experts, args.call.words.weights() + i, __float_as_uint(args.owner_weights[i]));
+    if (expert >= 0) call.put_word(rank_of(args.call, expert), static_cast<int32_t>(args.call.words.weights()) + i, __float_as_uint(args.owner_weights[i]));
   }
 }
 

@@ -50,20 +50,21 @@ class RowSender {
  private:
   // What a thread has of a row at a time.
   static constexpr int kVecs = 2;
-  static constexpr int64_t kStep = kLatencyThreads * static_cast<int64_t>(sizeof(Vec16));
+  static constexpr int32_t kStep = kLatencyThreads * static_cast<int32_t>(sizeof(Vec16));
   struct Chunk {
     Vec16 values[kVecs];
   };
 
-  __device__ int64_t row_bytes_given() const {
-    return args_.in.encoding == TERN_ENCODING_AS_GIVEN ? args_.row_bytes : args_.in.hidden * (args_.in.dtype == TERN_DTYPE_FP32 ? 4 : 2);
+  __device__ int32_t row_bytes_given() const {
+    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) return args_.row_bytes;
+    return static_cast<int32_t>(args_.in.hidden) * (args_.in.dtype == TERN_DTYPE_FP32 ? 4 : 2);
   }
-  __device__ Chunk load(int32_t token, int64_t first) const {
+  __device__ Chunk load(int32_t token, int32_t first) const {
     Chunk chunk = {};
     const std::byte* row = args_.in.tokens + token * args_.in.token_stride_bytes;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const int64_t at = first + v * kStep + threadIdx.x * sizeof(Vec16);
+      const int32_t at = first + v * kStep + static_cast<int32_t>(threadIdx.x * sizeof(Vec16));
       if (at < row_bytes_given()) chunk.values[v] = *reinterpret_cast<const Vec16*>(row + at);
     }
     return chunk;
@@ -120,40 +121,40 @@ class RowSender {
 
   __device__ void push_row(int32_t token, Chunk& chunk) const {
     if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
-      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) {
+      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) {
         if (at < args_.row_bytes) to_all<Vec16>(value, at);
       });
     } else if (args_.in.dtype == TERN_DTYPE_BF16) {
-      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::Bf16>(value, at); });
+      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::Bf16>(value, at); });
     } else if (args_.in.dtype == TERN_DTYPE_FP16) {
-      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::F16>(value, at); });
+      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::F16>(value, at); });
     } else {
-      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::F32>(value, at); });
+      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::F32>(value, at); });
     }
   }
 
   // Calls push(16 bytes of the row as given, where they are) in all threads alike, also beyond the row's end. The first chunk is there already.
   template <typename Push>
   __device__ void push_chunks(int32_t token, Chunk& chunk, Push push) const {
-    const int64_t end = row_bytes_given();
-    for (int64_t first = 0; first < end; first += kVecs * kStep) {
+    const int32_t end = row_bytes_given();
+    for (int32_t first = 0; first < end; first += kVecs * kStep) {
       if (first > 0) chunk = load(token, first);
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
-        if (first + v * kStep < end) push(chunk.values[v], first + v * kStep + static_cast<int64_t>(threadIdx.x * sizeof(Vec16)));
+        if (first + v * kStep < end) push(chunk.values[v], first + v * kStep + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)));
     }
   }
 
   template <typename T>
-  __device__ void to_all(const T& value, int64_t at) const {
+  __device__ void to_all(const T& value, int32_t at) const {
     for (int i = 0; i < memory_.num_destinations(); ++i) *reinterpret_cast<T*>(memory_.destinations()[i] + at) = value;
   }
 
   // 16 bytes of a row of Wire become fp8. The threads of a block of 128 channels are neighbours in a warp.
   template <typename Wire>
-  __device__ void cast(const Vec16& value, int64_t at) const {
+  __device__ void cast(const Vec16& value, int32_t at) const {
     constexpr int kBlock = 128, kLanes = kBlock / Wire::kElements;
-    const int64_t channel = at / (16 / Wire::kElements);
+    const int32_t channel = at / (16 / Wire::kElements);
     float values[Wire::kElements];
     Wire::widen(value, values);
     float amax = 1e-4f;
@@ -173,7 +174,7 @@ class RowSender {
       to_all<uint2>({words[0], words[1]}, channel);
     else
       to_all<uint32_t>(words[0], channel);
-    if (device::lane_idx() % kLanes == 0) keep_scale(static_cast<int>(channel / kBlock), scale);
+    if (device::lane_idx() % kLanes == 0) keep_scale(channel / kBlock, scale);
   }
 
   __device__ void keep_scale(int block, const device::BlockScale& scale) const {
@@ -189,7 +190,8 @@ class RowSender {
 
   __device__ void push_tail() const {
     const layout::LatencySlot& slot = args_.call.slot;
-    for (int64_t at = slot.scales() + static_cast<int64_t>(threadIdx.x * sizeof(Vec16)); at < slot.end(); at += kStep)
+    const auto begin = static_cast<int32_t>(slot.scales()), end = static_cast<int32_t>(slot.end());
+    for (int32_t at = begin + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)); at < end; at += kStep)
       to_all<Vec16>(*reinterpret_cast<const Vec16*>(tail(at)), at);
   }
 
@@ -235,10 +237,10 @@ class MessageSpreader {
     if (rows_->is_there == 0) return false;
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
-    constexpr int64_t kStep = kThreads * static_cast<int64_t>(sizeof(Vec16));
-    for (int64_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
+    constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
+    for (int32_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
       Vec16 values[kVecs];
-      const int64_t begin = first + static_cast<int64_t>(thread_ * sizeof(Vec16));
+      const int32_t begin = first + thread_ * static_cast<int32_t>(sizeof(Vec16));
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
         if (begin + v * kStep < args_.row_bytes) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
@@ -247,7 +249,7 @@ class MessageSpreader {
         sync_group();
       }
       for (int r = 0; r < rows_->num_rows; ++r) {
-        std::byte* to = args_.out.tokens + rows_->row[r] * args_.row_bytes;
+        std::byte* to = args_.out.tokens + int64_t{rows_->row[r]} * args_.row_bytes;
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
           if (begin + v * kStep < args_.row_bytes) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
@@ -268,7 +270,7 @@ class MessageSpreader {
       if (k < plan_.num_topk) {
         const ArrivingEntry entry = arrivals_.entry(message, k, entries);
         row = plan_.has_expert_rows() ? entry.row : -1;
-        if (args_.carries_weights) args_.out.plan_weights[int64_t{message.index} * plan_.topk_stride + k] = weights[k];
+        if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
         write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
       }
       const uint32_t valid = __ballot_sync(~0u, row >= 0);
@@ -288,7 +290,7 @@ class MessageSpreader {
     const DispatchOutputs& out = args_.out;
     if (!plan_.has_expert_rows()) {
       if (message.index >= out.num_rows) return;
-      const int64_t at = int64_t{message.index} * plan_.num_topk + k;
+      const int32_t at = message.index * plan_.num_topk + k;
       if (out.topk_idx != nullptr) out.topk_idx[at] = entry.expert;
       if (out.topk_weights != nullptr && args_.carries_weights) out.topk_weights[at] = entry.expert >= 0 ? weight : 0.0f;
       return;
