@@ -335,10 +335,9 @@ kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
                              .failed = failed_.data(),
                              .mailbox = mailbox_.data(),
                              .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
-  for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) {
-    view.inline_windows[r] = windows_[r] == nullptr ? nullptr : windows_[r]->data();
-    view.inline_heaps[r] = heaps_[r] == nullptr ? nullptr : heaps_[r]->data();
-  }
+  const auto data = [](const std::shared_ptr<Segment>& segment) { return segment == nullptr ? nullptr : segment->data(); };
+  for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) view.inline_windows[r] = data(windows_[r]);
+  for (size_t r = 0; r < heaps_.size() && r < kernels::ExchangeView::kInlineHeaps; ++r) view.inline_heaps[r] = data(heaps_[r]);
   return view;
 }
 

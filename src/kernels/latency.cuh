@@ -40,13 +40,17 @@ class LatencyCall {
   __device__ int rank() const { return args_.exchange.rank; }
   __device__ int num_ranks() const { return args_.exchange.num_ranks; }
 
+  // There are never more ranks than these.
+  __device__ std::byte* window(int rank) const { return args_.exchange.inline_windows[rank]; }
+  __device__ bool is_masked(int rank) const { return window(rank) == nullptr; }
+
   // What `source` writes to `owner`.
   __device__ std::byte* slot(int owner, int32_t slot_idx) const {
-    return args_.exchange.window(owner) + args_.slots_at[op_.epoch % layout::kNumBanks] + int64_t{slot_idx} * args_.slot_stride;
+    return window(owner) + args_.slots_at[op_.epoch % layout::kNumBanks] + int64_t{slot_idx} * args_.slot_stride;
   }
   __device__ int32_t slot_idx(int source, int32_t token) const { return source * static_cast<int32_t>(args_.plan.max_tokens) + token; }
   __device__ uint64_t* words(int owner, int source) const {
-    return op_.in_window<uint64_t>(owner, args_.words_at[op_.epoch % layout::kNumBanks]) + source * args_.words_stride;
+    return reinterpret_cast<uint64_t*>(window(owner) + args_.words_at[op_.epoch % layout::kNumBanks]) + source * args_.words_stride;
   }
   __device__ void put_word(int owner, int32_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
   __device__ bool await_word(int source, int32_t word, uint32_t& value) const {
@@ -56,8 +60,9 @@ class LatencyCall {
   // All threads of the block. False: the exchange has failed, and nothing is to be done.
   __device__ bool begin() {
     bool ok = true;
+#pragma unroll 1
     for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (op_.is_masked(peer)) continue;
+      if (is_masked(peer)) continue;
       // Asked for before the epoch is known, which comes from memory too.
       const uint64_t consumed = load_acquire_sys(&op_.progress(rank(), peer)->consumed);
       if (blockIdx.x == 0) post_consumed_before(peer);
@@ -75,16 +80,18 @@ class LatencyCall {
 
   // All threads of one block: says to everybody what this rank calls.
   __device__ void announce(int32_t num_tokens) const {
+#pragma unroll 1
     for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (op_.is_masked(peer)) continue;
+      if (is_masked(peer)) continue;
       put_word(peer, args_.words.call(), args_.call_hash);
       put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
     }
   }
   // One warp: the same for ranks that run an operation of the throughput path, by mistake.
   __device__ void announce_to_throughput() const {
+#pragma unroll 1
     for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads) {
-      if (op_.is_masked(peer)) continue;
+      if (is_masked(peer)) continue;
       layout::CallCell* cell = op_.call(peer, rank());
       cell->shape = args_.shape;
       cell->epoch = op_.epoch;
@@ -96,8 +103,9 @@ class LatencyCall {
   // One warp: do the sources run the same call? If not, the exchange fails, and so do all waits.
   __device__ void await_calls() const {
     uint32_t hash = 0;
+#pragma unroll 1
     for (int source = static_cast<int>(device::lane_idx()); source < num_ranks(); source += kWarpThreads)
-      if (!op_.is_masked(source) && await_word(source, args_.words.call(), hash)) check_call(source, hash);
+      if (!is_masked(source) && await_word(source, args_.words.call(), hash)) check_call(source, hash);
   }
 
   __device__ bool check_call(int source, uint32_t hash) const {
@@ -126,7 +134,7 @@ class LatencyCall {
  private:
   // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
   __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
-    return op_.in_window<uint64_t>(owner, args_.row_flags_at) + source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
+    return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) + source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
   }
 
   // Passes on why a wait has failed.

@@ -91,12 +91,15 @@ class OwnRouting {
   template <typename Presence>
   __device__ void count(int32_t begin, int32_t end, int32_t* counters, Presence presence) const {
     const int lane = static_cast<int>(device::lane_idx());
+#pragma unroll 1
     for (int32_t first = begin + static_cast<int32_t>(threadIdx.x) - lane; first < end; first += kLatencyThreads) {
       const int32_t token = first + lane;
       const uint64_t ranks = token < end ? count_token(token, counters) : 0;
+#pragma unroll 1
       for (int first_rank = 0; first_rank < num_ranks_; first_rank += kWarpThreads) {
         const int num = min(num_ranks_ - first_rank, kWarpThreads);
         uint32_t own_bits = 0;  // of rank first_rank + lane
+#pragma unroll 1
         for (int r = 0; r < num; ++r) {
           const uint32_t bits = __ballot_sync(~0u, (ranks >> (first_rank + r) & 1) != 0);
           if (r == lane) own_bits = bits;
@@ -113,20 +116,25 @@ class OwnRouting {
     const layout::LatencyWords& words = args_.call.words;
     const auto num_counts = static_cast<int32_t>(words.num_counts), counts = static_cast<int32_t>(words.counts());
     const auto presence = static_cast<int32_t>(words.presence()), num_presence = static_cast<int32_t>(words.num_presence());
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) counters[c] = 0;
     __syncthreads();
     count(0, num_tokens, counters, [&](int rank, int i, uint32_t bits) {
-      if (!op_.is_masked(rank)) call.put_word(rank, presence + i, bits);
+      if (!call.is_masked(rank)) call.put_word(rank, presence + i, bits);
     });
     const int num_filled = (num_tokens + kWarpThreads - 1) / kWarpThreads;
+#pragma unroll 1
     for (int i = num_filled + static_cast<int>(threadIdx.x); i < num_presence; i += kLatencyThreads)
+#pragma unroll 1
       for (int rank = 0; rank < num_ranks_; ++rank)
-        if (!op_.is_masked(rank)) call.put_word(rank, presence + i, 0);
+        if (!call.is_masked(rank)) call.put_word(rank, presence + i, 0);
     __syncthreads();
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) {
       const auto count = static_cast<uint32_t>(counters[c]);
+#pragma unroll 1
       for (int rank = 0; rank < num_ranks_; ++rank)
-        if (!op_.is_masked(rank)) call.put_word(rank, counts + c, count);
+        if (!call.is_masked(rank)) call.put_word(rank, counts + c, count);
     }
   }
 
@@ -152,6 +160,7 @@ class OwnRouting {
       const int k = first + lane;
       const int32_t expert = checked(given.expert[first / kWarpThreads]);
       int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
+#pragma unroll 1
       for (int i = 0; first > 0 && i < kWarpThreads; ++i) before += __shfl_sync(~0u, first_experts, i) == expert ? 1 : 0;
       if (first == 0) first_experts = expert;
       if (expert >= 0) ranks |= uint64_t{1} << rank_of(args_.call, expert);
@@ -164,8 +173,10 @@ class OwnRouting {
     __syncwarp();
     ranks = or_of_warp(ranks);
     MessageRef* messages = plan_.messages + token * plan_.messages_per_token;
+#pragma unroll 1
     for (int rank = lane; rank < num_ranks_; rank += kWarpThreads)
       if ((ranks >> rank & 1) != 0) messages[__popcll(ranks & ((uint64_t{1} << rank) - 1))] = {rank, counters[plan_.num_experts + rank]};
+#pragma unroll 1
     for (int m = __popcll(ranks) + lane; m < plan_.messages_per_token; m += kWarpThreads) messages[m].rank = -1;
     return ranks;
   }
@@ -181,7 +192,7 @@ class OwnRouting {
       op_.post_notice(TERN_INVALID_ARGUMENT);
       return -1;
     }
-    if (expert < 0 || op_.is_masked(rank_of(args_.call, static_cast<int32_t>(expert)))) return -1;
+    if (expert < 0 || args_.call.exchange.inline_windows[rank_of(args_.call, static_cast<int32_t>(expert))] == nullptr) return -1;
     return static_cast<int32_t>(expert);
   }
 
@@ -189,6 +200,7 @@ class OwnRouting {
   __device__ uint64_t count_token(int32_t token, int32_t* counters) const {
     constexpr int kAtOnce = 8;  // under way together
     uint64_t ranks = 0;
+#pragma unroll 1
     for (int first = 0; first < plan_.num_topk; first += kAtOnce) {
       int64_t given[kAtOnce];
 #pragma unroll
@@ -269,6 +281,7 @@ class Arrivals {
     }
     if (is_raising()) return false;
     sync_workers();
+#pragma unroll 1
     for (int source = 0; args_.routes && source < num_ranks_; ++source) most_tokens_ = max(most_tokens_, memory_.num_tokens()[source]);
     return *memory_.has_failed() == 0;
   }
@@ -325,6 +338,7 @@ class Arrivals {
     }
     const auto warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     const auto num_warps = static_cast<int>(kWorkThreads / kWarpThreads * gridDim.x);
+#pragma unroll 1
     for (auto e = static_cast<int>(warp * gridDim.x + blockIdx.x); plan_.has_expert_rows() && e < plan_.local_experts; e += num_warps) {
       const int64_t begin = group_begin(e), end = min(int64_t{group_begin(e + 1)}, args_.out.num_rows);
       clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
@@ -343,13 +357,16 @@ class Arrivals {
     if (first < 0) return;
     // Positions, which this block has left there, become rows.
     const int32_t* lower = memory_.counts() + rank_ * num_counts_;  // sums over the lower sources
+#pragma unroll 1
     for (int32_t token = first; token < memory_.num_tokens()[rank_]; token += num_senders) {
+#pragma unroll 1
       for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kWorkThreads) {
         int32_t& row = plan_.entry_rows[token * plan_.num_topk + k];
         const int32_t expert = plan_.experts[token * plan_.num_topk + k];
         const bool has_row = expert >= 0 && plan_.has_expert_rows();
         row = has_row ? bounded_row(first_row(expert), int64_t{lower[expert]} + row) : -1;
       }
+#pragma unroll 1
       for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kWorkThreads) {
         MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
         if (message.rank < 0) continue;
@@ -360,9 +377,12 @@ class Arrivals {
 
  private:
   __device__ void read_plan() const {
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) memory_.received_begin()[i] = plan_.received_begin[i];
+#pragma unroll 1
     for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kWorkThreads) {
       int32_t sum = 0;
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source) sum += plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
       memory_.num_entries()[e] = sum;
     }
@@ -373,12 +393,14 @@ class Arrivals {
     constexpr int kAtOnce = 4;
     const int num_words = 2 + num_counts_ + num_presence_;
     bool ok = true;
+#pragma unroll 1
     for (int word = static_cast<int>(threadIdx.x); word < num_words; word += kWorkThreads) {
+#pragma unroll 1
       for (int first = 0; first < num_ranks_; first += kAtOnce) {
         uint64_t seen[kAtOnce] = {};
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
-          if (first + u < num_ranks_ && !call_.operation().is_masked(first + u)) seen[u] = load_relaxed_sys(call_.words(rank_, first + u) + word);
+          if (first + u < num_ranks_ && !call_.is_masked(first + u)) seen[u] = load_relaxed_sys(call_.words(rank_, first + u) + word);
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
           if (first + u < num_ranks_) ok = ok && take_word(first + u, word, seen[u]);
@@ -388,7 +410,7 @@ class Arrivals {
   }
   __device__ bool take_word(int source, int word, uint64_t seen) const {
     auto value = static_cast<uint32_t>(seen);
-    if (call_.operation().is_masked(source))
+    if (call_.is_masked(source))
       value = 0;
     else if (!call_.operation().is_of_epoch(seen) && !call_.await_word(source, word, value))
       return false;
@@ -397,7 +419,7 @@ class Arrivals {
   // False: the source calls something else.
   __device__ bool keep_word(int source, int word, uint32_t value) const {
     const layout::LatencyWords& words = args_.call.words;
-    if (word == words.call()) return call_.operation().is_masked(source) || call_.check_call(source, value);
+    if (word == words.call()) return call_.is_masked(source) || call_.check_call(source, value);
     if (word == words.num_tokens())
       memory_.num_tokens()[source] = static_cast<int32_t>(value);
     else if (word < words.presence())
@@ -411,6 +433,7 @@ class Arrivals {
     const int counter = plan_.num_experts + rank_;
     if (threadIdx.x != counter % kWorkThreads) return;  // sum_counts() leaves this counter to the same thread
     int32_t begin = 0;
+#pragma unroll 1
     for (int source = 0; source < num_ranks_; ++source) {
       memory_.received_begin()[source] = begin;
       begin += memory_.counts()[source * num_counts_ + counter];
@@ -420,10 +443,13 @@ class Arrivals {
 
   // One block, into the plan.
   __device__ void keep_counts() const {
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts_; i += kWorkThreads) plan_.counts[i] = memory_.counts()[i];
+#pragma unroll 1
     for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kWorkThreads)
       plan_.num_tokens[source] = memory_.num_tokens()[source];
     constexpr int kEnds = layout::kMaxChunks + 1;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kEnds; i += kWorkThreads)
       plan_.chunk_begin[i] = num_present(i / kEnds, i % kEnds * plan_.tokens_per_chunk);
   }
@@ -431,14 +457,17 @@ class Arrivals {
   __device__ int32_t num_present(int source, int32_t end) const {
     const uint32_t* presence = memory_.presence() + source * num_presence_;
     int32_t sum = 0;
+#pragma unroll 1
     for (int i = 0; i < num_presence_ && i * 32 < end; ++i) sum += __popc(end - i * 32 >= 32 ? presence[i] : presence[i] & ((1u << (end - i * 32)) - 1));
     return sum;
   }
 
   // Counts become sums over the lower sources; those over all sources go to first_row() until set_first_rows().
   __device__ void sum_counts() const {
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kWorkThreads) {
       int32_t sum = 0;
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source) {
         int32_t& count = memory_.counts()[source * num_counts_ + c];
         const int32_t own = count;
@@ -454,14 +483,17 @@ class Arrivals {
   // expert_major: groups follow each other within a rank; a warp for each rank adds up their sizes.
   __device__ void set_first_rows() const {
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(device::lane_idx());
+#pragma unroll 1
     for (int r = warp; r < num_ranks_; r += kWorkThreads / kWarpThreads) {
       int64_t begin = 0;
+#pragma unroll 1
       for (int first = 0; first < plan_.local_experts; first += kWarpThreads) {
         const bool in = first + lane < plan_.local_experts;
         int32_t* row = memory_.first_row() + r * plan_.local_experts + first + lane;
         int64_t size = 0;
         if (in) size = layout::align_up(*row, plan_.alignment);
         int64_t sum = size;
+#pragma unroll 1
         for (int step = 1; step < kWarpThreads; step *= 2) {
           const int64_t lower = __shfl_up_sync(~0u, sum, step);
           if (lane >= step) sum += lower;
@@ -476,13 +508,16 @@ class Arrivals {
   // One block, into the plan: the groups of this rank.
   __device__ void keep_groups() const {
     bool overflow = !plan_.has_expert_rows() && memory_.received_begin()[num_ranks_] > plan_.row_capacity;
+#pragma unroll 1
     for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts && plan_.has_expert_rows(); e += kWorkThreads) {
       plan_.group_begin[e] = group_begin(e);
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source)
         plan_.source_begin[e * num_ranks_ + source] = memory_.counts()[source * num_counts_ + rank_ * plan_.local_experts + e];
       if (memory_.num_entries()[e] > 0) overflow = overflow || bounded_row(group_begin(e), memory_.num_entries()[e] - 1) < 0;
     }
     if (threadIdx.x == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = group_begin(plan_.local_experts);
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) plan_.received_begin[i] = memory_.received_begin()[i];
     if (overflow) call_.operation().post_notice(TERN_CAPACITY_EXCEEDED);
   }
@@ -518,6 +553,7 @@ class Arrivals {
     const DispatchOutputs& out = args_.out;
     const auto group_rows = static_cast<uint32_t>(plan_.padded_group_rows);
     const auto num_rows = static_cast<uint32_t>(out.num_rows);
+#pragma unroll 1
     for (uint32_t row = blockIdx.x * kWorkThreads + threadIdx.x; row < num_rows; row += gridDim.x * kWorkThreads) {
       const uint32_t e = row / group_rows;
       if (static_cast<int32_t>(row - e * group_rows) < memory_.num_entries()[e]) continue;
@@ -530,22 +566,27 @@ class Arrivals {
   // Thread `thread` of `num_threads`: rows that nothing arrives for.
   __device__ void clear_rows(int64_t begin, int64_t end, bool zero, int64_t thread, int64_t num_threads) const {
     const DispatchOutputs& out = args_.out;
+#pragma unroll 1
     for (int64_t row = begin + thread; row < end; row += num_threads) {
       if (out.source_token != nullptr) out.source_token[row] = -1;
       if (out.source_rank != nullptr) out.source_rank[row] = -1;
       if (plan_.has_expert_rows() && out.row_expert != nullptr) out.row_expert[row] = -1;
     }
+#pragma unroll 1
     for (int64_t i = begin * plan_.num_topk + thread; !plan_.has_expert_rows() && i < end * plan_.num_topk; i += num_threads) {
       if (out.topk_idx != nullptr) out.topk_idx[i] = -1;
       if (out.topk_weights != nullptr && args_.carries_weights) out.topk_weights[i] = 0.0f;
     }
     if (!zero) return;
+#pragma unroll 1
     for (int64_t at = begin * args_.row_bytes + thread * 16; at < end * args_.row_bytes; at += num_threads * 16)
       *reinterpret_cast<Vec16*>(out.tokens + at) = Vec16{};
     if (out.scales == nullptr || args_.scale_bytes == 0) return;
     const int64_t num_elements = args_.scale_bytes / args_.scale_element_bytes;
+#pragma unroll 1
     for (int64_t i = begin * num_elements + thread; i < end * num_elements; i += num_threads) {
       std::byte* to = latency_scale_address(args_, i / num_elements, i % num_elements);
+#pragma unroll 1
       for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = std::byte{0};
     }
   }
@@ -554,16 +595,20 @@ class Arrivals {
   __device__ void write_counts() const {
     const DispatchOutputs& out = args_.out;
     sync_workers();
+#pragma unroll 1
     for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kWorkThreads) {
       if (out.expert_counts != nullptr) out.expert_counts[e] = memory_.num_entries()[e];
       if (!plan_.has_expert_rows() || out.expert_rank_ranges == nullptr) continue;
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source) {
         const int64_t count = plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
         out.expert_rank_ranges[e * num_ranks_ + source] = int64_t{plan_.source_begin[e * num_ranks_ + source]} << 32 | count;
       }
     }
     if (plan_.has_expert_rows() && out.expert_offsets != nullptr)
+#pragma unroll 1
       for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kWorkThreads) out.expert_offsets[e] = group_begin(e);
+#pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < num_ranks_ && out.rank_counts != nullptr; r += kWorkThreads)
       out.rank_counts[r] = memory_.received_begin()[r + 1] - memory_.received_begin()[r];
   }

@@ -23,10 +23,12 @@ class RowSender {
   // All threads of a block, which takes tokens first, first + step, ...
   __device__ void run(int32_t first, int32_t step) {
     int32_t* counters = memory_.counts();
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < plan_.num_counts(call_.num_ranks()); c += kLatencyThreads) counters[c] = 0;
     __syncthreads();
     int32_t num_counted = 0;
     const bool casts = args_.in.encoding != TERN_ENCODING_AS_GIVEN;
+#pragma unroll 1
     for (int32_t token = first; token < num_tokens_; token += step) {
       Chunk chunk = load(token, 0);
       OwnRouting::GivenEntries entries = {{-1, -1}};
@@ -77,12 +79,14 @@ class RowSender {
     if (args_.routes) {
       ranks = routing_.place_token(token, given, counters, reinterpret_cast<layout::LatencySlot::Entry*>(tail(args_.call.slot.entries())));
     } else {
+#pragma unroll 1
       for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
         const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
         if (rank >= 0) ranks |= uint64_t{1} << rank;
       }
       ranks = or_of_warp(ranks);
     }
+#pragma unroll 1
     for (int rank = lane; rank < call_.num_ranks(); rank += kWarpThreads) {
       if ((ranks >> rank & 1) == 0) continue;
       const int nth = __popcll(ranks & ((uint64_t{1} << rank) - 1));
@@ -94,6 +98,7 @@ class RowSender {
 
   // One warp: the token's row is in its slots.
   __device__ void raise(int32_t token) const {
+#pragma unroll 1
     for (int i = static_cast<int>(device::lane_idx()); i < memory_.num_destinations(); i += kWarpThreads)
       call_.raise_row(memory_.destination_ranks()[i], token);
   }
@@ -108,10 +113,12 @@ class RowSender {
     const layout::LatencySlot& slot = args_.call.slot;
     if (args_.in.encoding == TERN_ENCODING_AS_GIVEN && args_.scale_bytes > 0) {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
+#pragma unroll 1
       for (int64_t at = thread; at < args_.scale_bytes; at += num_threads)
         tail(slot.scales())[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
     }
     if (!args_.carries_weights) return;
+#pragma unroll 1
     for (int k = thread; k < plan_.num_topk; k += num_threads) {
       const float weight = args_.in.weights[int64_t{token} * plan_.num_topk + k];
       reinterpret_cast<float*>(tail(slot.weights()))[k] = weight;
@@ -137,6 +144,7 @@ class RowSender {
   template <typename Push>
   __device__ void push_chunks(int32_t token, Chunk& chunk, Push push) const {
     const int32_t end = row_bytes_given();
+#pragma unroll 1
     for (int32_t first = 0; first < end; first += kVecs * kStep) {
       if (first > 0) chunk = load(token, first);
 #pragma unroll
@@ -147,6 +155,7 @@ class RowSender {
 
   template <typename T>
   __device__ void to_all(const T& value, int32_t at) const {
+#pragma unroll 1
     for (int i = 0; i < memory_.num_destinations(); ++i) *reinterpret_cast<T*>(memory_.destinations()[i] + at) = value;
   }
 
@@ -185,12 +194,14 @@ class RowSender {
     }
     scales[block] = static_cast<std::byte>(scale.stored);
     const int num_blocks = static_cast<int>((args_.in.hidden + 127) / 128);
+#pragma unroll 1
     for (int pad = block + 1; block + 1 == num_blocks && pad < layout::align_up(num_blocks, 4); ++pad) scales[pad] = std::byte{0};
   }
 
   __device__ void push_tail() const {
     const layout::LatencySlot& slot = args_.call.slot;
     const auto begin = static_cast<int32_t>(slot.scales()), end = static_cast<int32_t>(slot.end());
+#pragma unroll 1
     for (int32_t at = begin + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)); at < end; at += kStep)
       to_all<Vec16>(*reinterpret_cast<const Vec16*>(tail(at)), at);
   }
@@ -221,6 +232,7 @@ class MessageSpreader {
   __device__ void run() {
     const auto num_groups = static_cast<int32_t>(kGroups * gridDim.x);
     const int32_t first = static_cast<int32_t>(group_ * gridDim.x + blockIdx.x), end = arrivals_.num_candidates();
+#pragma unroll 1
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
       if (arrivals_.candidate(i, message) && !spread(message)) return;
@@ -238,6 +250,7 @@ class MessageSpreader {
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
+#pragma unroll 1
     for (int32_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
       Vec16 values[kVecs];
       const int32_t begin = first + thread_ * static_cast<int32_t>(sizeof(Vec16));
@@ -248,6 +261,7 @@ class MessageSpreader {
         if (thread_ < kWarpThreads) find_rows(message, slot);
         sync_group();
       }
+#pragma unroll 1
       for (int r = 0; r < rows_->num_rows; ++r) {
         std::byte* to = args_.out.tokens + int64_t{rows_->row[r]} * args_.row_bytes;
 #pragma unroll
@@ -264,6 +278,7 @@ class MessageSpreader {
     const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
     const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
     int num_rows = 0;
+#pragma unroll 1
     for (int first = 0; first < max(1, plan_.num_topk); first += kWarpThreads) {
       const int k = first + static_cast<int>(device::lane_idx());
       int32_t row = -1;
@@ -309,6 +324,7 @@ class MessageSpreader {
   __device__ void write_scales(const std::byte* scales) const {
     if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
     const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
+#pragma unroll 1
     for (int32_t i = thread_; i < rows_->num_rows * num_elements; i += kThreads) {
       const int32_t element = i % num_elements;
       std::byte* to = latency_scale_address(args_, rows_->row[i / num_elements], element);
@@ -316,6 +332,7 @@ class MessageSpreader {
       if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
         *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
       else
+#pragma unroll 1
         for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = from[b];
     }
   }
