@@ -165,7 +165,9 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   const Deadline deadline = Deadline::in_ms(options_.timeout_ms);
   layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
   const auto done = [&](bool result) {
-    counters_->wait_ns.fetch_add(static_cast<uint64_t>((Deadline::Clock::now() - start).count()), std::memory_order_relaxed);
+    const std::chrono::nanoseconds waited = Deadline::Clock::now() - start;
+    counters_->wait_ns.fetch_add(static_cast<uint64_t>(waited.count()), std::memory_order_relaxed);
+    if (wait_ns_ != nullptr) wait_ns_[awaited.rank] += waited.count();
     return result;
   };
   while (Deadline::Clock::now() - start < options_.spin) {

@@ -58,6 +58,20 @@ inline TokenRange tokens_of_round(const RoundTrip& trip, int64_t round) {
   return {round * trip.tokens_per_round, (round + 1) * trip.tokens_per_round};
 }
 
+class Lane;
+
+// While it lives, what a lane waits for each rank is added to wait_ns[rank], which may be nullptr.
+class CountedWaits {
+ public:
+  CountedWaits(Lane& lane, int64_t* wait_ns);
+  ~CountedWaits();
+  CountedWaits(const CountedWaits&) = delete;
+  CountedWaits& operator=(const CountedWaits&) = delete;
+
+ private:
+  Lane& lane_;
+};
+
 class Lane {
  public:
   // `spans`: where this lane's timeline goes.
@@ -152,6 +166,8 @@ class Lane {
   bool has_unreceived() const { return !unreceived_.empty(); }
 
  private:
+  friend class CountedWaits;
+
   struct Awaited {
     int rank;
     tern_operation operation;
@@ -186,6 +202,10 @@ class Lane {
   std::vector<int32_t> num_messages_;  // [num_ranks] slots filled in the round under way
   std::vector<uint8_t> given_up_;      // [num_ranks]
   bool gave_up_any_ = false;
+  int64_t* wait_ns_ = nullptr;  // [num_ranks] of the running operation's caller
 };
+
+inline CountedWaits::CountedWaits(Lane& lane, int64_t* wait_ns) : lane_(lane) { lane.wait_ns_ = wait_ns; }
+inline CountedWaits::~CountedWaits() { lane_.wait_ns_ = nullptr; }
 
 }  // namespace tern::cpu

@@ -107,6 +107,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch.epoch == 0)
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
   operate(launch, routes, [&](Lane& lane) {
+    const CountedWaits counted(lane, call.args.wait_ns);
     const PlanContext ctx = context(lane);
     // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
     const bool fused = call.args.routing != nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
@@ -147,6 +148,7 @@ void CpuPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_.carried)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   operate(launch, false, [&](Lane& lane) {
+    const CountedWaits counted(lane, call.args.wait_ns);
     run_combine(context(lane), {call, launch.phase, tickets_.combine});
     if (launch.phase != TERN_PHASE_SEND) lane.counters().combines.fetch_add(1, std::memory_order_relaxed);
   });

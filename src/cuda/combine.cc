@@ -9,6 +9,8 @@ namespace tern::cuda {
 CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch)
     : plan_(plan), call_(call), launch_(launch), per_entry_(call.args.mode == TERN_COMBINE_EXACT && plan.shape().has_expert_rows()) {
   const tern_combine_args& a = call.args;
+  if (a.wire != TERN_WIRE_AS_DTYPE)
+    fail(TERN_UNSUPPORTED, "combine: wire is TERN_WIRE_LOG10BIT, which the CUDA engine does not have; use TERN_WIRE_AS_DTYPE");
   check_alignment("combine", "rows", a.rows);
   check_alignment("combine", "out_tokens", a.out_tokens);
   check_alignment("combine", "bias[0]", a.bias[0]);
@@ -132,6 +134,7 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
   kernels::TransferArgs& t = args.transfer;
   t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
   t.in_place = rows_at_ >= 0;
+  t.wait_ns = a.wait_ns;
   t.rows = rows_at_ >= 0 ? heap_part(rows_at_, call_.row_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);
   t.weights = staged_part(t, slot_, slot_.weights(), slot_.weight_bytes);
   return args;

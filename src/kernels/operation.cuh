@@ -46,14 +46,18 @@ struct Operation {
   __device__ uint64_t* abort_word() const { return in_window<uint64_t>(exchange.rank, exchange.layout.abort()); }
   __device__ bool is_aborted() const { return load_relaxed_sys(abort_word()) != 0; }
 
-  // One thread. Waits until *word has reached `expected`; false: the exchange has failed.
-  __device__ bool await(const uint64_t* word, uint64_t expected, int peer) const {
+  // One thread. Waits until *word has reached `expected`; false: the exchange has failed. Adds to *wait_ns how long it took, if that is given.
+  __device__ bool await(const uint64_t* word, uint64_t expected, int peer, int64_t* wait_ns = nullptr) const {
     if (load_acquire_sys(word) >= expected) return true;
     constexpr int kSpinsPerLook = 64;
     const uint64_t start = device::global_timer_ns();
     for (int spin = 0;; ++spin) {
       const uint64_t seen = load_acquire_sys(word);
-      if (seen >= expected) return true;
+      if (seen >= expected) {
+        // Not behind the loop, where the lanes of a warp meet again.
+        if (wait_ns != nullptr) *wait_ns += static_cast<int64_t>(device::global_timer_ns() - start);
+        return true;
+      }
       if (spin % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
       if (device::global_timer_ns() - start > exchange.timeout_ns) {

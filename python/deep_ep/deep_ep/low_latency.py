@@ -161,6 +161,7 @@ class LowLatencyMode:
                 "encoding": encoding,
                 "scale_order": "column_major",
                 "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
+                "wait_ns": wait_stats,
                 "lane": lane,
             }
             if finish.return_recv_hook:
@@ -189,6 +190,7 @@ class LowLatencyMode:
         finish: Finish,
         *,
         zero_copy: bool,
+        use_logfmt: bool,
         out: Optional[torch.Tensor],
         wait_stats: Optional[torch.Tensor],
     ) -> Combined:
@@ -205,7 +207,14 @@ class LowLatencyMode:
         rows = self._expert_rows(x, handle, zero_copy)
         mode = self._combine_mode(shape, plan.num_topk, finish)
         written = out if out is None or out.is_contiguous() else None
-        arguments: dict[str, Any] = {"topk_weights": topk_weights, "mode": mode, "out": written, "lane": lane}
+        arguments: dict[str, Any] = {
+            "topk_weights": topk_weights,
+            "mode": mode,
+            "wire": "log10bit" if use_logfmt and not self.exchange.is_cuda else "as_dtype",
+            "wait_ns": wait_stats,
+            "out": written,
+            "lane": lane,
+        }
 
         def hand_out(combined: Any, given: Optional[torch.Tensor] = out) -> torch.Tensor:
             tokens: torch.Tensor = combined.tokens
