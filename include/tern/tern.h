@@ -367,7 +367,8 @@ typedef struct tern_exchange_state {
   /* Of the current generation. GPU ranks, with a health that is not FAILED: the last notice (CAPACITY_EXCEEDED, INVALID_ARGUMENT) of this
    * rank itself, by the route that found it; expected_epoch says which. It stays until there is another one, or the next generation */
   tern_failure failure TERN_ZERO;
-  uint8_t masked[1024] TERN_ZERO; /* [rank] 1: masked out. Groups are at most 1024 ranks in one exchange */
+  /* [rank] 1: masked out, or given up by an operation under TERN_ON_TIMEOUT_MASK. Groups are at most 1024 ranks in one exchange */
+  uint8_t masked[1024] TERN_ZERO;
 } tern_exchange_state;
 
 /* Local, any thread, no wait: also while an operation runs. */
@@ -378,13 +379,16 @@ typedef struct tern_recover_options {
   int64_t timeout_ms TERN_ZERO;  /* 0: the exchange's */
   const uint8_t* mask TERN_ZERO; /* [num_ranks] 1: go on without this rank, whether or not it answers; NULL: none */
   int32_t allow_mask TERN_ZERO;  /* 1: ranks that do not answer in time are masked out; 0: that is TERN_TIMEOUT */
-  int32_t reserved TERN_ZERO;
+  /* 1: ranks that are masked out, and call this with readmit too, are let in again. Each of them is waited for until the timeout; who does
+   * not come stays masked, which is no error */
+  int32_t readmit TERN_ZERO;
 } tern_recover_options;
 
 /* Starts a new generation: the ranks that call agree on who goes on, get fresh internal windows, and epochs start again, so that a
  * rank that was only stopped cannot write into what now belongs to others. Contents and addresses of tern_window_alloc memory are kept.
  * Plans routed before are stale. From then on a masked rank sends nothing, receives nothing, and entries routed to its experts count as
- * -1: its share is zero, and tern_exchange_get_state reports it. A masked rank that comes back gets TERN_MASKED_OUT.
+ * -1: its share is zero, and tern_exchange_get_state reports it. A masked rank that comes back gets TERN_MASKED_OUT,
+ * until it and all who go on call this with readmit: then it has a share again, with its exchange and its window memory as they were.
  * Collective among those who go on; no operation of this exchange may be running on the calling rank. GPU: waits until those that are
  * enqueued have ended, but for replays of graphs, which the caller waits for; graphs that hold operations must be captured again. */
 TERN_API tern_status tern_exchange_recover(tern_exchange* exchange, const tern_recover_options* options);

@@ -272,7 +272,7 @@ class RecoverOptions(Struct):
         ("timeout_ms", c_int64),
         ("mask", POINTER(c_uint8)),
         ("allow_mask", c_int32),
-        ("reserved", c_int32),
+        ("readmit", c_int32),
     ]
 
 

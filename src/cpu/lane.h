@@ -161,6 +161,10 @@ class Lane {
   // Ranks given up by the running operation under TERN_ON_TIMEOUT_MASK.
   bool gave_up_any() const { return gave_up_any_; }
   bool gave_up(int r) const { return given_up_[static_cast<size_t>(r)] != 0; }
+  // The same from any thread.
+  bool has_given_up(int r) const {
+    return std::atomic_ref(const_cast<uint8_t&>(given_up_[static_cast<size_t>(r)])).load(std::memory_order_relaxed) != 0;
+  }
   uint64_t next_epoch() const { return next_epoch_; }
   // Is there a send that has not been received? The same answer on every rank at the same call.
   bool has_unreceived() const { return !unreceived_.empty(); }
@@ -187,6 +191,7 @@ class Lane {
   bool keep_waiting(const Awaited& awaited, Ready ready);
   bool give_up(const Awaited& awaited);
   void go_on_without(int rank);
+  void set_given_up(int rank, bool given_up);
   bool still_waits_after_failure(const Awaited& awaited);
   [[noreturn]] void fail_mismatch(const Awaited& awaited, const std::string& details);
   void check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header);

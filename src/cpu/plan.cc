@@ -50,7 +50,10 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
            "the plan was routed in generation {}, the exchange is in generation {} since its last recovery; route it again", generation_,
            exchange_.domain().generation);
     try {
-      return operation(lane);
+      operation(lane);
+      // Rows that were routed with a rank which has gone would be stale at once; without it they serve the combine too.
+      if (routes && launch.phase == TERN_PHASE_WHOLE && lane.gave_up_any()) continue;
+      return;
     } catch (const Failure&) {
       const bool routed_without_all = routes && lane.gave_up_any();
       if (!exchange_.must_restart() && !routed_without_all) throw;

@@ -86,7 +86,7 @@ FIELD(tern_recover_options, struct_size, 0);
 FIELD(tern_recover_options, timeout_ms, 8);
 FIELD(tern_recover_options, mask, 16);
 FIELD(tern_recover_options, allow_mask, 24);
-FIELD(tern_recover_options, reserved, 28);
+FIELD(tern_recover_options, readmit, 28);
 
 SIZE(tern_metrics, 96);
 FIELD(tern_metrics, struct_size, 0);

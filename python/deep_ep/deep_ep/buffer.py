@@ -356,8 +356,8 @@ class Buffer:
         return self._require_low_latency("get_next_low_latency_combine_buffer").next_combine_buffer(handle)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leaves a rank out, from the next low_latency_dispatch on; all ranks that go on say so before it. There is no
-        way back."""
+        """Leaves a rank out, from the next low_latency_dispatch on; all ranks that go on say so before it. With
+        mask=False for a rank that is left out already: as low_latency_clean_mask_buffer."""
         self._require_low_latency("low_latency_update_mask_buffer").update_mask(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
@@ -365,7 +365,9 @@ class Buffer:
         self._require_low_latency("low_latency_query_mask_buffer").query_mask(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Forgets ranks that were to be masked; raises if some are masked already."""
+        """Forgets ranks that were to be masked. If some are masked already, the next low_latency_dispatch lets those of them in
+        again that call this and dispatch too; it waits for them, and goes on without those that do not come in time.
+        All ranks that go on call it before the same dispatch."""
         self._require_low_latency("low_latency_clean_mask_buffer").clean_mask()
 
     # ---------------------------------------------------------------------------------------------------------- common
