@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ranks that are left out while operations go on, and that come back.
-#include <signal.h>
+#include <csignal>
 
 #include "engine/failure_steps.h"
 
