@@ -9,8 +9,6 @@ namespace tern::cuda {
 CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch)
     : plan_(plan), call_(call), launch_(launch), per_entry_(call.args.mode == TERN_COMBINE_EXACT && plan.shape().has_expert_rows()) {
   const tern_combine_args& a = call.args;
-  if (a.wire != TERN_WIRE_AS_DTYPE)
-    fail(TERN_UNSUPPORTED, "combine: wire is TERN_WIRE_LOG10BIT, which the CUDA engine does not have; use TERN_WIRE_AS_DTYPE");
   check_alignment("combine", "rows", a.rows);
   check_alignment("combine", "out_tokens", a.out_tokens);
   check_alignment("combine", "bias[0]", a.bias[0]);

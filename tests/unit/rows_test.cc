@@ -412,15 +412,8 @@ TEST(Rows, EncodesLikeTheScalarTwin) {
     SCOPED_TRACE(fmt::format("hidden {}", hidden));
     const Bytes row = row_of_any_kind(random, hidden);
     const SumTerm terms[] = {{row.data(), 1.0f}};
-    cpu::SumArgs args{.dtype = TERN_DTYPE_FP32,
-                      .hidden = static_cast<int64_t>(hidden),
-                      .weighted = false,
-                      .terms = terms,
-                      .group_ends = {},
-                      .bias = {},
-                      .out = nullptr,
-                      .store = Store::kCached,
-                      .out_wire = TERN_WIRE_LOG10BIT};
+    cpu::SumArgs args{TERN_DTYPE_FP32, static_cast<int64_t>(hidden), false, terms, {}, {}, nullptr, Store::kCached};
+    args.out_wire = TERN_WIRE_LOG10BIT;
     const Bytes expected = encoded(row);
     for_each_target([&] {
       const Bytes out(expected.size());
@@ -450,14 +443,7 @@ TEST(Rows, SumsOfEncodedRows) {
     random.fill(TERN_DTYPE_FP32, bias, false);
     const bool weighted = random.below(2) == 0;
     SCOPED_TRACE(fmt::format("hidden {} weighted {}", hidden, weighted));
-    cpu::SumArgs args{.dtype = TERN_DTYPE_FP32,
-                      .hidden = static_cast<int64_t>(hidden),
-                      .weighted = weighted,
-                      .terms = expected_terms,
-                      .group_ends = {},
-                      .bias = {bias.data(), nullptr},
-                      .out = nullptr,
-                      .store = Store::kCached};
+    cpu::SumArgs args{TERN_DTYPE_FP32, static_cast<int64_t>(hidden), weighted, expected_terms, {}, {bias.data()}, nullptr, Store::kCached};
     const Bytes expected(hidden * sizeof(float));
     expected_sum(args, expected.data());
     args.terms = terms;
