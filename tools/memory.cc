@@ -34,8 +34,8 @@ void print_internal(const Group& group, const MemoryOptions& o, tern_device_type
     fmt::print("  {:<6} not in this build\n", engine);
     return;
   }
-  print("dispatch, combine with mode hierarchical", info);
-  print("combine with mode exact", internal_memory(group, o, device, o.num_topk));
+  print("dispatch and combine", info);
+  print("also for mode exact, in one round", internal_memory(group, o, device, o.num_topk));
 }
 
 void print_window(const char* what, int64_t num_rows, int64_t row_bytes) {
@@ -65,8 +65,8 @@ int print_memory(const MemoryOptions& o) {
   const std::vector<Group> groups = Group::local(o.num_ranks);
   fmt::print("{} ranks, {} tokens each, hidden {} (bf16), top-{} of {} experts, {} {}. MB (10^6 bytes) on each rank:\n\n", o.num_ranks,
              o.num_tokens, o.hidden, o.num_topk, o.num_experts, o.num_lanes, o.num_lanes == 1 ? "lane" : "lanes");
-  fmt::print("Windows that Tern works in\n  {:<6} {:<42} {:>10} {:>10} {:>10}\n", "engine", "in one round, as phases need", "control",
-             "staging", "together");
+  fmt::print("Windows that Tern works in\n  {:<6} {:<42} {:>10} {:>10} {:>10}\n", "engine", "with room for", "control", "staging",
+             "together");
   print_internal(groups.front(), o, TERN_DEVICE_CPU, "CPU");
   print_internal(groups.front(), o, TERN_DEVICE_CUDA, "CUDA");
   const int64_t most_messages = o.num_ranks * o.num_tokens, row_bytes = o.hidden * kBf16Bytes;
@@ -75,8 +75,9 @@ int print_memory(const MemoryOptions& o) {
   print_window("rows of a combine, rank_major", most_messages, row_bytes);
   print_window("rows of a combine, expert_padded", o.num_experts / o.num_ranks * most_messages, row_bytes);
   fmt::print(
-      "\nThe first line of an engine is what an exchange takes for these shapes; mode exact then runs in rounds, or, if rows are in window "
-      "memory,\nwithout staging. TERN_STAGING_MAX_MB bounds what is computed here.\n");
+      "\nThe first line of an engine is what an exchange takes for these shapes. Without the room of the second one, mode exact runs in\n"
+      "rounds and has no phases, unless its rows are in window memory; small batches of GPU ranks need only the first. With less staging\n"
+      "everything runs in rounds. TERN_STAGING_MAX_MB bounds what is computed here.\n");
   return 0;
 }
 
