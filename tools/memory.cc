@@ -75,9 +75,10 @@ int print_memory(const MemoryOptions& o) {
   print_window("rows of a combine, rank_major", most_messages, row_bytes);
   print_window("rows of a combine, expert_padded", o.num_experts / o.num_ranks * most_messages, row_bytes);
   fmt::print(
-      "\nThe first line of an engine is what an exchange takes for these shapes. Without the room of the second one, mode exact runs in\n"
-      "rounds and has no phases, unless its rows are in window memory; small batches of GPU ranks need only the first. With less staging\n"
-      "everything runs in rounds. TERN_STAGING_MAX_MB bounds what is computed here.\n");
+      "\nThe first line of an engine is what an exchange takes for these shapes. Without the room of the second, mode exact runs in "
+      "rounds\n"
+      "(but for rows in window memory) and not in phases; small batches of GPU ranks need only the first. With less staging everything\n"
+      "runs in rounds. TERN_STAGING_MAX_MB bounds what is computed here.\n");
   return 0;
 }
 
