@@ -65,6 +65,7 @@ struct CallFacts {
   const layout::LatencySlot& slot;
   uint64_t* epoch_kept;  // from a send to its receive, in GPU memory
   int32_t lag_before;
+  int64_t* wait_ns;
 };
 
 kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, const CallFacts& facts) {
@@ -78,6 +79,7 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.operation = facts.operation;
   args.exchange.consumed_lag_before = facts.lag_before;
   args.ticket = facts.epoch_kept;
+  args.wait_ns = facts.wait_ns;
   args.words = words_of(plan);
   args.slot = facts.slot;
   const layout::DeviceWindowLayout& window = args.exchange.layout;
@@ -150,7 +152,7 @@ void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
 kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_before) const {
   const layout::LatencySlot slot = dispatch_slot(plan_, call_);
   kernels::LatencyDispatchArgs args;
-  args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket, lag_before});
+  args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
   args.routes = routes;
   if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
     args.topk_idx = routing->topk_idx;
@@ -198,7 +200,7 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   const layout::LatencySlot slot = combine_slot(plan_, call_);
   const bool weighs_with_owners = a.weighting == TERN_WEIGHTS_OWNER;
   kernels::LatencyCombineArgs args;
-  args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket, lag_before});
+  args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket, lag_before, a.wait_ns});
   args.dtype = a.dtype;
   args.row_bytes = static_cast<int32_t>(call_.row_bytes);
   args.per_entry = is_per_entry(plan_, call_);

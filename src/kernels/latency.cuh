@@ -53,8 +53,8 @@ class LatencyCall {
     return reinterpret_cast<uint64_t*>(window(owner) + args_.words_at[op_.epoch % layout::kNumBanks]) + source * args_.words_stride;
   }
   __device__ void put_word(int owner, int32_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
-  __device__ bool await_word(int source, int32_t word, uint32_t& value) const {
-    return reported(op_.await_word(words(rank(), source) + word, source, value));
+  __device__ bool await_word(int source, int32_t word, uint32_t& value, int64_t* wait_ns = nullptr) const {
+    return reported(op_.await_word(words(rank(), source) + word, source, value, wait_ns));
   }
 
   // All threads of the block. False: the exchange has failed, and nothing is to be done.
@@ -105,7 +105,7 @@ class LatencyCall {
     uint32_t hash = 0;
 #pragma unroll 1
     for (int source = static_cast<int>(device::lane_idx()); source < num_ranks(); source += kWarpThreads)
-      if (!is_masked(source) && await_word(source, args_.words.call(), hash)) check_call(source, hash);
+      if (!is_masked(source) && await_word(source, static_cast<int32_t>(args_.words.call()), hash, wait_of(source))) check_call(source, hash);
   }
 
   __device__ bool check_call(int source, uint32_t hash) const {
@@ -136,6 +136,8 @@ class LatencyCall {
   __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
     return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) + source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
   }
+
+  __device__ int64_t* wait_of(int source) const { return args_.wait_ns == nullptr ? nullptr : args_.wait_ns + source; }
 
   // Passes on why a wait has failed.
   __device__ bool reported(bool ok) const {

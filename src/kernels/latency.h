@@ -19,6 +19,7 @@ struct LatencyArgs {
   bool sends = false;          // pushes this rank's rows
   bool receives = false;       // takes what has been pushed here
   uint64_t* ticket = nullptr;  // keeps the epoch from a send to its receive
+  int64_t* wait_ns = nullptr;  // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
   layout::LatencyWords words;
   layout::LatencySlot slot;
 

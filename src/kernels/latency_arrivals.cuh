@@ -262,7 +262,7 @@ class Arrivals {
   // All threads of the block. False: the exchange has failed, or this warp has no further part in it.
   __device__ bool open() {
     if (is_raising()) {
-      if (!args_.routes && blockIdx.x == 0) call_.await_calls();
+      if (blockIdx.x == 0) call_.await_calls();
     } else if (args_.routes) {
       if (!fetch_words()) *memory_.has_failed() = 1;
       sync_workers();

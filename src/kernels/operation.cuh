@@ -46,15 +46,15 @@ struct Operation {
   __device__ uint64_t* abort_word() const { return in_window<uint64_t>(exchange.rank, exchange.layout.abort()); }
   __device__ bool is_aborted() const { return load_relaxed_sys(abort_word()) != 0; }
 
-  // One thread. Waits until *word has reached `expected`; false: the exchange has failed.
-  __device__ bool await(const uint64_t* word, uint64_t expected, int peer) const {
-    return load_acquire_sys(word) >= expected || await_flag(*this, word, expected, peer);
+  // One thread. Waits until *word has reached `expected`; false: the exchange has failed. Adds to *wait_ns how long it took, if that is given.
+  __device__ bool await(const uint64_t* word, uint64_t expected, int peer, int64_t* wait_ns = nullptr) const {
+    return load_acquire_sys(word) >= expected || await_flag(*this, word, expected, peer, wait_ns);
   }
 
-  // One thread. Waits until a word of the latency path is of this epoch, and gives its value; false: the exchange has failed.
-  __device__ bool await_word(const uint64_t* word, int peer, uint32_t& value) const {
+  // The same until a word of the latency path is of this epoch, and gives its value.
+  __device__ bool await_word(const uint64_t* word, int peer, uint32_t& value, int64_t* wait_ns = nullptr) const {
     uint64_t seen = load_relaxed_sys(word);
-    if (!is_of_epoch(seen) && !await_epoch(*this, word, peer, seen)) return false;
+    if (!is_of_epoch(seen) && !await_epoch(*this, word, peer, seen, wait_ns)) return false;
     value = static_cast<uint32_t>(seen);
     return true;
   }
@@ -124,21 +124,25 @@ struct Operation {
 
  private:
   // What is seldom done is not inlined: kernels stay small, and begin sooner.
-  static __device__ __noinline__ bool await_flag(Operation op, const uint64_t* word, uint64_t expected, int peer) {
+  static __device__ __noinline__ bool await_flag(Operation op, const uint64_t* word, uint64_t expected, int peer, int64_t* wait_ns) {
     uint64_t seen = 0;
-    return op.spin(expected, peer, seen, [&] { return (seen = load_acquire_sys(word)) >= expected; });
+    return op.spin(expected, peer, seen, wait_ns, [&] { return (seen = load_acquire_sys(word)) >= expected; });
   }
-  static __device__ __noinline__ bool await_epoch(Operation op, const uint64_t* word, int peer, uint64_t& seen) {
-    return op.spin(op.epoch, peer, seen, [&] { return op.is_of_epoch(seen = load_relaxed_sys(word)); });
+  static __device__ __noinline__ bool await_epoch(Operation op, const uint64_t* word, int peer, uint64_t& seen, int64_t* wait_ns) {
+    return op.spin(op.epoch, peer, seen, wait_ns, [&] { return op.is_of_epoch(seen = load_relaxed_sys(word)); });
   }
 
   // Looks until look() says that it is there, or the deadline passes, or the exchange fails otherwise.
   template <typename Look>
-  __device__ bool spin(uint64_t expected, int peer, const uint64_t& seen, Look look) const {
+  __device__ bool spin(uint64_t expected, int peer, const uint64_t& seen, int64_t* wait_ns, Look look) const {
     constexpr int kSpinsPerLook = 64;
     const uint64_t start = device::global_timer_ns();
     for (int turn = 0;; ++turn) {
-      if (look()) return true;
+      if (look()) {
+        // Not behind the loop, where the lanes of a warp meet again.
+        if (wait_ns != nullptr) *wait_ns += static_cast<int64_t>(device::global_timer_ns() - start);
+        return true;
+      }
       if (turn % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
       if (device::global_timer_ns() - start > exchange.timeout_ns) {
