@@ -563,8 +563,8 @@ typedef struct tern_dispatch_args {
 /* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
  * (GPU). WORST: rows beyond the capacity are left out and TERN_CAPACITY_EXCEEDED is returned (GPU: set in the state) after an
  * otherwise complete operation. Two sends may be under way on a lane before its first receive, with nothing else of the lane between
- * them. GPU: a `routing` is something else, so two plans are routed before the first send; and a send with a routing waits, on the
- * stream, for the counts of all ranks. Collective. */
+ * them. GPU, throughput path: a `routing` is something else, so two plans are routed before the first send; and a send with a routing
+ * waits, on the stream, for the counts of all ranks. The latency path does without either. Collective. */
 TERN_API tern_status tern_dispatch(tern_plan* plan, const tern_dispatch_args* args, const tern_launch* launch);
 
 /* ----------------------------------------------------------------------------------------------------------- combine */
@@ -582,7 +582,8 @@ typedef struct tern_combine_args {
   tern_weighting weighting TERN_ZERO; /* rank_major: TERN_WEIGHTS_NONE */
   int32_t carry_weights TERN_ZERO;    /* 1: row_weights travel; a rank that received no rows sets it too. 0: as row_weights != NULL */
   const float* topk_weights
-      TERN_ZERO; /* WEIGHTS_OWNER: [num_tokens, num_topk]. HIERARCHICAL sends them ahead, in a round of their own: no other send may be under way then */
+      TERN_ZERO; /* WEIGHTS_OWNER: [num_tokens, num_topk]. HIERARCHICAL sends them ahead, and the experts' ranks wait for them before they
+       send. GPU, throughput path: in a round of their own, no other send may be under way then */
   const float* row_weights TERN_ZERO; /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
   const void* bias[2] TERN_ZERO;      /* [num_tokens, hidden] each, or NULL; added first, in this order */
   void* out_tokens TERN_ZERO;         /* [num_tokens, hidden] */

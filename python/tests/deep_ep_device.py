@@ -26,8 +26,8 @@ OUTPUTS = (
 class DeviceBuffer:
     """Everything but METHODS is the Buffer's own: memory that it hands out stays on the GPU, and so do tensors in handles."""
 
-    def __init__(self, buffer, device):
-        self._buffer, self._device = buffer, device
+    def __init__(self, buffer):
+        self._buffer, self._device = buffer, torch.device("cuda", torch.cuda.current_device())
 
     def __getattr__(self, name):
         attribute = getattr(self._buffer, name)
@@ -37,6 +37,7 @@ class DeviceBuffer:
 def _call(method, device, *args, **kwargs):
     """What comes back holds when the operation has run: behind the call, or behind its hook."""
     pairs = []  # (on the device, here)
+    torch.cuda.set_device(device)  # a new thread begins with device 0
     given = {name: _there(value, device) for name, value in kwargs.items()}
     pairs += [(given[name], kwargs[name]) for name in OUTPUTS if kwargs.get(name) is not None]
     results = [_here(value, pairs) for value in method(*(_there(value, device) for value in args), **given)]

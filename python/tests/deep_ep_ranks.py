@@ -37,8 +37,7 @@ class Ranks:
         """For the CPU tensors of the checks."""
         from deep_ep_device import DeviceBuffer
 
-        device = os.environ["TERN_DEEP_EP_DEVICE"]
-        return buffer if device == "cpu" else DeviceBuffer(buffer, device)
+        return buffer if os.environ["TERN_DEEP_EP_DEVICE"] == "cpu" else DeviceBuffer(buffer)
 
     def normal(self, hidden=512, **options):
         import deep_ep

@@ -259,11 +259,15 @@ class Arrivals {
         num_counts_(static_cast<int>(args.call.words.num_counts)),
         num_presence_(static_cast<int>(args.call.words.num_presence())) {}
 
-  // All threads of the block. False: the exchange has failed, or this warp has no further part in it.
+  // All threads of the block. False: the exchange has failed, or this is the raising warp, which has no further part in it.
   __device__ bool open() {
     if (is_raising()) {
       if (blockIdx.x == 0) call_.await_calls();
-    } else if (args_.routes) {
+      device::sync_some_warps(kOpenedBarrier, kLatencyThreads);
+      if (args_.routes && *memory_.has_failed() == 0) settle_own();
+      return false;
+    }
+    if (args_.routes) {
       if (!fetch_words()) *memory_.has_failed() = 1;
       sync_workers();
       set_received_begin();
@@ -349,25 +353,27 @@ class Arrivals {
     if (blockIdx.x == 0) keep_and_write_counts();
   }
 
-  // The workers of all blocks, at the end: where this rank's messages and entries come to lie, into the plan.
+ private:
+  static constexpr int kOpenedBarrier = 14;
+
+  // One warp: where this rank's messages and entries come to lie, into the plan. Of the tokens that this block has placed.
   __device__ void settle_own() const {
-    if (!args_.routes) return;
     const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
     const int32_t first = gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1;
     if (first < 0) return;
-    // Positions, which this block has left there, become rows.
+    // Positions become rows.
     const int32_t* lower = memory_.counts() + rank_ * num_counts_;  // sums over the lower sources
 #pragma unroll 1
     for (int32_t token = first; token < memory_.num_tokens()[rank_]; token += num_senders) {
 #pragma unroll 1
-      for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kWorkThreads) {
+      for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
         int32_t& row = plan_.entry_rows[token * plan_.num_topk + k];
         const int32_t expert = plan_.experts[token * plan_.num_topk + k];
         const bool has_row = expert >= 0 && plan_.has_expert_rows();
         row = has_row ? bounded_row(first_row(expert), int64_t{lower[expert]} + row) : -1;
       }
 #pragma unroll 1
-      for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kWorkThreads) {
+      for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
         MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
         if (message.rank < 0) continue;
         message.row = plan_.has_expert_rows() ? 0 : bounded_row(lower[plan_.num_experts + message.rank], message.row);
@@ -375,7 +381,6 @@ class Arrivals {
     }
   }
 
- private:
   __device__ void read_plan() const {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) memory_.received_begin()[i] = plan_.received_begin[i];

@@ -228,10 +228,12 @@ class MessageSpreader {
         thread_(static_cast<int>(threadIdx.x) % kThreads),
         rows_(memory.rows(group_)) {}
 
-  // The workers of all blocks. Groups take messages in turn, those of all sources side by side.
+  // The workers of all blocks, but for the routing block. Groups take messages in turn, those of all sources side by side.
   __device__ void run() {
-    const auto num_groups = static_cast<int32_t>(kGroups * gridDim.x);
-    const int32_t first = static_cast<int32_t>(group_ * gridDim.x + blockIdx.x), end = arrivals_.num_candidates();
+    const bool is_alone = gridDim.x == 1;
+    const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
+    if (block < 0) return;
+    const int32_t num_groups = kGroups * num_blocks, first = group_ * num_blocks + block, end = arrivals_.num_candidates();
 #pragma unroll 1
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
@@ -363,7 +365,6 @@ __device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call
   if (!arrivals.open()) return;
   arrivals.write_outputs();
   MessageSpreader(args, call, arrivals, memory).run();
-  arrivals.settle_own();
 }
 
 __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {

@@ -128,8 +128,13 @@ struct Operation {
     uint64_t seen = 0;
     return op.spin(expected, peer, seen, wait_ns, [&] { return (seen = load_acquire_sys(word)) >= expected; });
   }
-  static __device__ __noinline__ bool await_epoch(Operation op, const uint64_t* word, int peer, uint64_t& seen, int64_t* wait_ns) {
-    return op.spin(op.epoch, peer, seen, wait_ns, [&] { return op.is_of_epoch(seen = load_relaxed_sys(word)); });
+  static __device__ __noinline__ bool await_epoch(Operation op, const uint64_t* word, int peer, uint64_t& word_seen, int64_t* wait_ns) {
+    uint64_t epoch_seen = 0;  // its lower half
+    return op.spin(op.epoch, peer, epoch_seen, wait_ns, [&] {
+      word_seen = load_relaxed_sys(word);
+      epoch_seen = word_seen >> 32;
+      return op.is_of_epoch(word_seen);
+    });
   }
 
   // Looks until look() says that it is there, or the deadline passes, or the exchange fails otherwise.

@@ -30,7 +30,6 @@ Hook = Callable[[], None]
 # "hierarchical", "exact", or "auto": exact with a hook where it fits the buffer, else hierarchical.
 COMBINE_VARIABLE = "TERN_DEEP_EP_COMBINE"
 _NUM_BANKS = 2
-_MOST_GPU_LATENCY_TOKENS = 1024  # of a rank, that GPU ranks take in one kernel
 _LEAST_HIDDEN = 8  # of bf16 rows
 _CASTS = {(False, False): "fp8_f32", (True, False): "fp8_f32_pow2", (True, True): "fp8_ue8m0"}
 
@@ -384,9 +383,7 @@ class LowLatencyMode:
         if self._asked_mode != "auto":
             return self._asked_mode
         # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each
-        # entry. GPU ranks push the weights of small batches in the same kernel.
-        if self.exchange.is_cuda and shape.num_max_tokens <= _MOST_GPU_LATENCY_TOKENS:
-            return "hierarchical"
+        # entry.
         return "exact" if finish.return_recv_hook and self._fits_exact(shape, num_topk) else "hierarchical"
 
     def _fits_exact(self, shape: Shape, num_topk: int) -> bool:
