@@ -22,9 +22,9 @@ void divide_block(kernels::CombineArgs& args, const CudaExchange& exchange) {
   if (!args.rows_staged) num_staged = 0;
   const double share = std::min(0.75, num_staged / (num_staged + 2.0 * static_cast<double>(num_pulled)));
   // What is copied by ordinary loads has no ring, and never enough warps.
-  const bool by_ring = exchange.facts().has_bulk_copies && !args.per_entry;
-  constexpr int32_t kLeast = 4, kMost = 8;
-  args.roles.num_stage_warps = by_ring ? std::clamp(static_cast<int32_t>(std::lround(share * kWarps)), kLeast, kMost) : kMost;
+  const bool by_ring = exchange.facts().has_bulk_copies && !args.copies_rows();
+  constexpr int32_t kLeast = 4, kMost = 8, kCopying = 10;
+  args.roles.num_stage_warps = by_ring ? std::clamp(static_cast<int32_t>(std::lround(share * kWarps)), kLeast, kMost) : kCopying;
   if (!args.rows_staged) args.roles.num_stage_warps = 1;
   args.roles.num_pull_warps = kWarps - args.roles.num_stage_warps;
 
@@ -42,7 +42,7 @@ void divide_block(kernels::CombineArgs& args, const CudaExchange& exchange) {
 int32_t stage_run(const kernels::CombineArgs& args, int64_t messages_per_warp) {
   if (messages_per_warp < 16) return 1;
   if (!args.rows_staged) return 8;
-  if (args.plan.has_expert_rows()) return 1;
+  if (args.plan.has_expert_rows()) return 2;
   return messages_per_warp < 64 ? 2 : 4;
 }
 

@@ -285,14 +285,12 @@ __device__ void stage(const CombineArgs& args, const Transfer& transfer, const S
   if (args.slot.stride() == 0) return;
   const auto num_blocks = static_cast<int32_t>(gridDim.x);
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);
-  if (args.per_entry)
+  if (args.copies_rows())
     rows.copy();
   else if constexpr (kBulk)
     sum_by_ring<Wire>(ring, rows);
-  else if (args.plan.has_expert_rows())
-    sum_by_threads<Wire>(rows);
   else
-    rows.copy();
+    sum_by_threads<Wire>(rows);
 }
 
 // The part of a pulling warp.

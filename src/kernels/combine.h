@@ -33,6 +33,9 @@ struct CombineArgs {
   std::byte* out_tokens = nullptr;
   float* out_topk_weights = nullptr;
 
+  // Rows go through the staging as they are: there is nothing to sum.
+  constexpr bool copies_rows() const { return per_entry || !plan.has_expert_rows(); }
+
   // A row is summed by several warps if there are more of them than tokens: parts of so many bytes.
   int32_t num_parts = 1;
   int32_t part_bytes = 0;
