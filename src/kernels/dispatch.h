@@ -62,12 +62,14 @@ struct DispatchArgs {
   DispatchOutputs out;
   layout::StagedSlot slot;  // parts with bytes are staged
   int32_t stage_run = 1;    // tokens in a row that a warp stages; divides the tokens of a chunk
+  bool own_apart = false;   // with bulk copies the staging warps copy what this rank sends to itself
   int64_t row_bytes = 0;    // as it arrives
   int64_t scale_bytes = 0;  // as they arrive
   int32_t scale_element_bytes = 0;
   int32_t scale_word_bytes = 1;  // 4: scales and their places are aligned to it, and elements are multiples of it
   bool carries_weights = false;
   bool writes_outputs = false;  // everything but rows, scales and weights: by the first round that receives
+  bool follows_route = false;   // the kernel before it on the stream is that of its routing
 
   RowPieces pieces;
 };

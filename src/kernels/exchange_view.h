@@ -24,7 +24,6 @@ struct LaneState {
   uint64_t epoch;          // of the last operation that was begun
   uint32_t blocks_done;    // of the running kernel
   uint32_t blocks_synced;  // at its grid barriers
-  uint32_t blocks_sent;
 };
 
 struct ExchangeView {

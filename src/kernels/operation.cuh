@@ -22,6 +22,8 @@ using device::store_release_sys;
 inline constexpr int kWarpThreads = 32;
 
 struct Operation {
+  static constexpr int kSpinsPerLook = 64;  // at the abort word and the clock
+
   const ExchangeView& exchange;
   int operation;
   uint64_t epoch;
@@ -156,7 +158,6 @@ struct Operation {
   // Looks until look(seen) says that it is there, or the deadline passes, or the exchange fails otherwise.
   template <typename Look>
   __device__ bool spin(uint64_t expected, int peer, uint64_t& seen, Look look) const {
-    constexpr int kSpinsPerLook = 64;
     const uint64_t start = device::global_timer_ns();
     for (int turn = 0;; ++turn) {
       if (look(seen)) return true;
@@ -177,7 +178,8 @@ struct Operation {
   __device__ bool await_blocks(uint32_t target) const {
     device::add_acq_rel_gpu(&exchange.state->blocks_synced, 1);
     const uint64_t start = device::global_timer_ns();
-    while (device::load_acquire_gpu(&exchange.state->blocks_synced) < target) {
+    for (int turn = 1; device::load_acquire_gpu(&exchange.state->blocks_synced) < target; ++turn) {
+      if (turn % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
       if (device::global_timer_ns() - start <= exchange.timeout_ns) continue;
       give_up(TERN_TIMEOUT, exchange.rank, epoch, epoch);

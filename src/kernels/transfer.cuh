@@ -78,8 +78,13 @@ class Transfer {
 
   // Threads i of n: waits for the calls of all sources and notes where their rows are. False: the exchange has failed.
   __device__ bool open_sources(SourceView* sources, int i, int n) const {
+    return open_sources(sources, SourceSpan::all(num_ranks()), i, n);
+  }
+  // Of some of the sources.
+  __device__ bool open_sources(SourceView* sources, SourceSpan span, int i, int n) const {
     bool ok = true;
-    for (int source = i; source < num_ranks(); source += n) {
+    for (int nth = i; nth < span.num; nth += n) {
+      const int source = (rank() + span.first + nth) % num_ranks();
       sources[source] = {};
       if (op_.is_masked(source)) continue;
       ok = ok && open_source(source, sources[source]);
@@ -87,6 +92,10 @@ class Transfer {
     return ok;
   }
 
+  // One thread: are the rows of the chunk that holds `token` there already?
+  __device__ bool has_chunk(const SourceView& view, int source, int32_t token) const {
+    return !view.is_staged || load_acquire_sys(op_.staged_flag(rank(), source, token / args_.tokens_per_chunk)) >= op_.epoch;
+  }
   // One thread: waits until the rows of the chunk that holds `token` are there.
   __device__ bool await_chunk(const SourceView& view, int source, int32_t token) const {
     if (!view.is_staged) return true;
