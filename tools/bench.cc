@@ -27,8 +27,8 @@ void require_memory(const BenchSetting& setting) {
 }
 
 void require_gpu_for_gpu_flags(const BenchOptions& options, const ChosenDevice& device) {
-  if (!device.cuda() && (options.graph || options.cold || options.table || !options.num_sms.empty()))
-    fail(TERN_INVALID_ARGUMENT, "bench: --graph, --cold, --table and --num-sms are for GPUs; these ranks are on the CPU");
+  if (!device.cuda() && (options.graph || options.chain > 1 || options.cold || options.table || !options.num_sms.empty()))
+    fail(TERN_INVALID_ARGUMENT, "bench: --graph, --chain, --cold, --table and --num-sms are for GPUs; these ranks are on the CPU");
 }
 
 int bench_rank(const BenchSetting& setting, RankContext& context, BenchJson& json) {

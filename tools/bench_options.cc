@@ -142,10 +142,12 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
       ->delimiter(',')
       ->check(CLI::Range(0, 1024));
   app.add_flag("--graph", options.graph, "GPUs: each run is the replay of a CUDA graph");
+  app.add_option("--chain", options.chain, "GPUs: runs that are timed together, one behind the other; what counts is their mean (1)")
+      ->check(CLI::Range(1, 1000));
   app.add_flag("--cold", options.cold, "GPUs: before each run the L2 cache is filled with something else");
   app.add_flag("--table", options.table,
                "GPUs: many settings, line by line, as a Markdown table; of the other flags only --device, --launch, "
-               "--ranks, --iters, --graph, --cold, --seed, --timeout and --json count");
+               "--ranks, --iters, --graph, --chain, --cold, --seed, --timeout and --json count");
   app.add_option("--iters", options.iters, "Timed repetitions; default 30, on GPUs 100")->check(CLI::Range(int64_t{1}, int64_t{1000000}));
   app.add_option("--timeout", options.timeout_ms, "Deadline of every wait, milliseconds")
       ->check(CLI::Range(int64_t{1}, int64_t{86400000}))

@@ -46,6 +46,7 @@ struct BenchOptions {
   std::vector<std::string> ops;  // none: all
   std::vector<int> num_sms;      // each is measured; none: as the engine chooses
   bool graph = false;
+  int32_t chain = 1;
   bool cold = false;
   bool table = false;
 

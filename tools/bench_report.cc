@@ -72,7 +72,8 @@ GpuCells gpu_cells(const BenchRecord& record, const std::vector<LinkRates>& link
 }
 
 void print_gpu_report(const BenchSetting& setting, const std::vector<BenchRecord>& records, const std::vector<LinkRates>& links) {
-  fmt::print("{} runs each, the slowest rank counts{}\n\n", setting.options.iters, setting.options.cold ? "; cold L2 caches" : "");
+  const std::string chain = setting.options.chain > 1 ? fmt::format(" of {} operations in a row", setting.options.chain) : "";
+  fmt::print("{} runs{} each, the slowest rank counts{}\n\n", setting.options.iters, chain, setting.options.cold ? "; cold L2 caches" : "");
   print_links(links);
   fmt::print("\n");
   fmt::print(kGpuRow, "op", "buffers", "extent", "clock", "SMs", "median us", "p99 us", "wire MB", "local MB", "GB/s", "push", "pull",

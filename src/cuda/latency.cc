@@ -62,7 +62,8 @@ struct CallFacts {
   tern_operation operation;
   const layout::CallShape& shape;
   const layout::LatencySlot& slot;
-  uint64_t* ticket;
+  uint64_t* epoch_kept;  // from a send to its receive, in GPU memory
+  int32_t lag_before;
 };
 
 kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, const CallFacts& facts) {
@@ -74,7 +75,8 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.shape = facts.shape;
   args.call_hash = call_hash(facts.operation, facts.shape);
   args.operation = facts.operation;
-  args.ticket = facts.ticket;
+  args.exchange.consumed_lag_before = facts.lag_before;
+  args.ticket = facts.epoch_kept;
   args.words = words_of(plan);
   args.slot = facts.slot;
   return args;
@@ -127,17 +129,18 @@ void LatencyDispatch::check(const Ticket& ticket) const {
 void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
   const bool receives_only = launch_.phase == TERN_PHASE_RECEIVE;
   const bool routes = receives_only ? ticket.routed : call_.args.routing != nullptr;
+  const int32_t lag_before = consumed_lag(plan_.exchange().lane(launch_.lane));
   if (receives_only) close_ticket(plan_.exchange(), launch_, ticket);
-  tern::cuda::check(kernels::launch_latency_dispatch(args(routes), num_sms_, stream), "launching the kernel of dispatch");
+  tern::cuda::check(kernels::launch_latency_dispatch(args(routes, lag_before), num_sms_, stream), "launching the kernel of dispatch");
   if (launch_.phase != TERN_PHASE_SEND) return;
   open_ticket(plan_.exchange(), launch_, shape_, ticket);
   ticket.routed = routes;
 }
 
-kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes) const {
+kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_before) const {
   const layout::LatencySlot slot = dispatch_slot(plan_, call_);
   kernels::LatencyDispatchArgs args;
-  args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket});
+  args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket, lag_before});
   args.routes = routes;
   if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
     args.topk_idx = routing->topk_idx;
@@ -173,18 +176,19 @@ void LatencyCombine::check(const Ticket& ticket) const {
 }
 
 void LatencyCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
+  const int32_t lag_before = consumed_lag(plan_.exchange().lane(launch_.lane));
   if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
-  tern::cuda::check(kernels::launch_latency_combine(args(), num_sms_, stream), "launching the kernel of combine");
+  tern::cuda::check(kernels::launch_latency_combine(args(lag_before), num_sms_, stream), "launching the kernel of combine");
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
 }
 
-kernels::LatencyCombineArgs LatencyCombine::args() const {
+kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   const tern_combine_args& a = call_.args;
   const kernels::PlanView& tables = plan_.tables();
   const layout::LatencySlot slot = combine_slot(plan_, call_);
   const bool weighs_with_owners = a.weighting == TERN_WEIGHTS_OWNER;
   kernels::LatencyCombineArgs args;
-  args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket});
+  args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket, lag_before});
   args.dtype = a.dtype;
   args.row_bytes = call_.row_bytes;
   args.per_entry = is_per_entry(plan_, call_);

@@ -26,7 +26,7 @@ class LatencyDispatch {
   int32_t num_sms() const { return num_sms_; }
 
  private:
-  kernels::LatencyDispatchArgs args(bool routes) const;
+  kernels::LatencyDispatchArgs args(bool routes, int32_t lag_before) const;
 
   const CudaPlan& plan_;
   const DispatchCall& call_;
@@ -43,7 +43,7 @@ class LatencyCombine {
   int32_t num_sms() const { return num_sms_; }
 
  private:
-  kernels::LatencyCombineArgs args() const;
+  kernels::LatencyCombineArgs args(int32_t lag_before) const;
 
   const CudaPlan& plan_;
   const CombineCall& call_;

@@ -94,12 +94,16 @@ void check_room(const CudaLane& lane, tern_operation operation, int32_t num_roun
          operation_name(operation), layout::kNumBanks);
 }
 
+int32_t consumed_lag(const CudaLane& lane) {
+  return lane.open_sends.empty() ? 0 : static_cast<int32_t>(lane.next_epoch - lane.open_sends.front());
+}
+
 kernels::ExchangeView enter_lane(CudaExchange& exchange, int32_t lane_idx, bool sends) {
   CudaLane& lane = exchange.lane(lane_idx);
   if (sends) ++lane.next_epoch;
   ++exchange.counters().rounds;
   kernels::ExchangeView view = exchange.view(lane_idx);
-  if (!lane.open_sends.empty()) view.consumed_lag = static_cast<int32_t>(lane.next_epoch - lane.open_sends.front());
+  view.consumed_lag = consumed_lag(lane);
   return view;
 }
 

@@ -50,6 +50,9 @@ int32_t num_rounds(const CudaPlan& plan, int32_t chunks_per_round, tern_phase ph
 // Takes the lane's next epochs, one for each round. TERN_INVALID_STATE if an open send still holds a bank that they need.
 void check_room(const CudaLane& lane, tern_operation operation, int32_t num_rounds);
 
+// Epochs by which `consumed` stays behind the lane's last, because sends are open.
+int32_t consumed_lag(const CudaLane& lane);
+
 // What the next kernel on the lane gets of the exchange. One that sends takes the lane's next epoch; a receive has that of its send.
 kernels::ExchangeView enter_lane(CudaExchange& exchange, int32_t lane_idx, bool sends);
 

@@ -24,6 +24,8 @@ struct LaneState {
   uint64_t epoch;          // of the last operation that was begun
   uint32_t blocks_done;    // of the running kernel
   uint32_t blocks_synced;  // at its grid barriers
+  uint32_t blocks_sent;
+  uint32_t blocks_begun;
 };
 
 struct ExchangeView {
@@ -32,6 +34,8 @@ struct ExchangeView {
   int32_t lane = 0;
   // Epochs by which `consumed` stays behind the lane's epoch after this operation, because sends are open.
   int32_t consumed_lag = 0;
+  // The same before this operation.
+  int32_t consumed_lag_before = 0;
   layout::DeviceWindowLayout layout;
   // Of each rank; nullptr: masked. As parameters of the kernel they cost no load; more ranks than that have theirs in device memory.
   static constexpr int kInlineRanks = 16;

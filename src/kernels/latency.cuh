@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The protocol of the latency path, as the kernels of dispatch and combine see it.
 //
-//   sending    await_slots(): what was pushed two epochs ago is used up;  announce();  write slots;  raise_row(...) behind each
+//   sending    announce();  write slots;  raise_row(...) behind each
 //   receiving  await_calls(): the sources run the same call;  await_row(...): a row is there
-//   both       finish()
+//   both       begin(): what was pushed two epochs ago is used up;  finish()
 //
-// Nothing that is small has a flag: it travels in words that hold their epoch (layout::LatencyWords).
+// Nothing that is small has a flag: it travels in words that hold their epoch (layout::LatencyWords). Nothing waits for all blocks: that this
+// rank has consumed an epoch is said by the next kernel, and the epoch is advanced by the block that began last.
 #pragma once
 
 #include "kernels/latency.h"
@@ -16,7 +17,9 @@ namespace tern::kernels {
 class LatencyCall {
  public:
   __device__ explicit LatencyCall(const LatencyArgs& args)
-      : args_(args), op_{args.exchange, args.operation, args.sends ? args.exchange.state->epoch + 1 : *args.ticket} {}
+      : args_(args),
+        last_epoch_(args.exchange.state->epoch),
+        op_{args.exchange, args.operation, args.sends ? last_epoch_ + 1 : *args.ticket} {}
 
   __device__ const Operation& operation() const { return op_; }
   __device__ int rank() const { return args_.exchange.rank; }
@@ -32,15 +35,22 @@ class LatencyCall {
   }
   __device__ void put_word(int owner, int64_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
   __device__ bool await_word(int source, int64_t word, uint32_t& value) const {
-    return op_.await_word(words(rank(), source) + word, source, value);
+    return reported(op_.await_word(words(rank(), source) + word, source, value));
   }
 
-  // All threads of the block. False: the exchange has failed.
-  __device__ bool await_slots() const {
-    bool ok = true;
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads)
-      ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
-    return __syncthreads_and(ok ? 1 : 0) != 0;
+  // All threads of the block. False: the exchange has failed, and nothing is to be done.
+  __device__ bool begin() {
+    bool ok = threadIdx.x != 0 || !op_.is_aborted();
+    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
+      if (op_.is_masked(peer)) continue;
+      if (blockIdx.x == 0) post_consumed_before(peer);
+      if (args_.sends) ok = ok && op_.await_bank(peer);
+    }
+    // All have the epoch now: when all blocks have come here it may be advanced.
+    ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
+    if (!ok && threadIdx.x == 0) op_.report_abort();
+    if (threadIdx.x == 0) began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1;
+    return ok;
   }
 
   // All threads of one block: says to everybody what this rank calls.
@@ -71,19 +81,24 @@ class LatencyCall {
     return __syncthreads_and(ok ? 1 : 0) != 0;
   }
 
+  __device__ bool check_call(int source, uint32_t hash) const {
+    if (hash == args_.call_hash) return true;
+    op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);
+    return false;
+  }
+
   // Threads that have written the row have met at a barrier before: one of them tells the owner of the slot.
   __device__ void raise_row(int owner, int32_t token) const { store_release_sys(row_flag(owner, rank(), token), op_.epoch); }
   // One thread.
-  __device__ bool await_row(int source, int32_t token) const { return op_.await(row_flag(rank(), source, token), op_.epoch, source); }
+  __device__ bool await_row(int source, int32_t token) const {
+    return reported(op_.await(row_flag(rank(), source, token), op_.epoch, source));
+  }
 
   // All threads of all blocks, at the end.
   __device__ void finish() const {
+    if (threadIdx.x != 0 || !began_last_) return;
     LaneState* state = args_.exchange.state;
-    if (!op_.is_last_block(&state->blocks_done)) return;
-    if (args_.receives) op_.post_consumed();
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    if (op_.is_aborted()) op_.report_abort();
+    state->blocks_begun = 0;
     if (!args_.sends) return;
     state->epoch = op_.epoch;
     if (!args_.receives) *args_.ticket = op_.epoch;
@@ -97,14 +112,24 @@ class LatencyCall {
 
   __device__ bool await_call(int source) const {
     uint32_t hash = 0;
-    if (!await_word(source, args_.words.call(), hash)) return false;
-    if (hash == args_.call_hash) return true;
-    op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);
-    return false;
+    return await_word(source, args_.words.call(), hash) && check_call(source, hash);
+  }
+
+  // Passes on why a wait has failed.
+  __device__ bool reported(bool ok) const {
+    if (!ok) op_.report_abort();
+    return ok;
+  }
+
+  // What earlier kernels took is read: they have ended.
+  __device__ void post_consumed_before(int peer) const {
+    device::store_relaxed_sys(&op_.progress(peer, rank())->consumed, last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
   }
 
   const LatencyArgs& args_;
+  const uint64_t last_epoch_;  // that the lane has begun before
   const Operation op_;
+  bool began_last_ = false;
 };
 
 }  // namespace tern::kernels

@@ -31,7 +31,7 @@ class DispatchMemory {
     counts_ = place(num_ranks * num_counts, sizeof(int32_t));
     presence_ = place(num_ranks * args.call.words.num_presence(), sizeof(uint32_t));
     first_row_ = place(plan.num_experts, sizeof(int32_t));
-    group_begin_ = place(2 * plan.local_experts + 1, sizeof(int32_t));
+    num_entries_ = place(plan.local_experts + 1, sizeof(int32_t));
     received_begin_ = place(2 * num_ranks + 1, sizeof(int32_t));
     num_ranks_ = static_cast<int32_t>(num_ranks);
     local_experts_ = plan.local_experts;
@@ -49,8 +49,8 @@ class DispatchMemory {
   __device__ int32_t* counts() const { return at<int32_t>(counts_); }
   __device__ uint32_t* presence() const { return at<uint32_t>(presence_); }  // [num_ranks][num_presence] tokens with a message for this rank
   __device__ int32_t* first_row() const { return at<int32_t>(first_row_); }  // [num_experts] of the expert's group at its rank
-  __device__ int32_t* group_begin() const { return at<int32_t>(group_begin_); }  // [local_experts + 1]
-  __device__ int32_t* num_entries() const { return group_begin() + local_experts_ + 1; }  // [local_experts]
+  __device__ int32_t* num_entries() const { return at<int32_t>(num_entries_); }  // [local_experts] of all sources
+  __device__ int32_t* groups_end() const { return num_entries() + local_experts_; }
   __device__ int32_t* received_begin() const { return at<int32_t>(received_begin_); }     // [num_ranks + 1]
   __device__ int32_t* num_tokens() const { return received_begin() + num_ranks_ + 1; }    // [num_ranks]
 
@@ -68,7 +68,7 @@ class DispatchMemory {
   std::byte* base_;
   int64_t num_bytes_ = 0;
   int32_t num_ranks_, local_experts_;
-  int32_t tail_, destinations_, destination_ranks_, rows_, counts_, presence_, first_row_, group_begin_, received_begin_;
+  int32_t tail_, destinations_, destination_ranks_, rows_, counts_, presence_, first_row_, num_entries_, received_begin_;
 };
 
 __device__ __forceinline__ uint64_t or_of_warp(uint64_t bits) {
@@ -216,21 +216,23 @@ class Arrivals {
   // All threads of the block. False: the exchange has failed.
   __device__ bool open() {
     if (!args_.routes) {
+      if (!call_.await_calls()) return false;
       read_plan();
       __syncthreads();
       return true;
     }
     if (!fetch_words()) return false;
     set_received_begin();
-    if (blockIdx.x == 0) keep_counts();
-    __syncthreads();
+    if (blockIdx.x == 0) {
+      keep_counts();
+      __syncthreads();
+    }
     sum_counts();
     __syncthreads();
-    if (plan_.has_expert_rows()) set_first_rows();
-    __syncthreads();
-    set_groups();
-    __syncthreads();
-    settle_own();
+    if (plan_.has_expert_rows()) {
+      set_first_rows();
+      __syncthreads();
+    }
     return true;
   }
 
@@ -278,22 +280,46 @@ class Arrivals {
 
   // All threads of all blocks: what follows from the routing alone.
   __device__ void write_outputs() const {
-    if (plan_.has_expert_rows()) {
-      for (auto e = static_cast<int>(blockIdx.x); e < plan_.local_experts; e += static_cast<int>(gridDim.x)) {
-        const int64_t begin = memory_.group_begin()[e], end = min(int64_t{memory_.group_begin()[e + 1]}, args_.out.num_rows);
-        clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, threadIdx.x, kLatencyThreads);
-      }
+    const auto warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    const auto num_warps = static_cast<int>(kLatencyThreads / kWarpThreads * gridDim.x);
+    for (auto e = static_cast<int>(warp * gridDim.x + blockIdx.x); plan_.has_expert_rows() && e < plan_.local_experts; e += num_warps) {
+      const int64_t begin = group_begin(e), end = min(int64_t{group_begin(e + 1)}, args_.out.num_rows);
+      clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
     }
-    const int64_t used = plan_.has_expert_rows() ? memory_.group_begin()[plan_.local_experts] : memory_.received_begin()[num_ranks_];
+    const int64_t used = plan_.has_expert_rows() ? group_begin(plan_.local_experts) : memory_.received_begin()[num_ranks_];
     clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kLatencyThreads + threadIdx.x,
                gridDim.x * kLatencyThreads);
-    if (blockIdx.x == 0) write_counts();
+    if (blockIdx.x != 0) return;
+    if (args_.routes) keep_groups();
+    write_counts();
+  }
+
+  // All threads of all blocks, at the end: where this rank's messages and entries come to lie, into the plan.
+  __device__ void settle_own() const {
+    if (!args_.routes) return;
+    const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
+    const int32_t first = gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1;
+    if (first < 0) return;
+    // Positions, which this block has left there, become rows.
+    const int32_t* lower = memory_.counts() + rank_ * num_counts_;  // sums over the lower sources
+    for (int32_t token = first; token < memory_.num_tokens()[rank_]; token += num_senders) {
+      for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kLatencyThreads) {
+        int32_t& row = plan_.entry_rows[token * plan_.num_topk + k];
+        const int32_t expert = plan_.experts[token * plan_.num_topk + k];
+        const bool has_row = expert >= 0 && plan_.has_expert_rows();
+        row = has_row ? bounded_row(memory_.first_row()[expert], int64_t{lower[expert]} + row) : -1;
+      }
+      for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kLatencyThreads) {
+        MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
+        if (message.rank < 0) continue;
+        message.row = plan_.has_expert_rows() ? 0 : bounded_row(lower[plan_.num_experts + message.rank], message.row);
+      }
+    }
   }
 
  private:
   __device__ void read_plan() const {
     for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kLatencyThreads) memory_.received_begin()[i] = plan_.received_begin[i];
-    for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kLatencyThreads) memory_.group_begin()[e] = plan_.group_begin[e];
     for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
       int32_t sum = 0;
       for (int source = 0; source < num_ranks_; ++source) sum += plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
@@ -301,10 +327,10 @@ class Arrivals {
     }
   }
 
-  // The number of tokens, the counts and the presence of every source. Each thread has several words under way.
+  // All that the sources tell of their routing. Each thread has several words under way.
   __device__ bool fetch_words() const {
     constexpr int kAtOnce = 4;
-    const int per_source = 1 + num_counts_ + num_presence_, num_words = num_ranks_ * per_source;
+    const int per_source = 2 + num_counts_ + num_presence_, num_words = num_ranks_ * per_source;
     bool ok = true;
     for (int first = static_cast<int>(threadIdx.x); first < num_words; first += kAtOnce * kLatencyThreads) {
       uint64_t seen[kAtOnce] = {};
@@ -319,33 +345,38 @@ class Arrivals {
         if (call_.operation().is_masked(source))
           value = 0;
         else if (seen[u] >> 32 != (call_.operation().epoch & 0xffffffff))
-          ok = call_.await_word(source, args_.call.words.num_tokens() + word, value);
-        keep_word(source, word, value);
+          ok = call_.await_word(source, word, value);
+        ok = ok && keep_word(source, word, value);
       }
     }
     return __syncthreads_and(ok ? 1 : 0) != 0;
   }
   __device__ uint64_t peek(int source, int word) const {
     if (call_.operation().is_masked(source)) return 0;
-    return load_relaxed_sys(call_.words(rank_, source) + args_.call.words.num_tokens() + word);
+    return load_relaxed_sys(call_.words(rank_, source) + word);
   }
-  __device__ void keep_word(int source, int word, uint32_t value) const {
-    if (word == 0)
+  // False: the source calls something else.
+  __device__ bool keep_word(int source, int word, uint32_t value) const {
+    const layout::LatencyWords& words = args_.call.words;
+    if (word == words.call()) return call_.operation().is_masked(source) || call_.check_call(source, value);
+    if (word == words.num_tokens())
       memory_.num_tokens()[source] = static_cast<int32_t>(value);
-    else if (word <= num_counts_)
-      memory_.counts()[source * num_counts_ + word - 1] = static_cast<int32_t>(value);
+    else if (word < words.presence())
+      memory_.counts()[source * num_counts_ + word - words.counts()] = static_cast<int32_t>(value);
     else
-      memory_.presence()[source * num_presence_ + word - 1 - num_counts_] = value;
+      memory_.presence()[source * num_presence_ + word - words.presence()] = value;
+    return true;
   }
 
   __device__ void set_received_begin() {
     most_tokens_ = 0;
     for (int source = 0; source < num_ranks_; ++source) most_tokens_ = max(most_tokens_, memory_.num_tokens()[source]);
-    if (threadIdx.x != 0) return;
+    const int counter = plan_.num_experts + rank_;
+    if (threadIdx.x != counter % kLatencyThreads) return;  // sum_counts() leaves this counter to the same thread
     int32_t begin = 0;
     for (int source = 0; source < num_ranks_; ++source) {
       memory_.received_begin()[source] = begin;
-      begin += memory_.counts()[source * num_counts_ + plan_.num_experts + rank_];
+      begin += memory_.counts()[source * num_counts_ + counter];
     }
     memory_.received_begin()[num_ranks_] = begin;
   }
@@ -401,27 +432,28 @@ class Arrivals {
         if (in) *row = static_cast<int32_t>(begin + sum - size);
         begin += __shfl_sync(~0u, sum, kWarpThreads - 1);
       }
-      if (r == rank_ && lane == 0) memory_.group_begin()[plan_.local_experts] = static_cast<int32_t>(begin);
+      if (r == rank_ && lane == 0) *memory_.groups_end() = static_cast<int32_t>(begin);
     }
   }
 
-  // The groups of this rank; one block leaves them in the plan.
-  __device__ void set_groups() const {
-    const int first_local = rank_ * plan_.local_experts;
+  // One block, into the plan: the groups of this rank.
+  __device__ void keep_groups() const {
     bool overflow = !plan_.has_expert_rows() && memory_.received_begin()[num_ranks_] > plan_.row_capacity;
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
-      memory_.group_begin()[e] = memory_.first_row()[first_local + e];
-      if (blockIdx.x != 0) continue;
-      plan_.group_begin[e] = memory_.group_begin()[e];
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts && plan_.has_expert_rows(); e += kLatencyThreads) {
+      plan_.group_begin[e] = group_begin(e);
       for (int source = 0; source < num_ranks_; ++source)
-        plan_.source_begin[e * num_ranks_ + source] = memory_.counts()[source * num_counts_ + first_local + e];
-      const int32_t num = memory_.num_entries()[e];
-      if (plan_.has_expert_rows() && num > 0) overflow = overflow || bounded_row(memory_.group_begin()[e], num - 1) < 0;
+        plan_.source_begin[e * num_ranks_ + source] = memory_.counts()[source * num_counts_ + rank_ * plan_.local_experts + e];
+      if (memory_.num_entries()[e] > 0) overflow = overflow || bounded_row(group_begin(e), memory_.num_entries()[e] - 1) < 0;
     }
-    if (blockIdx.x != 0) return;
-    if (threadIdx.x == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = memory_.group_begin()[plan_.local_experts];
+    if (threadIdx.x == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = group_begin(plan_.local_experts);
     for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kLatencyThreads) plan_.received_begin[i] = memory_.received_begin()[i];
     if (overflow) call_.operation().post_notice(TERN_CAPACITY_EXCEEDED);
+  }
+
+  // First row of a local expert's group; local_experts: where the last one ends.
+  __device__ int32_t group_begin(int e) const {
+    if (!args_.routes) return plan_.group_begin[e];
+    return e < plan_.local_experts ? memory_.first_row()[rank_ * plan_.local_experts + e] : *memory_.groups_end();
   }
 
   // Row, or -1 if it lies beyond the group's or the outputs' end.
@@ -429,27 +461,6 @@ class Arrivals {
     if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && row_in_group >= plan_.padded_group_rows) return -1;
     const int64_t row = group_begin + row_in_group;
     return row < plan_.row_capacity ? static_cast<int32_t>(row) : -1;
-  }
-
-  // Where this rank's messages and entries come to lie: positions become rows. Of the tokens that this block has placed.
-  __device__ void settle_own() const {
-    const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
-    const int32_t first = gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1;
-    const int32_t* lower = memory_.counts() + rank_ * num_counts_;  // sums over the lower sources
-    if (first < 0) return;
-    for (int32_t token = first; token < memory_.num_tokens()[rank_]; token += num_senders) {
-      for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kLatencyThreads) {
-        int32_t& row = plan_.entry_rows[token * plan_.num_topk + k];
-        const int32_t expert = plan_.experts[token * plan_.num_topk + k];
-        const bool has_row = expert >= 0 && plan_.has_expert_rows();
-        row = has_row ? bounded_row(memory_.first_row()[expert], int64_t{lower[expert]} + row) : -1;
-      }
-      for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kLatencyThreads) {
-        MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
-        if (message.rank < 0) continue;
-        message.row = plan_.has_expert_rows() ? 0 : bounded_row(lower[plan_.num_experts + message.rank], message.row);
-      }
-    }
   }
 
   // Thread `thread` of `num_threads`: rows that nothing arrives for.
@@ -475,7 +486,7 @@ class Arrivals {
     }
   }
 
-  // One block, which has left the groups in the plan.
+  // One block, behind what it has left in the plan itself: each thread reads what it wrote, but for the counts.
   __device__ void write_counts() const {
     const DispatchOutputs& out = args_.out;
     __syncthreads();
@@ -488,7 +499,7 @@ class Arrivals {
       }
     }
     if (plan_.has_expert_rows() && out.expert_offsets != nullptr)
-      for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kLatencyThreads) out.expert_offsets[e] = memory_.group_begin()[e];
+      for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kLatencyThreads) out.expert_offsets[e] = group_begin(e);
     for (int r = static_cast<int>(threadIdx.x); r < num_ranks_ && out.rank_counts != nullptr; r += kLatencyThreads)
       out.rank_counts[r] = memory_.received_begin()[r + 1] - memory_.received_begin()[r];
   }

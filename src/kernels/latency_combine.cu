@@ -257,19 +257,16 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
 
 template <typename Wire>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(const __grid_constant__ LatencyCombineArgs args) {
-  const LatencyCall call(args.call);
-  if (call.operation().is_poisoned()) return;
-  bool ok = true;
-  if (args.call.sends) {
-    ok = call.await_slots();
-    if (ok) {
+  LatencyCall call(args.call);
+  if (call.begin()) {
+    if (args.call.sends) {
       if (args.owner_weights != nullptr) push_weights(args, call);
       if (blockIdx.x == 0) call.announce(0);
       ShareSender<Wire>(args, call).run();
       if (blockIdx.x == 0) call.announce_to_throughput();
     }
+    if (args.call.receives && call.await_calls()) OwnerSums<Wire>(args, call).run();
   }
-  if (ok && args.call.receives && call.await_calls()) OwnerSums<Wire>(args, call).run();
   call.finish();
 }
 

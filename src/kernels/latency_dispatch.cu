@@ -332,25 +332,24 @@ __device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, c
 }
 
 __device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
-  if (!call.await_calls()) return;
   Arrivals arrivals(args, call, memory);
   if (!arrivals.open()) return;
   arrivals.write_outputs();
   MessageSpreader(args, call, arrivals, memory).run();
+  arrivals.settle_own();
 }
 
 __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
-  const LatencyCall call(args.call);
-  if (call.operation().is_poisoned()) return;
-  bool ok = true;
-  if (args.call.sends) {
-    ok = call.await_slots();
-    if (ok) send(args, call, memory);
-    __syncthreads();
+  LatencyCall call(args.call);
+  if (call.begin()) {
+    if (args.call.sends) {
+      send(args, call, memory);
+      __syncthreads();
+    }
+    if (args.call.receives) receive(args, call, memory);
   }
-  if (ok && args.call.receives) receive(args, call, memory);
   call.finish();
 }
 
