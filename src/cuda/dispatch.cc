@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kMostPieceBytes = 8192;
 constexpr int64_t kPartAlignment = 16;
 constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
-constexpr int32_t kStageWarps = 10, kPullWarps = 10;
 constexpr int32_t kMostStageRun = 16;
 
 }  // namespace
@@ -127,8 +126,8 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
 }
 
 // Rows are worth a report for each two of them; where they stay in place, there is little to do for a token.
-int32_t DispatchOperation::stage_run() const {
-  const int64_t tokens_per_warp = num_tokens_ / (int64_t{kStageWarps} * num_sms_);
+int32_t DispatchOperation::stage_run(const kernels::WarpRoles& roles) const {
+  const int64_t tokens_per_warp = num_tokens_ / (int64_t{roles.num_stage_warps} * num_sms_);
   int32_t run = slot_.row_bytes > 0 ? (tokens_per_warp >= 4 ? 2 : 1) : kMostStageRun;
   while (plan_.tables().tokens_per_chunk % run != 0) --run;
   return run;
@@ -140,9 +139,9 @@ kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
   args.transfer =
       make_round(plan_, launch_.lane, {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
   args.plan = plan_.tables();
-  args.roles = {.num_stage_warps = kStageWarps, .num_pull_warps = kPullWarps};
-  args.stage_run = stage_run();
-  args.own_apart = args.transfer.receives && plan_.exchange().num_ranks() > 1;
+  const bool stages_rows = slot_.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
+  args.roles = {.num_stage_warps = stages_rows ? 12 : 4, .num_pull_warps = 8};
+  args.stage_run = stage_run(args.roles);
   args.follows_route = a.routing != nullptr && args.transfer.sends && round == 0 && plan_.exchange().facts().has_bulk_copies;  // sm_90
   args.in = dispatch_inputs(call_);
   args.out = dispatch_outputs(plan_, call_);

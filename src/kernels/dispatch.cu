@@ -3,9 +3,8 @@
 // of its outputs that they belong to.
 //
 //   staging warps   put this rank's tokens (cast, if asked for) into its window and raise a flag for each finished chunk, unless they are
-//                   in window memory already; then write what follows from the plan alone; where pulling warps are busy with bulk copies
-//                   they copy what this rank sends to itself
-//   pulling warps   walk over the (other) received messages, wait for their chunks, and copy
+//                   in window memory already; then write what follows from the plan alone
+//   pulling warps   walk over the received messages, wait for their chunks, and copy
 //
 // A staging warp waits for nothing that another rank does in this operation, so every chunk is finished some time.
 #include "kernels/dispatch.h"
@@ -19,7 +18,7 @@ namespace tern::kernels {
 namespace {
 
 constexpr int kMostThreads = 640;
-constexpr int kPullBarrier = 1, kStageBarrier = 2;
+constexpr int kPullBarrier = 1;
 
 __host__ __device__ constexpr SharedLayout shared_layout_of(const DispatchArgs& args, bool bulk_copies) {
   return {args.transfer.exchange.num_ranks, args.roles.num_pull_warps, args.pieces.num_stages, args.pieces.stage_bytes, bulk_copies};
@@ -208,14 +207,19 @@ class TokenStager {
 // Pulls the messages of one warp.
 class MessagePuller {
  public:
-  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, const MessageWalk& walk)
-      : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), sides_(args), walk_(walk) {}
+  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, int32_t warp, int32_t num_warps)
+      : args_(args),
+        plan_(args.plan),
+        transfer_(transfer),
+        sources_(sources),
+        sides_(args),
+        walk_(args.transfer, args.plan, warp, num_warps) {}
 
   // Ordinary loads and stores.
   __device__ void pull_by_threads() {
     Message message;
     while (walk_.next(message)) {
-      if (!await_message()) return;
+      if (!await_message(true)) return;
       const SourceView& source = sources_[message.source];
       const int32_t* rows = plan_.received_rows + int64_t{message.index} * plan_.topk_stride;
       const std::byte* scales = source.scales + message.token * source.scale_stride;
@@ -235,13 +239,21 @@ class MessagePuller {
 
   // Bulk copies: the functions of run_ring().
   static constexpr int kPendingStores = 1;
-  __device__ bool load(std::byte* stage, uint64_t* arrivals) {
+  __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool may_wait) {
     settle_entries();
-    if (load_piece_ == 0 && (!walk_.next(loading_) || !await_message())) return false;
+    if (!is_begun_) {
+      if (!is_visited_ && !walk_.next(loading_)) return RingLoad::kNoMore;
+      is_visited_ = true;
+      is_begun_ = await_message(may_wait);
+      if (!is_begun_) return may_wait ? RingLoad::kNoMore : RingLoad::kNotYet;
+    }
     if (device::lane_idx() == 0) load_piece(stage, arrivals);
     fetch_entries(stage);
-    if (++load_piece_ == args_.pieces.num_pieces) load_piece_ = 0;
-    return true;
+    if (++load_piece_ == args_.pieces.num_pieces) {
+      load_piece_ = 0;
+      is_visited_ = is_begun_ = false;
+    }
+    return RingLoad::kStarted;
   }
   __device__ void store(std::byte* stage) {
     const RowPieces& p = args_.pieces;
@@ -274,20 +286,23 @@ class MessagePuller {
     return reinterpret_cast<PieceTag*>(stage + args_.pieces.stage_bytes - kPieceTagBytes);
   }
 
-  // Waits for the chunk of the message that the walk is at. A look at a flag takes long, so each thread then looks for its own message of the
-  // batch.
-  __device__ bool await_message() {
-    const int at = walk_.at(), lane = static_cast<int>(device::lane_idx());
+  // Is the chunk there of the message that the walk is at? Waits for it if it may; false then: the exchange has failed. A look at a flag takes
+  // long, so all threads look at once, each for its own message of the batch. Nobody waits for those behind this one.
+  __device__ bool await_message(bool may_wait) {
+    const int at = walk_.at();
     if (walk_.num_batches() != looked_for_batch_) arrived_ = 0;
     looked_for_batch_ = walk_.num_batches();
     if ((arrived_ >> at & 1) != 0) return true;
     const Message& own = walk_.own();
     const SourceView& source = sources_[own.source];
-    const bool ok = lane != at || transfer_.await_chunk(source, own.source, own.token);
-    if (__all_sync(~0u, ok) == 0) return false;
-    arrived_ = __ballot_sync(~0u, lane == at || transfer_.has_chunk(source, own.source, own.token));
+    bool is_there = transfer_.has_chunk(source, own.source, own.token);
+    arrived_ = __ballot_sync(~0u, is_there);
+    if (may_wait && (arrived_ >> at & 1) == 0) {
+      if (static_cast<int>(device::lane_idx()) == at) is_there = transfer_.await_chunk(source, own.source, own.token);
+      arrived_ = __ballot_sync(~0u, is_there);
+    }
     __syncwarp();  // what each thread has acquired, all may read
-    return true;
+    return (arrived_ >> at & 1) != 0;
   }
 
   __device__ uint32_t piece_size(int piece) const {
@@ -349,6 +364,8 @@ class MessagePuller {
   const MessageSides sides_;
   MessageWalk walk_;
   Message loading_ = {};
+  bool is_visited_ = false;  // the walk is at loading_
+  bool is_begun_ = false;    // and its chunk is there
   int load_piece_ = 0;
   int store_piece_ = 0;
   static constexpr int kMostEntries = 2;  // of a thread: top-k is at most 64
@@ -358,41 +375,15 @@ class MessagePuller {
   int looked_for_batch_ = 0;
 };
 
-// Some warps of the block, in which this is thread `thread` of `num_threads`: opens the sources, and pulls their messages. False: the exchange
-// has failed.
-struct PullGroup {
-  SourceSpan span;
-  int thread, num_threads;
-  int barrier;
-
-  __device__ MessageWalk walk(const DispatchArgs& args) const {
-    const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
-    return {args.transfer, args.plan, thread / kWarpThreads * num_blocks + block, num_threads / kWarpThreads * num_blocks, 1, span};
-  }
-  // `ok`: of this thread's warp; all warps come here, whatever happened.
-  __device__ bool open(const Transfer& transfer, SourceView* sources, int* all_ok, bool ok = true) const {
-    if (thread == 0) *all_ok = 1;
-    device::sync_some_warps(barrier, num_threads);
-    if (!ok || !transfer.open_sources(sources, span, thread, num_threads)) *all_ok = 0;
-    device::sync_some_warps(barrier, num_threads);
-    return *all_ok != 0;
-  }
-};
-
 // The part of a staging warp.
-template <bool kBulk>
-__device__ void stage(const DispatchArgs& args, const Transfer& transfer, SourceView* sources) {
+__device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
   const int num_warps = args.roles.num_stage_warps, warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-  const bool ok = !args.transfer.sends || transfer.await_staging();
-  if (ok && args.transfer.sends) {
+  if (args.transfer.sends) {
+    if (!transfer.await_staging()) return;
     if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
     if (args.slot.stride() > 0) TokenStager(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{num_warps} * gridDim.x).run();
   }
-  if (ok && args.writes_outputs) OutputWriter(args).write();
-  if (!kBulk || !args.own_apart) return;
-  __shared__ int own_ok;
-  const PullGroup group{SourceSpan::own(), static_cast<int>(threadIdx.x), num_warps * kWarpThreads, kStageBarrier};
-  if (group.open(transfer, sources, &own_ok, ok)) MessagePuller(args, transfer, sources, group.walk(args)).pull_by_threads();
+  if (args.writes_outputs) OutputWriter(args).write();
 }
 
 // The part of a pulling warp.
@@ -400,12 +391,15 @@ template <bool kBulk>
 __device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
   if (!args.transfer.receives) return;
   __shared__ int all_ok;
-  const int num_ranks = transfer.num_ranks(), num_stage_threads = args.roles.num_stage_warps * kWarpThreads;
-  const PullGroup group{kBulk && args.own_apart ? SourceSpan::others(num_ranks) : SourceSpan::all(num_ranks),
-                        static_cast<int>(threadIdx.x) - num_stage_threads, args.roles.num_pull_warps * kWarpThreads, kPullBarrier};
-  const MessageWalk walk = group.walk(args);
-  if (!group.open(transfer, sources, &all_ok)) return;
-  MessagePuller puller(args, transfer, sources, walk);
+  const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
+  const int num_threads = args.roles.num_pull_warps * kWarpThreads;
+  const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
+  if (thread == 0) all_ok = 1;
+  MessagePuller puller(args, transfer, sources, thread / kWarpThreads * num_blocks + block, args.roles.num_pull_warps * num_blocks);
+  device::sync_some_warps(kPullBarrier, num_threads);
+  if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
+  device::sync_some_warps(kPullBarrier, num_threads);
+  if (all_ok == 0) return;
   if constexpr (kBulk)
     run_ring(ring, puller);
   else
@@ -421,14 +415,13 @@ __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_con
   if (transfer.operation().is_poisoned()) return;
   const RowPieces& p = args.pieces;
   const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
-  auto* sources = reinterpret_cast<SourceView*>(shared);
   if (nth < 0) {
-    stage<kBulk>(args, transfer, sources);
+    stage(args, transfer);
   } else {
     const Ring ring{shared + shared_layout.rings + nth * p.num_stages * p.stage_bytes,
                     reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * p.num_stages, p.num_stages, p.stage_bytes};
     if constexpr (kBulk) ring.init();
-    pull<kBulk>(args, transfer, sources, ring);
+    pull<kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
   }
   transfer.finish();
 }

@@ -62,7 +62,6 @@ struct DispatchArgs {
   DispatchOutputs out;
   layout::StagedSlot slot;  // parts with bytes are staged
   int32_t stage_run = 1;    // tokens in a row that a warp stages; divides the tokens of a chunk
-  bool own_apart = false;   // with bulk copies the staging warps copy what this rank sends to itself
   int64_t row_bytes = 0;    // as it arrives
   int64_t scale_bytes = 0;  // as they arrive
   int32_t scale_element_bytes = 0;

@@ -20,11 +20,8 @@ class MessageWalk {
  public:
   // Warp `warp` of `num_warps`. All its threads call this and next().
   __device__ MessageWalk(const TransferArgs& transfer, const PlanView& plan, int32_t warp, int32_t num_warps, int run = 1)
-      : MessageWalk(transfer, plan, warp, num_warps, run, SourceSpan::all(transfer.exchange.num_ranks)) {}
-  // The messages of some of the sources.
-  __device__ MessageWalk(const TransferArgs& transfer, const PlanView& plan, int32_t warp, int32_t num_warps, int run, SourceSpan sources)
-      : transfer_(transfer), plan_(plan), sources_(sources), run_(run), next_item_(warp), num_warps_(num_warps) {
-    for (int nth = static_cast<int>(device::lane_idx()); nth < sources_.num; nth += 32) most_ = max(most_, range_of(source_at(nth)).count);
+      : transfer_(transfer), plan_(plan), num_ranks_(transfer.exchange.num_ranks), run_(run), next_item_(warp), num_warps_(num_warps) {
+    for (int source = static_cast<int>(device::lane_idx()); source < num_ranks_; source += 32) most_ = max(most_, range_of(source).count);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) most_ = max(most_, __shfl_xor_sync(~0u, most_, step));
     load_batch();
@@ -51,11 +48,6 @@ class MessageWalk {
     int32_t begin, count;
   };
 
-  __device__ int32_t source_at(int nth) const {
-    const int32_t source = transfer_.exchange.rank + sources_.first + nth;
-    return source < transfer_.exchange.num_ranks ? source : source - transfer_.exchange.num_ranks;
-  }
-
   // The source's messages in this round.
   __device__ SourceRange range_of(int source) const {
     const int32_t* chunk_begin = plan_.chunk_begin + source * (layout::kMaxChunks + 1);
@@ -65,14 +57,14 @@ class MessageWalk {
 
   // Each thread fetches one of the warp's next 32 messages.
   __device__ bool load_batch() {
-    if (most_ == 0 || next_item_ / sources_.num * run_ >= most_) return false;
+    if (next_item_ / num_ranks_ * run_ >= most_) return false;
     ++num_batches_;
     const int lane = static_cast<int>(device::lane_idx());
     const int32_t item = next_item_ + lane / run_ * num_warps_;
     next_item_ += 32 / run_ * num_warps_;
-    const int32_t nth_run = item / sources_.num, nth = nth_run * run_ + lane % run_;
-    const int32_t turns = nth_run / max(1, num_warps_ / sources_.num);  // or a warp would meet the same source each time
-    ahead_.source = source_at((item + turns) % sources_.num);
+    const int32_t nth_run = item / num_ranks_, nth = nth_run * run_ + lane % run_;
+    const int32_t turns = nth_run / max(1, num_warps_ / num_ranks_);  // or a warp would meet the same source each time
+    ahead_.source = (transfer_.exchange.rank + 1 + item + turns) % num_ranks_;
     const SourceRange range = range_of(ahead_.source);
     const bool valid = nth < range.count;
     ahead_.index = range.begin + nth;
@@ -83,7 +75,7 @@ class MessageWalk {
 
   const TransferArgs& transfer_;
   const PlanView& plan_;
-  const SourceSpan sources_;
+  const int num_ranks_;
   const int run_;
   int32_t next_item_;  // a run
   const int32_t num_warps_;

@@ -18,7 +18,7 @@ __device__ __forceinline__ void copy_row(const std::byte* from, int64_t row_byte
     Vec16 values[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (first + u * kStep < row_bytes) values[u] = *reinterpret_cast<const Vec16*>(from + first + u * kStep);
+      if (first + u * kStep < row_bytes) values[u] = device::load_vec16(from + first + u * kStep);
     for_each([&](std::byte* to) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
@@ -40,7 +40,7 @@ __device__ void cast_row(const std::byte* row, int64_t hidden, int encoding, std
       Vec16 raw = {};
       const std::byte* from = row + channel * kElementBytes;
       if constexpr (kElementBytes == 4)
-        raw = *reinterpret_cast<const Vec16*>(from);
+        raw = device::load_vec16(from);
       else
         *reinterpret_cast<uint2*>(raw.words) = *reinterpret_cast<const uint2*>(from);
       float widened[Wire::kElements];

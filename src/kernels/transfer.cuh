@@ -78,13 +78,8 @@ class Transfer {
 
   // Threads i of n: waits for the calls of all sources and notes where their rows are. False: the exchange has failed.
   __device__ bool open_sources(SourceView* sources, int i, int n) const {
-    return open_sources(sources, SourceSpan::all(num_ranks()), i, n);
-  }
-  // Of some of the sources.
-  __device__ bool open_sources(SourceView* sources, SourceSpan span, int i, int n) const {
     bool ok = true;
-    for (int nth = i; nth < span.num; nth += n) {
-      const int source = (rank() + span.first + nth) % num_ranks();
+    for (int source = i; source < num_ranks(); source += n) {
       sources[source] = {};
       if (op_.is_masked(source)) continue;
       ok = ok && open_source(source, sources[source]);

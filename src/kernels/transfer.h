@@ -30,16 +30,6 @@ struct TransferArgs {
 };
 static_assert(std::is_trivially_copyable_v<TransferArgs>);
 
-// Some of the sources: those with the numbers rank + first, rank + first + 1, ..., modulo the number of ranks.
-struct SourceSpan {
-  int first = 0;
-  int num = 0;
-
-  static constexpr SourceSpan all(int num_ranks) { return {1, num_ranks}; }
-  static constexpr SourceSpan others(int num_ranks) { return {1, num_ranks - 1}; }
-  static constexpr SourceSpan own() { return {0, 1}; }
-};
-
 // How a kernel divides its blocks: some warps put rows into the staging, the others pull.
 struct WarpRoles {
   int32_t num_stage_warps = 0;
