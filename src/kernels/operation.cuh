@@ -21,6 +21,36 @@ using device::store_release_sys;
 
 inline constexpr int kWarpThreads = 32;
 
+// What happens at most once is not inlined: a kernel that runs for some microseconds fetches each instruction about once, so code that is in the
+// way costs time.
+__device__ __noinline__ inline void post_failure(const ExchangeView& exchange, const layout::FailureRecord& record) {
+  exchange.mailbox->failure = record;
+  store_release_sys(&exchange.mailbox->failure_set, 1);
+}
+
+// Passes on to the host what another rank has recorded.
+__device__ __noinline__ inline void post_abort(const ExchangeView& exchange) {
+  const auto* window = exchange.window(exchange.rank);
+  const uint64_t waiter = load_acquire_sys(reinterpret_cast<const uint64_t*>(window + exchange.layout.abort()));
+  if (waiter == 0 || atomicExch(exchange.failed, 1u) != 0) return;
+  post_failure(exchange, *reinterpret_cast<const layout::FailureRecord*>(window + exchange.layout.record(static_cast<int>(waiter) - 1)));
+}
+
+// Records why this rank stops, in every window and for the host, unless it has been recorded already. Of the record, what the exchange knows
+// is filled in here. Never waits.
+__device__ __noinline__ inline void post_give_up(const ExchangeView& exchange, layout::FailureRecord record) {
+  if (atomicExch(exchange.failed, 1u) != 0) return;
+  record.waiter = exchange.rank;
+  record.lane = exchange.lane;
+  for (int i = 0; i < exchange.num_ranks; ++i) {
+    std::byte* const window = exchange.window((exchange.rank + i) % exchange.num_ranks);
+    if (window == nullptr) continue;
+    *reinterpret_cast<layout::FailureRecord*>(window + exchange.layout.record(exchange.rank)) = record;
+    store_release_sys(reinterpret_cast<uint64_t*>(window + exchange.layout.abort()), static_cast<uint64_t>(exchange.rank) + 1);
+  }
+  post_failure(exchange, record);
+}
+
 struct Operation {
   static constexpr int kSpinsPerLook = 64;  // at the abort word and the clock
 
@@ -50,8 +80,7 @@ struct Operation {
 
   // One thread. Waits until *word has reached `expected`; false: the exchange has failed.
   __device__ bool await(const uint64_t* word, uint64_t expected, int peer) const {
-    uint64_t seen = load_acquire_sys(word);
-    return seen >= expected || spin(expected, peer, seen, [=](uint64_t& value) { return (value = load_acquire_sys(word)) >= expected; });
+    return load_acquire_sys(word) >= expected || await_long(*this, word, expected, peer);
   }
 
   // One thread. Waits until a word of the latency path is of this epoch, and gives its value; false: the exchange has failed.
@@ -74,30 +103,17 @@ struct Operation {
 
   // Records why this rank stops, in every window and for the host, unless it has been recorded already. Never waits.
   __device__ void give_up(tern_status status, int awaited, uint64_t expected, uint64_t seen) const {
-    if (atomicExch(exchange.failed, 1u) != 0) return;
     layout::FailureRecord record;
     record.status = status;
-    record.waiter = exchange.rank;
     record.awaited = awaited;
-    record.lane = exchange.lane;
     record.operation = operation;
     record.expected_epoch = expected;
     record.seen_epoch = seen;
-    for (int i = 0; i < exchange.num_ranks; ++i) {
-      const int owner = (exchange.rank + i) % exchange.num_ranks;
-      if (is_masked(owner)) continue;
-      *in_window<layout::FailureRecord>(owner, exchange.layout.record(exchange.rank)) = record;
-      store_release_sys(in_window<uint64_t>(owner, exchange.layout.abort()), static_cast<uint64_t>(exchange.rank) + 1);
-    }
-    post_failure(record);
+    post_give_up(exchange, record);
   }
 
   // Passes on to the host what another rank has recorded.
-  __device__ void report_abort() const {
-    const uint64_t waiter = load_acquire_sys(abort_word());
-    if (waiter == 0 || atomicExch(exchange.failed, 1u) != 0) return;
-    post_failure(*in_window<layout::FailureRecord>(exchange.rank, exchange.layout.record(static_cast<int>(waiter) - 1)));
-  }
+  __device__ void report_abort() const { post_abort(exchange); }
 
   // Something was left out of an operation that otherwise completed.
   __device__ void post_notice(tern_status status) const {
@@ -144,17 +160,24 @@ struct Operation {
 
   // All threads of the last block, at the end of an operation that receives: nothing of the others' is needed any more.
   __device__ void post_consumed() const {
+    const uint64_t begun = exchange.state->epoch;  // on its way while the abort word is
     if (is_aborted()) {
       if (threadIdx.x == 0) report_abort();
       return;
     }
-    const uint64_t last_epoch = epoch > exchange.state->epoch ? epoch : exchange.state->epoch;
+    const uint64_t last_epoch = epoch > begun ? epoch : begun;
     const uint64_t consumed = last_epoch - static_cast<uint64_t>(exchange.consumed_lag);
     for (int peer = static_cast<int>(threadIdx.x); peer < exchange.num_ranks; peer += static_cast<int>(blockDim.x))
       if (!is_masked(peer)) store_release_sys(&progress(peer, exchange.rank)->consumed, consumed);
   }
 
  private:
+  // Kept out of the way like the above.
+  __device__ __noinline__ static bool await_long(const Operation& op, const uint64_t* word, uint64_t expected, int peer) {
+    uint64_t seen = 0;
+    return op.spin(expected, peer, seen, [=](uint64_t& value) { return (value = load_acquire_sys(word)) >= expected; });
+  }
+
   // Looks until look(seen) says that it is there, or the deadline passes, or the exchange fails otherwise.
   template <typename Look>
   __device__ bool spin(uint64_t expected, int peer, uint64_t& seen, Look look) const {
@@ -168,11 +191,6 @@ struct Operation {
         return false;
       }
     }
-  }
-
-  __device__ void post_failure(const layout::FailureRecord& record) const {
-    exchange.mailbox->failure = record;
-    store_release_sys(&exchange.mailbox->failure_set, 1);
   }
 
   __device__ bool await_blocks(uint32_t target) const {

@@ -31,12 +31,12 @@ class Route {
         rank_(args.exchange.rank),
         num_ranks_(args.exchange.num_ranks),
         num_counts_(plan_.num_counts(num_ranks_)),
-        own_(args, op_, workspace),
-        rows_(plan_, rank_, num_ranks_, workspace + int64_t{args.num_counting_warps} * num_counts_) {}
+        banks_(reinterpret_cast<BankPair*>(workspace)),
+        own_(args, op_, banks_, workspace + bank_table_size(num_ranks_)),
+        rows_(plan_, rank_, num_ranks_, workspace + bank_table_size(num_ranks_) + int64_t{args.num_counting_warps} * num_counts_) {}
 
   __device__ void run() {
-    if (op_.is_poisoned()) return;
-    if (!exchange()) {
+    if (!begin() || !exchange()) {
       if (threadIdx.x == 0) op_.report_abort();
       return;
     }
@@ -50,11 +50,22 @@ class Route {
   }
 
  private:
+  // False: the exchange has failed. Peers are looked at by other threads than the abort word, at the same time.
+  __device__ bool begin() const {
+    bool ok = threadIdx.x != 0 || !op_.is_aborted();
+    for (int peer = kThreads - 1 - static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads)
+      ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
+    for (int other = static_cast<int>(threadIdx.x); other < num_ranks_; other += kThreads)
+      banks_[other] = op_.is_masked(other) ? BankPair{} : BankPair{bank(other, rank_), bank(rank_, other)};
+    return __syncthreads_and(ok ? 1 : 0) != 0;
+  }
+
   // Up to the moment when all ranks' counts and messages are here. False: the exchange has failed.
   __device__ bool exchange() {
+    if (blockIdx.x == 0) announce();
     own_.count();
-    if (!await_banks() || !op_.sync_blocks(1)) return false;
-    own_.add_lower_blocks();
+    if (!op_.sync_blocks(1)) return false;
+    own_.add_lower_blocks([&](int c, int32_t count) { push_count(c, count); });
     push();
     publish();
     return await_counts();
@@ -62,89 +73,104 @@ class Route {
 
   // ---- push
 
-  __device__ bool await_banks() const {
-    bool ok = true;
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads)
-      ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
-    return __syncthreads_and(ok ? 1 : 0) != 0;
-  }
-
   __device__ std::byte* bank(int owner, int source) const {
     return args_.exchange.window(owner) + args_.exchange.layout.routing(args_.exchange.lane, op_.epoch, source);
   }
 
-  // By each warp for its own tokens: one thread for each kEntryQuad entries of a message.
+  __device__ bool is_masked(int rank) const { return banks_[rank].there == nullptr; }
+
+  // One block describes the call, long before anybody looks.
+  __device__ void announce() const {
+    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads) {
+      if (is_masked(peer)) continue;
+      layout::CallCell* cell = op_.call(peer, rank_);
+      cell->shape = args_.shape;
+      cell->epoch = op_.epoch;
+      cell->operation = TERN_OP_ROUTE;
+      cell->num_tokens = own_.num_tokens();
+      cell->num_flags = static_cast<int32_t>(gridDim.x);
+      store_release_sys(&op_.progress(peer, rank_)->ready, op_.epoch);
+    }
+  }
+
+  // Every block knows all counts of this rank: each tells them to some of the peers.
+  __device__ void push_count(int c, int32_t count) const {
+    for (int i = static_cast<int>(blockIdx.x); i < num_ranks_; i += static_cast<int>(gridDim.x)) {
+      const int peer = rank_ + i < num_ranks_ ? rank_ + i : rank_ + i - num_ranks_;
+      if (!is_masked(peer)) reinterpret_cast<int32_t*>(banks_[peer].there + args_.bank.counts())[c] = count;
+    }
+  }
+
+  // kEntryQuad entries of a message, from k on, with positions among the warp's.
+  struct MessageQuad {
+    int32_t token;
+    int k;
+    MessageRef message = {-1, 0};
+    int32_t experts[kEntryQuad], positions[kEntryQuad];
+  };
+
+  // By each warp for its own tokens: one thread for each kEntryQuad entries of a message, or for several, which are loaded before any is stored.
   __device__ void push() const {
-    if (blockIdx.x == 0) push_counts();
     const TokenRange tokens = own_.tokens();
     const auto quads = static_cast<uint32_t>(max(1, args_.bank.entry_stride() / kEntryQuad));
-    const uint32_t per_token = static_cast<uint32_t>(plan_.messages_per_token) * quads;
-    const uint32_t num = static_cast<uint32_t>(tokens.size()) * per_token;
-#pragma unroll 2
-    for (uint32_t i = device::lane_idx(); i < num; i += kWarpThreads) {
-      const int32_t token = tokens.begin + static_cast<int32_t>(i / per_token);
-      const MessageRef message = plan_.messages[int64_t{token} * plan_.messages_per_token + i % per_token / quads];
-      if (message.rank >= 0) push_entries(token, message, static_cast<int>(i % quads) * kEntryQuad);
+    const uint32_t num = static_cast<uint32_t>(tokens.size() * plan_.messages_per_token) * quads;
+    for (uint32_t first = device::lane_idx(); first < num; first += kPushBatch * kWarpThreads) {
+      MessageQuad batch[kPushBatch];
+#pragma unroll
+      for (int u = 0; u < kPushBatch; ++u)
+        if (first + u * kWarpThreads < num) load_quad(first + u * kWarpThreads, quads, batch[u]);
+#pragma unroll
+      for (int u = 0; u < kPushBatch; ++u)
+        if (batch[u].message.rank >= 0) push_quad(batch[u]);
     }
   }
 
-  __device__ void push_counts() const {
-    const int32_t* own_counts = plan_.counts + int64_t{rank_} * num_counts_;
-    for (int i = 0; i < num_ranks_; ++i) {
-      const int peer = (rank_ + i) % num_ranks_;
-      if (op_.is_masked(peer)) continue;
-      auto* counts = reinterpret_cast<int32_t*>(bank(peer, rank_) + args_.bank.counts());
-      for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kThreads) counts[c] = own_counts[c];
+  __device__ void load_quad(uint32_t i, uint32_t quads, MessageQuad& quad) const {
+    const auto nth_message = static_cast<int32_t>(i / quads);
+    quad.token = own_.tokens().begin + nth_message / plan_.messages_per_token;
+    quad.k = static_cast<int>(i % quads) * kEntryQuad;
+    quad.message = plan_.messages[own_.tokens().begin * plan_.messages_per_token + nth_message];
+    const int32_t at = quad.token * plan_.num_topk + quad.k;
+#pragma unroll
+    for (int e = 0; e < kEntryQuad; ++e) {
+      const bool in = quad.k + e < plan_.num_topk;
+      quad.experts[e] = in ? plan_.experts[at + e] : -1;
+      quad.positions[e] = in ? plan_.entry_rows[at + e] : -1;
     }
   }
 
-  // Entries from k on. Positions in the tables are still those among the warp's.
-  __device__ void push_entries(int32_t token, MessageRef message, int k) const {
+  __device__ void push_quad(const MessageQuad& quad) const {
     const int32_t* const before = own_.before();
-    const int32_t nth = message.row + before[plan_.num_experts + message.rank];
-    std::byte* const to = bank(message.rank, rank_);
-    if (k == 0) reinterpret_cast<int32_t*>(to + args_.bank.source_tokens())[nth] = token;
+    const int to = quad.message.rank;
+    const int32_t nth = quad.message.row + before[plan_.num_experts + to];
+    std::byte* const bank_there = banks_[to].there;
+    if (quad.k == 0) reinterpret_cast<int32_t*>(bank_there + args_.bank.source_tokens())[nth] = quad.token;
     if (plan_.num_topk == 0) return;
     layout::RoutingBankLayout::Entry entries[kEntryQuad];
 #pragma unroll
-    for (int i = 0; i < kEntryQuad; ++i) {
-      entries[i] = {-1, 0};
-      const int64_t at = int64_t{token} * plan_.num_topk + k + i;
-      const int32_t expert = k + i < plan_.num_topk ? plan_.experts[at] : -1;
-      if (expert >= 0 && own_.rank_of(expert) == message.rank)
-        entries[i] = {expert - message.rank * plan_.local_experts, plan_.entry_rows[at] + before[expert]};
+    for (int e = 0; e < kEntryQuad; ++e) {
+      const int32_t expert = quad.experts[e];
+      entries[e] = {-1, 0};
+      if (expert >= 0 && own_.rank_of(expert) == to) entries[e] = {expert - to * plan_.local_experts, quad.positions[e] + before[expert]};
     }
-    auto* out = reinterpret_cast<int4*>(to + args_.bank.entries(plan_.max_tokens) + args_.bank.entry_at(nth, k));
+    auto* out = reinterpret_cast<int4*>(bank_there + args_.bank.entries(plan_.max_tokens) + args_.bank.entry_at(nth, quad.k));
     out[0] = {entries[0].expert, entries[0].position, entries[1].expert, entries[1].position};
     out[1] = {entries[2].expert, entries[2].position, entries[3].expert, entries[3].position};
   }
 
-  // The call is described by one block. Every block raises a flag of its own, when all its threads have pushed: what a thread has seen by the
-  // barrier goes with its release.
+  // Every block raises a flag of its own, when all its threads have pushed: what a thread has seen by the barrier goes with its release.
   __device__ void publish() const {
     __syncthreads();
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads) {
-      if (op_.is_masked(peer)) continue;
-      if (blockIdx.x == 0) {
-        layout::CallCell* cell = op_.call(peer, rank_);
-        cell->shape = args_.shape;
-        cell->epoch = op_.epoch;
-        cell->operation = TERN_OP_ROUTE;
-        cell->num_tokens = own_.num_tokens();
-        cell->num_flags = static_cast<int32_t>(gridDim.x);
-        store_release_sys(&op_.progress(peer, rank_)->ready, op_.epoch);
-      } else {
-        store_release_sys(op_.staged_flag(peer, rank_, static_cast<int>(blockIdx.x)), op_.epoch);
-      }
-    }
+    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads)
+      if (!is_masked(peer)) store_release_sys(op_.staged_flag(peer, rank_, static_cast<int>(blockIdx.x)), op_.epoch);
   }
 
-  // Each thread waits for a block of a source; the first one has described its call.
+  // Each thread waits for a block of a source. The calls have come while blocks were counting.
   __device__ bool await_counts() const {
     bool ok = true;
     for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kMostRouteBlocks; i += kThreads) {
       const int source = i / kMostRouteBlocks, block = i % kMostRouteBlocks;
-      if (!op_.is_masked(source)) ok = ok && await_block(source, block);
+      if (!is_masked(source)) ok = ok && await_block(source, block);
     }
     return __syncthreads_and(ok ? 1 : 0) != 0;
   }
@@ -156,15 +182,14 @@ class Route {
       op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);
       return false;
     }
-    return block == 0 || block >= cell->num_flags || op_.await(op_.staged_flag(rank_, source, block), op_.epoch, source);
+    return block >= cell->num_flags || op_.await(op_.staged_flag(rank_, source, block), op_.epoch, source);
   }
 
   // ---- settle
 
   // Counts of a source; nullptr: it is masked.
   __device__ const int32_t* counts_of(int source) const {
-    if (op_.is_masked(source)) return nullptr;
-    return reinterpret_cast<const int32_t*>(bank(rank_, source) + args_.bank.counts());
+    return is_masked(source) ? nullptr : reinterpret_cast<const int32_t*>(banks_[source].here + args_.bank.counts());
   }
 
   __device__ void settle() const {
@@ -189,6 +214,8 @@ class Route {
   }
 
   __device__ void write_counts(int32_t* counts, int32_t* num_tokens) const {
+    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kThreads)
+      num_tokens[source] = is_masked(source) ? 0 : op_.call(rank_, source)->num_tokens;
     const int num = num_ranks_ * num_counts_;
     for (int first = static_cast<int>(threadIdx.x); first < num; first += kBatch * kThreads) {
       int32_t values[kBatch];
@@ -202,8 +229,6 @@ class Route {
       for (int u = 0; u < kBatch; ++u)
         if (first + u * kThreads < num) counts[first + u * kThreads] = values[u];
     }
-    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kThreads)
-      num_tokens[source] = op_.is_masked(source) ? 0 : op_.call(rank_, source)->num_tokens;
   }
 
   // Of the plan as a whole, by one block.
@@ -230,36 +255,63 @@ class Route {
   __device__ static uint32_t thread_of_all() { return blockIdx.x * kThreads + threadIdx.x; }
   __device__ static uint32_t num_all_threads() { return gridDim.x * kThreads; }
 
-  // The messages that arrive, all blocks together: one thread for each kEntryQuad entries.
+  // kEntryQuad entries of a message that arrives, from k on, and its token.
+  struct ReceivedQuad {
+    int32_t message = -1, nth;  // among all, among the source's
+    int source, k;
+    int32_t token, token_before;
+    int4 low, high;
+  };
+
+  // The messages that arrive, all blocks together: one thread for each kEntryQuad entries, or for several, which are loaded before any is stored.
   __device__ void settle_received() const {
     const auto quads = static_cast<uint32_t>(max(1, plan_.topk_stride / kEntryQuad));
     const uint32_t num = static_cast<uint32_t>(rows_.num_received()) * quads;
-    for (uint32_t i = thread_of_all(); i < num; i += num_all_threads()) {
-      const auto message = static_cast<int32_t>(i / quads);
-      const int source = rows_.source_of(message);
-      const int32_t nth = message - rows_.received_begin(source);
-      const auto k = static_cast<int>(i % quads) * kEntryQuad;
-      if (k == 0) settle_message(source, nth, message);
-      if (plan_.num_topk == 0) continue;
-      const auto* in =
-          reinterpret_cast<const int4*>(bank(rank_, source) + args_.bank.entries(plan_.max_tokens) + args_.bank.entry_at(nth, k));
-      const int4 low = in[0], high = in[1];
-      const int64_t at = int64_t{message} * plan_.topk_stride + k;
-      *reinterpret_cast<int4*>(plan_.received_experts + at) = {low.x, low.z, high.x, high.z};
-      *reinterpret_cast<int4*>(plan_.received_rows + at) = {
-          rows_.received_row(source, message, {low.x, low.y}), rows_.received_row(source, message, {low.z, low.w}),
-          rows_.received_row(source, message, {high.x, high.y}), rows_.received_row(source, message, {high.z, high.w})};
+    for (uint32_t first = thread_of_all(); first < num; first += kPushBatch * num_all_threads()) {
+      ReceivedQuad batch[kPushBatch];
+#pragma unroll
+      for (int u = 0; u < kPushBatch; ++u)
+        if (first + u * num_all_threads() < num) load_received(first + u * num_all_threads(), quads, batch[u]);
+#pragma unroll
+      for (int u = 0; u < kPushBatch; ++u)
+        if (batch[u].message >= 0) settle_quad(batch[u]);
     }
   }
 
-  // The token of a source's nth message. Where that is the first of a chunk, or of several, they begin here.
-  __device__ void settle_message(int source, int32_t nth, int32_t message) const {
-    const auto* tokens = reinterpret_cast<const int32_t*>(bank(rank_, source) + args_.bank.source_tokens());
-    const int32_t token = tokens[nth], token_before = nth == 0 ? -plan_.tokens_per_chunk : tokens[nth - 1];
-    plan_.source_token[message] = token;
-    set_chunks(source, token_before / plan_.tokens_per_chunk + 1, token / plan_.tokens_per_chunk, nth);
-    const int32_t num = rows_.received_begin(source + 1) - rows_.received_begin(source);
-    if (nth + 1 == num) set_chunks(source, token / plan_.tokens_per_chunk + 1, layout::kMaxChunks, num);
+  __device__ void load_received(uint32_t i, uint32_t quads, ReceivedQuad& quad) const {
+    quad.message = static_cast<int32_t>(i / quads);
+    quad.k = static_cast<int>(i % quads) * kEntryQuad;
+    quad.source = rows_.source_of(quad.message);
+    quad.nth = quad.message - rows_.received_begin(quad.source);
+    const std::byte* const from = banks_[quad.source].here;
+    const auto* tokens = reinterpret_cast<const int32_t*>(from + args_.bank.source_tokens()) + quad.nth;
+    quad.token = tokens[0];
+    quad.token_before = quad.nth == 0 ? -plan_.tokens_per_chunk : tokens[-1];
+    if (plan_.num_topk == 0) return;
+    const auto* in = reinterpret_cast<const int4*>(from + args_.bank.entries(plan_.max_tokens) + args_.bank.entry_at(quad.nth, quad.k));
+    quad.low = in[0];
+    quad.high = in[1];
+  }
+
+  __device__ void settle_quad(const ReceivedQuad& quad) const {
+    const int32_t message = quad.message;
+    if (quad.k == 0) settle_message(quad);
+    if (plan_.num_topk == 0) return;
+    const int64_t at = int64_t{message} * plan_.topk_stride + quad.k;
+    const int4 low = quad.low, high = quad.high;
+    *reinterpret_cast<int4*>(plan_.received_experts + at) = {low.x, low.z, high.x, high.z};
+    *reinterpret_cast<int4*>(plan_.received_rows + at) = {
+        rows_.received_row(quad.source, message, {low.x, low.y}), rows_.received_row(quad.source, message, {low.z, low.w}),
+        rows_.received_row(quad.source, message, {high.x, high.y}), rows_.received_row(quad.source, message, {high.z, high.w})};
+  }
+
+  // Where a message is the first of a chunk, or of several, they begin here.
+  __device__ void settle_message(const ReceivedQuad& quad) const {
+    plan_.source_token[quad.message] = quad.token;
+    const int chunk = quad.token / plan_.tokens_per_chunk;
+    set_chunks(quad.source, quad.token_before / plan_.tokens_per_chunk + 1, chunk, quad.nth);
+    const int32_t num = rows_.received_begin(quad.source + 1) - rows_.received_begin(quad.source);
+    if (quad.nth + 1 == num) set_chunks(quad.source, chunk + 1, layout::kMaxChunks, num);
   }
 
   __device__ void settle_empty_sources() const {
@@ -269,6 +321,7 @@ class Route {
 
   __device__ void set_chunks(int source, int first, int last, int32_t begin) const {
     int32_t* const chunk_begin = plan_.chunk_begin + int64_t{source} * (layout::kMaxChunks + 1);
+#pragma unroll 1
     for (int c = first; c <= last; ++c) chunk_begin[c] = begin;
   }
 
@@ -276,25 +329,34 @@ class Route {
   __device__ void settle_own() const {
     const int32_t* const before = own_.before();
     const TokenRange tokens = own_.tokens();
+    const auto lane = static_cast<int32_t>(device::lane_idx());
+    const bool has_expert_rows = plan_.has_expert_rows();
     const int32_t messages_end = tokens.end * plan_.messages_per_token;
-#pragma unroll 2
-    for (int32_t i = tokens.begin * plan_.messages_per_token + static_cast<int32_t>(device::lane_idx()); i < messages_end;
-         i += kWarpThreads) {
+    for (int32_t i = tokens.begin * plan_.messages_per_token + lane; i < messages_end; i += kWarpThreads) {
       const MessageRef message = plan_.messages[i];
       if (message.rank < 0) continue;
-      plan_.messages[i].row =
-          plan_.has_expert_rows() ? 0 : rows_.message_row(message.rank, message.row + before[plan_.num_experts + message.rank]);
+      plan_.messages[i].row = has_expert_rows ? 0 : rows_.message_row(message.rank, message.row + before[plan_.num_experts + message.rank]);
     }
-    if (!plan_.has_expert_rows()) return;  // entries have no rows
+    if (!has_expert_rows) return;  // entries have no rows
     const int32_t entries_end = tokens.end * plan_.num_topk;
-#pragma unroll 4
-    for (int32_t i = tokens.begin * plan_.num_topk + static_cast<int32_t>(device::lane_idx()); i < entries_end; i += kWarpThreads) {
-      const int32_t expert = plan_.experts[i];
-      if (expert >= 0) plan_.entry_rows[i] = rows_.entry_row(expert, own_.rank_of(expert), plan_.entry_rows[i] + before[expert]);
+    for (int32_t first = tokens.begin * plan_.num_topk + lane; first < entries_end; first += kBatch * kWarpThreads) {
+      int32_t experts[kBatch], positions[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int32_t i = first + u * kWarpThreads;
+        experts[u] = i < entries_end ? plan_.experts[i] : -1;
+        positions[u] = i < entries_end ? plan_.entry_rows[i] : -1;
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (experts[u] < 0) continue;
+        plan_.entry_rows[first + u * kWarpThreads] =
+            rows_.entry_row(experts[u], own_.rank_of(experts[u]), positions[u] + before[experts[u]]);
+      }
     }
   }
 
-  static constexpr int kBatch = 4;  // loads that are under way at a time
+  static constexpr int kBatch = 4, kPushBatch = 2;  // loads that are under way at a time
 
   const RouteArgs& args_;
   const PlanView& plan_;
@@ -302,12 +364,13 @@ class Route {
   const int rank_;
   const int num_ranks_;
   const int num_counts_;
+  BankPair* const banks_;  // [num_ranks]
   const TokenCounts own_;
   const RowTables rows_;
 };
 
 __global__ void __launch_bounds__(kThreads, 1) route_kernel(const __grid_constant__ RouteArgs args) {
-  extern __shared__ int32_t shared[];
+  extern __shared__ __align__(16) int32_t shared[];
   int32_t* workspace = shared;
   if (args.workspace != nullptr)
     workspace = args.workspace + blockIdx.x * route_workspace(args.plan.num_experts, args.exchange.num_ranks, args.num_counting_warps);
@@ -318,7 +381,7 @@ __global__ void __launch_bounds__(kThreads, 1) route_kernel(const __grid_constan
 
 int32_t route_counting_warps(int32_t num_experts, int32_t num_ranks) {
   const int64_t counter_bytes = (int64_t{num_experts} + num_ranks) * static_cast<int64_t>(sizeof(int32_t));
-  const int64_t fitting = kSharedBytes / counter_bytes - 4;  // the tables of rows take as much as three more, or four
+  const int64_t fitting = kSharedBytes / counter_bytes - 6;  // the other tables take as much as six more, or less
   return static_cast<int32_t>(fitting < 1 ? 1 : fitting > kMostRouteWarps ? kMostRouteWarps : fitting);
 }
 

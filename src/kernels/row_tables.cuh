@@ -97,7 +97,7 @@ class RowTables {
   }
 
  private:
-  static constexpr int kBatch = 8;  // counts that are under way at a time
+  static constexpr int kBatch = 4;  // counts that are under way at a time
 
   __device__ static int32_t count(const int32_t* counts, int c) { return counts == nullptr ? 0 : counts[c]; }
 

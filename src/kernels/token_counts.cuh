@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The first half of a route: this rank's tokens are counted by all blocks, in token order.
 //
-//   TokenCounts counts(args, op, counters);   // counters: [num_counting_warps][num_counts] of the block
+//   TokenCounts counts(args, op, banks, counters);   // counters: [num_counting_warps][num_counts] of the block
 //   counts.count();
 //   ... all blocks have counted ...
-//   counts.add_lower_blocks();
+//   counts.add_lower_blocks(use);                    // use(c, count) for each of the rank's counts
 //   position of a message = message.row + counts.before()[num_experts + message.rank], of an entry = entry_row + counts.before()[expert]
 //
 // Each block has a range of the tokens, and each of its warps a part of that. Counters are of entries by expert, then of messages by rank.
@@ -38,10 +38,11 @@ struct RankOfExpert {
 
 class TokenCounts {
  public:
-  __device__ TokenCounts(const RouteArgs& args, const Operation& op, int32_t* counters)
+  __device__ TokenCounts(const RouteArgs& args, const Operation& op, const BankPair* banks, int32_t* counters)
       : args_(args),
         plan_(args.plan),
         op_(op),
+        banks_(banks),
         num_ranks_(args.exchange.num_ranks),
         num_counts_(plan_.num_counts(num_ranks_)),
         warp_(static_cast<int>(threadIdx.x) / kWarpThreads),
@@ -62,19 +63,20 @@ class TokenCounts {
   // Leaves experts, messages and positions among the warp's in the plan, and the block's counts for the other blocks.
   __device__ void count() const {
     const int num_warps = args_.num_counting_warps;
-    for (int64_t i = threadIdx.x; i < int64_t{num_warps} * num_counts_; i += num_threads()) counters_[i] = 0;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < num_warps * num_counts_; i += num_threads()) counters_[i] = 0;
     __syncthreads();
     if (plan_.num_topk > 0) count_entries();
-    __syncwarp();  // experts were written by other threads
+    __syncwarp();
     count_messages();
     __syncthreads();
     for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += num_threads())
       args_.block_counts[int64_t{blockIdx.x} * num_counts_ + c] = add_lower_warps(counters_ + c);
   }
 
-  // When all blocks have counted: what the lower ones did comes before, too. Leaves the rank's counts in the plan.
-  __device__ void add_lower_blocks() const {
-    int32_t* own_counts = plan_.counts + int64_t{args_.exchange.rank} * num_counts_;
+  // When all blocks have counted: what the lower ones did comes before, too. Calls use(c, count) for each of the rank's counts.
+  template <typename Use>
+  __device__ void add_lower_blocks(Use use) const {
     for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += num_threads()) {
       int32_t lower = 0, all = 0;
 #pragma unroll
@@ -86,7 +88,7 @@ class TokenCounts {
 #pragma unroll 8
       for (int w = 0; w < args_.num_counting_warps; ++w) counters_[int64_t{w} * num_counts_ + c] += lower;
       if (args_.tokens_per_expert != nullptr && c < plan_.num_experts) all = args_.tokens_per_expert[c];
-      if (blockIdx.x == 0) own_counts[c] = all;
+      use(c, all);
     }
     __syncthreads();
   }
@@ -117,6 +119,7 @@ class TokenCounts {
   __device__ void count_entries() const {
     int32_t* const counters = warp_counters();
     const int32_t end = tokens_.end * plan_.num_topk;
+    bool has_invalid = false;  // numbers that are no expert
     for (int32_t first = tokens_.begin * plan_.num_topk; first < end; first += kBatch * kWarpThreads) {
       const int32_t own = first + static_cast<int32_t>(device::lane_idx());
       int64_t given[kBatch];
@@ -126,7 +129,8 @@ class TokenCounts {
       for (int u = 0; u < kBatch; ++u) {
         if (first + u * kWarpThreads >= end) break;
         const int32_t i = own + u * kWarpThreads;
-        const int32_t expert = checked_expert(given[u]);
+        const int32_t expert = usable_expert(given[u]);
+        has_invalid = has_invalid || given[u] < -1 || given[u] >= plan_.num_experts;
         const uint32_t same = __match_any_sync(~0u, expert);
         const int before = __popc(same & device::lanes_below());
         const int32_t base = expert >= 0 ? counters[expert] : 0;
@@ -138,18 +142,20 @@ class TokenCounts {
         plan_.entry_rows[i] = expert >= 0 && plan_.has_expert_rows() ? base + before : -1;
       }
     }
+    if (has_invalid) op_.post_notice(TERN_INVALID_ARGUMENT);
   }
 
   __device__ int64_t given_expert(int32_t entry) const {
     return args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
   }
 
-  // -1 for entries to masked ranks, and for numbers that are no expert, of which the host is told.
-  __device__ int32_t checked_expert(int64_t given) const {
-    if (given < -1 || given >= plan_.num_experts) op_.post_notice(TERN_INVALID_ARGUMENT);
+  __device__ bool is_masked(int rank) const { return banks_[rank].there == nullptr; }
+
+  // -1 for entries to masked ranks, and for numbers that are no expert.
+  __device__ int32_t usable_expert(int64_t given) const {
     if (given < 0 || given >= plan_.num_experts) return -1;
     const auto expert = static_cast<int32_t>(given);
-    return op_.is_masked(rank_of_(expert)) ? -1 : expert;
+    return is_masked(rank_of_(expert)) ? -1 : expert;
   }
 
   // The messages of the warp's tokens, 32 tokens and 64 ranks at a time.
@@ -185,15 +191,20 @@ class TokenCounts {
       const uint8_t* goes = args_.token_in_rank + int64_t{token} * num_ranks_ + first_rank;
 #pragma unroll 8
       for (int i = 0; i < num; ++i)
-        if (goes[i] != 0 && !op_.is_masked(first_rank + i)) ranks |= uint64_t{1} << i;
+        if (goes[i] != 0 && !is_masked(first_rank + i)) ranks |= uint64_t{1} << i;
       return ranks;
     }
-    const int32_t* experts = plan_.experts + int64_t{token} * plan_.num_topk;
-#pragma unroll 8
-    for (int k = 0; k < plan_.num_topk; ++k) {
-      const int32_t expert = experts[k];
-      const int i = rank_of_(expert) - first_rank;
-      if (expert >= 0 && i >= 0 && i < num) ranks |= uint64_t{1} << i;
+    // As they were given: they have just been read, and are in the L1 cache.
+    for (int first = 0; first < plan_.num_topk; first += kBatch) {
+      int64_t given[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) given[u] = first + u < plan_.num_topk ? given_expert(token * plan_.num_topk + first + u) : -1;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int32_t expert = usable_expert(given[u]);
+        const int i = rank_of_(expert) - first_rank;
+        if (expert >= 0 && i >= 0 && i < num) ranks |= uint64_t{1} << i;
+      }
     }
     return ranks;
   }
@@ -205,6 +216,7 @@ class TokenCounts {
   const RouteArgs& args_;
   const PlanView& plan_;
   const Operation op_;
+  const BankPair* const banks_;  // of all ranks
   const int num_ranks_;
   const int num_counts_;
   const int warp_;
