@@ -12,6 +12,7 @@
 #include "tools/check.h"
 #include "tools/doctor.h"
 #include "tools/machine.h"
+#include "tools/memory.h"
 #include "tools/run_layer.h"
 
 namespace tern::tools {
@@ -38,6 +39,7 @@ int run_command(int argc, char** argv) {
   BenchOptions bench_options;
   CheckOptions check_options;
   DoctorOptions doctor_options;
+  MemoryOptions memory_options;
   RunOptions run_options;
   RoutingOptionsOfCommand routing_options;
   int code = 0;
@@ -55,6 +57,9 @@ int run_command(int argc, char** argv) {
   CLI::App* doctor = app.add_subcommand("doctor", "Show what the library sees on this machine, and which ways it takes");
   add_doctor_flags(*doctor, doctor_options);
   doctor->callback([&] { code = run_doctor(doctor_options); });
+  CLI::App* memory = app.add_subcommand("memory", "Say what exchanges of given shapes take, without allocating anything");
+  add_memory_flags(*memory, memory_options);
+  memory->callback([&] { code = print_memory(memory_options); });
   CLI::App* routing = app.add_subcommand("routing", "Write a routing file for `tern bench --routing FILE`");
   add_traffic_flags(*routing, routing_options.traffic);
   routing->add_option("--out", routing_options.out, "The file to write")->required();

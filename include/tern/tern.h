@@ -175,6 +175,18 @@ typedef enum tern_combine_mode TERN_ENUM_TYPE {
   TERN_COMBINE_EXACT = 1
 } tern_combine_mode;
 
+/* As what a combine's rows travel: the meaning of wire() in tern_combine. */
+typedef enum tern_wire TERN_ENUM_TYPE {
+  TERN_WIRE_AS_DTYPE = 0, /* rounded to dtype, to nearest even */
+  /* A logarithm of 10 bits for each channel, from FP32: 168 bytes for each 128 channels (the last block may be shorter), 66 % of bf16. The
+   * largest magnitude of a block arrives as it is. Others are among 511 that lie between it and the block's smallest that is not zero,
+   * at most 16 octaves below, evenly by exponent and mantissa bits read as one integer. Error: R / 1020 of the value where a block spans R
+   * octaves, so at most 1.6 % (normally distributed values: 0.4 % root mean square); what is more than 16 octaves below the block's largest,
+   * or below 2^-126, may become zero. NaNs and infinities arrive as NaNs. The same bits on every engine and machine; src/base/log_rows.h
+   * defines them. CPU ranks; with GPU ranks TERN_UNSUPPORTED */
+  TERN_WIRE_LOG10BIT = 1
+} tern_wire;
+
 typedef enum tern_weighting TERN_ENUM_TYPE {
   TERN_WEIGHTS_NONE = 0,     /* plain sum */
   TERN_WEIGHTS_DISPATCH = 1, /* the topk_weights that the plan's last dispatch carried */
@@ -355,7 +367,8 @@ typedef struct tern_exchange_state {
   /* Of the current generation. GPU ranks, with a health that is not FAILED: the last notice (CAPACITY_EXCEEDED, INVALID_ARGUMENT) of this
    * rank itself, by the route that found it; expected_epoch says which. It stays until there is another one, or the next generation */
   tern_failure failure TERN_ZERO;
-  uint8_t masked[1024] TERN_ZERO; /* [rank] 1: masked out. Groups are at most 1024 ranks in one exchange */
+  /* [rank] 1: masked out, or given up by an operation under TERN_ON_TIMEOUT_MASK. Groups are at most 1024 ranks in one exchange */
+  uint8_t masked[1024] TERN_ZERO;
 } tern_exchange_state;
 
 /* Local, any thread, no wait: also while an operation runs. */
@@ -366,13 +379,16 @@ typedef struct tern_recover_options {
   int64_t timeout_ms TERN_ZERO;  /* 0: the exchange's */
   const uint8_t* mask TERN_ZERO; /* [num_ranks] 1: go on without this rank, whether or not it answers; NULL: none */
   int32_t allow_mask TERN_ZERO;  /* 1: ranks that do not answer in time are masked out; 0: that is TERN_TIMEOUT */
-  int32_t reserved TERN_ZERO;
+  /* 1: ranks that are masked out, and call this with readmit too, are let in again. Each of them is waited for until the timeout; who does
+   * not come stays masked, which is no error */
+  int32_t readmit TERN_ZERO;
 } tern_recover_options;
 
 /* Starts a new generation: the ranks that call agree on who goes on, get fresh internal windows, and epochs start again, so that a
  * rank that was only stopped cannot write into what now belongs to others. Contents and addresses of tern_window_alloc memory are kept.
  * Plans routed before are stale. From then on a masked rank sends nothing, receives nothing, and entries routed to its experts count as
- * -1: its share is zero, and tern_exchange_get_state reports it. A masked rank that comes back gets TERN_MASKED_OUT.
+ * -1: its share is zero, and tern_exchange_get_state reports it. A masked rank that comes back gets TERN_MASKED_OUT,
+ * until it and all who go on call this with readmit: then it has a share again, with its exchange and its window memory as they were.
  * Collective among those who go on; no operation of this exchange may be running on the calling rank. GPU: waits until those that are
  * enqueued have ended, but for replays of graphs, which the caller waits for; graphs that hold operations must be captured again. */
 TERN_API tern_status tern_exchange_recover(tern_exchange* exchange, const tern_recover_options* options);
@@ -537,6 +553,11 @@ typedef struct tern_dispatch_args {
    * GPU: 1 is checked on this rank, and changes nothing */
   int32_t zero_copy TERN_ZERO;
   int32_t reserved TERN_ZERO;
+  /* [num_ranks] nanoseconds that this operation has waited for each rank are added, those of a receive by the receive; NULL: not counted. A
+   * rank that was there when this one looked adds nothing; one that is given up adds the whole timeout. CPU ranks look at one rank after
+   * the other, so what two late ones have in common counts for the first; a route in the operation is included. GPU: until the rank's
+   * own kernel had begun, all ranks at the same time; a route is not included */
+  int64_t* wait_ns TERN_ZERO;
 } tern_dispatch_args;
 
 /* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
@@ -555,7 +576,7 @@ typedef struct tern_combine_args {
    * ends when every rank has pulled. Otherwise they are summed (expert layouts, HIERARCHICAL) or copied into the staging first. NULL only
    * where no rows arrive; GPU with WORST: never, since the host does not know */
   const void* rows TERN_ZERO;
-  tern_dtype dtype TERN_ZERO; /* bf16, fp16 or fp32; also the wire type and that of bias and out_tokens */
+  tern_dtype dtype TERN_ZERO; /* bf16, fp16 or fp32; also that of bias and out_tokens, and how rows travel unless `wire` says otherwise */
   tern_combine_mode mode TERN_ZERO;
   int64_t hidden TERN_ZERO;
   tern_weighting weighting TERN_ZERO; /* rank_major: TERN_WEIGHTS_NONE */
@@ -569,13 +590,17 @@ typedef struct tern_combine_args {
   /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies. GPU: 1 is checked on
    * this rank, and changes nothing */
   int32_t zero_copy TERN_ZERO;
-  int32_t reserved TERN_ZERO;
+  tern_wire wire TERN_ZERO; /* LOG10BIT: rows are never pulled in place, since their owners do not have them encoded */
+  /* [num_ranks] nanoseconds that this operation has waited for each rank are added; NULL: not counted. See tern_dispatch_args.wait_ns */
+  int64_t* wait_ns TERN_ZERO;
 } tern_combine_args;
 
 /* Brings one result per token back to its owner:
  *   out[t] = round(bias[0][t] + bias[1][t] + sum over ranks r, ascending, of wire(sum over k on r, ascending, of w[t,k] * row[t,k]))
- * in FP32, products and sums rounded separately, sums starting at +0, wire() rounding once to dtype (round to nearest even).
- * EXACT: one sum over all k in ascending order, no wire rounding; on rank_major the same as HIERARCHICAL. Tokens without any entry get the bias,
+ * in FP32, products and sums rounded separately, sums starting at +0, wire() rounding once as tern_combine_args.wire says, also for the rows
+ * that stay on their rank.
+ * EXACT: one sum over all k in ascending order; rows travel as they are, so that there is no rounding but with LOG10BIT, where each row is
+ * encoded: w[t,k] * wire(row[t,k]); on rank_major the same as HIERARCHICAL. Tokens without any entry get the bias,
  * or zeros. The plan must have been dispatched once. Collective. */
 TERN_API tern_status tern_combine(tern_plan* plan, const tern_combine_args* args, const tern_launch* launch);
 

@@ -29,6 +29,7 @@ from ._c import (
     Status,
     TimeoutPolicy,
     Weighting,
+    Wire,
 )
 from ._library import lib as _lib
 from .errors import (
@@ -94,6 +95,7 @@ __all__ = [
     "TimeoutPolicy",
     "UnsupportedError",
     "Weighting",
+    "Wire",
     "__version__",
     "merge_traces",
     "profile",

@@ -101,6 +101,13 @@ class Weighting(enum.IntEnum):
     OWNER = 2
 
 
+class Wire(enum.IntEnum):
+    """As what a combine's rows travel: as their dtype, or as a logarithm of 10 bits for each channel; tern.h has error and layout."""
+
+    AS_DTYPE = 0
+    LOG10BIT = 1
+
+
 class TimeoutPolicy(enum.IntEnum):
     ABORT = 0
     MASK = 1
@@ -265,7 +272,7 @@ class RecoverOptions(Struct):
         ("timeout_ms", c_int64),
         ("mask", POINTER(c_uint8)),
         ("allow_mask", c_int32),
-        ("reserved", c_int32),
+        ("readmit", c_int32),
     ]
 
 
@@ -384,6 +391,7 @@ class DispatchArgs(Struct):
         ("out_expert_rank_ranges", c_void_p),
         ("zero_copy", c_int32),
         ("reserved", c_int32),
+        ("wait_ns", c_void_p),
     ]
 
 
@@ -402,7 +410,8 @@ class CombineArgs(Struct):
         ("out_tokens", c_void_p),
         ("out_topk_weights", c_void_p),
         ("zero_copy", c_int32),
-        ("reserved", c_int32),
+        ("wire", c_int32),
+        ("wait_ns", c_void_p),
     ]
 
 

@@ -156,6 +156,7 @@ class CombineKind(NamedTuple):
     hidden: int
     mode: _c.CombineMode
     weighting: _c.Weighting
+    wire: _c.Wire
     hands_back: bool
 
 
@@ -170,6 +171,7 @@ class CombineCall:
             mode=kind.mode,
             hidden=kind.hidden * units,
             weighting=kind.weighting,
+            wire=kind.wire,
             carry_weights=int(kind.hands_back),
         )
         self.pointer = ctypes.byref(self.args)

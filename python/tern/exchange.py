@@ -189,15 +189,21 @@ class Exchange:
         check(lib.tern_exchange_get_metrics(self._native.handle, ctypes.byref(metrics)))
         return {name: int(getattr(metrics, name)) for name, *_ in metrics._fields_[1:]}
 
-    def recover(self, *, mask: Iterable[int] = (), allow_mask: bool = False, timeout_ms: int = 0) -> None:
+    def recover(
+        self, *, mask: Iterable[int] = (), allow_mask: bool = False, readmit: bool = False, timeout_ms: int = 0
+    ) -> None:
         """Starts a new generation without the ranks in `mask`, and with allow_mask without those that do not answer in time.
+
+        readmit: ranks that are masked out, and call this with readmit too, are let in again; each is waited for until the timeout.
 
         Collective among those who go on, with no operation of this rank running. Plans must be routed again.
         """
         masked = (ctypes.c_uint8 * self.group.num_ranks)()
         for rank in mask:
             masked[rank] = 1
-        options = _c.RecoverOptions(mask=masked, allow_mask=int(allow_mask), timeout_ms=timeout_ms)
+        options = _c.RecoverOptions(
+            mask=masked, allow_mask=int(allow_mask), readmit=int(readmit), timeout_ms=timeout_ms
+        )
         check(lib.tern_exchange_recover(self._native.handle, ctypes.byref(options)))
 
     def destroy(self) -> None:

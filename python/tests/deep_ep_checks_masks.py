@@ -36,7 +36,7 @@ def without(case, ranks):
 def everybody(ranks):
     case = make_case(ranks, tokens=(20, 13, 5, 7))
     buffer = _state["buffer"] = ranks.low_latency(case, MOST, enable_shrink=True)
-    for other in ("by hand", "overlapping", "in between"):
+    for other in ("by hand", "overlapping", "in between", "back"):
         _state[other] = ranks.low_latency(case, MOST, enable_shrink=True)
     # A result that is alive when the rank goes.
     _state["case"], _state["arrived"] = case, send(_state["in between"], case, ranks.rank, use_fp8=False)
@@ -52,6 +52,30 @@ def everybody(ranks):
             hook()
         check_combined(case, ranks.rank, combined)
     refused(lambda: buffer.low_latency_update_mask_buffer(ranks.rank, True), "not this one")
+    ranks.barrier()
+
+
+def a_rank_comes_back(ranks):
+    """The others leave out a rank that lives; when it has learned of that, all let it in again."""
+    left_out = 1
+    buffer = _state["back"]
+    full = make_case(ranks, seed=9, tokens=(20, 13, 5, 7))
+    if ranks.rank == left_out:
+        ranks.barrier()
+        refused(lambda: send(buffer, full, ranks.rank, use_fp8=False), "go on without rank 1")
+    else:
+        buffer.low_latency_update_mask_buffer(left_out, True)
+        case = without(make_case(ranks, seed=9, tokens=(20, 13, 5, 7)), (left_out,))
+        check_arrived(case, ranks.rank, send(buffer, case, ranks.rank, use_fp8=False))
+        assert masked_ranks(buffer, ranks.num_ranks) == [left_out]
+        ranks.barrier()
+    ranks.barrier()
+    buffer.low_latency_clean_mask_buffer()
+    for _ in range(2):
+        arrived = send(buffer, full, ranks.rank, use_fp8=False)
+        check_arrived(full, ranks.rank, arrived)
+        check_combined(full, ranks.rank, combine(buffer, full, ranks.rank, expert_rows(full, arrived), arrived)[0])
+    assert masked_ranks(buffer, ranks.num_ranks) == []
     ranks.barrier()
 
 
@@ -78,8 +102,11 @@ def the_others_go_on(ranks):
         arrived[4]()
         check_arrived(case, ranks.rank, arrived)
         check_combined(case, ranks.rank, combine(buffer, case, ranks.rank, expert_rows(case, arrived), arrived)[0])
-    refused(lambda: buffer.low_latency_update_mask_buffer(KILLED[0], False), "cannot come back")
-    refused(buffer.low_latency_clean_mask_buffer, "cannot come back")
+    # Who is dead is waited for once more, and stays masked.
+    buffer.low_latency_clean_mask_buffer()
+    case = without(make_case(ranks, tokens=(20, 13, 5, 7)), KILLED)
+    check_arrived(case, ranks.rank, send(buffer, case, ranks.rank, use_fp8=False))
+    assert masked_ranks(buffer, ranks.num_ranks) == list(KILLED)
     refused(lambda: buffer.low_latency_query_mask_buffer(torch.zeros(3)), "mask_status")
 
 
@@ -133,6 +160,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         everybody,
+        a_rank_comes_back,
         a_rank_is_killed,
         the_others_go_on,
         left_out_by_hand,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,6 +325,57 @@ def test_window_arrays_and_given_outputs(device: str) -> None:
             exchange.empty((window_bytes - 256,), torch.uint8)
         del part
         assert exchange.empty((window_bytes,), torch.uint8).numel() == window_bytes
+
+    as_threads(RANKS, body)
+
+
+@pytest.mark.parametrize("mode", ["hierarchical", "exact"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_travel_as_logarithms(layout: str, mode: str) -> None:
+    def body(group: tern.Group) -> None:
+        exchange = exchange_of(group, "cpu")
+        plan = plan_of(exchange, layout, "exact")
+        b = batch(group.rank, torch.bfloat16)
+        plan.route(b.idx)
+        arrived = plan.dispatch(b.x)
+        weights = None if layout == "rank_major" else b.weights
+        plain = plan.combine(arrived.tokens, topk_weights=weights, mode=mode).tokens.double()
+        encoded = plan.combine(arrived.tokens, topk_weights=weights, mode=mode, wire="log10bit").tokens.double()
+        # All entries of a token have its own row here, so the error of the sum is that of one.
+        torch.testing.assert_close(encoded, plain, rtol=0.025, atol=0.001)
+        if plain.numel() > 0:
+            assert not torch.equal(encoded, plain)
+            assert float((encoded - plain).norm() / plain.norm()) < 0.006
+        sent = plan.combine_send(arrived.tokens, topk_weights=weights, mode=mode, wire=tern.Wire.LOG10BIT)
+        assert torch.equal(sent.receive().tokens.double(), encoded)
+
+    as_threads(RANKS, body)
+
+
+def test_waits_for_each_rank_are_counted() -> None:
+    late, late_s = 2, 0.2
+
+    def body(group: tern.Group) -> None:
+        exchange = exchange_of(group, "cpu")
+        plan = plan_of(exchange, "expert_padded", "worst")
+        b = batch(group.rank)
+        wait_ns = torch.zeros(RANKS, dtype=torch.int64)
+        plan.dispatch(b.x, topk_idx=b.idx, wait_ns=wait_ns)
+        before = wait_ns.clone()
+        if group.rank == late:
+            time.sleep(late_s)
+        arrived = plan.dispatch(b.x, topk_idx=b.idx, wait_ns=wait_ns)
+        waited = (wait_ns - before).tolist()
+        assert min(waited) >= 0 and waited[group.rank] == 0
+        plan.combine(arrived.tokens, wait_ns=wait_ns)
+        pending = plan.combine_send(arrived.tokens, wait_ns=wait_ns)
+        pending.receive()
+        assert int(wait_ns.sum()) <= exchange.metrics()["wait_ns"]
+        if group.rank != late:
+            assert waited[late] > 0
+        for wrong in (wait_ns.int(), wait_ns[:1], torch.zeros(2 * RANKS, dtype=torch.int64)[::2]):
+            with pytest.raises(tern.InvalidArgumentError, match="wait_ns"):
+                plan.combine(arrived.tokens, wait_ns=wrong)
 
     as_threads(RANKS, body)
 

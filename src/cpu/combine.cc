@@ -2,7 +2,7 @@
 // Combine: one result per token, back at its owner, summed in the order that tern_combine promises.
 //
 // Where the expert rows lie in windows, the owner pulls them and sums. Otherwise each rank pushes: hierarchical, one row per
-// message, summed here and rounded once; exact, one row per entry. Slots come in message order, within a message in ascending
+// message, summed here and rounded or encoded once; exact, one row per entry. Slots come in message order, within a message in ascending
 // k, so both sides count them alike. Weights that are known only to the owner and needed by the pusher travel first.
 #include <algorithm>
 #include <cstring>
@@ -56,9 +56,9 @@ class Combine {
       : ctx_(context), call_(run.call), args_(run.call.args), shape_(context.shape()), scratch_(context.scratch) {
     const bool in_window = uses_window(ctx_, "combine", args_.rows, call_.row_bytes, args_.zero_copy != 0);
     // Not behind an open send: `consumed` stays before it, so nobody could tell when the others have done with the rows.
-    pull_ = in_window && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
+    pull_ = in_window && !encodes() && run.phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
     per_entry_ = args_.mode == TERN_COMBINE_EXACT && shape_.has_expert_rows();
-    own_in_place_ = !pull_ && run.phase == TERN_PHASE_WHOLE && !shape_.has_expert_rows();
+    own_in_place_ = !pull_ && !encodes() && run.phase == TERN_PHASE_WHOLE && !shape_.has_expert_rows();
     store_ = slot_store(ctx_, call_.row_bytes, run.phase);
     set_trip(run.phase);
   }
@@ -91,15 +91,17 @@ class Combine {
   }
 
  private:
+  bool encodes() const { return args_.wire != TERN_WIRE_AS_DTYPE; }
+
   void set_trip(tern_phase phase) {
     trip_.operation = TERN_OP_COMBINE;
     trip_.shape = call_shape(shape_);
     trip_.shape.row_bytes = call_.row_bytes;
     trip_.shape.choices |= static_cast<int32_t>(args_.dtype) << 8 | static_cast<int32_t>(args_.mode) << 12 |
                            static_cast<int32_t>(args_.weighting) << 16 | static_cast<int32_t>(call_.carries_weights) << 20 |
-                           static_cast<int32_t>(pull_) << 21;
+                           static_cast<int32_t>(pull_) << 21 | static_cast<int32_t>(args_.wire) << 24;
     const int32_t num_weights = !call_.carries_weights ? 0 : per_entry_ ? 1 : shape_.num_topk;
-    trip_.bank.slot = {.payload_bytes = pull_ ? 0 : call_.row_bytes, .num_weights = num_weights};
+    trip_.bank.slot = {.payload_bytes = pull_ ? 0 : call_.wire_bytes, .num_weights = num_weights};
     trip_.num_tokens = ctx_.table.num_tokens();
     const int64_t most_tokens = std::max<int64_t>(1, ctx_.table.most_tokens_of_any_rank());
     has_slots_ = !pull_ || call_.carries_weights;
@@ -147,18 +149,25 @@ class Combine {
   }
 
   void send_entry(int32_t row, std::byte* slot) {
-    if (!pull_) copy_row(slot + trip_.bank.slot.payload(), expert_row(row), static_cast<size_t>(call_.row_bytes), store_);
+    if (!pull_) send_row(row, slot + trip_.bank.slot.payload());
     if (call_.carries_weights) *reinterpret_cast<float*>(slot + trip_.bank.slot.weights()) = args_.row_weights[row];
   }
 
   const std::byte* expert_row(int32_t row) const { return static_cast<const std::byte*>(args_.rows) + row * call_.row_bytes; }
+
+  // A row by itself.
+  void send_row(int32_t row, std::byte* out) {
+    if (!encodes()) return copy_row(out, expert_row(row), static_cast<size_t>(call_.row_bytes), store_);
+    scratch_.terms.assign(1, {expert_row(row), 1.0f});
+    write_sum(false, out);
+  }
 
   // What this rank contributes to one token: its row, or the weighted sum of its entries' rows.
   void write_message_row(int64_t message, std::byte* out) {
     scratch_.terms.clear();
     if (!shape_.has_expert_rows()) {
       const int32_t row = ctx_.table.received_row(message);
-      if (row >= 0) return copy_row(out, expert_row(row), static_cast<size_t>(call_.row_bytes), store_);
+      if (row >= 0) return send_row(row, out);
     } else {
       const std::vector<float>& weights = args_.weighting == TERN_WEIGHTS_OWNER ? ctx_.weights.from_owner : ctx_.weights.received;
       for (int32_t k = 0; k < shape_.num_topk; ++k) {
@@ -166,14 +175,19 @@ class Combine {
         if (row >= 0) scratch_.terms.push_back({expert_row(row), weights[static_cast<size_t>(message * shape_.num_topk + k)]});
       }
     }
+    write_sum(args_.weighting != TERN_WEIGHTS_NONE, out);
+  }
+
+  void write_sum(bool weighted, std::byte* out) const {
     sum_rows({.dtype = args_.dtype,
               .hidden = args_.hidden,
-              .weighted = args_.weighting != TERN_WEIGHTS_NONE,
+              .weighted = weighted,
               .terms = scratch_.terms,
               .group_ends = {},
               .bias = {},
               .out = out,
-              .store = store_});
+              .store = store_,
+              .out_wire = args_.wire});
   }
 
   void write_message_weights(int64_t message, float* out) const {
@@ -293,7 +307,8 @@ class Combine {
               .group_ends = scratch_.group_ends,
               .bias = {row_of(args_.bias[0]), row_of(args_.bias[1])},
               .out = static_cast<std::byte*>(args_.out_tokens) + token * call_.row_bytes,
-              .store = Store::kCached});
+              .store = Store::kCached,
+              .terms_wire = args_.wire});
   }
 
   const PlanContext& ctx_;

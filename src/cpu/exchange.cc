@@ -7,7 +7,6 @@
 #include "base/error.h"
 #include "base/knobs.h"
 #include "cpu/plan.h"
-#include "domain/agreement.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 
@@ -32,6 +31,7 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
     : options_(options),
       log_(log),
       sharer_(make_segment_sharer(topology, bootstrap, deadline)),
+      board_(topology, *sharer_, deadline),
       heap_allocator_(options.window_bytes),
       trace_(options.num_lanes) {
   if (topology.num_ranks > layout::kMaxRanks)
@@ -97,10 +97,15 @@ tern_exchange_state CpuExchange::state() const {
   const std::lock_guard lock(generation_mutex_);
   tern_exchange_state result;
   result.generation = domain_.generation;
-  const bool degraded = std::any_of(domain_.masked.begin(), domain_.masked.end(), [](uint8_t m) { return m != 0; });
-  result.health = degraded ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK;
-  std::copy(domain_.masked.begin(), domain_.masked.end(), result.masked);
-  if (const auto failure = recorded_failure(domain_)) {
+  const auto failure = recorded_failure(domain_);
+  // Under TERN_ON_TIMEOUT_MASK a rank that calls for the next generation is no failure: it names who is not to be in it.
+  const bool is_called = failure && failure->operation == TERN_OP_RECOVER && options_.on_timeout == TERN_ON_TIMEOUT_MASK;
+  for (int r = 0; r < domain_.num_ranks; ++r) {
+    const bool given_up = std::any_of(lanes_.begin(), lanes_.end(), [&](const auto& lane) { return lane->has_given_up(r); });
+    result.masked[r] = domain_.is_masked(r) || given_up || (is_called && failure->awaited == r) ? 1 : 0;
+    if (result.masked[r] != 0) result.health = TERN_HEALTH_DEGRADED;
+  }
+  if (failure && !is_called) {
     result.failure = *failure;
     result.health = TERN_HEALTH_FAILED;
   }
@@ -128,16 +133,11 @@ tern_metrics CpuExchange::metrics() const {
 
 void CpuExchange::recover(const tern_recover_options& options) {
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
-  AgreementOptions agreement{domain_.generation + 1, std::vector<uint8_t>(static_cast<size_t>(domain_.num_ranks)), options.allow_mask != 0,
-                             timeout_ms};
-  if (options.mask != nullptr)
-    std::transform(options.mask, options.mask + domain_.num_ranks, agreement.mask.begin(),
-                   [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
-  const std::vector<uint8_t> masked = agree_on_mask(domain_, agreement);
-  share_windows(masked, agreement.generation, Deadline::in_ms(timeout_ms));
+  const NextGeneration next = next_generation(domain_, board_, options, timeout_ms);
+  share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
   for (auto& lane : lanes_) lane->restart();
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.rank, domain_.generation,
-             std::count(masked.begin(), masked.end(), 1), domain_.num_ranks);
+             std::count(next.masked.begin(), next.masked.end(), 1), domain_.num_ranks);
 }
 
 bool CpuExchange::must_restart() const {

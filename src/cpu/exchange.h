@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "cpu/lane.h"
+#include "domain/admission.h"
 #include "domain/domain.h"
 #include "memory/offset_allocator.h"
 #include "memory/sharing.h"
@@ -49,6 +50,7 @@ class CpuExchange : public DeviceExchange {
   tern_exchange_options options_;
   Log log_;
   std::unique_ptr<SegmentSharer> sharer_;
+  AdmissionBoard board_;
   mutable std::mutex generation_mutex_;  // guards what a recovery replaces in domain_ against tern_exchange_get_state
   Domain domain_;
   mutable std::mutex heap_mutex_;

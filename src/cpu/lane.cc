@@ -37,7 +37,7 @@ void Lane::restart() {
   next_epoch_ = 1;
   consumed_ = 0;
   unreceived_.clear();
-  std::fill(given_up_.begin(), given_up_.end(), 0);
+  for (int r = 0; r < domain_->num_ranks; ++r) set_given_up(r, false);
   gave_up_any_ = false;
 }
 
@@ -165,7 +165,9 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   const Deadline deadline = Deadline::in_ms(options_.timeout_ms);
   layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
   const auto done = [&](bool result) {
-    counters_->wait_ns.fetch_add(static_cast<uint64_t>((Deadline::Clock::now() - start).count()), std::memory_order_relaxed);
+    const std::chrono::nanoseconds waited = Deadline::Clock::now() - start;
+    counters_->wait_ns.fetch_add(static_cast<uint64_t>(waited.count()), std::memory_order_relaxed);
+    if (wait_ns_ != nullptr) wait_ns_[awaited.rank] += waited.count();
     return result;
   };
   while (Deadline::Clock::now() - start < options_.spin) {
@@ -192,8 +194,12 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
 }
 
 void Lane::go_on_without(int rank) {
-  given_up_[static_cast<size_t>(rank)] = 1;
+  set_given_up(rank, true);
   gave_up_any_ = true;
+}
+
+void Lane::set_given_up(int rank, bool given_up) {
+  std::atomic_ref(given_up_[static_cast<size_t>(rank)]).store(given_up ? 1 : 0, std::memory_order_relaxed);
 }
 
 // The deadline has passed. Under TERN_ON_TIMEOUT_MASK the operation goes on without the rank: returns false.

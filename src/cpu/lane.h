@@ -58,6 +58,20 @@ inline TokenRange tokens_of_round(const RoundTrip& trip, int64_t round) {
   return {round * trip.tokens_per_round, (round + 1) * trip.tokens_per_round};
 }
 
+class Lane;
+
+// While it lives, what a lane waits for each rank is added to wait_ns[rank], which may be nullptr.
+class CountedWaits {
+ public:
+  CountedWaits(Lane& lane, int64_t* wait_ns);
+  ~CountedWaits();
+  CountedWaits(const CountedWaits&) = delete;
+  CountedWaits& operator=(const CountedWaits&) = delete;
+
+ private:
+  Lane& lane_;
+};
+
 class Lane {
  public:
   // `spans`: where this lane's timeline goes.
@@ -147,11 +161,17 @@ class Lane {
   // Ranks given up by the running operation under TERN_ON_TIMEOUT_MASK.
   bool gave_up_any() const { return gave_up_any_; }
   bool gave_up(int r) const { return given_up_[static_cast<size_t>(r)] != 0; }
+  // The same from any thread.
+  bool has_given_up(int r) const {
+    return std::atomic_ref(const_cast<uint8_t&>(given_up_[static_cast<size_t>(r)])).load(std::memory_order_relaxed) != 0;
+  }
   uint64_t next_epoch() const { return next_epoch_; }
   // Is there a send that has not been received? The same answer on every rank at the same call.
   bool has_unreceived() const { return !unreceived_.empty(); }
 
  private:
+  friend class CountedWaits;
+
   struct Awaited {
     int rank;
     tern_operation operation;
@@ -171,6 +191,7 @@ class Lane {
   bool keep_waiting(const Awaited& awaited, Ready ready);
   bool give_up(const Awaited& awaited);
   void go_on_without(int rank);
+  void set_given_up(int rank, bool given_up);
   bool still_waits_after_failure(const Awaited& awaited);
   [[noreturn]] void fail_mismatch(const Awaited& awaited, const std::string& details);
   void check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header);
@@ -186,6 +207,10 @@ class Lane {
   std::vector<int32_t> num_messages_;  // [num_ranks] slots filled in the round under way
   std::vector<uint8_t> given_up_;      // [num_ranks]
   bool gave_up_any_ = false;
+  int64_t* wait_ns_ = nullptr;  // [num_ranks] of the running operation's caller
 };
+
+inline CountedWaits::CountedWaits(Lane& lane, int64_t* wait_ns) : lane_(lane) { lane.wait_ns_ = wait_ns; }
+inline CountedWaits::~CountedWaits() { lane_.wait_ns_ = nullptr; }
 
 }  // namespace tern::cpu

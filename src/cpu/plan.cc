@@ -51,7 +51,10 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
            "the plan was routed in generation {}, the exchange is in generation {} since its last recovery; route it again", generation_,
            exchange_.domain().generation);
     try {
-      return operation(lane);
+      operation(lane);
+      // Rows that were routed with a rank which has gone would be stale at once; without it they serve the combine too.
+      if (routes && launch.phase == TERN_PHASE_WHOLE && lane.gave_up_any()) continue;
+      return;
     } catch (const Failure&) {
       const bool routed_without_all = routes && lane.gave_up_any();
       if (!exchange_.must_restart() && !routed_without_all) throw;
@@ -108,6 +111,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (launch.phase == TERN_PHASE_RECEIVE && tickets_.dispatch.epoch == 0)
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
   operate(launch, routes, [&](Lane& lane) {
+    const CountedWaits counted(lane, call.args.wait_ns);
     const PlanContext ctx = context(lane);
     // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
     const bool fused = call.args.routing != nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
@@ -148,6 +152,7 @@ void CpuPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_.carried)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   operate(launch, false, [&](Lane& lane) {
+    const CountedWaits counted(lane, call.args.wait_ns);
     run_combine(context(lane), {call, launch.phase, tickets_.combine});
     if (launch.phase != TERN_PHASE_SEND) lane.counters().combines.fetch_add(1, std::memory_order_relaxed);
   });

@@ -175,6 +175,7 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
   kernels::TransferArgs& t = args.transfer;
   t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
   t.in_place = rows_at_ >= 0;
+  t.wait_ns = a.wait_ns;
   t.rows = rows_at_ >= 0 ? heap_part(rows_at_, call_.row_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);
   t.weights = staged_part(t, slot_, slot_.weights(), slot_.weight_bytes);
   return args;

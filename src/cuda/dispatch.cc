@@ -138,6 +138,7 @@ kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
   kernels::DispatchArgs args;
   args.transfer =
       make_round(plan_, launch_.lane, {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
+  args.transfer.wait_ns = a.wait_ns;
   args.plan = plan_.tables();
   const bool stages_rows = slot_.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
   args.roles = {.num_stage_warps = stages_rows ? 12 : 4, .num_pull_warps = 8};

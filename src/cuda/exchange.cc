@@ -11,7 +11,6 @@
 #include "base/knobs.h"
 #include "cuda/engine.h"
 #include "cuda/plan.h"
-#include "domain/agreement.h"
 #include "domain/failure.h"
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
@@ -125,6 +124,7 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
     : options_(options),
       log_(log),
       sharer_(make_segment_sharer(topology, bootstrap, deadline)),
+      board_(topology, *sharer_, deadline),
       heap_allocator_(options.window_bytes),
       trace_(options.num_lanes) {
   if (topology.num_ranks > layout::kMaxRanks)
@@ -335,10 +335,9 @@ kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
                              .failed = failed_.data(),
                              .mailbox = mailbox_.data(),
                              .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
-  for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) {
-    view.inline_windows[r] = windows_[r] == nullptr ? nullptr : windows_[r]->data();
-    view.inline_heaps[r] = heaps_[r] == nullptr ? nullptr : heaps_[r]->data();
-  }
+  const auto data = [](const std::shared_ptr<Segment>& segment) { return segment == nullptr ? nullptr : segment->data(); };
+  for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) view.inline_windows[r] = data(windows_[r]);
+  for (size_t r = 0; r < heaps_.size() && r < kernels::ExchangeView::kInlineHeaps; ++r) view.inline_heaps[r] = data(heaps_[r]);
   return view;
 }
 
@@ -385,15 +384,10 @@ void CudaExchange::recover(const tern_recover_options& options) {
   const DeviceGuard guard(facts_.device);
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
   await_idle(Deadline::in_ms(timeout_ms));
-  AgreementOptions agreement{control_.generation + 1, std::vector<uint8_t>(static_cast<size_t>(num_ranks())), options.allow_mask != 0,
-                             timeout_ms};
-  if (options.mask != nullptr)
-    std::transform(options.mask, options.mask + num_ranks(), agreement.mask.begin(),
-                   [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
-  const std::vector<uint8_t> masked = agree_on_mask(control_, agreement);
-  share_windows(masked, agreement.generation, Deadline::in_ms(timeout_ms));
+  const NextGeneration next = next_generation(control_, board_, options, timeout_ms);
+  share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", rank(), control_.generation,
-             std::count(masked.begin(), masked.end(), 1), num_ranks());
+             std::count(next.masked.begin(), next.masked.end(), 1), num_ranks());
 }
 
 std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,

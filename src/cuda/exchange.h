@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "cuda/device_segment.h"
 #include "cuda/plan_memory.h"
+#include "domain/admission.h"
 #include "domain/domain.h"
 #include "kernels/exchange_view.h"
 #include "memory/offset_allocator.h"
@@ -108,6 +109,7 @@ class CudaExchange : public DeviceExchange {
   DeviceFacts facts_;
   layout::DeviceWindowLayout layout_;
   std::unique_ptr<SegmentSharer> sharer_;
+  AdmissionBoard board_;
   mutable std::mutex generation_mutex_;            // guards what a recovery replaces against tern_exchange_get_state
   Domain control_;                                 // windows in host memory; heaps are not used
   std::vector<std::shared_ptr<Segment>> windows_;  // [num_ranks] in GPU memory

@@ -15,7 +15,7 @@ constexpr int32_t kLatencyChoice = 1 << 24;  // in CallShape::choices: what othe
 bool is_small(const CudaPlan& plan, int64_t row_bytes) {
   const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
   const PlanShape& shape = plan.shape();
-  if (shape.max_tokens > window.latency_tokens || shape.num_topk == 0) return false;
+  if (shape.max_tokens > window.latency_tokens || shape.num_topk == 0 || shape.num_experts > kernels::LatencyArgs::kMostExperts) return false;
   switch (plan.exchange().options().mode) {
     case TERN_MODE_THROUGHPUT: return false;
     case TERN_MODE_LATENCY: return true;
@@ -41,7 +41,8 @@ layout::LatencySlot combine_slot(const CudaPlan& plan, const CombineCall& call) 
 }
 
 bool fits_staging(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t num_slots) {
-  return num_slots * slot.stride() <= plan.exchange().window_layout().staging_bytes;
+  constexpr int64_t kMostSlotBytes = 1 << 30;  // offsets in a slot, and rows, are int32_t
+  return slot.stride() <= kMostSlotBytes && num_slots * slot.stride() <= plan.exchange().window_layout().staging_bytes;
 }
 
 layout::LatencyWords words_of(const CudaPlan& plan) {
@@ -64,6 +65,7 @@ struct CallFacts {
   const layout::LatencySlot& slot;
   uint64_t* epoch_kept;  // from a send to its receive, in GPU memory
   int32_t lag_before;
+  int64_t* wait_ns;
 };
 
 kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, const CallFacts& facts) {
@@ -77,8 +79,18 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.operation = facts.operation;
   args.exchange.consumed_lag_before = facts.lag_before;
   args.ticket = facts.epoch_kept;
+  args.wait_ns = facts.wait_ns;
   args.words = words_of(plan);
   args.slot = facts.slot;
+  const layout::DeviceWindowLayout& window = args.exchange.layout;
+  for (int bank = 0; bank < layout::kNumBanks; ++bank) {
+    args.words_at[bank] = window.words(launch.lane, static_cast<uint64_t>(bank), 0);
+    args.slots_at[bank] = window.staging(launch.lane, static_cast<uint64_t>(bank));
+  }
+  args.row_flags_at = window.row_flags(launch.lane, 0);
+  args.words_stride = static_cast<int32_t>(window.latency_words);
+  args.slot_stride = static_cast<int32_t>(facts.slot.stride());
+  args.experts_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().local_experts());
   return args;
 }
 
@@ -140,7 +152,7 @@ void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
 kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_before) const {
   const layout::LatencySlot slot = dispatch_slot(plan_, call_);
   kernels::LatencyDispatchArgs args;
-  args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket, lag_before});
+  args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
   args.routes = routes;
   if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
     args.topk_idx = routing->topk_idx;
@@ -150,8 +162,8 @@ kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_befo
   }
   args.in = dispatch_inputs(call_);
   args.out = dispatch_outputs(plan_, call_);
-  args.row_bytes = call_.wire_bytes;
-  args.scale_bytes = call_.scale_bytes;
+  args.row_bytes = static_cast<int32_t>(call_.wire_bytes);
+  args.scale_bytes = static_cast<int32_t>(call_.scale_bytes);
   args.scale_element_bytes = static_cast<int32_t>(call_.scale_bytes > 0 ? call_.scale_element_bytes : 1);
   args.carries_weights = call_.carries_weights;
   return args;
@@ -188,9 +200,9 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   const layout::LatencySlot slot = combine_slot(plan_, call_);
   const bool weighs_with_owners = a.weighting == TERN_WEIGHTS_OWNER;
   kernels::LatencyCombineArgs args;
-  args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket, lag_before});
+  args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket, lag_before, a.wait_ns});
   args.dtype = a.dtype;
-  args.row_bytes = call_.row_bytes;
+  args.row_bytes = static_cast<int32_t>(call_.row_bytes);
   args.per_entry = is_per_entry(plan_, call_);
   args.returns_weights = call_.carries_weights;
   args.rows = static_cast<const std::byte*>(a.rows);

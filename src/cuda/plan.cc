@@ -207,6 +207,8 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
 void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   const ProfiledRange range("combine");
   const DeviceGuard guard(exchange_.facts().device);
+  if (call.args.wire != TERN_WIRE_AS_DTYPE)
+    fail(TERN_UNSUPPORTED, "combine: wire is TERN_WIRE_LOG10BIT, which the CUDA engine does not have; use TERN_WIRE_AS_DTYPE");
   check_ready("combine", true);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
   if (is_under_way(dispatch_ticket_)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");

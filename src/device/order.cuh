@@ -73,4 +73,9 @@ __device__ __forceinline__ void sync_some_warps(int barrier, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
+// Counts the thread in at such a barrier without waiting there: those who do see what it has written before.
+__device__ __forceinline__ void arrive_at_barrier(int barrier, int num_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
 }  // namespace tern::device

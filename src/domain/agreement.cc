@@ -2,59 +2,17 @@
 #include "domain/agreement.h"
 
 #include <algorithm>
-#include <optional>
-#include <thread>
 
 #include "base/error.h"
 #include "domain/doorbell.h"
+#include "domain/proposal.h"
 
 namespace tern {
 namespace {
 
-struct Proposal {
-  uint64_t generation = 0;
-  bool committed = false;
-  std::vector<uint8_t> mask;
-};
-
-uint64_t load(uint64_t& word) { return std::atomic_ref<uint64_t>(word).load(std::memory_order_seq_cst); }
-void store(uint64_t& word, uint64_t value) { std::atomic_ref<uint64_t>(word).store(value, std::memory_order_seq_cst); }
-
 void publish(const Domain& domain, const Proposal& proposal) {
-  layout::ProposalCell& cell = domain.proposal(domain.rank);
-  const uint64_t version = load(cell.version);
-  store(cell.version, version + 1);
-  store(cell.generation, proposal.generation);
-  store(cell.committed, proposal.committed ? 1 : 0);
-  for (size_t word_idx = 0; word_idx < layout::kMaxRanks / 64; ++word_idx) {
-    uint64_t word = 0;
-    for (size_t bit = 0; bit < 64 && word_idx * 64 + bit < proposal.mask.size(); ++bit)
-      word |= static_cast<uint64_t>(proposal.mask[word_idx * 64 + bit] != 0) << bit;
-    store(cell.mask[word_idx], word);
-  }
-  store(cell.version, version + 2);
+  write_proposal(domain.proposal(domain.rank), proposal);
   domain.for_each_member([&](int peer) { ring(domain.doorbell(peer, 0)); });
-}
-
-// nullopt: it is being written.
-std::optional<Proposal> try_read(const Domain& domain, int owner) {
-  layout::ProposalCell& cell = domain.proposal(owner);
-  const uint64_t version = load(cell.version);
-  if (version % 2 != 0) return std::nullopt;
-  Proposal proposal{load(cell.generation), load(cell.committed) != 0, std::vector<uint8_t>(static_cast<size_t>(domain.num_ranks))};
-  for (size_t r = 0; r < proposal.mask.size(); ++r) proposal.mask[r] = load(cell.mask[r / 64]) >> (r % 64) & 1;
-  if (load(cell.version) != version) return std::nullopt;
-  return proposal;
-}
-
-// A cell is half written for less than a microsecond, unless its owner was stopped or killed in the middle.
-std::optional<Proposal> read(const Domain& domain, int owner) {
-  constexpr int kMostAttempts = 1000;
-  for (int attempt = 0; attempt < kMostAttempts; ++attempt) {
-    if (auto proposal = try_read(domain, owner)) return proposal;
-    std::this_thread::yield();
-  }
-  return std::nullopt;
 }
 
 class Agreement {
@@ -96,8 +54,12 @@ class Agreement {
     bool all_committed = true;
     Proposal next = own_;
     for (int r = 0; r < domain_.num_ranks; ++r) {
-      if (r == domain_.rank || !goes_on(r)) continue;
-      const auto theirs = read(domain_, r);
+      if (r == domain_.rank || domain_.is_masked(r)) continue;
+      if (!goes_on(r)) {
+        refuse_if_left_behind_by(r);
+        continue;
+      }
+      const auto theirs = read_proposal(domain_.proposal(r), domain_.num_ranks);
       if (!theirs || theirs->generation != own_.generation) {
         silent_.push_back(r);
         all_same = all_committed = false;
@@ -133,12 +95,22 @@ class Agreement {
     deadline_ = Deadline::in_ms(options_.timeout_ms);
   }
 
+  // A rank that this one wants to go on without may have gone on without this one long ago: then there is a new generation already.
+  void refuse_if_left_behind_by(int r) const {
+    const auto theirs = read_proposal(domain_.proposal(r), domain_.num_ranks);
+    if (theirs && theirs->generation == own_.generation && theirs->committed && theirs->mask[static_cast<size_t>(domain_.rank)] != 0)
+      refuse();
+  }
+
   void refuse_if_masked() const {
-    if (!goes_on(domain_.rank))
-      fail(TERN_MASKED_OUT,
-           "recover: the other ranks go on without rank {} in generation {}; destroy the exchange, and make a new one with all ranks to "
-           "join again",
-           domain_.rank, own_.generation);
+    if (!goes_on(domain_.rank)) refuse();
+  }
+
+  [[noreturn]] void refuse() const {
+    fail(TERN_MASKED_OUT,
+         "recover: the other ranks go on without rank {} in generation {}; to join again, all ranks call tern_exchange_recover with "
+         "readmit, or make a new exchange",
+         domain_.rank, own_.generation);
   }
 
   const Domain& domain_;

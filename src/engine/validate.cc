@@ -2,6 +2,7 @@
 #include "engine/validate.h"
 
 #include "base/error.h"
+#include "base/log_rows.h"
 #include "layout/message.h"
 
 namespace tern {
@@ -126,7 +127,10 @@ CombineCall make_combine_call(const tern_combine_args& args, const DevicePlan& p
     fail(kBad, "combine: mode is {}, which is no tern_combine_mode", static_cast<int>(a.mode));
   if (a.weighting < TERN_WEIGHTS_NONE || a.weighting > TERN_WEIGHTS_OWNER)
     fail(kBad, "combine: weighting is {}, which is no tern_weighting", static_cast<int>(a.weighting));
+  if (a.wire != TERN_WIRE_AS_DTYPE && a.wire != TERN_WIRE_LOG10BIT)
+    fail(kBad, "combine: wire is {}, which is no tern_wire", static_cast<int>(a.wire));
   call.row_bytes = checked_row_bytes("combine", a.hidden, a.dtype);
+  call.wire_bytes = a.wire == TERN_WIRE_LOG10BIT ? log_row_bytes(a.hidden) : call.row_bytes;
   if (!shape.has_expert_rows() && a.weighting != TERN_WEIGHTS_NONE)
     fail(kBad,
          "combine: rows of rank_major hold several experts' results, so they cannot be weighted here; weight them before, or use an expert "

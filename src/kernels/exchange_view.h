@@ -38,9 +38,9 @@ struct ExchangeView {
   int32_t consumed_lag_before = 0;
   layout::DeviceWindowLayout layout;
   // Of each rank; nullptr: masked. As parameters of the kernel they cost no load; more ranks than that have theirs in device memory.
-  static constexpr int kInlineRanks = 16;
+  static constexpr int kInlineRanks = layout::kMostLatencyRanks, kInlineHeaps = 16;
   std::byte* inline_windows[kInlineRanks] = {};
-  std::byte* inline_heaps[kInlineRanks] = {};
+  std::byte* inline_heaps[kInlineHeaps] = {};
   std::byte* const* far_windows = nullptr;  // [num_ranks]
   std::byte* const* far_heaps = nullptr;
   LaneState* state = nullptr;
@@ -50,7 +50,7 @@ struct ExchangeView {
   uint64_t timeout_ns = 0;
 
   constexpr std::byte* window(int r) const { return num_ranks <= kInlineRanks ? inline_windows[r] : far_windows[r]; }
-  constexpr std::byte* heap(int r) const { return num_ranks <= kInlineRanks ? inline_heaps[r] : far_heaps[r]; }
+  constexpr std::byte* heap(int r) const { return num_ranks <= kInlineHeaps ? inline_heaps[r] : far_heaps[r]; }
 };
 static_assert(std::is_trivially_copyable_v<ExchangeView>);
 

@@ -2,7 +2,7 @@
 // The protocol of the latency path, as the kernels of dispatch and combine see it.
 //
 //   sending    announce();  write slots;  raise_row(...) behind each
-//   receiving  await_calls(): the sources run the same call;  await_row(...): a row is there
+//   receiving  await_calls(): the sources run the same call, or the exchange fails;  await_row(...): a row is there
 //   both       begin(): what was pushed two epochs ago is used up;  finish()
 //
 // Nothing that is small has a flag: it travels in words that hold their epoch (layout::LatencyWords). Nothing waits for all blocks: that this
@@ -13,6 +13,21 @@
 #include "kernels/operation.cuh"
 
 namespace tern::kernels {
+
+// The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on: they
+// meet at a barrier of their own, and work in groups of warps.
+inline constexpr int kRaisingWarp = kLatencyThreads / kWarpThreads - 1;
+inline constexpr int kWorkThreads = kRaisingWarp * kWarpThreads;
+inline constexpr int kGroupThreads = 96;
+inline constexpr int kGroups = kWorkThreads / kGroupThreads;
+static_assert(kGroups * kGroupThreads == kWorkThreads);
+__device__ __forceinline__ bool is_raising() { return threadIdx.x >= kWorkThreads; }
+__device__ __forceinline__ void sync_workers() { device::sync_some_warps(15, kWorkThreads); }
+
+// The rank of an expert.
+__device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) {
+  return args.experts_reciprocal == 0 ? expert : static_cast<int>(__umulhi(static_cast<uint32_t>(expert), args.experts_reciprocal));
+}
 
 class LatencyCall {
  public:
@@ -25,46 +40,58 @@ class LatencyCall {
   __device__ int rank() const { return args_.exchange.rank; }
   __device__ int num_ranks() const { return args_.exchange.num_ranks; }
 
+  // There are never more ranks than these.
+  __device__ std::byte* window(int rank) const { return args_.exchange.inline_windows[rank]; }
+  __device__ bool is_masked(int rank) const { return window(rank) == nullptr; }
+
   // What `source` writes to `owner`.
-  __device__ std::byte* slot(int owner, int64_t slot_idx) const {
-    return args_.exchange.window(owner) + args_.exchange.layout.staging(args_.exchange.lane, op_.epoch) + slot_idx * args_.slot.stride();
+  __device__ std::byte* slot(int owner, int32_t slot_idx) const {
+    return window(owner) + args_.slots_at[op_.epoch % layout::kNumBanks] + int64_t{slot_idx} * args_.slot_stride;
   }
-  __device__ int64_t slot_idx(int source, int32_t token) const { return source * args_.plan.max_tokens + token; }
+  __device__ int32_t slot_idx(int source, int32_t token) const { return source * static_cast<int32_t>(args_.plan.max_tokens) + token; }
   __device__ uint64_t* words(int owner, int source) const {
-    return op_.in_window<uint64_t>(owner, args_.exchange.layout.words(args_.exchange.lane, op_.epoch, source));
+    return reinterpret_cast<uint64_t*>(window(owner) + args_.words_at[op_.epoch % layout::kNumBanks]) + source * args_.words_stride;
   }
-  __device__ void put_word(int owner, int64_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
-  __device__ bool await_word(int source, int64_t word, uint32_t& value) const {
-    return reported(op_.await_word(words(rank(), source) + word, source, value));
+  __device__ void put_word(int owner, int32_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
+  __device__ bool await_word(int source, int32_t word, uint32_t& value, int64_t* wait_ns = nullptr) const {
+    return reported(op_.await_word(words(rank(), source) + word, source, value, wait_ns));
   }
 
   // All threads of the block. False: the exchange has failed, and nothing is to be done.
   __device__ bool begin() {
-    bool ok = threadIdx.x != 0 || !op_.is_aborted();
+    bool ok = true;
+#pragma unroll 1
     for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (op_.is_masked(peer)) continue;
+      if (is_masked(peer)) continue;
+      // Asked for before the epoch is known, which comes from memory too.
+      const uint64_t consumed = load_acquire_sys(&op_.progress(rank(), peer)->consumed);
       if (blockIdx.x == 0) post_consumed_before(peer);
-      if (args_.sends) ok = ok && op_.await_bank(peer);
+      if (args_.sends && consumed + layout::kNumBanks < op_.epoch) ok = op_.await_bank(peer) && ok;
     }
+    if (threadIdx.x == kLatencyThreads - 1) ok = !op_.is_aborted();
     // All have the epoch now: when all blocks have come here it may be advanced.
     ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
-    if (!ok && threadIdx.x == 0) op_.report_abort();
-    if (threadIdx.x == 0) began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1;
+    if (threadIdx.x == 0) {
+      began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1;
+      if (!ok) op_.report_abort();
+    }
     return ok;
   }
 
   // All threads of one block: says to everybody what this rank calls.
   __device__ void announce(int32_t num_tokens) const {
+#pragma unroll 1
     for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (op_.is_masked(peer)) continue;
+      if (is_masked(peer)) continue;
       put_word(peer, args_.words.call(), args_.call_hash);
       put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
     }
   }
-  // The same for ranks that run an operation of the throughput path, by mistake.
+  // One warp: the same for ranks that run an operation of the throughput path, by mistake.
   __device__ void announce_to_throughput() const {
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (op_.is_masked(peer)) continue;
+#pragma unroll 1
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads) {
+      if (is_masked(peer)) continue;
       layout::CallCell* cell = op_.call(peer, rank());
       cell->shape = args_.shape;
       cell->epoch = op_.epoch;
@@ -73,12 +100,12 @@ class LatencyCall {
     }
   }
 
-  // All threads of the block. False: the exchange has failed, or does now because a source calls something else.
-  __device__ bool await_calls() const {
-    bool ok = true;
-    for (int source = static_cast<int>(threadIdx.x); source < num_ranks(); source += kLatencyThreads)
-      ok = ok && (op_.is_masked(source) || await_call(source));
-    return __syncthreads_and(ok ? 1 : 0) != 0;
+  // One warp: do the sources run the same call? If not, the exchange fails, and so do all waits.
+  __device__ void await_calls() const {
+    uint32_t hash = 0;
+#pragma unroll 1
+    for (int source = static_cast<int>(device::lane_idx()); source < num_ranks(); source += kWarpThreads)
+      if (!is_masked(source) && await_word(source, static_cast<int32_t>(args_.words.call()), hash, wait_of(source))) check_call(source, hash);
   }
 
   __device__ bool check_call(int source, uint32_t hash) const {
@@ -107,13 +134,10 @@ class LatencyCall {
  private:
   // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
   __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
-    return op_.in_window<uint64_t>(owner, args_.exchange.layout.row_flags(args_.exchange.lane, source)) + token;
+    return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) + source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
   }
 
-  __device__ bool await_call(int source) const {
-    uint32_t hash = 0;
-    return await_word(source, args_.words.call(), hash) && check_call(source, hash);
-  }
+  __device__ int64_t* wait_of(int source) const { return args_.wait_ns == nullptr ? nullptr : args_.wait_ns + source; }
 
   // Passes on why a wait has failed.
   __device__ bool reported(bool ok) const {

@@ -19,8 +19,24 @@ struct LatencyArgs {
   bool sends = false;          // pushes this rank's rows
   bool receives = false;       // takes what has been pushed here
   uint64_t* ticket = nullptr;  // keeps the epoch from a send to its receive
+  int64_t* wait_ns = nullptr;  // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
   layout::LatencyWords words;
   layout::LatencySlot slot;
+
+  // Where things are in every window, so that kernels, which run their code once, need not work it out.
+  int64_t words_at[layout::kNumBanks] = {};  // of source 0
+  int64_t slots_at[layout::kNumBanks] = {};
+  int64_t row_flags_at = 0;  // of source 0
+  int32_t words_stride = 0;  // from source to source, in words; so are flags: latency_tokens
+  int32_t slot_stride = 0;
+  uint32_t experts_reciprocal = 0;  // of local_experts: rank_of()
+
+  // num_experts is at most this, so that the product is exact.
+  static constexpr int32_t kMostExperts = 65535;
+  static constexpr uint32_t reciprocal(int32_t local_experts) {
+    const auto divisor = static_cast<uint64_t>(local_experts);
+    return divisor == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor);
+  }
 };
 static_assert(std::is_trivially_copyable_v<LatencyArgs>);
 
@@ -34,8 +50,8 @@ struct LatencyDispatchArgs {
 
   DispatchInputs in;
   DispatchOutputs out;
-  int64_t row_bytes = 0;    // as it arrives
-  int64_t scale_bytes = 0;  // as they arrive
+  int32_t row_bytes = 0;    // as it arrives
+  int32_t scale_bytes = 0;  // as they arrive
   int32_t scale_element_bytes = 1;
   bool carries_weights = false;
 };
@@ -43,7 +59,7 @@ struct LatencyDispatchArgs {
 struct LatencyCombineArgs {
   LatencyArgs call;
   int32_t dtype = 0;
-  int64_t row_bytes = 0;
+  int32_t row_bytes = 0;
   bool per_entry = false;        // every entry's row goes to the owner
   bool returns_weights = false;
 

@@ -19,15 +19,13 @@ struct GroupRows {
 // Shared memory of a block.
 class DispatchMemory {
  public:
-  static constexpr int kMostGroups = 4;
-
   __host__ __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base) : base_(base) {
     const PlanView& plan = args.call.plan;
     const int64_t num_ranks = args.call.exchange.num_ranks, num_counts = plan.num_counts(args.call.exchange.num_ranks);
     tail_ = place(args.call.slot.end() - args.call.slot.scales(), 1);
     destinations_ = place(num_ranks, sizeof(std::byte*));
-    destination_ranks_ = place(num_ranks + 1, sizeof(int32_t));
-    rows_ = place(kMostGroups, sizeof(GroupRows));
+    destination_ranks_ = place(num_ranks + 2, sizeof(int32_t));
+    rows_ = place(kGroups, sizeof(GroupRows));
     counts_ = place(num_ranks * num_counts, sizeof(int32_t));
     presence_ = place(num_ranks * args.call.words.num_presence(), sizeof(uint32_t));
     first_row_ = place(plan.num_experts, sizeof(int32_t));
@@ -44,6 +42,8 @@ class DispatchMemory {
   __device__ int32_t* destination_ranks() const { return at<int32_t>(destination_ranks_); }
   __device__ int32_t num_destinations() const { return destination_ranks()[num_ranks_]; }
   __device__ void set_num_destinations(int32_t num) const { destination_ranks()[num_ranks_] = num; }
+  // 1: a wait for words has failed.
+  __device__ int32_t* has_failed() const { return destination_ranks() + num_ranks_ + 1; }
   __device__ GroupRows* rows(int group) const { return at<GroupRows>(rows_) + group; }
   // Sending: [num_counts] of this rank's tokens so far. Receiving: [num_ranks][num_counts] of the source, then of all lower sources.
   __device__ int32_t* counts() const { return at<int32_t>(counts_); }
@@ -72,8 +72,8 @@ class DispatchMemory {
 };
 
 __device__ __forceinline__ uint64_t or_of_warp(uint64_t bits) {
-  for (int step = 16; step > 0; step /= 2) bits |= __shfl_xor_sync(~0u, bits, step);
-  return bits;
+  const uint32_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(bits)), high = __reduce_or_sync(~0u, static_cast<uint32_t>(bits >> 32));
+  return uint64_t{high} << 32 | low;
 }
 
 // This rank's tokens, as the call routes them.
@@ -91,20 +91,22 @@ class OwnRouting {
   template <typename Presence>
   __device__ void count(int32_t begin, int32_t end, int32_t* counters, Presence presence) const {
     const int lane = static_cast<int>(device::lane_idx());
+#pragma unroll 1
     for (int32_t first = begin + static_cast<int32_t>(threadIdx.x) - lane; first < end; first += kLatencyThreads) {
       const int32_t token = first + lane;
-      uint64_t ranks = 0;
-      for (int k = 0; k < plan_.num_topk && token < end; ++k) {
-        const int32_t expert = checked_expert(token * plan_.num_topk + k);
-        if (expert < 0) continue;
-        atomicAdd(counters + expert, 1);
-        ranks |= uint64_t{1} << (expert / plan_.local_experts);
-      }
-      for (int rank = 0; rank < num_ranks_; ++rank) {
-        const uint32_t bits = __ballot_sync(~0u, (ranks >> rank & 1) != 0);
-        if (lane != 0) continue;
-        if (bits != 0) atomicAdd(counters + plan_.num_experts + rank, __popc(bits));
-        presence(rank, (first - begin) / kWarpThreads, bits);
+      const uint64_t ranks = token < end ? count_token(token, counters) : 0;
+#pragma unroll 1
+      for (int first_rank = 0; first_rank < num_ranks_; first_rank += kWarpThreads) {
+        const int num = min(num_ranks_ - first_rank, kWarpThreads);
+        uint32_t own_bits = 0;  // of rank first_rank + lane
+#pragma unroll 1
+        for (int r = 0; r < num; ++r) {
+          const uint32_t bits = __ballot_sync(~0u, (ranks >> (first_rank + r) & 1) != 0);
+          if (r == lane) own_bits = bits;
+        }
+        if (lane >= num) continue;
+        if (own_bits != 0) atomicAdd(counters + plan_.num_experts + first_rank + lane, __popc(own_bits));
+        presence(first_rank + lane, (first - begin) / kWarpThreads, own_bits);
       }
     }
   }
@@ -112,36 +114,56 @@ class OwnRouting {
   // All threads of one block: tells every rank all counts, and which tokens have a message for it.
   __device__ void publish(const LatencyCall& call, int32_t num_tokens, int32_t* counters) const {
     const layout::LatencyWords& words = args_.call.words;
-    const auto num_counts = static_cast<int>(words.num_counts);
+    const auto num_counts = static_cast<int32_t>(words.num_counts), counts = static_cast<int32_t>(words.counts());
+    const auto presence = static_cast<int32_t>(words.presence()), num_presence = static_cast<int32_t>(words.num_presence());
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) counters[c] = 0;
     __syncthreads();
-    const auto put_presence = [&](int rank, int i, uint32_t bits) {
-      if (!op_.is_masked(rank)) call.put_word(rank, words.presence() + i, bits);
-    };
-    count(0, num_tokens, counters, put_presence);
-    const int num_filled = (num_tokens + kWarpThreads - 1) / kWarpThreads, num_presence = static_cast<int>(words.num_presence());
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_presence; i += kLatencyThreads)
-      if (i % num_presence >= num_filled) put_presence(i / num_presence, i % num_presence, 0);
+    count(0, num_tokens, counters, [&](int rank, int i, uint32_t bits) {
+      if (!call.is_masked(rank)) call.put_word(rank, presence + i, bits);
+    });
+    const int num_filled = (num_tokens + kWarpThreads - 1) / kWarpThreads;
+#pragma unroll 1
+    for (int i = num_filled + static_cast<int>(threadIdx.x); i < num_presence; i += kLatencyThreads)
+#pragma unroll 1
+      for (int rank = 0; rank < num_ranks_; ++rank)
+        if (!call.is_masked(rank)) call.put_word(rank, presence + i, 0);
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts; i += kLatencyThreads) {
-      const int peer = i / num_counts, c = i % num_counts;
-      if (!op_.is_masked(peer)) call.put_word(peer, words.counts() + c, static_cast<uint32_t>(counters[c]));
+#pragma unroll 1
+    for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) {
+      const auto count = static_cast<uint32_t>(counters[c]);
+#pragma unroll 1
+      for (int rank = 0; rank < num_ranks_; ++rank)
+        if (!call.is_masked(rank)) call.put_word(rank, counts + c, count);
     }
+  }
+
+  // Entries lane_idx() and 32 + lane_idx() of a token, as the caller gives them; -1 beyond the last.
+  struct GivenEntries {
+    int64_t expert[2];
+  };
+  __device__ GivenEntries given_entries(int32_t token) const {
+    const int k = static_cast<int>(device::lane_idx()), first = token * plan_.num_topk;
+    return {{k < plan_.num_topk ? given_expert(first + k) : -1,
+             k + kWarpThreads < plan_.num_topk ? given_expert(first + k + kWarpThreads) : -1}};
   }
 
   // One warp, with the counters of all tokens before: the token's entries, and where they stand among this rank's. Returns the ranks that it
   // goes to. Rows in the plan are positions until they are settled.
-  __device__ uint64_t place_token(int32_t token, const int32_t* counters, layout::LatencySlot::Entry* entries) const {
+  __device__ uint64_t place_token(int32_t token, const GivenEntries& given, const int32_t* counters, layout::LatencySlot::Entry* entries) const {
     const int lane = static_cast<int>(device::lane_idx());
     uint64_t ranks = 0;
     int32_t first_experts = -1;
-    for (int first = 0; first < plan_.num_topk; first += kWarpThreads) {
+#pragma unroll
+    for (int first = 0; first < 2 * kWarpThreads; first += kWarpThreads) {
+      if (first >= plan_.num_topk) break;
       const int k = first + lane;
-      const int32_t expert = k < plan_.num_topk ? checked_expert(token * plan_.num_topk + k) : -1;
+      const int32_t expert = checked(given.expert[first / kWarpThreads]);
       int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
+#pragma unroll 1
       for (int i = 0; first > 0 && i < kWarpThreads; ++i) before += __shfl_sync(~0u, first_experts, i) == expert ? 1 : 0;
       if (first == 0) first_experts = expert;
-      if (expert >= 0) ranks |= uint64_t{1} << (expert / plan_.local_experts);
+      if (expert >= 0) ranks |= uint64_t{1} << rank_of(args_.call, expert);
       if (k >= plan_.num_topk) continue;
       const int32_t position = expert >= 0 ? counters[expert] + before : 0;
       entries[k] = {expert, position};
@@ -150,24 +172,48 @@ class OwnRouting {
     }
     __syncwarp();
     ranks = or_of_warp(ranks);
-    MessageRef* messages = plan_.messages + int64_t{token} * plan_.messages_per_token;
+    MessageRef* messages = plan_.messages + token * plan_.messages_per_token;
+#pragma unroll 1
     for (int rank = lane; rank < num_ranks_; rank += kWarpThreads)
       if ((ranks >> rank & 1) != 0) messages[__popcll(ranks & ((uint64_t{1} << rank) - 1))] = {rank, counters[plan_.num_experts + rank]};
+#pragma unroll 1
     for (int m = __popcll(ranks) + lane; m < plan_.messages_per_token; m += kWarpThreads) messages[m].rank = -1;
     return ranks;
   }
 
  private:
+  __device__ int64_t given_expert(int32_t entry) const {
+    return args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
+  }
+
   // -1 for entries to masked ranks, and for numbers that are no expert, of which the host is told.
-  __device__ int32_t checked_expert(int32_t entry) const {
-    const int64_t expert =
-        args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
+  __device__ int32_t checked(int64_t expert) const {
     if (expert < -1 || expert >= plan_.num_experts) {
       op_.post_notice(TERN_INVALID_ARGUMENT);
       return -1;
     }
-    if (expert < 0 || op_.is_masked(static_cast<int>(expert) / plan_.local_experts)) return -1;
+    if (expert < 0 || args_.call.exchange.inline_windows[rank_of(args_.call, static_cast<int32_t>(expert))] == nullptr) return -1;
     return static_cast<int32_t>(expert);
+  }
+
+  // One thread: adds the token's entries; the ranks that it goes to.
+  __device__ uint64_t count_token(int32_t token, int32_t* counters) const {
+    constexpr int kAtOnce = 8;  // under way together
+    uint64_t ranks = 0;
+#pragma unroll 1
+    for (int first = 0; first < plan_.num_topk; first += kAtOnce) {
+      int64_t given[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) given[i] = first + i < plan_.num_topk ? given_expert(token * plan_.num_topk + first + i) : -1;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t expert = checked(given[i]);
+        if (expert < 0) continue;
+        atomicAdd(counters + expert, 1);
+        ranks |= uint64_t{1} << rank_of(args_.call, expert);
+      }
+    }
+    return ranks;
   }
 
   const LatencyDispatchArgs& args_;
@@ -213,27 +259,31 @@ class Arrivals {
         num_counts_(static_cast<int>(args.call.words.num_counts)),
         num_presence_(static_cast<int>(args.call.words.num_presence())) {}
 
-  // All threads of the block. False: the exchange has failed.
+  // All threads of the block. False: the exchange has failed, or this warp has no further part in it.
   __device__ bool open() {
-    if (!args_.routes) {
-      if (!call_.await_calls()) return false;
+    if (is_raising()) {
+      if (blockIdx.x == 0) call_.await_calls();
+    } else if (args_.routes) {
+      if (!fetch_words()) *memory_.has_failed() = 1;
+      sync_workers();
+      set_received_begin();
+      if (blockIdx.x == 0) {
+        keep_counts();
+        sync_workers();
+      }
+      sum_counts();
+      if (plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) {
+        sync_workers();
+        set_first_rows();
+      }
+    } else {
       read_plan();
-      __syncthreads();
-      return true;
     }
-    if (!fetch_words()) return false;
-    set_received_begin();
-    if (blockIdx.x == 0) {
-      keep_counts();
-      __syncthreads();
-    }
-    sum_counts();
-    __syncthreads();
-    if (plan_.has_expert_rows()) {
-      set_first_rows();
-      __syncthreads();
-    }
-    return true;
+    if (is_raising()) return false;
+    sync_workers();
+#pragma unroll 1
+    for (int source = 0; args_.routes && source < num_ranks_; ++source) most_tokens_ = max(most_tokens_, memory_.num_tokens()[source]);
+    return *memory_.has_failed() == 0;
   }
 
   // Message i of those that there may be; false: there is none. All threads of a warp.
@@ -260,14 +310,14 @@ class Arrivals {
 
   // One thread: entry k of a message, whose entries are `sent`; into the plan too if the call routes.
   __device__ ArrivingEntry entry(const ArrivingMessage& message, int k, const layout::LatencySlot::Entry* sent) const {
-    const int64_t at = int64_t{message.index} * plan_.topk_stride + k;
+    const int32_t at = message.index * plan_.topk_stride + k;
     if (!args_.routes) return {plan_.received_experts[at], plan_.received_rows[at]};
     const layout::LatencySlot::Entry entry = sent[k];
     ArrivingEntry here{-1, -1};
-    if (entry.expert >= 0 && entry.expert / plan_.local_experts == rank_) {
+    if (entry.expert >= 0 && rank_of(args_.call, entry.expert) == rank_) {
       here.expert = entry.expert - rank_ * plan_.local_experts;
       const int32_t before = memory_.counts()[message.source * num_counts_ + entry.expert];
-      here.row = plan_.has_expert_rows() ? bounded_row(memory_.first_row()[entry.expert], int64_t{before} + entry.position)
+      here.row = plan_.has_expert_rows() ? bounded_row(first_row(entry.expert), int64_t{before} + entry.position)
                                          : bounded_row(0, message.index);
     }
     plan_.received_experts[at] = here.expert;
@@ -278,23 +328,28 @@ class Arrivals {
     if (args_.routes) plan_.source_token[message.index] = message.token;
   }
 
-  // All threads of all blocks: what follows from the routing alone.
+  // The workers of all blocks: what follows from the routing alone.
   __device__ void write_outputs() const {
+    const DispatchOutputs& out = args_.out;
+    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && !out.zero_padding) {
+      if (out.source_token != nullptr || out.source_rank != nullptr || out.row_expert != nullptr) clear_padded_rows();
+      if (blockIdx.x == 0) keep_and_write_counts();
+      return;
+    }
     const auto warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-    const auto num_warps = static_cast<int>(kLatencyThreads / kWarpThreads * gridDim.x);
+    const auto num_warps = static_cast<int>(kWorkThreads / kWarpThreads * gridDim.x);
+#pragma unroll 1
     for (auto e = static_cast<int>(warp * gridDim.x + blockIdx.x); plan_.has_expert_rows() && e < plan_.local_experts; e += num_warps) {
       const int64_t begin = group_begin(e), end = min(int64_t{group_begin(e + 1)}, args_.out.num_rows);
       clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
     }
     const int64_t used = plan_.has_expert_rows() ? group_begin(plan_.local_experts) : memory_.received_begin()[num_ranks_];
-    clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kLatencyThreads + threadIdx.x,
-               gridDim.x * kLatencyThreads);
-    if (blockIdx.x != 0) return;
-    if (args_.routes) keep_groups();
-    write_counts();
+    clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kWorkThreads + threadIdx.x,
+               gridDim.x * kWorkThreads);
+    if (blockIdx.x == 0) keep_and_write_counts();
   }
 
-  // All threads of all blocks, at the end: where this rank's messages and entries come to lie, into the plan.
+  // The workers of all blocks, at the end: where this rank's messages and entries come to lie, into the plan.
   __device__ void settle_own() const {
     if (!args_.routes) return;
     const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
@@ -302,14 +357,17 @@ class Arrivals {
     if (first < 0) return;
     // Positions, which this block has left there, become rows.
     const int32_t* lower = memory_.counts() + rank_ * num_counts_;  // sums over the lower sources
+#pragma unroll 1
     for (int32_t token = first; token < memory_.num_tokens()[rank_]; token += num_senders) {
-      for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kLatencyThreads) {
+#pragma unroll 1
+      for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kWorkThreads) {
         int32_t& row = plan_.entry_rows[token * plan_.num_topk + k];
         const int32_t expert = plan_.experts[token * plan_.num_topk + k];
         const bool has_row = expert >= 0 && plan_.has_expert_rows();
-        row = has_row ? bounded_row(memory_.first_row()[expert], int64_t{lower[expert]} + row) : -1;
+        row = has_row ? bounded_row(first_row(expert), int64_t{lower[expert]} + row) : -1;
       }
-      for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kLatencyThreads) {
+#pragma unroll 1
+      for (int m = static_cast<int>(threadIdx.x); m < plan_.messages_per_token; m += kWorkThreads) {
         MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
         if (message.rank < 0) continue;
         message.row = plan_.has_expert_rows() ? 0 : bounded_row(lower[plan_.num_experts + message.rank], message.row);
@@ -319,46 +377,49 @@ class Arrivals {
 
  private:
   __device__ void read_plan() const {
-    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kLatencyThreads) memory_.received_begin()[i] = plan_.received_begin[i];
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) memory_.received_begin()[i] = plan_.received_begin[i];
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kWorkThreads) {
       int32_t sum = 0;
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source) sum += plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
       memory_.num_entries()[e] = sum;
     }
   }
 
-  // All that the sources tell of their routing. Each thread has several words under way.
+  // All that the sources tell of their routing. Each thread has the words of several sources under way.
   __device__ bool fetch_words() const {
     constexpr int kAtOnce = 4;
-    const int per_source = 2 + num_counts_ + num_presence_, num_words = num_ranks_ * per_source;
+    const int num_words = 2 + num_counts_ + num_presence_;
     bool ok = true;
-    for (int first = static_cast<int>(threadIdx.x); first < num_words; first += kAtOnce * kLatencyThreads) {
-      uint64_t seen[kAtOnce] = {};
+#pragma unroll 1
+    for (int word = static_cast<int>(threadIdx.x); word < num_words; word += kWorkThreads) {
+#pragma unroll 1
+      for (int first = 0; first < num_ranks_; first += kAtOnce) {
+        uint64_t seen[kAtOnce] = {};
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u)
-        if (const int i = first + u * kLatencyThreads; i < num_words) seen[u] = peek(i / per_source, i % per_source);
+        for (int u = 0; u < kAtOnce; ++u)
+          if (first + u < num_ranks_ && !call_.is_masked(first + u)) seen[u] = load_relaxed_sys(call_.words(rank_, first + u) + word);
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * kLatencyThreads, source = i / per_source, word = i % per_source;
-        if (i >= num_words || !ok) continue;
-        auto value = static_cast<uint32_t>(seen[u]);
-        if (call_.operation().is_masked(source))
-          value = 0;
-        else if (seen[u] >> 32 != (call_.operation().epoch & 0xffffffff))
-          ok = call_.await_word(source, word, value);
-        ok = ok && keep_word(source, word, value);
+        for (int u = 0; u < kAtOnce; ++u)
+          if (first + u < num_ranks_) ok = ok && take_word(first + u, word, seen[u]);
       }
     }
-    return __syncthreads_and(ok ? 1 : 0) != 0;
+    return ok;
   }
-  __device__ uint64_t peek(int source, int word) const {
-    if (call_.operation().is_masked(source)) return 0;
-    return load_relaxed_sys(call_.words(rank_, source) + word);
+  __device__ bool take_word(int source, int word, uint64_t seen) const {
+    auto value = static_cast<uint32_t>(seen);
+    if (call_.is_masked(source))
+      value = 0;
+    else if (!call_.operation().is_of_epoch(seen) && !call_.await_word(source, word, value))
+      return false;
+    return keep_word(source, word, value);
   }
   // False: the source calls something else.
   __device__ bool keep_word(int source, int word, uint32_t value) const {
     const layout::LatencyWords& words = args_.call.words;
-    if (word == words.call()) return call_.operation().is_masked(source) || call_.check_call(source, value);
+    if (word == words.call()) return call_.is_masked(source) || call_.check_call(source, value);
     if (word == words.num_tokens())
       memory_.num_tokens()[source] = static_cast<int32_t>(value);
     else if (word < words.presence())
@@ -368,12 +429,11 @@ class Arrivals {
     return true;
   }
 
-  __device__ void set_received_begin() {
-    most_tokens_ = 0;
-    for (int source = 0; source < num_ranks_; ++source) most_tokens_ = max(most_tokens_, memory_.num_tokens()[source]);
+  __device__ void set_received_begin() const {
     const int counter = plan_.num_experts + rank_;
-    if (threadIdx.x != counter % kLatencyThreads) return;  // sum_counts() leaves this counter to the same thread
+    if (threadIdx.x != counter % kWorkThreads) return;  // sum_counts() leaves this counter to the same thread
     int32_t begin = 0;
+#pragma unroll 1
     for (int source = 0; source < num_ranks_; ++source) {
       memory_.received_begin()[source] = begin;
       begin += memory_.counts()[source * num_counts_ + counter];
@@ -383,25 +443,31 @@ class Arrivals {
 
   // One block, into the plan.
   __device__ void keep_counts() const {
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts_; i += kLatencyThreads) plan_.counts[i] = memory_.counts()[i];
-    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kLatencyThreads)
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts_; i += kWorkThreads) plan_.counts[i] = memory_.counts()[i];
+#pragma unroll 1
+    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kWorkThreads)
       plan_.num_tokens[source] = memory_.num_tokens()[source];
     constexpr int kEnds = layout::kMaxChunks + 1;
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kEnds; i += kLatencyThreads)
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kEnds; i += kWorkThreads)
       plan_.chunk_begin[i] = num_present(i / kEnds, i % kEnds * plan_.tokens_per_chunk);
   }
   // Messages of the source's tokens below `end`.
   __device__ int32_t num_present(int source, int32_t end) const {
     const uint32_t* presence = memory_.presence() + source * num_presence_;
     int32_t sum = 0;
+#pragma unroll 1
     for (int i = 0; i < num_presence_ && i * 32 < end; ++i) sum += __popc(end - i * 32 >= 32 ? presence[i] : presence[i] & ((1u << (end - i * 32)) - 1));
     return sum;
   }
 
   // Counts become sums over the lower sources; those over all sources go to first_row() until set_first_rows().
   __device__ void sum_counts() const {
-    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kLatencyThreads) {
+#pragma unroll 1
+    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kWorkThreads) {
       int32_t sum = 0;
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source) {
         int32_t& count = memory_.counts()[source * num_counts_ + c];
         const int32_t own = count;
@@ -414,17 +480,20 @@ class Arrivals {
     }
   }
 
-  // Groups follow each other within a rank: a warp for each rank adds up their sizes.
+  // expert_major: groups follow each other within a rank; a warp for each rank adds up their sizes.
   __device__ void set_first_rows() const {
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(device::lane_idx());
-    for (int r = warp; r < num_ranks_; r += kLatencyThreads / kWarpThreads) {
+#pragma unroll 1
+    for (int r = warp; r < num_ranks_; r += kWorkThreads / kWarpThreads) {
       int64_t begin = 0;
+#pragma unroll 1
       for (int first = 0; first < plan_.local_experts; first += kWarpThreads) {
         const bool in = first + lane < plan_.local_experts;
         int32_t* row = memory_.first_row() + r * plan_.local_experts + first + lane;
         int64_t size = 0;
-        if (in) size = plan_.layout == TERN_LAYOUT_EXPERT_PADDED ? plan_.padded_group_rows : layout::align_up(*row, plan_.alignment);
+        if (in) size = layout::align_up(*row, plan_.alignment);
         int64_t sum = size;
+#pragma unroll 1
         for (int step = 1; step < kWarpThreads; step *= 2) {
           const int64_t lower = __shfl_up_sync(~0u, sum, step);
           if (lane >= step) sum += lower;
@@ -439,19 +508,29 @@ class Arrivals {
   // One block, into the plan: the groups of this rank.
   __device__ void keep_groups() const {
     bool overflow = !plan_.has_expert_rows() && memory_.received_begin()[num_ranks_] > plan_.row_capacity;
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts && plan_.has_expert_rows(); e += kLatencyThreads) {
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts && plan_.has_expert_rows(); e += kWorkThreads) {
       plan_.group_begin[e] = group_begin(e);
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source)
         plan_.source_begin[e * num_ranks_ + source] = memory_.counts()[source * num_counts_ + rank_ * plan_.local_experts + e];
       if (memory_.num_entries()[e] > 0) overflow = overflow || bounded_row(group_begin(e), memory_.num_entries()[e] - 1) < 0;
     }
     if (threadIdx.x == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = group_begin(plan_.local_experts);
-    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kLatencyThreads) plan_.received_begin[i] = memory_.received_begin()[i];
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) plan_.received_begin[i] = memory_.received_begin()[i];
     if (overflow) call_.operation().post_notice(TERN_CAPACITY_EXCEEDED);
+  }
+
+  // First row of an expert's group at its rank.
+  __device__ int64_t first_row(int32_t expert) const {
+    if (plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) return memory_.first_row()[expert];
+    return (expert - rank_of(args_.call, expert) * plan_.local_experts) * plan_.padded_group_rows;
   }
 
   // First row of a local expert's group; local_experts: where the last one ends.
   __device__ int32_t group_begin(int e) const {
+    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED) return static_cast<int32_t>(e * plan_.padded_group_rows);
     if (!args_.routes) return plan_.group_begin[e];
     return e < plan_.local_experts ? memory_.first_row()[rank_ * plan_.local_experts + e] : *memory_.groups_end();
   }
@@ -463,25 +542,51 @@ class Arrivals {
     return row < plan_.row_capacity ? static_cast<int32_t>(row) : -1;
   }
 
+  // One block.
+  __device__ void keep_and_write_counts() const {
+    if (args_.routes) keep_groups();
+    write_counts();
+  }
+
+  // The workers of all blocks, for groups of equal size: what clear_rows() does, a row each.
+  __device__ void clear_padded_rows() const {
+    const DispatchOutputs& out = args_.out;
+    const auto group_rows = static_cast<uint32_t>(plan_.padded_group_rows);
+    const auto num_rows = static_cast<uint32_t>(out.num_rows);
+#pragma unroll 1
+    for (uint32_t row = blockIdx.x * kWorkThreads + threadIdx.x; row < num_rows; row += gridDim.x * kWorkThreads) {
+      const uint32_t e = row / group_rows;
+      if (static_cast<int32_t>(row - e * group_rows) < memory_.num_entries()[e]) continue;
+      if (out.source_token != nullptr) out.source_token[row] = -1;
+      if (out.source_rank != nullptr) out.source_rank[row] = -1;
+      if (out.row_expert != nullptr) out.row_expert[row] = -1;
+    }
+  }
+
   // Thread `thread` of `num_threads`: rows that nothing arrives for.
   __device__ void clear_rows(int64_t begin, int64_t end, bool zero, int64_t thread, int64_t num_threads) const {
     const DispatchOutputs& out = args_.out;
+#pragma unroll 1
     for (int64_t row = begin + thread; row < end; row += num_threads) {
       if (out.source_token != nullptr) out.source_token[row] = -1;
       if (out.source_rank != nullptr) out.source_rank[row] = -1;
       if (plan_.has_expert_rows() && out.row_expert != nullptr) out.row_expert[row] = -1;
     }
+#pragma unroll 1
     for (int64_t i = begin * plan_.num_topk + thread; !plan_.has_expert_rows() && i < end * plan_.num_topk; i += num_threads) {
       if (out.topk_idx != nullptr) out.topk_idx[i] = -1;
       if (out.topk_weights != nullptr && args_.carries_weights) out.topk_weights[i] = 0.0f;
     }
     if (!zero) return;
+#pragma unroll 1
     for (int64_t at = begin * args_.row_bytes + thread * 16; at < end * args_.row_bytes; at += num_threads * 16)
       *reinterpret_cast<Vec16*>(out.tokens + at) = Vec16{};
     if (out.scales == nullptr || args_.scale_bytes == 0) return;
     const int64_t num_elements = args_.scale_bytes / args_.scale_element_bytes;
+#pragma unroll 1
     for (int64_t i = begin * num_elements + thread; i < end * num_elements; i += num_threads) {
       std::byte* to = latency_scale_address(args_, i / num_elements, i % num_elements);
+#pragma unroll 1
       for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = std::byte{0};
     }
   }
@@ -489,18 +594,22 @@ class Arrivals {
   // One block, behind what it has left in the plan itself: each thread reads what it wrote, but for the counts.
   __device__ void write_counts() const {
     const DispatchOutputs& out = args_.out;
-    __syncthreads();
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kLatencyThreads) {
+    sync_workers();
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kWorkThreads) {
       if (out.expert_counts != nullptr) out.expert_counts[e] = memory_.num_entries()[e];
       if (!plan_.has_expert_rows() || out.expert_rank_ranges == nullptr) continue;
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source) {
         const int64_t count = plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
         out.expert_rank_ranges[e * num_ranks_ + source] = int64_t{plan_.source_begin[e * num_ranks_ + source]} << 32 | count;
       }
     }
     if (plan_.has_expert_rows() && out.expert_offsets != nullptr)
-      for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kLatencyThreads) out.expert_offsets[e] = group_begin(e);
-    for (int r = static_cast<int>(threadIdx.x); r < num_ranks_ && out.rank_counts != nullptr; r += kLatencyThreads)
+#pragma unroll 1
+      for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kWorkThreads) out.expert_offsets[e] = group_begin(e);
+#pragma unroll 1
+    for (int r = static_cast<int>(threadIdx.x); r < num_ranks_ && out.rank_counts != nullptr; r += kWorkThreads)
       out.rank_counts[r] = memory_.received_begin()[r + 1] - memory_.received_begin()[r];
   }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combine of a small batch, in one launch. Rows are pushed.
 //
-//   at the experts' ranks   a group of warps for each received message: its row, summed over its entries (or the rows of its entries as they
+//   at the experts' ranks   a block for each received message: its row, summed over its entries (or the rows of its entries as they
 //                           are) into the slot of (this rank, token) at the token's owner
 //   at the owners           a warp for each part of a token's row: waits for the ranks that have a share of it, and sums in the contract's order
 //
@@ -13,13 +13,10 @@
 namespace tern::kernels {
 namespace {
 
-constexpr int kGroupThreads = 128;
-constexpr int kGroups = kLatencyThreads / kGroupThreads;
-constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
 constexpr int kPartBytes = 1024;  // of a row that a warp sums at once
 
 // Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
-__device__ __forceinline__ int64_t slot_idx_of(const LatencyCombineArgs& args, const LatencyCall& call, int rank, int32_t token) {
+__device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const LatencyCall& call, int rank, int32_t token) {
   return args.per_entry ? token : call.slot_idx(rank, token);
 }
 
@@ -45,57 +42,113 @@ __device__ __forceinline__ void sum_bytes(int begin, int end, std::byte* out, St
 template <typename Wire>
 class ShareSender {
  public:
+  // Asks for what the plan says of the first message.
   __device__ ShareSender(const LatencyCombineArgs& args, const LatencyCall& call)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
-        group_(static_cast<int>(threadIdx.x) / kGroupThreads),
-        thread_(static_cast<int>(threadIdx.x) % kGroupThreads) {}
+        num_messages_(plan_.received_begin[call.num_ranks()]),
+        begins_(args, call) {
+    if (!is_raising()) ahead_ = fetch(first());
+  }
 
-  // All threads of all blocks.
-  __device__ void run() const {
-    const int32_t num_messages = plan_.received_begin[call_.num_ranks()];
-    int source = 0;
-    for (auto i = static_cast<int32_t>(group_ * gridDim.x + blockIdx.x); i < num_messages; i += static_cast<int32_t>(kGroups * gridDim.x)) {
-      while (plan_.received_begin[source + 1] <= i) ++source;
-      const int32_t token = plan_.source_token[i];
-      push(source, token, i);
-      device::sync_some_warps(1 + group_, kGroupThreads);
-      if (thread_ == 0) call_.raise_row(source, token);
+  // All threads of all blocks. The workers of a block take a message at a time, each warp a part of it; the raising warp follows them.
+  __device__ void run() {
+    if (is_raising()) {
+      raise();
+      return;
+    }
+    for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
+      if (nth >= kAhead) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
+      const Share share = ahead_;
+      ahead_ = fetch(i + step());
+      push(share, i);
+      device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
     }
   }
 
  private:
+  static constexpr int kMostBatches = 2;  // top-k is at most 64
+  // The workers are ahead of the raising warp by up to so many messages, with a pair of barriers for each.
+  static constexpr int kAhead = 4, kDoneBarrier = 1, kFreeBarrier = kDoneBarrier + kAhead;
+
+  // A message, as the plan has it. Of entries lane_idx() and 32 + lane_idx().
+  struct Share {
+    int32_t token;
+    int32_t row[kMostBatches];
+    float weight[kMostBatches];
+  };
+
+  // Where each source's messages begin, in the threads of a warp.
+  struct Begins {
+    __device__ Begins(const LatencyCombineArgs& args, const LatencyCall& call) {
+      for (int b = 0; b < kMostBatches; ++b) {
+        const int source = b * kWarpThreads + static_cast<int>(device::lane_idx());
+        end[b] = source < call.num_ranks() ? args.call.plan.received_begin[source + 1] : 0x7fffffff;
+      }
+    }
+    // All threads of a warp.
+    __device__ int source_of(int32_t message) const {
+      int source = 0;
+      for (int b = 0; b < kMostBatches; ++b) source += __popc(__ballot_sync(~0u, end[b] <= message));
+      return source;
+    }
+    int32_t end[kMostBatches];
+  };
+
+  __device__ static int32_t first() { return static_cast<int32_t>(blockIdx.x); }
+  __device__ static int32_t step() { return static_cast<int32_t>(gridDim.x); }
+
+  // May be asked for beyond the last message.
+  __device__ Share fetch(int32_t message) const {
+    Share share = {};
+    if (message >= plan_.max_tokens * call_.num_ranks()) return share;
+    share.token = plan_.source_token[message];
+#pragma unroll
+    for (int b = 0; b < kMostBatches; ++b) {
+      const int k = b * kWarpThreads + static_cast<int>(device::lane_idx());
+      const int32_t entry = message * plan_.topk_stride + k;
+      share.row[b] = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
+      share.weight[b] = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
+    }
+    return share;
+  }
+
+  // One warp: raises the flag of each message that the workers have pushed.
+  __device__ void raise() const {
+    for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
+      const int source = begins_.source_of(i);
+      const int32_t token = plan_.source_token[i];
+      device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
+      if (device::lane_idx() == 0) call_.raise_row(source, token);
+      __syncwarp();
+      if (i + kAhead * step() < num_messages_) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
+    }
+  }
+
   // If the exchange has failed the row is not right, and nobody will take it for it.
-  __device__ void push(int source, int32_t token, int32_t message) const {
-    std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), token));
+  __device__ void push(const Share& share, int32_t message) const {
+    const int source = begins_.source_of(message);
+    std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
     if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
-    const int warp = thread_ / kWarpThreads;
-    const auto part = static_cast<int>(layout::align_up((args_.row_bytes + kGroupWarps - 1) / kGroupWarps, 512));
-    const int begin = min(warp * part, static_cast<int>(args_.row_bytes)), end = min(begin + part, static_cast<int>(args_.row_bytes));
-    const int lane = static_cast<int>(device::lane_idx());
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    const auto part = static_cast<int>(layout::align_up((args_.row_bytes + kRaisingWarp - 1) / kRaisingWarp, 512));
+    const int begin = min(warp * part, args_.row_bytes), end = min(begin + part, args_.row_bytes);
     if (!plan_.has_expert_rows()) {
-      if (message < plan_.row_capacity) copy(args_.rows + message * args_.row_bytes, slot, begin, end);
+      if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, begin, end);
       return;
     }
     Terms batches[kMostBatches];
 #pragma unroll
     for (int b = 0; b < kMostBatches; ++b) {
-      const int k = b * kWarpThreads + lane;
-      const int64_t entry = int64_t{message} * plan_.topk_stride + k;
-      const int32_t row = k < plan_.num_topk ? plan_.received_rows[entry] : -1;
-      batches[b].valid = __ballot_sync(~0u, row >= 0);
-      batches[b].address = args_.rows + row * args_.row_bytes;
-      if (row >= 0) batches[b].weight = weight_of(source, token, k, entry);
+      batches[b].valid = __ballot_sync(~0u, share.row[b] >= 0);
+      batches[b].address = args_.rows + int64_t{share.row[b]} * args_.row_bytes;
+      batches[b].weight = share.weight[b];
+      if (args_.sums_owner_weights && share.row[b] >= 0) batches[b].weight = owner_weight(source, share.token, b);
     }
     __syncwarp();
     if (args_.per_entry) {
-      for (int b = 0; b < kMostBatches; ++b)
-        for (uint32_t left = batches[b].valid; left != 0; left &= left - 1) {
-          const int t = __ffs(static_cast<int>(left)) - 1;
-          const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(batches[b].address), t));
-          copy(address, slot + (b * kWarpThreads + t) * args_.row_bytes, begin, end);
-        }
+      copy_entries(batches, slot, begin, end);
       return;
     }
     sum_bytes<Wire>(
@@ -107,11 +160,21 @@ class ShareSender {
         });
   }
 
-  __device__ float weight_of(int source, int32_t token, int k, int64_t entry) const {
-    if (!args_.sums_owner_weights) return args_.entry_weights == nullptr ? 1.0f : args_.entry_weights[entry];
+  __device__ float owner_weight(int source, int32_t token, int batch) const {
+    const int k = batch * kWarpThreads + static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
-    call_.await_word(source, args_.call.words.weights() + token * plan_.num_topk + k, bits);
+    call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
     return __uint_as_float(bits);
+  }
+
+  __device__ void copy_entries(const Terms (&batches)[kMostBatches], std::byte* slot, int begin, int end) const {
+#pragma unroll
+    for (int b = 0; b < kMostBatches; ++b)
+      for (uint32_t left = batches[b].valid; left != 0; left &= left - 1) {
+        const int t = __ffs(static_cast<int>(left)) - 1;
+        const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(batches[b].address), t));
+        copy(address, slot + (b * kWarpThreads + t) * args_.row_bytes, begin, end);
+      }
   }
 
   // The warp's part of a row.
@@ -121,7 +184,7 @@ class ShareSender {
 
   // Weights as they came for each entry; per_entry, those of other ranks' entries are left alone.
   __device__ void return_weights(int32_t message, float* to) const {
-    for (int k = thread_; k < plan_.num_topk; k += kGroupThreads) {
+    for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kWorkThreads) {
       const int64_t entry = int64_t{message} * plan_.topk_stride + k;
       if (args_.per_entry && plan_.received_experts[entry] < 0) continue;
       float weight = 0.0f;
@@ -134,11 +197,12 @@ class ShareSender {
     }
   }
 
-  static constexpr int kMostBatches = 2;  // top-k is at most 64
   const LatencyCombineArgs& args_;
   const PlanView& plan_;
   const LatencyCall& call_;
-  const int group_, thread_;
+  const int32_t num_messages_;
+  const Begins begins_;
+  Share ahead_ = {};
 };
 
 // Sums the results of this rank's tokens.
@@ -147,19 +211,19 @@ class OwnerSums {
  public:
   __device__ OwnerSums(const LatencyCombineArgs& args, const LatencyCall& call) : args_(args), plan_(args.call.plan), call_(call) {}
 
-  // All threads of all blocks; a warp takes a part of a token's row at a time.
+  // The workers of all blocks; a warp takes a part of a token's row at a time.
   __device__ void run() const {
-    const auto num_parts = static_cast<int32_t>((args_.row_bytes + kPartBytes - 1) / kPartBytes);
+    const int32_t num_parts = (args_.row_bytes + kPartBytes - 1) / kPartBytes;
     const int32_t num_tokens = plan_.num_tokens[call_.rank()];
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-    const auto num_warps = static_cast<int32_t>(kLatencyThreads / kWarpThreads * gridDim.x);
+    const auto num_warps = static_cast<int32_t>(kRaisingWarp * gridDim.x);
     for (auto i = static_cast<int32_t>(warp * gridDim.x + blockIdx.x); i < num_tokens * num_parts; i += num_warps) {
       const int32_t token = i / num_parts, part = i % num_parts;
       if (!await_shares(token)) return;
-      const int begin = part * kPartBytes, end = min(begin + kPartBytes, static_cast<int>(args_.row_bytes));
+      const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
       if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
       sum_bytes<Wire>(
-          begin, end, args_.out_tokens + token * args_.row_bytes, [&](int at, auto& sum) { add_biases(token, at, sum); },
+          begin, end, args_.out_tokens + int64_t{token} * args_.row_bytes, [&](int at, auto& sum) { add_biases(token, at, sum); },
           [&](auto visit) {
             if (args_.per_entry)
               for_each_entry_batch(token, visit);
@@ -189,7 +253,7 @@ class OwnerSums {
 #pragma unroll
     for (int which = 0; which < 2; ++which)
       if (args_.bias[which] != nullptr)
-        add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(args_.bias[which] + token * args_.row_bytes + at), 1.0f);
+        add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(args_.bias[which] + int64_t{token} * args_.row_bytes + at), 1.0f);
   }
 
   template <typename Visit>
@@ -251,21 +315,27 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
   for (auto i = static_cast<int32_t>(blockIdx.x * kLatencyThreads + threadIdx.x); i < num_entries;
        i += static_cast<int32_t>(gridDim.x * kLatencyThreads)) {
     const int32_t expert = plan.experts[i];
-    if (expert >= 0) call.put_word(expert / plan.local_experts, args.call.words.weights() + i, __float_as_uint(args.owner_weights[i]));
+    if (expert >= 0) call.put_word(rank_of(args.call, expert), static_cast<int32_t>(args.call.words.weights()) + i, __float_as_uint(args.owner_weights[i]));
   }
 }
 
 template <typename Wire>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(const __grid_constant__ LatencyCombineArgs args) {
   LatencyCall call(args.call);
+  ShareSender<Wire> sender(args, call);
   if (call.begin()) {
     if (args.call.sends) {
       if (args.owner_weights != nullptr) push_weights(args, call);
       if (blockIdx.x == 0) call.announce(0);
-      ShareSender<Wire>(args, call).run();
-      if (blockIdx.x == 0) call.announce_to_throughput();
+      sender.run();
+      if (blockIdx.x == 0 && is_raising()) call.announce_to_throughput();
     }
-    if (args.call.receives && call.await_calls()) OwnerSums<Wire>(args, call).run();
+    if (args.call.receives) {
+      if (!is_raising())
+        OwnerSums<Wire>(args, call).run();
+      else if (blockIdx.x == 0)
+        call.await_calls();
+    }
   }
   call.finish();
 }

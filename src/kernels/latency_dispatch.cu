@@ -23,62 +23,70 @@ class RowSender {
   // All threads of a block, which takes tokens first, first + step, ...
   __device__ void run(int32_t first, int32_t step) {
     int32_t* counters = memory_.counts();
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < plan_.num_counts(call_.num_ranks()); c += kLatencyThreads) counters[c] = 0;
     __syncthreads();
     int32_t num_counted = 0;
+    const bool casts = args_.in.encoding != TERN_ENCODING_AS_GIVEN;
+#pragma unroll 1
     for (int32_t token = first; token < num_tokens_; token += step) {
       Chunk chunk = load(token, 0);
+      OwnRouting::GivenEntries entries = {{-1, -1}};
       if (args_.routes) {
+        if (threadIdx.x < kWarpThreads) entries = routing_.given_entries(token);
         routing_.count(num_counted, token, counters, [](int, int32_t, uint32_t) {});
         num_counted = token;
       }
       __syncthreads();
-      if (threadIdx.x < kWarpThreads) set_destinations(token, counters);
+      if (threadIdx.x < kWarpThreads) set_destinations(token, entries, counters);
       stage_sides(token);
       __syncthreads();
       push_row(token, chunk);
-      __syncthreads();  // a cast has left its scales in the tail
+      if (casts) __syncthreads();  // its scales are in the tail
       push_tail();
       __syncthreads();
-      if (threadIdx.x < memory_.num_destinations()) call_.raise_row(memory_.destination_ranks()[threadIdx.x], token);
+      if (is_raising()) raise(token);
     }
   }
 
  private:
   // What a thread has of a row at a time.
   static constexpr int kVecs = 2;
-  static constexpr int64_t kStep = kLatencyThreads * static_cast<int64_t>(sizeof(Vec16));
+  static constexpr int32_t kStep = kLatencyThreads * static_cast<int32_t>(sizeof(Vec16));
   struct Chunk {
     Vec16 values[kVecs];
   };
 
-  __device__ int64_t row_bytes_given() const {
-    return args_.in.encoding == TERN_ENCODING_AS_GIVEN ? args_.row_bytes : args_.in.hidden * (args_.in.dtype == TERN_DTYPE_FP32 ? 4 : 2);
+  __device__ int32_t row_bytes_given() const {
+    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) return args_.row_bytes;
+    return static_cast<int32_t>(args_.in.hidden) * (args_.in.dtype == TERN_DTYPE_FP32 ? 4 : 2);
   }
-  __device__ Chunk load(int32_t token, int64_t first) const {
+  __device__ Chunk load(int32_t token, int32_t first) const {
     Chunk chunk = {};
     const std::byte* row = args_.in.tokens + token * args_.in.token_stride_bytes;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const int64_t at = first + v * kStep + threadIdx.x * sizeof(Vec16);
+      const int32_t at = first + v * kStep + static_cast<int32_t>(threadIdx.x * sizeof(Vec16));
       if (at < row_bytes_given()) chunk.values[v] = *reinterpret_cast<const Vec16*>(row + at);
     }
     return chunk;
   }
 
   // One warp: the ranks that the token goes to, and where its entries are among all of this rank's; into the tail and the plan.
-  __device__ void set_destinations(int32_t token, const int32_t* counters) const {
+  __device__ void set_destinations(int32_t token, const OwnRouting::GivenEntries& given, const int32_t* counters) const {
     const int lane = static_cast<int>(device::lane_idx());
     uint64_t ranks = 0;
     if (args_.routes) {
-      ranks = routing_.place_token(token, counters, reinterpret_cast<layout::LatencySlot::Entry*>(tail(args_.call.slot.entries())));
+      ranks = routing_.place_token(token, given, counters, reinterpret_cast<layout::LatencySlot::Entry*>(tail(args_.call.slot.entries())));
     } else {
+#pragma unroll 1
       for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
         const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
         if (rank >= 0) ranks |= uint64_t{1} << rank;
       }
       ranks = or_of_warp(ranks);
     }
+#pragma unroll 1
     for (int rank = lane; rank < call_.num_ranks(); rank += kWarpThreads) {
       if ((ranks >> rank & 1) == 0) continue;
       const int nth = __popcll(ranks & ((uint64_t{1} << rank) - 1));
@@ -86,6 +94,13 @@ class RowSender {
       memory_.destinations()[nth] = call_.slot(rank, call_.slot_idx(call_.rank(), token));
     }
     if (lane == 0) memory_.set_num_destinations(__popcll(ranks));
+  }
+
+  // One warp: the token's row is in its slots.
+  __device__ void raise(int32_t token) const {
+#pragma unroll 1
+    for (int i = static_cast<int>(device::lane_idx()); i < memory_.num_destinations(); i += kWarpThreads)
+      call_.raise_row(memory_.destination_ranks()[i], token);
   }
 
   // `offset` in the slot, of what stands behind the row.
@@ -98,10 +113,12 @@ class RowSender {
     const layout::LatencySlot& slot = args_.call.slot;
     if (args_.in.encoding == TERN_ENCODING_AS_GIVEN && args_.scale_bytes > 0) {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
+#pragma unroll 1
       for (int64_t at = thread; at < args_.scale_bytes; at += num_threads)
         tail(slot.scales())[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
     }
     if (!args_.carries_weights) return;
+#pragma unroll 1
     for (int k = thread; k < plan_.num_topk; k += num_threads) {
       const float weight = args_.in.weights[int64_t{token} * plan_.num_topk + k];
       reinterpret_cast<float*>(tail(slot.weights()))[k] = weight;
@@ -111,40 +128,42 @@ class RowSender {
 
   __device__ void push_row(int32_t token, Chunk& chunk) const {
     if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
-      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) {
+      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) {
         if (at < args_.row_bytes) to_all<Vec16>(value, at);
       });
     } else if (args_.in.dtype == TERN_DTYPE_BF16) {
-      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::Bf16>(value, at); });
+      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::Bf16>(value, at); });
     } else if (args_.in.dtype == TERN_DTYPE_FP16) {
-      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::F16>(value, at); });
+      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::F16>(value, at); });
     } else {
-      push_chunks(token, chunk, [&](const Vec16& value, int64_t at) { cast<device::F32>(value, at); });
+      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::F32>(value, at); });
     }
   }
 
   // Calls push(16 bytes of the row as given, where they are) in all threads alike, also beyond the row's end. The first chunk is there already.
   template <typename Push>
   __device__ void push_chunks(int32_t token, Chunk& chunk, Push push) const {
-    const int64_t end = row_bytes_given();
-    for (int64_t first = 0; first < end; first += kVecs * kStep) {
+    const int32_t end = row_bytes_given();
+#pragma unroll 1
+    for (int32_t first = 0; first < end; first += kVecs * kStep) {
       if (first > 0) chunk = load(token, first);
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
-        if (first + v * kStep < end) push(chunk.values[v], first + v * kStep + static_cast<int64_t>(threadIdx.x * sizeof(Vec16)));
+        if (first + v * kStep < end) push(chunk.values[v], first + v * kStep + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)));
     }
   }
 
   template <typename T>
-  __device__ void to_all(const T& value, int64_t at) const {
+  __device__ void to_all(const T& value, int32_t at) const {
+#pragma unroll 1
     for (int i = 0; i < memory_.num_destinations(); ++i) *reinterpret_cast<T*>(memory_.destinations()[i] + at) = value;
   }
 
   // 16 bytes of a row of Wire become fp8. The threads of a block of 128 channels are neighbours in a warp.
   template <typename Wire>
-  __device__ void cast(const Vec16& value, int64_t at) const {
+  __device__ void cast(const Vec16& value, int32_t at) const {
     constexpr int kBlock = 128, kLanes = kBlock / Wire::kElements;
-    const int64_t channel = at / (16 / Wire::kElements);
+    const int32_t channel = at / (16 / Wire::kElements);
     float values[Wire::kElements];
     Wire::widen(value, values);
     float amax = 1e-4f;
@@ -164,7 +183,7 @@ class RowSender {
       to_all<uint2>({words[0], words[1]}, channel);
     else
       to_all<uint32_t>(words[0], channel);
-    if (device::lane_idx() % kLanes == 0) keep_scale(static_cast<int>(channel / kBlock), scale);
+    if (device::lane_idx() % kLanes == 0) keep_scale(channel / kBlock, scale);
   }
 
   __device__ void keep_scale(int block, const device::BlockScale& scale) const {
@@ -175,12 +194,15 @@ class RowSender {
     }
     scales[block] = static_cast<std::byte>(scale.stored);
     const int num_blocks = static_cast<int>((args_.in.hidden + 127) / 128);
+#pragma unroll 1
     for (int pad = block + 1; block + 1 == num_blocks && pad < layout::align_up(num_blocks, 4); ++pad) scales[pad] = std::byte{0};
   }
 
   __device__ void push_tail() const {
     const layout::LatencySlot& slot = args_.call.slot;
-    for (int64_t at = slot.scales() + static_cast<int64_t>(threadIdx.x * sizeof(Vec16)); at < slot.end(); at += kStep)
+    const auto begin = static_cast<int32_t>(slot.scales()), end = static_cast<int32_t>(slot.end());
+#pragma unroll 1
+    for (int32_t at = begin + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)); at < end; at += kStep)
       to_all<Vec16>(*reinterpret_cast<const Vec16*>(tail(at)), at);
   }
 
@@ -195,8 +217,7 @@ class RowSender {
 // Spreads the messages that arrive; a group of warps takes one at a time.
 class MessageSpreader {
  public:
-  static constexpr int kThreads = 128;
-  static constexpr int kGroups = kLatencyThreads / kThreads;
+  static constexpr int kThreads = kGroupThreads;
 
   __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals, const DispatchMemory& memory)
       : args_(args),
@@ -207,10 +228,11 @@ class MessageSpreader {
         thread_(static_cast<int>(threadIdx.x) % kThreads),
         rows_(memory.rows(group_)) {}
 
-  // All threads of all blocks. Groups take messages in turn, those of all sources side by side.
+  // The workers of all blocks. Groups take messages in turn, those of all sources side by side.
   __device__ void run() {
     const auto num_groups = static_cast<int32_t>(kGroups * gridDim.x);
     const int32_t first = static_cast<int32_t>(group_ * gridDim.x + blockIdx.x), end = arrivals_.num_candidates();
+#pragma unroll 1
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
       if (arrivals_.candidate(i, message) && !spread(message)) return;
@@ -226,11 +248,12 @@ class MessageSpreader {
     sync_group();
     if (rows_->is_there == 0) return false;
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
-    constexpr int kVecs = 8;
-    constexpr int64_t kStep = kThreads * static_cast<int64_t>(sizeof(Vec16));
-    for (int64_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
+    constexpr int kVecs = 10;
+    constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
+#pragma unroll 1
+    for (int32_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
       Vec16 values[kVecs];
-      const int64_t begin = first + static_cast<int64_t>(thread_ * sizeof(Vec16));
+      const int32_t begin = first + thread_ * static_cast<int32_t>(sizeof(Vec16));
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
         if (begin + v * kStep < args_.row_bytes) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
@@ -238,8 +261,9 @@ class MessageSpreader {
         if (thread_ < kWarpThreads) find_rows(message, slot);
         sync_group();
       }
+#pragma unroll 1
       for (int r = 0; r < rows_->num_rows; ++r) {
-        std::byte* to = args_.out.tokens + rows_->row[r] * args_.row_bytes;
+        std::byte* to = args_.out.tokens + int64_t{rows_->row[r]} * args_.row_bytes;
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
           if (begin + v * kStep < args_.row_bytes) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
@@ -254,13 +278,14 @@ class MessageSpreader {
     const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
     const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
     int num_rows = 0;
+#pragma unroll 1
     for (int first = 0; first < max(1, plan_.num_topk); first += kWarpThreads) {
       const int k = first + static_cast<int>(device::lane_idx());
       int32_t row = -1;
       if (k < plan_.num_topk) {
         const ArrivingEntry entry = arrivals_.entry(message, k, entries);
         row = plan_.has_expert_rows() ? entry.row : -1;
-        if (args_.carries_weights) args_.out.plan_weights[int64_t{message.index} * plan_.topk_stride + k] = weights[k];
+        if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
         write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
       }
       const uint32_t valid = __ballot_sync(~0u, row >= 0);
@@ -280,7 +305,7 @@ class MessageSpreader {
     const DispatchOutputs& out = args_.out;
     if (!plan_.has_expert_rows()) {
       if (message.index >= out.num_rows) return;
-      const int64_t at = int64_t{message.index} * plan_.num_topk + k;
+      const int32_t at = message.index * plan_.num_topk + k;
       if (out.topk_idx != nullptr) out.topk_idx[at] = entry.expert;
       if (out.topk_weights != nullptr && args_.carries_weights) out.topk_weights[at] = entry.expert >= 0 ? weight : 0.0f;
       return;
@@ -299,6 +324,7 @@ class MessageSpreader {
   __device__ void write_scales(const std::byte* scales) const {
     if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
     const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
+#pragma unroll 1
     for (int32_t i = thread_; i < rows_->num_rows * num_elements; i += kThreads) {
       const int32_t element = i % num_elements;
       std::byte* to = latency_scale_address(args_, rows_->row[i / num_elements], element);
@@ -306,6 +332,7 @@ class MessageSpreader {
       if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
         *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
       else
+#pragma unroll 1
         for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = from[b];
     }
   }
@@ -324,9 +351,9 @@ __device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, c
   if (blockIdx.x == 0) {
     call.announce(num_tokens);
     if (args.routes) OwnRouting(args, call.operation()).publish(call, num_tokens, memory.counts());
-    call.announce_to_throughput();
-    if (!is_alone) return;
     __syncthreads();
+    if (is_raising()) call.announce_to_throughput();
+    if (!is_alone) return;
   }
   RowSender(args, call, memory, num_tokens).run(is_alone ? 0 : static_cast<int32_t>(blockIdx.x) - 1, is_alone ? 1 : static_cast<int32_t>(gridDim.x) - 1);
 }
@@ -343,11 +370,9 @@ __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
   LatencyCall call(args.call);
+  if (threadIdx.x == 0) *memory.has_failed() = 0;
   if (call.begin()) {
-    if (args.call.sends) {
-      send(args, call, memory);
-      __syncthreads();
-    }
+    if (args.call.sends) send(args, call, memory);
     if (args.call.receives) receive(args, call, memory);
   }
   call.finish();

@@ -21,36 +21,6 @@ using device::store_release_sys;
 
 inline constexpr int kWarpThreads = 32;
 
-// What happens at most once is not inlined: a kernel that runs for some microseconds fetches each instruction about once, so code that is in the
-// way costs time.
-__device__ __noinline__ inline void post_failure(const ExchangeView& exchange, const layout::FailureRecord& record) {
-  exchange.mailbox->failure = record;
-  store_release_sys(&exchange.mailbox->failure_set, 1);
-}
-
-// Passes on to the host what another rank has recorded.
-__device__ __noinline__ inline void post_abort(const ExchangeView& exchange) {
-  const auto* window = exchange.window(exchange.rank);
-  const uint64_t waiter = load_acquire_sys(reinterpret_cast<const uint64_t*>(window + exchange.layout.abort()));
-  if (waiter == 0 || atomicExch(exchange.failed, 1u) != 0) return;
-  post_failure(exchange, *reinterpret_cast<const layout::FailureRecord*>(window + exchange.layout.record(static_cast<int>(waiter) - 1)));
-}
-
-// Records why this rank stops, in every window and for the host, unless it has been recorded already. Of the record, what the exchange knows
-// is filled in here. Never waits.
-__device__ __noinline__ inline void post_give_up(const ExchangeView& exchange, layout::FailureRecord record) {
-  if (atomicExch(exchange.failed, 1u) != 0) return;
-  record.waiter = exchange.rank;
-  record.lane = exchange.lane;
-  for (int i = 0; i < exchange.num_ranks; ++i) {
-    std::byte* const window = exchange.window((exchange.rank + i) % exchange.num_ranks);
-    if (window == nullptr) continue;
-    *reinterpret_cast<layout::FailureRecord*>(window + exchange.layout.record(exchange.rank)) = record;
-    store_release_sys(reinterpret_cast<uint64_t*>(window + exchange.layout.abort()), static_cast<uint64_t>(exchange.rank) + 1);
-  }
-  post_failure(exchange, record);
-}
-
 struct Operation {
   static constexpr int kSpinsPerLook = 64;  // at the abort word and the clock
 
@@ -78,21 +48,19 @@ struct Operation {
   __device__ uint64_t* abort_word() const { return in_window<uint64_t>(exchange.rank, exchange.layout.abort()); }
   __device__ bool is_aborted() const { return load_relaxed_sys(abort_word()) != 0; }
 
-  // One thread. Waits until *word has reached `expected`; false: the exchange has failed.
-  __device__ bool await(const uint64_t* word, uint64_t expected, int peer) const {
-    return load_acquire_sys(word) >= expected || await_long(*this, word, expected, peer);
+  // One thread. Waits until *word has reached `expected`; false: the exchange has failed. Adds to *wait_ns how long it took, if that is given.
+  __device__ bool await(const uint64_t* word, uint64_t expected, int peer, int64_t* wait_ns = nullptr) const {
+    return load_acquire_sys(word) >= expected || await_flag(*this, word, expected, peer, wait_ns);
   }
 
-  // One thread. Waits until a word of the latency path is of this epoch, and gives its value; false: the exchange has failed.
-  __device__ bool await_word(const uint64_t* word, int peer, uint32_t& value) const {
+  // The same until a word of the latency path is of this epoch, and gives its value.
+  __device__ bool await_word(const uint64_t* word, int peer, uint32_t& value, int64_t* wait_ns = nullptr) const {
     uint64_t seen = load_relaxed_sys(word);
-    const uint64_t epoch_half = epoch << 32;
-    if ((seen & ~uint64_t{0xffffffff}) != epoch_half &&
-        !spin(epoch, peer, seen, [=](uint64_t& now) { return ((now = load_relaxed_sys(word)) & ~uint64_t{0xffffffff}) == epoch_half; }))
-      return false;
+    if (!is_of_epoch(seen) && !await_epoch(*this, word, peer, seen, wait_ns)) return false;
     value = static_cast<uint32_t>(seen);
     return true;
   }
+  __device__ bool is_of_epoch(uint64_t word) const { return word >> 32 == (epoch & 0xffffffff); }
   __device__ void put_word(uint64_t* word, uint32_t value) const { device::store_relaxed_sys(word, epoch << 32 | value); }
 
   // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
@@ -103,28 +71,14 @@ struct Operation {
 
   // Records why this rank stops, in every window and for the host, unless it has been recorded already. Never waits.
   __device__ void give_up(tern_status status, int awaited, uint64_t expected, uint64_t seen) const {
-    layout::FailureRecord record;
-    record.status = status;
-    record.awaited = awaited;
-    record.operation = operation;
-    record.expected_epoch = expected;
-    record.seen_epoch = seen;
-    post_give_up(exchange, record);
+    record_failure(*this, status, awaited, expected, seen);
   }
 
   // Passes on to the host what another rank has recorded.
-  __device__ void report_abort() const { post_abort(exchange); }
+  __device__ void report_abort() const { pass_on_failure(*this); }
 
   // Something was left out of an operation that otherwise completed.
-  __device__ void post_notice(tern_status status) const {
-    layout::FailureRecord& notice = exchange.mailbox->notice;
-    notice.waiter = notice.awaited = exchange.rank;
-    notice.lane = exchange.lane;
-    notice.operation = operation;
-    notice.expected_epoch = notice.seen_epoch = epoch;
-    device::fence_sys();
-    *const_cast<volatile int32_t*>(&notice.status) = status;
-  }
+  __device__ void post_notice(tern_status status) const { record_notice(*this, status); }
 
   // All threads of the block, at its start: true if the exchange has failed, and nothing is to be done.
   __device__ bool is_poisoned() const {
@@ -172,18 +126,25 @@ struct Operation {
   }
 
  private:
-  // Kept out of the way like the above.
-  __device__ __noinline__ static bool await_long(const Operation& op, const uint64_t* word, uint64_t expected, int peer) {
+  // What is seldom done is not inlined: kernels stay small, and begin sooner.
+  static __device__ __noinline__ bool await_flag(Operation op, const uint64_t* word, uint64_t expected, int peer, int64_t* wait_ns) {
     uint64_t seen = 0;
-    return op.spin(expected, peer, seen, [=](uint64_t& value) { return (value = load_acquire_sys(word)) >= expected; });
+    return op.spin(expected, peer, seen, wait_ns, [&] { return (seen = load_acquire_sys(word)) >= expected; });
+  }
+  static __device__ __noinline__ bool await_epoch(Operation op, const uint64_t* word, int peer, uint64_t& seen, int64_t* wait_ns) {
+    return op.spin(op.epoch, peer, seen, wait_ns, [&] { return op.is_of_epoch(seen = load_relaxed_sys(word)); });
   }
 
-  // Looks until look(seen) says that it is there, or the deadline passes, or the exchange fails otherwise.
+  // Looks until look() says that it is there, or the deadline passes, or the exchange fails otherwise.
   template <typename Look>
-  __device__ bool spin(uint64_t expected, int peer, uint64_t& seen, Look look) const {
+  __device__ bool spin(uint64_t expected, int peer, const uint64_t& seen, int64_t* wait_ns, Look look) const {
     const uint64_t start = device::global_timer_ns();
     for (int turn = 0;; ++turn) {
-      if (look(seen)) return true;
+      if (look()) {
+        // Not behind the loop, where the lanes of a warp meet again.
+        if (wait_ns != nullptr) *wait_ns += static_cast<int64_t>(device::global_timer_ns() - start);
+        return true;
+      }
       if (turn % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
       if (device::global_timer_ns() - start > exchange.timeout_ns) {
@@ -191,6 +152,47 @@ struct Operation {
         return false;
       }
     }
+  }
+
+  static __device__ __noinline__ void record_failure(Operation op, tern_status status, int awaited, uint64_t expected, uint64_t seen) {
+    const ExchangeView& exchange = op.exchange;
+    if (atomicExch(exchange.failed, 1u) != 0) return;
+    layout::FailureRecord record;
+    record.status = status;
+    record.waiter = exchange.rank;
+    record.awaited = awaited;
+    record.lane = exchange.lane;
+    record.operation = op.operation;
+    record.expected_epoch = expected;
+    record.seen_epoch = seen;
+    for (int i = 0; i < exchange.num_ranks; ++i) {
+      const int owner = (exchange.rank + i) % exchange.num_ranks;
+      if (op.is_masked(owner)) continue;
+      *op.in_window<layout::FailureRecord>(owner, exchange.layout.record(exchange.rank)) = record;
+      store_release_sys(op.in_window<uint64_t>(owner, exchange.layout.abort()), static_cast<uint64_t>(exchange.rank) + 1);
+    }
+    op.post_failure(record);
+  }
+
+  static __device__ __noinline__ void pass_on_failure(Operation op) {
+    const uint64_t waiter = load_acquire_sys(op.abort_word());
+    if (waiter == 0 || atomicExch(op.exchange.failed, 1u) != 0) return;
+    op.post_failure(*op.in_window<layout::FailureRecord>(op.exchange.rank, op.exchange.layout.record(static_cast<int>(waiter) - 1)));
+  }
+
+  static __device__ __noinline__ void record_notice(Operation op, tern_status status) {
+    layout::FailureRecord& notice = op.exchange.mailbox->notice;
+    notice.waiter = notice.awaited = op.exchange.rank;
+    notice.lane = op.exchange.lane;
+    notice.operation = op.operation;
+    notice.expected_epoch = notice.seen_epoch = op.epoch;
+    device::fence_sys();
+    *const_cast<volatile int32_t*>(&notice.status) = status;
+  }
+
+  __device__ void post_failure(const layout::FailureRecord& record) const {
+    exchange.mailbox->failure = record;
+    store_release_sys(&exchange.mailbox->failure_set, 1);
   }
 
   __device__ bool await_blocks(uint32_t target) const {

@@ -117,7 +117,8 @@ class Transfer {
   }
 
   __device__ bool open_source(int source, SourceView& view) const {
-    if (!op_.await(&op_.progress(rank(), source)->ready, op_.epoch, source)) return false;
+    int64_t* wait_ns = args_.wait_ns != nullptr && blockIdx.x == 0 ? args_.wait_ns + source : nullptr;  // every block waits, one counts
+    if (!op_.await(&op_.progress(rank(), source)->ready, op_.epoch, source, wait_ns)) return false;
     const layout::CallCell& cell = *op_.call(rank(), source);
     if (cell.epoch != op_.epoch || cell.operation != op_.operation || cell.shape != args_.shape) {
       op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);

@@ -16,6 +16,7 @@ struct TransferArgs {
   bool receives = false;       // pulls the peers' rows
   bool in_place = false;       // peers pull from the caller's window memory: ends when all have pulled
   uint64_t* ticket = nullptr;  // keeps the epoch from a send to its receive
+  int64_t* wait_ns = nullptr;  // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
 
   // Chunks of the owners' tokens that this round carries, and the token that comes first in the staging.
   int32_t first_chunk = 0;

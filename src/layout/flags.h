@@ -63,4 +63,11 @@ struct alignas(kCacheLine) ProposalCell {
   uint64_t mask[kMaxRanks / 64];  // bit r: without rank r
 };
 
+// What a rank says to those who were masked out, or to those who go on if it was; written by the owner, read by all.
+struct alignas(kCacheLine) AdmissionCell {
+  uint64_t roll_call;     // the generation that is to begin, and that masked ranks may come back with; 0: none yet
+  uint64_t present;       // the roll call that this rank, masked out, has answered last; 0: none
+  ProposalCell decision;  // who stays masked in the generation of the last roll call
+};
+
 }  // namespace tern::layout

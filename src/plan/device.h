@@ -30,7 +30,8 @@ struct DispatchCall {
 // A validated combine, defaults filled in.
 struct CombineCall {
   tern_combine_args args;
-  int64_t row_bytes = 0;
+  int64_t row_bytes = 0;   // of a row as given, and as it comes out
+  int64_t wire_bytes = 0;  // of a row on its way
   bool carries_weights = false;
 };
 

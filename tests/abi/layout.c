@@ -86,7 +86,7 @@ FIELD(tern_recover_options, struct_size, 0);
 FIELD(tern_recover_options, timeout_ms, 8);
 FIELD(tern_recover_options, mask, 16);
 FIELD(tern_recover_options, allow_mask, 24);
-FIELD(tern_recover_options, reserved, 28);
+FIELD(tern_recover_options, readmit, 28);
 
 SIZE(tern_metrics, 96);
 FIELD(tern_metrics, struct_size, 0);
@@ -155,7 +155,7 @@ FIELD(tern_routing_counts, tokens_per_node, 16);
 FIELD(tern_routing_counts, tokens_per_expert, 24);
 FIELD(tern_routing_counts, token_in_rank, 32);
 
-SIZE(tern_dispatch_args, 200);
+SIZE(tern_dispatch_args, 208);
 FIELD(tern_dispatch_args, struct_size, 0);
 FIELD(tern_dispatch_args, routing, 8);
 FIELD(tern_dispatch_args, tokens, 16);
@@ -184,8 +184,9 @@ FIELD(tern_dispatch_args, out_rank_counts, 176);
 FIELD(tern_dispatch_args, out_expert_rank_ranges, 184);
 FIELD(tern_dispatch_args, zero_copy, 192);
 FIELD(tern_dispatch_args, reserved, 196);
+FIELD(tern_dispatch_args, wait_ns, 200);
 
-SIZE(tern_combine_args, 96);
+SIZE(tern_combine_args, 104);
 FIELD(tern_combine_args, struct_size, 0);
 FIELD(tern_combine_args, rows, 8);
 FIELD(tern_combine_args, dtype, 16);
@@ -199,7 +200,8 @@ FIELD(tern_combine_args, bias, 56);
 FIELD(tern_combine_args, out_tokens, 72);
 FIELD(tern_combine_args, out_topk_weights, 80);
 FIELD(tern_combine_args, zero_copy, 88);
-FIELD(tern_combine_args, reserved, 92);
+FIELD(tern_combine_args, wire, 92);
+FIELD(tern_combine_args, wait_ns, 96);
 
 SIZE(tern_span, 64);
 FIELD(tern_span, begin_ns, 0);
@@ -275,6 +277,7 @@ VALUE(TERN_COMBINE_HIERARCHICAL, 0);
 VALUE(TERN_COMBINE_EXACT, 1);
 
 SIZE(tern_weighting, 4);
+SIZE(tern_wire, 4);
 VALUE(TERN_WEIGHTS_NONE, 0);
 VALUE(TERN_WEIGHTS_DISPATCH, 1);
 VALUE(TERN_WEIGHTS_OWNER, 2);

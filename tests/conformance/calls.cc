@@ -191,6 +191,7 @@ void CombineCall::load_inputs(const Case& c, const RankPlace& place, const Place
   args.mode = c.combine_mode;
   args.hidden = c.combine_hidden();
   args.weighting = c.weighting;
+  args.wire = c.wire;
 }
 
 void CombineCall::make_outputs(const Case& c, const RankPlace& place) {

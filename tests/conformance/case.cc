@@ -41,6 +41,11 @@ int64_t Case::scale_token_stride_bytes() const {
 
 int64_t Case::combine_row_bytes() const { return combine_hidden() * element_bytes(combine_dtype); }
 
+int64_t Case::combine_wire_bytes() const {
+  if (wire == TERN_WIRE_AS_DTYPE) return combine_row_bytes();
+  return divide_up(divide_up(combine_hidden(), 128) * 168, 16) * 16;
+}
+
 int64_t Case::num_tokens(int32_t rank) const {
   switch (spread) {
     case Spread::kFull: return max_tokens;
@@ -113,6 +118,7 @@ std::string Case::name() const {
   add(few_outputs, "few_outputs", "");
   add(true, "combine=", kDtypeNames[combine_dtype]);
   add(combine_mode == TERN_COMBINE_EXACT, "exact_sums", "");
+  add(wire == TERN_WIRE_LOG10BIT, "log10bit", "");
   add(weighting != TERN_WEIGHTS_NONE, "weighting=", kWeightingNames[weighting]);
   add(num_biases != 0, "biases=", num_biases);
   add(return_weights, "return_weights", "");

@@ -62,6 +62,7 @@ struct Case {
 
   tern_dtype combine_dtype = TERN_DTYPE_BF16;
   tern_combine_mode combine_mode = TERN_COMBINE_HIERARCHICAL;
+  tern_wire wire = TERN_WIRE_AS_DTYPE;
   tern_weighting weighting = TERN_WEIGHTS_NONE;
   int32_t num_biases = 0;
   bool return_weights = false;
@@ -89,6 +90,7 @@ struct Case {
   int64_t scale_granule_bytes() const { return casts() ? 4 : scale_element_bytes; }
   int64_t combine_hidden() const { return (hidden + 7) / 8 * 8; }  // a multiple of 16 bytes in every dtype
   int64_t combine_row_bytes() const;
+  int64_t combine_wire_bytes() const;  // on the way
   int64_t num_tokens(int32_t rank) const;
   // Rows that the outputs have with extent worst, as tern_plan_options.row_capacity says.
   int64_t capacity() const;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "conformance/number.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -63,6 +64,33 @@ const SmallFormat& small_format(tern_dtype dtype) {
 }
 
 }  // namespace
+
+void round_to_log10bit(std::vector<float>& row) {
+  constexpr int64_t kOctave = 1 << 23, kInfinity = 255 * kOctave;
+  const auto magnitude_of = [](float value) { return int64_t{bits_of(value) & 0x7FFFFFFF}; };
+  for (size_t first = 0; first < row.size(); first += 128) {
+    const size_t end = std::min(first + 128, row.size());
+    int64_t top = 17 * kOctave, least = kInfinity;
+    for (size_t i = first; i < end; ++i) {
+      const int64_t magnitude = magnitude_of(row[i]);
+      if (magnitude == 0 || magnitude >= kInfinity) continue;
+      top = std::max(top, magnitude);
+      least = std::min(least, magnitude);
+    }
+    const int64_t lowest = std::min(top, std::max(least, top - 16 * kOctave));
+    const int64_t step = std::max<int64_t>(2, (top - lowest + 509) / 510);
+    for (size_t i = first; i < end; ++i) {
+      const int64_t magnitude = magnitude_of(row[i]);
+      const int64_t steps = (top - magnitude + step / 2) / step;
+      if (magnitude >= kInfinity)
+        row[i] = NAN;
+      else if (steps > 510)
+        row[i] = 0.0f;
+      else
+        row[i] = std::copysign(float_of(static_cast<uint32_t>(top - steps * step)), row[i]);
+    }
+  }
+}
 
 uint32_t bits_of(float value) {
   uint32_t bits;

@@ -35,27 +35,37 @@ class Summer {
  public:
   Summer(const Case& c, int batch, int32_t owner) : c_(c), batch_(batch), owner_(owner) {}
 
+  // What travels: each row by itself, or sums of some.
+  enum class Wire { kRow, kSum };
+
   // acc += w * row, product and sum rounded separately.
-  void add(std::vector<float>& acc, const Share& share, int64_t token) const {
+  void add(std::vector<float>& acc, const Share& share, int64_t token, Wire wire) const {
     Bytes row(static_cast<size_t>(c_.combine_row_bytes()));
     make_result(c_, batch_, share.rank, share.row, row);
     const int64_t entry = token * c_.num_topk + share.k;
     const WeightUse use = c_.weighting == TERN_WEIGHTS_OWNER ? WeightUse::kOwner : WeightUse::kDispatch;
     const float weight = c_.weighting == TERN_WEIGHTS_NONE ? 1.0f : make_weight(c_, batch_, owner_, use, entry);
+    std::vector<float> values(acc.size());
+    for (size_t i = 0; i < acc.size(); ++i) values[i] = decode(c_.combine_dtype, row.data(), static_cast<int64_t>(i));
+    if (wire == Wire::kRow && c_.wire == TERN_WIRE_LOG10BIT) round_to_log10bit(values);
     for (size_t i = 0; i < acc.size(); ++i) {
-      const float value = decode(c_.combine_dtype, row.data(), static_cast<int64_t>(i));
-      const float product = c_.weighting == TERN_WEIGHTS_NONE ? value : weight * value;
+      const float product = c_.weighting == TERN_WEIGHTS_NONE ? values[i] : weight * values[i];
       acc[i] = acc[i] + product;
     }
   }
 
   // acc += wire(sum), which leaves sum at zero.
   void add_rounded(std::vector<float>& acc, std::vector<float>& sum) const {
-    uint8_t wire[4];
-    for (size_t i = 0; i < acc.size(); ++i) {
-      encode(c_.combine_dtype, std::exchange(sum[i], 0.0f), wire, 0);
-      acc[i] = acc[i] + decode(c_.combine_dtype, wire, 0);
+    if (c_.wire == TERN_WIRE_LOG10BIT) {
+      round_to_log10bit(sum);
+    } else {
+      uint8_t wire[4];
+      for (float& value : sum) {
+        encode(c_.combine_dtype, value, wire, 0);
+        value = decode(c_.combine_dtype, wire, 0);
+      }
     }
+    for (size_t i = 0; i < acc.size(); ++i) acc[i] = acc[i] + std::exchange(sum[i], 0.0f);
   }
 
   void add_biases(std::vector<float>& acc, int64_t token) const {
@@ -79,10 +89,10 @@ void combine_token(const Case& c, const Summer& summer, const std::vector<Share>
   if (c.combine_mode == TERN_COMBINE_EXACT && c.layout != TERN_LAYOUT_RANK_MAJOR) {
     for (int32_t k = 0; k < c.num_topk; ++k)
       for (const Share& share : shares)
-        if (share.k == k) summer.add(acc, share, token);
+        if (share.k == k) summer.add(acc, share, token, Summer::Wire::kRow);
   } else {
     for (size_t i = 0; i < shares.size(); ++i) {
-      summer.add(sum, shares[i], token);
+      summer.add(sum, shares[i], token, Summer::Wire::kSum);
       if (i + 1 == shares.size() || shares[i + 1].rank != shares[i].rank) summer.add_rounded(acc, sum);
     }
   }

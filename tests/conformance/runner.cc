@@ -35,8 +35,9 @@ std::vector<std::string> run_rank(const Group& group, const tern_exchange_option
 }
 
 // The scenarios that a graph is replayed with, or the one that is run plainly.
-std::vector<Scenario> scenarios_of(const Case& c, const RunOptions& options) {
+std::vector<Scenario> scenarios_of(Case c, const RunOptions& options) {
   constexpr int kMostScenarios = 8;
+  if (options.device == TERN_DEVICE_CUDA) c.wire = TERN_WIRE_AS_DTYPE;  // the CUDA engine has no other
   const bool as_graph = options.num_replays > 0 && c.extent == TERN_EXTENT_WORST;
   return replay_scenarios(c, as_graph ? std::min(options.num_replays, kMostScenarios) : 1);
 }

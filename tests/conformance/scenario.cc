@@ -19,7 +19,7 @@ tern_exchange_options Scenario::exchange_options(int32_t num_trips) const {
   const bool sends_entries = c.combine_mode == TERN_COMBINE_EXACT && c.layout != TERN_LAYOUT_RANK_MAJOR;
   options.max_tokens = c.max_tokens * (sends_entries ? c.num_topk : 1);
   options.max_row_bytes =
-      std::max({c.token_bytes() + c.arriving_scale_bytes(), c.arriving_token_bytes() + c.arriving_scale_bytes(), c.combine_row_bytes()});
+      std::max({c.token_bytes() + c.arriving_scale_bytes(), c.arriving_token_bytes() + c.arriving_scale_bytes(), c.combine_wire_bytes()});
   options.max_topk = std::max(c.num_topk, 1);
   options.max_experts = c.num_experts();
   options.num_lanes = c.num_lanes;

@@ -96,6 +96,7 @@ Case random_case(uint64_t seed) {
   c = c.normalized();
   if (c.extent == TERN_EXTENT_WORST && c.layout != TERN_LAYOUT_EXPERT_PADDED && choose.one_in(2))
     c.row_capacity = choose_capacity(c, choose);
+  if (choose.one_in(4)) c.wire = TERN_WIRE_LOG10BIT;
   return c;
 }
 
@@ -124,8 +125,41 @@ std::vector<Case> layout_cases() {
   return result;
 }
 
+std::vector<Case> small_batch_cases(int32_t num_ranks) {
+  constexpr int64_t kTokens[] = {1, 8, 32};
+  std::vector<Case> result;
+  for (const tern_layout layout : {TERN_LAYOUT_RANK_MAJOR, TERN_LAYOUT_EXPERT_MAJOR, TERN_LAYOUT_EXPERT_PADDED})
+    for (int encoding = 0; encoding <= TERN_ENCODING_FP8_UE8M0; ++encoding)
+      for (const tern_combine_mode mode : {TERN_COMBINE_HIERARCHICAL, TERN_COMBINE_EXACT})
+        for (const tern_wire wire : {TERN_WIRE_AS_DTYPE, TERN_WIRE_LOG10BIT})
+          for (const bool phases : {false, true}) {
+            Case c;
+            c.seed = 1000 + result.size();
+            c.num_ranks = num_ranks;
+            c.max_tokens = kTokens[result.size() % 3];
+            c.spread = result.size() % 4 == 0 ? Spread::kRandom : Spread::kFull;
+            c.routing = result.size() % 5 == 0 ? Routing::kHoles : Routing::kUniform;
+            c.experts_per_rank = 6;
+            c.num_topk = 4;
+            c.layout = layout;
+            c.extent = TERN_EXTENT_WORST;
+            c.fused = true;
+            c.hidden = 336;
+            c.encoding = static_cast<tern_encoding>(encoding);
+            c.scale_order = encoding % 2 == 0 ? TERN_SCALES_COLUMN_MAJOR : TERN_SCALES_ROW_MAJOR;
+            c.combine_mode = mode;
+            c.wire = wire;
+            c.weighting = phases == (mode == TERN_COMBINE_EXACT) ? TERN_WEIGHTS_OWNER : TERN_WEIGHTS_DISPATCH;
+            c.phases = phases;
+            c.mode = TERN_MODE_LATENCY;
+            result.push_back(c.normalized());
+          }
+  return result;
+}
+
 std::vector<Case> check_cases() {
   std::vector<Case> result = layout_cases();
+  for (const Case& c : small_batch_cases(4)) result.push_back(c);
   for (uint64_t seed = 1; seed <= 100; ++seed) result.push_back(random_case(seed));
   Case model;  // DeepSeek-V3's row, experts and top-k
   model.num_ranks = 4;

@@ -15,6 +15,10 @@ Case random_case(uint64_t seed);
 // Every layout x extent x encoding x order of scales on a small shape.
 std::vector<Case> layout_cases();
 
+// Decoding steps: a single call routes, casts and dispatches a small batch, with extent worst; as a whole and in phases, in every layout, cast,
+// mode of combine and wire.
+std::vector<Case> small_batch_cases(int32_t num_ranks);
+
 // What `tern check` runs on this machine: ends in well under a minute on two cores.
 std::vector<Case> check_cases();
 

@@ -34,6 +34,14 @@ void recovery_without_a_mask_needs_every_rank(const SceneSettings& settings);
 void chosen_mask(const SceneSettings& settings);
 // With the policy MASK the operation itself goes on, and the following ones run without the rank.
 void policy_mask(const SceneSettings& settings);
+// The same for a small batch in a single call, which routes, casts and dispatches: it costs one timeout.
+void policy_mask_of_a_single_call(const SceneSettings& settings);
+// A rank that dies between dispatch and combine has a share of zero, and is reported.
+void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode mode);
+// A rank that was left out, and misses all others, learns of it instead of going on alone.
+void policy_mask_of_who_was_left_out(const SceneSettings& settings);
+// A rank that was stopped and left out wakes up, learns of it, and comes back with its exchange.
+void masked_rank_is_let_in_again(const SceneSettings& settings);
 // Where the engine cannot do that, it says so when the exchange is made.
 void policy_mask_is_refused(const SceneSettings& settings);
 

@@ -127,6 +127,20 @@ TEST(Memory, QuerySaysWhatCreationTakes) {
   EXPECT_LE(Exchange::query_memory(groups[0], given).staging_bytes, 1 << 20);
 }
 
+// Small batches: buffers that callers ask for are counted apart.
+TEST(Memory, OfADecodingBatchIsSmall) {
+  const std::vector<Group> groups = Group::local(4);
+  const tern_exchange_options options = {.device = TERN_DEVICE_CPU,
+                                         .window_bytes = int64_t{1} << 30,
+                                         .max_tokens = 128,
+                                         .max_row_bytes = 7168 * 2,
+                                         .max_topk = 8,
+                                         .max_experts = 288};
+  const tern_memory_info memory = Exchange::query_memory(groups[0], options);
+  EXPECT_EQ(memory.window_bytes, options.window_bytes);
+  EXPECT_LE(memory.control_bytes + memory.staging_bytes, 64'000'000);
+}
+
 TEST(Version, AgreesWithTheHeader) {
   EXPECT_EQ(tern_version(), TERN_VERSION_MAJOR * 10000 + TERN_VERSION_MINOR * 100 + TERN_VERSION_PATCH);
   EXPECT_STREQ(tern_status_name(TERN_TIMEOUT), "TERN_TIMEOUT");

@@ -56,6 +56,27 @@ TEST(Number, Bf16RoundsToNearestEven) {
   EXPECT_EQ(code_of(TERN_DTYPE_BF16, NAN), 0x7FC0u);
 }
 
+TEST(Number, Log10bitDividesTheWayToTheSmallest) {
+  // An octave is 2^23 = 510 steps of 16449 but for a rest; 0.75 is half an octave of bits, nearest to 255 steps from the top.
+  std::vector<float> row = {1.0f, -0.75f, 0.5f, -0.0f, INFINITY};
+  round_to_log10bit(row);
+  EXPECT_EQ(row[0], 1.0f);
+  EXPECT_EQ(row[1], -float_of(bits_of(1.0f) - 255 * 16449));
+  EXPECT_EQ(row[2], float_of(bits_of(1.0f) - 510 * 16449));
+  EXPECT_EQ(bits_of(row[3]), 0u);
+  EXPECT_TRUE(std::isnan(row[4]));
+
+  // Blocks of 128 have scales of their own; what is more than 16 octaves below is lost.
+  row.assign(130, 1024.0f);
+  row[5] = 0.01f;
+  row[128] = 1.0f;
+  row[129] = 0.01f;
+  round_to_log10bit(row);
+  EXPECT_EQ(row[4], 1024.0f);
+  EXPECT_EQ(row[5], 0.0f);
+  EXPECT_NEAR(row[129], 0.01f, 0.01f * 7 / 1020);
+}
+
 TEST(Number, Fp16RoundsAndOverflows) {
   EXPECT_EQ(code_of(TERN_DTYPE_FP16, 1.0f), 0x3C00u);
   EXPECT_EQ(code_of(TERN_DTYPE_FP16, 65504.0f), 0x7BFFu);
@@ -276,18 +297,20 @@ TEST(Compare, SaysWhereAndHowMuch) {
 }
 
 TEST(Sweep, RandomCasesAreNormalAndCoverTheOptions) {
-  int num_overflows = 0, num_fused = 0, num_phases = 0;
+  int num_overflows = 0, num_fused = 0, num_phases = 0, num_encoded = 0;
   for (uint64_t seed = 1; seed <= 300; ++seed) {
     const Case c = random_case(seed);
     EXPECT_EQ(c.name(), c.normalized().name());
     EXPECT_EQ(c.arriving_token_bytes() % 16, 0) << c.name();
     num_fused += c.fused ? 1 : 0;
     num_phases += c.phases ? 1 : 0;
+    num_encoded += c.wire == TERN_WIRE_LOG10BIT ? 1 : 0;
     for (const Placement& placement : Scenario(c).placements) num_overflows += placement.overflow ? 1 : 0;
   }
   EXPECT_GT(num_overflows, 10);
   EXPECT_GT(num_fused, 30);
   EXPECT_GT(num_phases, 50);
+  EXPECT_GT(num_encoded, 50);
 }
 
 }  // namespace

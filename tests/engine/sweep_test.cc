@@ -17,5 +17,11 @@ TEST(Sweep, EveryLayoutExtentEncodingAndOrderOfScales) {
   for (const Case& c : layout_cases()) expect_right_as_threads(c);
 }
 
+TEST(Sweep, SmallBatches) {
+  for (const int32_t num_ranks : {1, 2, 4, 7})
+    for (const Case& c : small_batch_cases(num_ranks)) expect_right_as_threads(c);
+  for (const Case& c : small_batch_cases(3)) expect_right_as_processes(c);
+}
+
 }  // namespace
 }  // namespace tern::conformance

@@ -37,6 +37,7 @@ TEST_P(GpuFailure, RecoveryOfAllRanks) { recovery_of_all_ranks(settings()); }
 TEST_P(GpuFailure, RecoveryFromAMismatch) { recovery_from_a_mismatch(settings()); }
 TEST_P(GpuFailure, RecoveryWithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(settings()); }
 TEST_P(GpuFailure, ChosenMask) { chosen_mask(settings()); }
+TEST_P(GpuFailure, MaskedRankIsLetInAgain) { masked_rank_is_let_in_again(settings()); }
 TEST_P(GpuFailure, PolicyMask) {
   if (test_device() == TERN_DEVICE_CUDA)
     policy_mask_is_refused(settings());

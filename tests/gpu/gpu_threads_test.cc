@@ -32,6 +32,13 @@ TEST_P(GpuThreads, RandomCases) {
 
 TEST_P(GpuThreads, ShapesOfModels) { expect_right_on_gpus(model_cases(num_ranks(), full_scale() ? 64 : 8), options()); }
 
+TEST_P(GpuThreads, SmallBatches) {
+  RunOptions how = options();
+  expect_right_on_gpus(small_batch_cases(num_ranks()), how);
+  how.num_replays = 5;
+  expect_right_on_gpus(small_batch_cases(num_ranks()), how);
+}
+
 TEST_P(GpuThreads, UnevenBatches) { expect_right_on_gpus(uneven_cases(num_ranks()), options()); }
 
 TEST_P(GpuThreads, Windows) { expect_right_on_gpus(window_cases(num_ranks()), options()); }

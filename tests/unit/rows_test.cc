@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/log_rows.h"
 #include "base/numeric.h"
 #include "short_floats.h"
 
@@ -372,6 +373,88 @@ TEST(Rows, SumRoundsLikeTheScalarTwin) {
     check(TERN_DTYPE_BF16, kBf16, f32_to_bf16);
     check(TERN_DTYPE_FP16, kF16, f32_to_f16);
   });
+}
+
+// ------------------------------------------------------------------------------------------- logarithmic encoding
+
+Bytes encoded(const Bytes& row) {
+  const auto hidden = static_cast<int64_t>(row.size() / sizeof(float));
+  Bytes result(static_cast<size_t>(log_row_bytes(hidden)));
+  for (int64_t first = 0; first < hidden; first += kLogBlock)
+    encode_log_block(reinterpret_cast<const float*>(row.data()) + first, std::min(kLogBlock, hidden - first),
+                     result.data() + first / kLogBlock * kLogBlockBytes);
+  return result;
+}
+
+Bytes decoded(const Bytes& row, int64_t hidden) {
+  Bytes result(static_cast<size_t>(hidden) * sizeof(float));
+  for (int64_t first = 0; first < hidden; first += kLogBlock)
+    decode_log_block(row.data() + first / kLogBlock * kLogBlockBytes, std::min(kLogBlock, hidden - first),
+                     reinterpret_cast<float*>(result.data()) + first);
+  return result;
+}
+
+// Ordinary values, any patterns, or magnitudes of many octaves with zeros between.
+Bytes row_of_any_kind(Random& random, size_t hidden) {
+  Bytes row(hidden * sizeof(float));
+  const size_t kind = random.below(4);
+  random.fill(TERN_DTYPE_FP32, row, kind == 0);
+  auto* values = reinterpret_cast<float*>(row.data());
+  for (size_t i = 0; kind == 1 && i < hidden; ++i)
+    values[i] = random.below(5) == 0 ? 0.0f : std::ldexp(values[i], static_cast<int>(random.below(40)) - 20);
+  return row;
+}
+
+TEST(Rows, EncodesLikeTheScalarTwin) {
+  Random random;
+  for (const size_t hidden : test_sizes()) {
+    SCOPED_TRACE(fmt::format("hidden {}", hidden));
+    const Bytes row = row_of_any_kind(random, hidden);
+    const SumTerm terms[] = {{row.data(), 1.0f}};
+    cpu::SumArgs args{TERN_DTYPE_FP32, static_cast<int64_t>(hidden), false, terms, {}, {}, nullptr, Store::kCached};
+    args.out_wire = TERN_WIRE_LOG10BIT;
+    const Bytes expected = encoded(row);
+    for_each_target([&] {
+      const Bytes out(expected.size());
+      args.out = out.data();
+      cpu::sum_rows(args);
+      ASSERT_TRUE(out == expected) << first_difference(out, expected);
+    });
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(Rows, SumsOfEncodedRows) {
+  Random random;
+  for (const size_t hidden : test_sizes()) {
+    std::vector<Bytes> rows, floats;
+    for (int i = 0; i < 3; ++i) {
+      rows.push_back(encoded(row_of_any_kind(random, hidden)));
+      floats.push_back(decoded(rows.back(), static_cast<int64_t>(hidden)));
+    }
+    std::vector<SumTerm> terms, expected_terms;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const float weight = random.value();
+      terms.push_back({rows[i].data(), weight});
+      expected_terms.push_back({floats[i].data(), weight});
+    }
+    Bytes bias(hidden * sizeof(float));
+    random.fill(TERN_DTYPE_FP32, bias, false);
+    SCOPED_TRACE(fmt::format("hidden {}", hidden));
+    const bool weighted = hidden % 2 == 0;
+    cpu::SumArgs args{TERN_DTYPE_FP32, static_cast<int64_t>(hidden), weighted, expected_terms, {}, {bias.data()}, nullptr, Store::kCached};
+    const Bytes expected(hidden * sizeof(float));
+    expected_sum(args, expected.data());
+    args.terms = terms;
+    args.terms_wire = TERN_WIRE_LOG10BIT;
+    for_each_target([&] {
+      const Bytes out(expected.size());
+      args.out = out.data();
+      cpu::sum_rows(args);
+      ASSERT_TRUE(out == expected) << first_difference(out, expected);
+    });
+    if (HasFatalFailure()) return;
+  }
 }
 
 TEST(Rows, SumOfNothingIsTheBiasOrZero) {

@@ -294,8 +294,8 @@ class Buffer:
 
         Returns recv_x [E_l, R * max, H], bf16 or (fp8, scales: last two dimensions column-major), recv_count i32 [E_l],
         handle, event, hook. With return_recv_hook, what is returned holds once hook() has run, on the stream that is
-        current now. At most two results may be alive. The waits of single ranks are not measured:
-        dispatch_wait_recv_cost_stats stays as it is.
+        current now. At most two results may be alive. cumulative_local_expert_recv_stats i32 [E_l] has recv_count added,
+        dispatch_wait_recv_cost_stats i64 [R] the nanoseconds waited for each rank.
         """
         mode = self._require_low_latency("low_latency_dispatch")
         return mode.dispatch(
@@ -324,7 +324,9 @@ class Buffer:
         """The weighted sum of the experts' rows [E_l, R * max, H], bf16. Collective.
 
         topk_idx, topk_weights f32 [T, K]: of this rank's tokens, as dispatched. zero_copy: the rows are those in
-        get_next_low_latency_combine_buffer(handle). use_logfmt: accepted; rows travel in full precision all the same.
+        get_next_low_latency_combine_buffer(handle). use_logfmt: rows travel as 10-bit logarithms (CPU ranks; on
+        GPU ranks as bf16 all the same). combine_wait_recv_cost_stats i64 [R] has the nanoseconds waited for each rank
+        added.
         TERN_DEEP_EP_COMBINE: "hierarchical" sums on the experts' ranks first, which need the weights before they send;
             "exact" sends
         every expert's row; "auto" (default) is exact with a hook where that fits the buffer, else hierarchical.
@@ -343,6 +345,7 @@ class Buffer:
             handle,
             Finish(async_finish, return_recv_hook),
             zero_copy=zero_copy,
+            use_logfmt=use_logfmt,
             out=out,
             wait_stats=combine_wait_recv_cost_stats,
         )
@@ -353,8 +356,8 @@ class Buffer:
         return self._require_low_latency("get_next_low_latency_combine_buffer").next_combine_buffer(handle)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leaves a rank out, from the next low_latency_dispatch on; all ranks that go on say so before it. There is no
-        way back."""
+        """Leaves a rank out, from the next low_latency_dispatch on; all ranks that go on say so before it. With
+        mask=False for a rank that is left out already: as low_latency_clean_mask_buffer."""
         self._require_low_latency("low_latency_update_mask_buffer").update_mask(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
@@ -362,7 +365,9 @@ class Buffer:
         self._require_low_latency("low_latency_query_mask_buffer").query_mask(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Forgets ranks that were to be masked; raises if some are masked already."""
+        """Forgets ranks that were to be masked. If some are masked already, the next low_latency_dispatch lets those of them in
+        again that call this and dispatch too; it waits for them, and goes on without those that do not come in time.
+        All ranks that go on call it before the same dispatch."""
         self._require_low_latency("low_latency_clean_mask_buffer").clean_mask()
 
     # ---------------------------------------------------------------------------------------------------------- common

@@ -126,6 +126,8 @@ class LowLatencyMode:
         self._turn_lock = threading.Lock()
         self._num_dispatches = 0
         self._to_mask: Set[int] = set()
+        self._lets_in = False  # with the next dispatch
+        self._is_masked_out = False
 
     def dispatch(
         self,
@@ -161,6 +163,7 @@ class LowLatencyMode:
                 "encoding": encoding,
                 "scale_order": "column_major",
                 "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
+                "wait_ns": wait_stats,
                 "lane": lane,
             }
             if finish.return_recv_hook:
@@ -189,6 +192,7 @@ class LowLatencyMode:
         finish: Finish,
         *,
         zero_copy: bool,
+        use_logfmt: bool,
         out: Optional[torch.Tensor],
         wait_stats: Optional[torch.Tensor],
     ) -> Combined:
@@ -205,7 +209,14 @@ class LowLatencyMode:
         rows = self._expert_rows(x, handle, zero_copy)
         mode = self._combine_mode(shape, plan.num_topk, finish)
         written = out if out is None or out.is_contiguous() else None
-        arguments: dict[str, Any] = {"topk_weights": topk_weights, "mode": mode, "out": written, "lane": lane}
+        arguments: dict[str, Any] = {
+            "topk_weights": topk_weights,
+            "mode": mode,
+            "wire": "log10bit" if use_logfmt and not self.exchange.is_cuda else "as_dtype",
+            "wait_ns": wait_stats,
+            "out": written,
+            "lane": lane,
+        }
 
         def hand_out(combined: Any, given: Optional[torch.Tensor] = out) -> torch.Tensor:
             tokens: torch.Tensor = combined.tokens
@@ -254,10 +265,9 @@ class LowLatencyMode:
             )
         if mask:
             self._to_mask.add(rank)
-        elif rank in self.exchange.state().masked:
-            raise _no_way_back([rank])
         else:
             self._to_mask.discard(rank)
+            self._lets_in |= rank in self.exchange.state().masked
 
     def query_mask(self, mask_status: torch.Tensor) -> None:
         self._require_masks()
@@ -269,10 +279,8 @@ class LowLatencyMode:
 
     def clean_mask(self) -> None:
         self._require_masks()
-        masked = self.exchange.state().masked
-        if masked:
-            raise _no_way_back(masked)
         self._to_mask.clear()
+        self._lets_in |= self._is_masked_out or bool(self.exchange.state().masked)
 
     def _require_masks(self) -> None:
         if not self._masks:
@@ -281,13 +289,17 @@ class LowLatencyMode:
     # ---------------------------------------------------------------------------------------------------------- common
 
     def _take_turn(self) -> int:
-        """The bank of this dispatch. Behind masks that are wished for comes the generation in which they hold."""
+        """The bank of this dispatch. Behind masks that are wished for, or wished away, comes the generation in which
+        they hold."""
         with self._turn_lock:
             to_mask = self._to_mask.difference(self.exchange.state().masked) if self._to_mask else set()
             self._to_mask.clear()
-            if to_mask:
+            lets_in, self._lets_in = self._lets_in, False
+            if to_mask or lets_in:
+                masked = () if self._is_masked_out else self.exchange.state().masked
                 with self._lane_locks[0]:
-                    self.exchange.recover(mask=sorted(to_mask.union(self.exchange.state().masked)))
+                    self.exchange.recover(mask=sorted(to_mask.union(masked)), readmit=lets_in)
+                self._is_masked_out = False
             bank = self._num_dispatches % _NUM_BANKS
             self._num_dispatches += 1
             return bank
@@ -390,6 +402,9 @@ class LowLatencyMode:
         try:
             with self._lane_locks[lane]:
                 yield
+        except tern.MaskedOutError:
+            self._is_masked_out = True
+            raise
         except tern.OutOfMemoryError as error:
             needed = sizes.low_latency_hint(
                 shape.num_max_tokens, shape.hidden, self._group.num_ranks, shape.num_experts, rows_per_token
@@ -432,9 +447,3 @@ def _check_vector(name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype,
         raise tern.InvalidArgumentError(
             f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; it must be {dtype} of [{size}]"
         )
-
-
-def _no_way_back(ranks: Any) -> tern.UnsupportedError:
-    return tern.UnsupportedError(
-        f"ranks {sorted(ranks)} are masked out, and cannot come back to this Buffer; make a new one with all ranks"
-    )

@@ -59,6 +59,10 @@ struct SumArgs {
   const void* bias[2];  // each may be nullptr
   void* out;
   Store store;
+  // TERN_WIRE_LOG10BIT: rows as base/log_rows.h encodes them, [log_row_bytes(hidden)] at multiples of 8 bytes, instead of dtype. The terms are
+  // then added one by one, and NaNs of the sum are encoded as NaNs.
+  tern_wire terms_wire = TERN_WIRE_AS_DTYPE;
+  tern_wire out_wire = TERN_WIRE_AS_DTYPE;
 };
 void sum_rows(const SumArgs& args);
 

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <utility>
 
+#include "base/log_rows.h"
 #include "base/numeric.h"
 #include "rows/rows.h"
 
@@ -231,6 +232,103 @@ inline void cast_row(const void* row, tern_dtype dtype, size_t num, tern_encodin
   return cast_row_of<F32>(row, num, encoding, out_values, out_scales);
 }
 
+// --------------------------------------------------------------------------------------- the logarithmic encoding
+
+// The scale of a block of floats, behind which there are zeros to a whole vector.
+HWY_INLINE LogScale log_scale_of(const float* values, size_t num) {
+  Vec<int32_t> most = all_magnitudes(0), least = all_magnitudes(~kF32Sign);
+  for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR {
+    const Vec<int32_t> magnitude = magnitude_of(bits_of(load(values + i, n)));
+    const auto counts = hn::And(hn::Lt(magnitude, all_magnitudes(kF32Inf)), hn::Gt(magnitude, all_magnitudes(0)));
+    most = hn::Max(most, hn::IfThenElseZero(counts, magnitude));
+    least = hn::Min(least, hn::IfThenElse(counts, magnitude, all_magnitudes(~kF32Sign)));
+  });
+  const As<int32_t> tag;
+  return make_log_scale(static_cast<uint32_t>(hn::GetLane(hn::MaxOfLanes(tag, most))),
+                        static_cast<uint32_t>(hn::GetLane(hn::MinOfLanes(tag, least))));
+}
+
+// The vector twin of encode_log. The quotient in floats is right or one off, since it is at most 511.
+HWY_INLINE Vec<uint32_t> encode_log_codes(LogScale scale, Vec<float> inverse, Vec<float> values) {
+  const Vec<int32_t> magnitude = magnitude_of(bits_of(values));
+  const Vec<int32_t> step = all_magnitudes(scale.step);
+  const Vec<int32_t> distance = hn::Min(hn::Sub(all_magnitudes(scale.top), magnitude), all_magnitudes((kLogSteps + 1) * scale.step));
+  const Vec<int32_t> rounded = hn::Add(distance, all_magnitudes(scale.step / 2));
+  const Vec<int32_t> guess = hn::ConvertTo(As<int32_t>(), hn::Mul(hn::ConvertTo(Floats(), rounded), inverse));
+  const Vec<int32_t> rest = hn::Sub(rounded, hn::Mul(guess, step));
+  const Vec<int32_t> one = all_magnitudes(1);
+  // code = 511 - steps
+  Vec<int32_t> code = hn::Sub(all_magnitudes(kLogSteps + 1), guess);
+  code = hn::Sub(code, hn::IfThenElseZero(hn::Not(hn::Lt(rest, step)), one));
+  code = hn::Add(code, hn::IfThenElseZero(hn::Lt(rest, all_magnitudes(0)), one));
+  const Vec<uint32_t> sign = hn::And(hn::ShiftRight<22>(bits_of(values)), all(kLogNaN));
+  const Vec<uint32_t> with_sign = hn::Or(unsigned_of(code), sign);
+  const auto is_zero = hn::RebindMask(As<uint32_t>(), hn::Eq(code, all_magnitudes(0)));
+  const auto is_finite = hn::RebindMask(As<uint32_t>(), hn::Lt(magnitude, all_magnitudes(kF32Inf)));
+  return hn::IfThenElse(is_finite, hn::IfThenZeroElse(is_zero, with_sign), all(kLogNaN));
+}
+
+// The vector twin of decode_log.
+HWY_INLINE Vec<float> decode_log_codes(LogScale scale, Vec<uint32_t> code) {
+  const Vec<uint32_t> magnitude_code = hn::And(code, all(kLogNaN - 1));
+  const Vec<uint32_t> steps = hn::Sub(all(kLogSteps + 1), magnitude_code);
+  const Vec<uint32_t> magnitude = hn::Sub(all(scale.top), hn::Mul(steps, all(scale.step)));
+  const Vec<uint32_t> value = hn::Or(magnitude, hn::ShiftLeft<22>(hn::And(code, all(kLogNaN))));
+  const Vec<uint32_t> none = hn::IfThenZeroElse(hn::Eq(code, all(0)), all(kF32NaN));
+  return floats_of(hn::IfThenElse(hn::Eq(magnitude_code, all(0)), none, value));
+}
+
+// The upper bits of a block's codes, a byte for each, to and from 4 in a byte. Four bytes are a word, the first its lowest (machines are
+// little-endian).
+struct UpperBits {
+  HWY_ALIGN_MAX uint32_t words[kLogBlock / 4 + kMaxLanes];  // a block, and room for a vector behind it
+  uint8_t* bytes() { return reinterpret_cast<uint8_t*>(words); }
+};
+
+HWY_INLINE void pack_upper_bits(const UpperBits& upper, size_t num, uint8_t* HWY_RESTRICT packed) {
+  for_each_vector((num + 3) / 4, [&](size_t j, size_t n) HWY_ATTR {
+    const Vec<uint32_t> word = hn::Load(As<uint32_t>(), upper.words + j);
+    const Vec<uint32_t> halves = hn::Or(word, hn::ShiftRight<6>(word));
+    store(hn::TruncateTo(As<uint8_t>(), hn::Or(halves, hn::ShiftRight<12>(halves))), packed + j, n);
+  });
+}
+
+HWY_INLINE void unpack_upper_bits(const uint8_t* HWY_RESTRICT packed, size_t num, UpperBits& upper) {
+  for_each_vector((num + 3) / 4, [&](size_t j, size_t n) HWY_ATTR {
+    const Vec<uint32_t> byte = hn::PromoteTo(As<uint32_t>(), load(packed + j, n));
+    const Vec<uint32_t> halves = hn::Or(byte, hn::ShiftLeft<12>(byte));
+    hn::Store(hn::And(hn::Or(halves, hn::ShiftLeft<6>(halves)), all(0x03030303)), As<uint32_t>(), upper.words + j);
+  });
+}
+
+inline void encode_log_block(const float* HWY_RESTRICT values, size_t num, uint8_t* HWY_RESTRICT block) {
+  const LogScale scale = log_scale_of(values, num);
+  const Vec<float> inverse = hn::Set(Floats(), 1.0f / static_cast<float>(scale.step));
+  UpperBits upper = {};
+  for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR {
+    const Vec<uint32_t> code = encode_log_codes(scale, inverse, load(values + i, n));
+    store(hn::TruncateTo(As<uint8_t>(), hn::And(code, all(0xff))), block + i, n);
+    hn::StoreU(hn::TruncateTo(As<uint8_t>(), hn::ShiftRight<8>(code)), As<uint8_t>(), upper.bytes() + i);
+  });
+  // A last vector has codes of zero behind the row, so that the upper bits of channels that there are not are zeros.
+  pack_upper_bits(upper, num, block + kLogHighAt);
+  std::memcpy(block + kLogScaleAt, &scale, sizeof(scale));
+}
+
+// use(i, n, floats) for the vectors of a block.
+template <typename Use>
+HWY_INLINE void decode_log_block(const uint8_t* HWY_RESTRICT block, size_t num, const Use& use) {
+  LogScale scale;
+  std::memcpy(&scale, block + kLogScaleAt, sizeof(scale));
+  UpperBits upper;
+  unpack_upper_bits(block + kLogHighAt, num, upper);
+  for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR {
+    const Vec<uint32_t> low = hn::PromoteTo(As<uint32_t>(), load(block + i, n));
+    const Vec<uint32_t> high = hn::PromoteTo(As<uint32_t>(), hn::LoadU(As<uint8_t>(), upper.bytes() + i));
+    use(i, n, decode_log_codes(scale, hn::Or(low, hn::ShiftLeft<8>(high))));
+  });
+}
+
 // ------------------------------------------------------------------------------------------------------------ sums
 
 // The sum of some rows in one block. Starts at +0 without writing zeros: it would cost a pass, and a memset stalls behind streaming stores.
@@ -255,6 +353,20 @@ HWY_INLINE void add_row(const SumTerm& term, size_t first, size_t num, BlockSum&
     if constexpr (kWeighted) value = hn::Mul(weight, value);
     hn::Store(hn::Add(load_sum(sum.values + i, is_zero), value), Floats(), sum.values + i);
   });
+}
+
+// The same for a row that is encoded; `first` is a multiple of kLogBlock.
+template <bool kWeighted>
+HWY_INLINE void add_log_row(const SumTerm& term, size_t first, size_t num, BlockSum& sum) {
+  const auto* block = static_cast<const uint8_t*>(term.row) + first / kLogBlock * kLogBlockBytes;
+  const Vec<float> weight = hn::Set(Floats(), term.weight);
+  const bool is_zero = std::exchange(sum.is_zero, false);
+  for (size_t at = 0; at < num; at += kLogBlock, block += kLogBlockBytes) {
+    decode_log_block(block, std::min<size_t>(kLogBlock, num - at), [&](size_t i, size_t, Vec<float> value) HWY_ATTR {
+      if constexpr (kWeighted) value = hn::Mul(weight, value);
+      hn::Store(hn::Add(load_sum(sum.values + at + i, is_zero), value), Floats(), sum.values + at + i);
+    });
+  }
 }
 
 template <class Wire, bool kWeighted>
@@ -295,18 +407,30 @@ HWY_INLINE void write_rounded(const BlockSum& total, size_t num, Store how, type
   });
 }
 
+inline void write_encoded(BlockSum& total, size_t first, size_t num, void* out) {
+  if (total.is_zero) std::fill_n(total.values, num, 0.0f);
+  uint8_t* block = static_cast<uint8_t*>(out) + first / kLogBlock * kLogBlockBytes;
+  for (size_t at = 0; at < num; at += kLogBlock, block += kLogBlockBytes)
+    encode_log_block(total.values + at, std::min<size_t>(kLogBlock, num - at), block);
+}
+
 template <class Wire, bool kWeighted>
 void sum_block(const SumArgs& args, size_t first, size_t num) {
   BlockSum total;
   for (const void* bias : args.bias) {
     if (bias != nullptr) add_row<Wire, false>({bias, 1.0f}, first, num, total);
   }
-  if (args.group_ends.empty()) add_terms<Wire, kWeighted>(args.terms, first, num, total);
+  if (args.terms_wire == TERN_WIRE_LOG10BIT) {
+    for (const SumTerm& term : args.terms) add_log_row<kWeighted>(term, first, num, total);
+  } else if (args.group_ends.empty()) {
+    add_terms<Wire, kWeighted>(args.terms, first, num, total);
+  }
   size_t begin = 0;
   for (const int32_t end : args.group_ends) {
     add_group<Wire, kWeighted>(args.terms.subspan(begin, end - begin), first, num, total);
     begin = end;
   }
+  if (args.out_wire == TERN_WIRE_LOG10BIT) return write_encoded(total, first, num, args.out);
   write_rounded<Wire>(total, num, args.store, static_cast<typename Wire::Element*>(args.out) + first);
 }
 

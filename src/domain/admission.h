@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a generation begins: who goes on, and which ranks that were masked out come back.
+//
+//   AdmissionBoard board(topology, *sharer, deadline);                                  // with the exchange, all ranks
+//   const NextGeneration next = next_generation(domain, board, recover_options, timeout_ms);
+//
+// Those who go on agree through the windows they share (agreement.h). Ranks that are masked out do not share windows with them any more; the
+// board is a small segment of each rank that everybody maps for as long as the exchange lives, and that is looked at in recoveries with
+// `readmit` only. The lowest rank of those who go on calls the roll, the masked ones that are there answer, and it decides:
+//
+//   leader:   roll_call = generation; waits until all masked ranks have answered, or the deadline; decision = who stays masked
+//   masked:   answers each roll call; comes in with the first decision after it has asked that does not mask it
+//   others:   wait for the leader's decision
+//
+// A roll call is answered anew in each recovery, so that nobody waits for a rank that had asked and died.
+#pragma once
+
+#include <tern/tern.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "domain/domain.h"
+#include "domain/proposal.h"
+#include "memory/sharing.h"
+
+namespace tern {
+
+struct NextGeneration {
+  uint32_t generation = 0;
+  std::vector<uint8_t> masked;  // [num_ranks]
+};
+
+class AdmissionBoard {
+ public:
+  // Collective.
+  AdmissionBoard(const Topology& topology, SegmentSharer& sharer, Deadline deadline);
+
+  // For ranks that have agreed on `next`, with ranks that were masked before. Takes out of next.masked who comes back, alike on all.
+  // TERN_TIMEOUT if the leader does not decide.
+  void admit(const std::vector<uint8_t>& masked_before, NextGeneration& next, int64_t timeout_ms);
+
+  // For a rank that is masked out. TERN_MASKED_OUT if nobody lets it in until the deadline.
+  NextGeneration ask(int64_t timeout_ms);
+
+ private:
+  layout::AdmissionCell& cell(int rank) const;
+  void call_roll(const std::vector<uint8_t>& masked_before, NextGeneration& next, int64_t timeout_ms);
+  // The newest that anybody has made; generation 0: none.
+  Proposal newest_decision() const;
+  uint64_t newest_roll_call() const;
+
+  const int rank_;
+  const int num_ranks_;
+  std::vector<std::shared_ptr<Segment>> segments_;  // [num_ranks]
+};
+
+// One recovery, up to the windows of the new generation. Collective among those who go on, and with options.readmit those who come back.
+// TERN_TIMEOUT, TERN_MASKED_OUT: see agree_on_mask and ask.
+NextGeneration next_generation(const Domain& domain, AdmissionBoard& board, const tern_recover_options& options, int64_t timeout_ms);
+
+}  // namespace tern

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ranks that are left out while operations go on, and that come back.
+#include <csignal>
+
+#include "engine/failure_steps.h"
+
+namespace tern::conformance {
+namespace {
+
+// What a decoding step calls: one dispatch that routes and casts, and a combine.
+Case single_call_case(const SceneSettings& settings) {
+  Case c = ordinary_case(settings);
+  c.layout = TERN_LAYOUT_EXPERT_PADDED;
+  c.extent = TERN_EXTENT_WORST;
+  c.fused = true;
+  c.mode = TERN_MODE_LATENCY;
+  c.encoding = TERN_ENCODING_FP8_F32;
+  c.hidden = 256;
+  return c.normalized();
+}
+
+// Each rank has waited for the missing one until the deadline once, or has heard of it before.
+void require_one_timeout_at_most(const Member& member) {
+  const auto timeouts = member.exchange.metrics().timeouts;
+  require(timeouts <= 1, fmt::format("{} waits have ended at their deadline", timeouts));
+}
+
+}  // namespace
+
+void policy_mask_of_a_single_call(const SceneSettings& settings) {
+  const std::string name = group_name("single");
+  const Scenario scenario(single_call_case(settings)), without(scenario.c, only_victim(settings));
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+    require_right(scenario, member);
+    seat.set_stage(kReady);
+    if (seat.rank() == settings.victim()) seat.wait_for_stage(-1, kWokenUp);
+    seat.wait_for_stage(-1, kStruck);
+    // The very call that misses the rank is right without it.
+    for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
+    require_masked(member, only_victim(settings), 1);
+    require_one_timeout_at_most(member);
+    return std::string();
+  });
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
+  ranks.set_stage(kStruck);
+  expect_no_complaints(ranks.join(), settings.victim());
+}
+
+void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode mode) {
+  const std::string name = group_name("combine");
+  Case c = single_call_case(settings);
+  c.combine_mode = mode;
+  const Scenario scenario(c), without(c, only_victim(settings));
+  Scenario lost = scenario;  // the victim has got its rows, and nothing comes of them
+  lost.placements[static_cast<size_t>(settings.victim())].rows.clear();
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+    RoundTrip trip = member.trip(scenario);
+    trip.dispatch(0);
+    seat.set_stage(kReady);
+    if (seat.rank() == settings.victim()) seat.wait_for_stage(-1, kWokenUp);
+    seat.wait_for_stage(-1, kStruck);
+
+    CombineCall combine;
+    combine.load(lost, 0, {seat.rank(), member.get(), member.device.get(), lost.placements[static_cast<size_t>(seat.rank())].num_tokens});
+    std::vector<int64_t> wait_ns(static_cast<size_t>(settings.num_ranks));
+    combine.args.wait_ns = wait_ns.data();
+    require_ok(tern_combine(trip.plan(), &combine.args, nullptr), "tern_combine");
+    require(combine.differences(c).empty(), join_lines(combine.differences(c)));
+    require(trip.differences().empty(), join_lines(trip.differences()));
+    // It is reported at once, though the generation without it begins with the next operation.
+    require_masked(member, only_victim(settings), 0);
+    require_one_timeout_at_most(member);
+    const int64_t waited_ms = wait_ns[static_cast<size_t>(settings.victim())] / 1'000'000;
+    const bool until_deadline = member.exchange.metrics().timeouts > 0;
+    require(waited_ms >= (until_deadline ? settings.run.timeout_ms : 1), fmt::format("{} ms were counted for the missing rank", waited_ms));
+
+    for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
+    require_masked(member, only_victim(settings), 1);
+    require_one_timeout_at_most(member);
+    return std::string();
+  });
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
+  ranks.set_stage(kStruck);
+  expect_no_complaints(ranks.join(), settings.victim());
+}
+
+void policy_mask_of_who_was_left_out(const SceneSettings& settings) {
+  const std::string name = group_name("left");
+  const Scenario scenario(single_call_case(settings)), without(scenario.c, only_victim(settings));
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+    require_right(scenario, member);
+    seat.set_stage(kReady);
+    wait_for_all(seat, settings, kReady);
+    if (seat.rank() == settings.victim()) {
+      wait_for_survivors(seat, settings, kRecovered);
+      const std::string text = failing(member, [&] { require_right(scenario, member); });
+      require(text.find("TERN_MASKED_OUT") != std::string::npos, text);
+    } else {
+      const std::vector<uint8_t> mask = only_victim(settings);
+      tern_recover_options options;
+      options.mask = mask.data();
+      require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+      require_right(without, member);
+      seat.set_stage(kRecovered);
+    }
+    return std::string();
+  });
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+void masked_rank_is_let_in_again(const SceneSettings& settings) {
+  const std::string name = group_name("again");
+  Case c = ordinary_case(settings);
+  const Scenario plain(c);
+  c.window_combine = true;
+  const Scenario scenario(c), without(c, only_victim(settings));
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    RoundTrip trip = member.trip(plain);
+    trip.run();
+    seat.set_stage(kReady);
+    if (seat.rank() == settings.victim()) {
+      seat.wait_for_stage(-1, kWokenUp);
+      failing(member, [&] { trip.dispatch(0); });
+      const tern_status status = tern_exchange_recover(member.get(), nullptr);
+      require(status == TERN_MASKED_OUT, fmt::format("{}: {}", tern_status_name(status), tern_last_error()));
+    } else {
+      seat.wait_for_stage(-1, kStruck);
+      require_names_victim(failing(member, [&] { trip.dispatch(0); }), "dispatch", TERN_OP_DISPATCH, member);
+      recover_masking(member);
+      require_right(without, member);
+      seat.set_stage(kRecovered);
+      seat.wait_for_stage(-1, kWokenUp);
+    }
+    tern_recover_options options;
+    options.readmit = 1;
+    require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+    require_masked(member, {}, 2);
+    require_stale(member, trip);
+    for (int repeat = 0; repeat < 3; ++repeat) require_right(scenario, member);
+    // Nobody is masked any more: readmit is an ordinary recovery.
+    require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+    require_masked(member, {}, 3);
+    trip.route();
+    trip.dispatch(3);
+    trip.combine(3);
+    return join_lines(trip.differences());
+  });
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGSTOP), 0);
+  ranks.set_stage(kStruck);
+  wait_for_survivors(ranks, settings, kRecovered);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGCONT), 0);
+  ranks.set_stage(kWokenUp);
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
+}  // namespace tern::conformance
