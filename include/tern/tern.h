@@ -183,7 +183,7 @@ typedef enum tern_wire TERN_ENUM_TYPE {
    * at most 16 octaves below, evenly by exponent and mantissa bits read as one integer. Error: R / 1020 of the value where a block spans R
    * octaves, so at most 1.6 % (normally distributed values: 0.4 % root mean square); what is more than 16 octaves below the block's largest,
    * or below 2^-126, may become zero. NaNs and infinities arrive as NaNs. The same bits on every engine and machine; src/base/log_rows.h
-   * defines them. CPU ranks; with GPU ranks TERN_UNSUPPORTED */
+   * defines them. GPU ranks: on the latency path; TERN_UNSUPPORTED for larger batches */
   TERN_WIRE_LOG10BIT = 1
 } tern_wire;
 

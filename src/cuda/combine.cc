@@ -98,7 +98,7 @@ bool CombineOperation::sends_weights_ahead() const {
 
 layout::CallShape combine_shape(const CudaPlan& plan, const CombineCall& call) {
   layout::CallShape shape = call_shape(plan.shape());
-  shape.row_bytes = call.row_bytes;
+  shape.row_bytes = call.wire_bytes;
   shape.choices |= static_cast<int32_t>(call.args.dtype) << 8 | static_cast<int32_t>(call.args.mode) << 12 |
                    static_cast<int32_t>(call.args.weighting) << 16 | static_cast<int32_t>(call.carries_weights) << 20;
   return shape;

@@ -12,10 +12,16 @@ namespace {
 constexpr int64_t kLatencyKb = 4096;
 constexpr int32_t kLatencyChoice = 1 << 24;  // in CallShape::choices: what others call for a large batch is something else
 
+layout::LatencyWords words_of(const CudaPlan& plan) {
+  const PlanShape& shape = plan.shape();
+  return {.num_counts = plan.tables().num_counts(shape.num_ranks), .max_tokens = shape.max_tokens, .num_topk = shape.num_topk};
+}
+
 bool is_small(const CudaPlan& plan, int64_t row_bytes) {
   const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
   const PlanShape& shape = plan.shape();
-  if (shape.max_tokens > window.latency_tokens || shape.num_topk == 0 || shape.num_experts > kernels::LatencyArgs::kMostExperts) return false;
+  if (shape.max_tokens > window.latency_tokens || words_of(plan).num_words() > window.latency_words) return false;
+  if (shape.num_topk == 0 || shape.num_experts > kernels::LatencyArgs::kMostExperts) return false;
   switch (plan.exchange().options().mode) {
     case TERN_MODE_THROUGHPUT: return false;
     case TERN_MODE_LATENCY: return true;
@@ -37,17 +43,12 @@ bool is_per_entry(const CudaPlan& plan, const CombineCall& call) {
 
 layout::LatencySlot combine_slot(const CudaPlan& plan, const CombineCall& call) {
   const int64_t num_rows = is_per_entry(plan, call) ? plan.shape().num_topk : 1;
-  return {.row_bytes = num_rows * call.row_bytes, .weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0};
+  return {.row_bytes = num_rows * call.wire_bytes, .weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0};
 }
 
 bool fits_staging(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t num_slots) {
   constexpr int64_t kMostSlotBytes = 1 << 30;  // offsets in a slot, and rows, are int32_t
   return slot.stride() <= kMostSlotBytes && num_slots * slot.stride() <= plan.exchange().window_layout().staging_bytes;
-}
-
-layout::LatencyWords words_of(const CudaPlan& plan) {
-  const PlanShape& shape = plan.shape();
-  return {.num_counts = plan.tables().num_counts(shape.num_ranks), .max_tokens = shape.max_tokens, .num_topk = shape.num_topk};
 }
 
 // FNV-1a over the words of what ranks must agree on.
@@ -203,6 +204,8 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket, lag_before, a.wait_ns});
   args.dtype = a.dtype;
   args.row_bytes = static_cast<int32_t>(call_.row_bytes);
+  args.wire_bytes = static_cast<int32_t>(call_.wire_bytes);
+  args.is_log = a.wire == TERN_WIRE_LOG10BIT;
   args.per_entry = is_per_entry(plan_, call_);
   args.returns_weights = call_.carries_weights;
   args.rows = static_cast<const std::byte*>(a.rows);

@@ -207,8 +207,6 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
 void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   const ProfiledRange range("combine");
   const DeviceGuard guard(exchange_.facts().device);
-  if (call.args.wire != TERN_WIRE_AS_DTYPE)
-    fail(TERN_UNSUPPORTED, "combine: wire is TERN_WIRE_LOG10BIT, which the CUDA engine does not have; use TERN_WIRE_AS_DTYPE");
   check_ready("combine", true);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
   if (is_under_way(dispatch_ticket_)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
@@ -218,6 +216,11 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_carried_)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   latency_path_ = takes_latency_path(*this, call);
+  if (call.args.wire != TERN_WIRE_AS_DTYPE && !latency_path_)
+    fail(TERN_UNSUPPORTED,
+         "combine: wire is TERN_WIRE_LOG10BIT, which GPU ranks have on the latency path only, and {} tokens of {} bytes do not take it; use "
+         "TERN_WIRE_AS_DTYPE, an exchange with TERN_MODE_LATENCY, or a larger TERN_LATENCY_MAX_KB",
+         shape_.max_tokens, call.row_bytes);
   if (latency_path_) {
     const LatencyCombine operation(*this, call, launch);
     operation.check(combine_ticket_);

@@ -60,6 +60,8 @@ struct LatencyCombineArgs {
   LatencyArgs call;
   int32_t dtype = 0;
   int32_t row_bytes = 0;
+  int32_t wire_bytes = 0;        // of a row on its way
+  bool is_log = false;           // on their way rows are in the 10-bit encoding (base/log_rows.h)
   bool per_entry = false;        // every entry's row goes to the owner
   bool returns_weights = false;
 

@@ -7,6 +7,7 @@
 //
 // Weights that only the owners know are pushed ahead, a word each, and the experts' ranks wait for those that they need.
 #include "kernels/latency.cuh"
+#include "kernels/log_rows.cuh"
 #include "kernels/shared_memory.h"
 #include "kernels/sums.cuh"
 
@@ -20,26 +21,47 @@ __device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, c
   return args.per_entry ? token : call.slot_idx(rank, token);
 }
 
-// A warp's sum of the terms of `for_each_batch(visit)`, which calls visit(terms) for up to 32 terms at a time, over bytes [begin, end) of a row.
-template <typename Wire, typename ForEachBatch, typename Start>
-__device__ __forceinline__ void sum_bytes(int begin, int end, std::byte* out, Start start, ForEachBatch for_each_batch) {
+// Adds the terms of one batch at bytes `at` of a row of Wire, and one step of the warp further on. kLog: rows are in the 10-bit encoding.
+template <typename Wire, bool kLog, int kVecs>
+__device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
+  if constexpr (!kLog) {
+    add_batch<Wire, kVecs>(terms, at, end, sums);
+  } else {
+    constexpr int kStep = 32 * sizeof(Vec16);
+    for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+      const int t = __ffs(static_cast<int>(left)) - 1;
+      const auto row = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+      const float weight = __shfl_sync(~0u, terms.weight, t);
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v)
+        if (const int here = at + v * kStep; here < end)
+          LogRow<Wire>::add(sums[v], LogRow<Wire>::load(row, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements), weight);
+    }
+  }
+}
+
+// A warp's sum of the terms of `for_each_batch(visit)`, which calls visit(terms) for up to 32 terms at a time, over bytes [begin, end) of a row
+// of Wire. All threads call store(at, sum), also beyond the end.
+template <typename Wire, bool kLogTerms, typename Start, typename ForEachBatch, typename Store>
+__device__ __forceinline__ void sum_bytes(int begin, int end, Start start, ForEachBatch for_each_batch, Store store) {
   constexpr int kVecs = kPartBytes / 512;
   constexpr int kStep = 32 * sizeof(Vec16);
+#pragma unroll 1
   for (int first = begin; first < end; first += kVecs * kStep) {
     const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
     float sums[kVecs][Wire::kElements] = {};
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
       if (at + v * kStep < end) start(at + v * kStep, sums[v]);
-    for_each_batch([&](const Terms& terms) { add_batch<Wire, kVecs>(terms, at, end, sums); });
+    for_each_batch([&](const Terms& terms) { add_terms<Wire, kLogTerms, kVecs>(terms, at, end, sums); });
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
-      if (at + v * kStep < end) *reinterpret_cast<Vec16*>(out + at + v * kStep) = Wire::narrow(sums[v]);
+      if (first + v * kStep < end) store(at + v * kStep, sums[v]);
   }
 }
 
-// Pushes what this rank has for the owners of the messages that it received.
-template <typename Wire>
+// Pushes what this rank has for the owners of the messages that it received. kLog: in the 10-bit encoding.
+template <typename Wire, bool kLog>
 class ShareSender {
  public:
   // Asks for what the plan says of the first message.
@@ -147,16 +169,25 @@ class ShareSender {
       if (args_.sums_owner_weights && share.row[b] >= 0) batches[b].weight = owner_weight(source, share.token, b);
     }
     __syncwarp();
-    if (args_.per_entry) {
+    if (args_.per_entry)
       copy_entries(batches, slot, begin, end);
-      return;
-    }
-    sum_bytes<Wire>(
-        begin, end, slot, [](int, auto&) {},
-        [&](auto visit) {
+    else
+      sum_into(slot, begin, end, [&](auto visit) {
 #pragma unroll
-          for (int b = 0; b < kMostBatches; ++b)
-            if (batches[b].valid != 0) visit(batches[b]);
+        for (int b = 0; b < kMostBatches; ++b)
+          if (batches[b].valid != 0) visit(batches[b]);
+      });
+  }
+
+  template <typename ForEachBatch>
+  __device__ void sum_into(std::byte* row, int begin, int end, ForEachBatch for_each_batch) const {
+    sum_bytes<Wire, false>(
+        begin, end, [](int, auto&) {}, for_each_batch,
+        [&](int at, const auto& sum) {
+          if constexpr (kLog)
+            LogRow<Wire>::store(sum, at < end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
+          else if (at < end)
+            *reinterpret_cast<Vec16*>(row + at) = Wire::narrow(sum);
         });
   }
 
@@ -173,13 +204,20 @@ class ShareSender {
       for (uint32_t left = batches[b].valid; left != 0; left &= left - 1) {
         const int t = __ffs(static_cast<int>(left)) - 1;
         const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(batches[b].address), t));
-        copy(address, slot + (b * kWarpThreads + t) * args_.row_bytes, begin, end);
+        copy(address, slot + (b * kWarpThreads + t) * args_.wire_bytes, begin, end);
       }
   }
 
   // The warp's part of a row.
-  __device__ static void copy(const std::byte* from, std::byte* to, int begin, int end) {
-    copy_row(from + begin, end - begin, [&](auto visit) { visit(to + begin); });
+  __device__ void copy(const std::byte* from, std::byte* to, int begin, int end) const {
+    if constexpr (kLog) {
+      Terms one;
+      one.valid = 1;
+      one.address = from;
+      sum_into(to, begin, end, [&](auto visit) { visit(one); });
+    } else {
+      copy_row(from + begin, end - begin, [&](auto visit) { visit(to + begin); });
+    }
   }
 
   // Weights as they came for each entry; per_entry, those of other ranks' entries are left alone.
@@ -206,7 +244,7 @@ class ShareSender {
 };
 
 // Sums the results of this rank's tokens.
-template <typename Wire>
+template <typename Wire, bool kLog>
 class OwnerSums {
  public:
   __device__ OwnerSums(const LatencyCombineArgs& args, const LatencyCall& call) : args_(args), plan_(args.call.plan), call_(call) {}
@@ -222,13 +260,17 @@ class OwnerSums {
       if (!await_shares(token)) return;
       const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
       if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
-      sum_bytes<Wire>(
-          begin, end, args_.out_tokens + int64_t{token} * args_.row_bytes, [&](int at, auto& sum) { add_biases(token, at, sum); },
+      std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
+      sum_bytes<Wire, kLog>(
+          begin, end, [&](int at, auto& sum) { add_biases(token, at, sum); },
           [&](auto visit) {
             if (args_.per_entry)
               for_each_entry_batch(token, visit);
             else
               for_each_share_batch(token, visit);
+          },
+          [&](int at, const auto& sum) {
+            if (at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
           });
     }
   }
@@ -277,7 +319,7 @@ class OwnerSums {
       const bool has_row = k < plan_.num_topk && plan_.experts[entry] >= 0 && plan_.entry_rows[entry] >= 0;
       Terms terms;
       terms.valid = __ballot_sync(~0u, has_row);
-      terms.address = slot + k * args_.row_bytes;
+      terms.address = slot + k * args_.wire_bytes;
       if (has_row && args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
       if (terms.valid != 0) visit(terms);
     }
@@ -319,10 +361,10 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
   }
 }
 
-template <typename Wire>
+template <typename Wire, bool kLog>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(const __grid_constant__ LatencyCombineArgs args) {
   LatencyCall call(args.call);
-  ShareSender<Wire> sender(args, call);
+  ShareSender<Wire, kLog> sender(args, call);
   if (call.begin()) {
     if (args.call.sends) {
       if (args.owner_weights != nullptr) push_weights(args, call);
@@ -332,7 +374,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
     }
     if (args.call.receives) {
       if (!is_raising())
-        OwnerSums<Wire>(args, call).run();
+        OwnerSums<Wire, kLog>(args, call).run();
       else if (blockIdx.x == 0)
         call.await_calls();
     }
@@ -340,24 +382,31 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
   call.finish();
 }
 
+// Calls function(kernel) for the type of the rows and what they are on their way.
+template <typename Wire, typename Function>
+auto with_kernel_of(bool is_log, Function function) {
+  return is_log ? function(latency_combine_kernel<Wire, true>) : function(latency_combine_kernel<Wire, false>);
+}
 template <typename Function>
-auto with_kernel(int32_t dtype, Function function) {
-  if (dtype == TERN_DTYPE_BF16) return function(latency_combine_kernel<device::Bf16>);
-  if (dtype == TERN_DTYPE_FP16) return function(latency_combine_kernel<device::F16>);
-  return function(latency_combine_kernel<device::F32>);
+auto with_kernel(int32_t dtype, bool is_log, Function function) {
+  if (dtype == TERN_DTYPE_BF16) return with_kernel_of<device::Bf16>(is_log, function);
+  if (dtype == TERN_DTYPE_FP16) return with_kernel_of<device::F16>(is_log, function);
+  return with_kernel_of<device::F32>(is_log, function);
 }
 
 }  // namespace
 
 cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_blocks, cudaStream_t stream) {
-  with_kernel(args.dtype, [&](auto kernel) { kernel<<<num_blocks, kLatencyThreads, 0, stream>>>(args); });
+  with_kernel(args.dtype, args.is_log, [&](auto kernel) { kernel<<<num_blocks, kLatencyThreads, 0, stream>>>(args); });
   return cudaGetLastError();
 }
 
 cudaError_t prepare_latency_combine() {
   for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
-    const cudaError_t error = with_kernel(dtype, [](auto kernel) { return allow_shared(kernel, 0); });
-    if (error != cudaSuccess) return error;
+    for (const bool is_log : {false, true}) {
+      const cudaError_t error = with_kernel(dtype, is_log, [](auto kernel) { return allow_shared(kernel, 0); });
+      if (error != cudaSuccess) return error;
+    }
   }
   return cudaSuccess;
 }

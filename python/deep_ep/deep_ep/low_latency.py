@@ -30,6 +30,7 @@ Hook = Callable[[], None]
 # "hierarchical", "exact", or "auto": exact with a hook where it fits the buffer, else hierarchical.
 COMBINE_VARIABLE = "TERN_DEEP_EP_COMBINE"
 _NUM_BANKS = 2
+_MOST_GPU_LATENCY_TOKENS = 1024  # of a rank, that GPU ranks take in one kernel
 _LEAST_HIDDEN = 8  # of bf16 rows
 _CASTS = {(False, False): "fp8_f32", (True, False): "fp8_f32_pow2", (True, True): "fp8_ue8m0"}
 
@@ -117,7 +118,12 @@ class LowLatencyMode:
         self._shares = sizes.Shares.of_low_latency(num_bytes, group.num_ranks, num_lanes)
         on_timeout = "mask" if masks else "abort"
         self.exchange = Exchange(
-            group, device=device, timeout_ms=timeout_ms, on_timeout=on_timeout, **self._shares.exchange_options()
+            group,
+            device=device,
+            timeout_ms=timeout_ms,
+            on_timeout=on_timeout,
+            mode="latency" if device.type == "cuda" else "auto",
+            **self._shares.exchange_options(),
         )
         self._plans = PlanPool(self.exchange)
         bank_bytes = self._shares.window_bytes // _NUM_BANKS
@@ -212,7 +218,7 @@ class LowLatencyMode:
         arguments: dict[str, Any] = {
             "topk_weights": topk_weights,
             "mode": mode,
-            "wire": "log10bit" if use_logfmt and not self.exchange.is_cuda else "as_dtype",
+            "wire": "log10bit" if use_logfmt else "as_dtype",
             "wait_ns": wait_stats,
             "out": written,
             "lane": lane,
@@ -378,7 +384,9 @@ class LowLatencyMode:
         if self._asked_mode != "auto":
             return self._asked_mode
         # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each
-        # entry.
+        # entry. GPU ranks push the weights of small batches in the same kernel.
+        if self.exchange.is_cuda and shape.num_max_tokens <= _MOST_GPU_LATENCY_TOKENS:
+            return "hierarchical"
         return "exact" if finish.return_recv_hook and self._fits_exact(shape, num_topk) else "hierarchical"
 
     def _fits_exact(self, shape: Shape, num_topk: int) -> bool:
