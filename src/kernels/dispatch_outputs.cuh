@@ -97,6 +97,7 @@ class OutputWriter {
 
   template <typename T>
   __device__ void fill(T* to, int64_t begin, int64_t end, T value) const {
+#pragma unroll 1  // there is little to fill
     for (int64_t i = begin + thread_; i < end; i += num_threads_) to[i] = value;
   }
 
@@ -160,6 +161,7 @@ class OutputWriter {
     const int64_t num_elements = args_.scale_bytes / args_.scale_element_bytes;
     for (int64_t i = begin * num_elements + threadIdx.x; i < end * num_elements; i += block_threads_) {
       std::byte* to = scale_address(args_, i / num_elements, i % num_elements);
+#pragma unroll 1
       for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = std::byte{0};
     }
   }
