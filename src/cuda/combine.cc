@@ -133,6 +133,7 @@ void CombineOperation::enqueue_weights(cudaStream_t stream) const {
     args.plan = tables;
     args.plan.weights_sent = nullptr;  // those of the dispatch stay
     args.roles = {.num_stage_warps = 4, .num_pull_warps = 8};
+    args.stage_run = tables.tokens_per_chunk;
     args.in.weights = call_.args.topk_weights;
     args.out.plan_weights = tables.weights_from_owner;
     args.out.num_rows = plan_.num_rows();

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kMostPieceBytes = 8192;
 constexpr int64_t kPartAlignment = 16;
 constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
+constexpr int32_t kMostStageRun = 16;
 
 }  // namespace
 
@@ -124,6 +125,14 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
   return p;
 }
 
+// Rows are worth a report for each two of them; where they stay in place, there is little to do for a token.
+int32_t DispatchOperation::stage_run(const kernels::WarpRoles& roles) const {
+  const int64_t tokens_per_warp = num_tokens_ / (int64_t{roles.num_stage_warps} * num_sms_);
+  int32_t run = slot_.row_bytes > 0 ? (tokens_per_warp >= 4 ? 2 : 1) : kMostStageRun;
+  while (plan_.tables().tokens_per_chunk % run != 0) --run;
+  return run;
+}
+
 kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
   const tern_dispatch_args& a = call_.args;
   kernels::DispatchArgs args;
@@ -133,8 +142,8 @@ kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
   args.plan = plan_.tables();
   const bool stages_rows = slot_.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
   args.roles = {.num_stage_warps = stages_rows ? 12 : 4, .num_pull_warps = 8};
-  const int64_t tokens_per_warp = num_tokens_ / (int64_t{args.roles.num_stage_warps} * num_sms_);
-  args.stage_run = tokens_per_warp >= 4 && plan_.tables().tokens_per_chunk % 2 == 0 ? 2 : 1;
+  args.stage_run = stage_run(args.roles);
+  args.follows_route = a.routing != nullptr && args.transfer.sends && round == 0 && plan_.exchange().facts().has_bulk_copies;  // sm_90
   args.in = dispatch_inputs(call_);
   args.out = dispatch_outputs(plan_, call_);
   args.slot = slot_;

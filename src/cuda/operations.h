@@ -30,6 +30,7 @@ class DispatchOperation {
  private:
   void set_parts();
   kernels::RowPieces pieces(const kernels::WarpRoles& roles) const;
+  int32_t stage_run(const kernels::WarpRoles& roles) const;
   kernels::DispatchArgs round_args(int32_t round) const;
 
   const CudaPlan& plan_;

@@ -95,7 +95,8 @@ void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& lau
   begin_routing(routing);
   ++awaited_ticket_;
   const int64_t blocks = (shape_.max_tokens + kTokensPerRouteBlock - 1) / kTokensPerRouteBlock;
-  num_sms_ = static_cast<int32_t>(std::min<int64_t>({blocks, kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
+  num_sms_ =
+      static_cast<int32_t>(std::min<int64_t>({blocks, kernels::kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
   check(kernels::launch_route(route_args(routing, launch.lane), num_sms_, stream), "launching the kernel of route");
 }
 

@@ -72,10 +72,10 @@ PlanTables::PlanTables(const std::shared_ptr<DevicePool>& pool, const PlanShape&
 
 PlanMemory::PlanMemory(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape, int32_t num_lanes) : tables(pool, shape) {
   const auto num_ranks = static_cast<size_t>(shape.num_ranks), num_counts = static_cast<size_t>(tables.view().num_counts(shape.num_ranks));
-  block_counts = {pool, kMostRouteBlocks * num_counts};
+  block_counts = {pool, kernels::kMostRouteBlocks * num_counts};
   const int32_t num_warps = kernels::route_counting_warps(shape.num_experts, shape.num_ranks);
-  const int64_t elements = kernels::route_workspace(shape.num_experts, shape.local_experts(), shape.num_ranks, num_warps);
-  if (!kernels::route_fits_shared(elements)) workspace = {pool, kMostRouteBlocks * static_cast<size_t>(elements)};
+  const int64_t elements = kernels::route_workspace(shape.num_experts, shape.num_ranks, num_warps);
+  if (!kernels::route_fits_shared(elements)) workspace = {pool, kernels::kMostRouteBlocks * static_cast<size_t>(elements)};
   if (shape.extent == TERN_EXTENT_EXACT) {
     host_counts = {pool->device(), num_ranks * (num_counts + 1)};
     host_ticket = {pool->device(), 1};

@@ -14,8 +14,6 @@
 
 namespace tern::cuda {
 
-inline constexpr int kMostRouteBlocks = 32;
-
 // The tables of a routed batch; zeroed.
 class PlanTables {
  public:

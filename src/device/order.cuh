@@ -54,6 +54,20 @@ __device__ __forceinline__ uint32_t lanes_below() {
   return mask;
 }
 
+// A kernel that was launched to follow this one closely may take its place on the GPU when all blocks have called this or ended. What it may
+// read of this kernel's work it still waits for, with await_kernel_before(). Without such a kernel, and before sm_90, nothing happens.
+__device__ __forceinline__ void allow_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Returns when the kernels before have ended, and their writes can be seen.
+__device__ __forceinline__ void await_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A barrier of `num_threads` threads of the block, whole warps; 0 is __syncthreads().
 __device__ __forceinline__ void sync_some_warps(int barrier, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");

@@ -24,51 +24,89 @@ __host__ __device__ constexpr SharedLayout shared_layout_of(const DispatchArgs& 
   return {args.transfer.exchange.num_ranks, args.roles.num_pull_warps, args.pieces.num_stages, args.pieces.stage_bytes, bulk_copies};
 }
 
-// What arrives with a message besides its row, and where that goes; one warp.
+// What arrives with a message besides its row, and where that goes; one warp. It is loaded first and stored later, so that loads of the row can
+// be under way with these.
 class MessageSides {
  public:
+  // A thread's share: of the first scales (if there are more, the rest is copied by store()), and of the weights.
+  struct Share {
+    static constexpr int kScales = 2, kWeights = 2;  // top-k is at most 64
+    uint32_t scales[kScales];
+    float weights[kWeights];
+  };
+
   __device__ explicit MessageSides(const DispatchArgs& args) : args_(args), plan_(args.plan) {}
 
-  // rows, experts: of the message's entries; not looked at if the layout or the call has none.
-  __device__ void write(int32_t message, const int32_t* rows, const int32_t* experts, const std::byte* scales, const float* weights) const {
-    const int lane = static_cast<int>(device::lane_idx());
-    if (plan_.has_expert_rows()) {
-      for (int k = 0; k < plan_.num_topk; ++k)
-        if (rows[k] >= 0) write_scales(rows[k], scales);
-    } else if (message < args_.out.num_rows) {
-      write_scales(message, scales);
+  __device__ Share load(const std::byte* scales, const float* weights) const {
+    Share share = {};
+    load_scales(scales, 0, share);
+    if (!args_.carries_weights) return share;
+#pragma unroll
+    for (int i = 0; i < Share::kWeights; ++i)
+      if (entry(i) < plan_.num_topk) share.weights[i] = weights[entry(i)];
+    return share;
+  }
+
+  // rows, experts: of the message's entries; not looked at if the layout or the call has none. scales: as they were loaded.
+  __device__ void store(int32_t message, const int32_t* rows, const int32_t* experts, const std::byte* scales, Share share) const {
+    if (args_.out.scales != nullptr) {
+      for (int32_t first = 0; first < args_.scale_bytes; first += kScaleBytes * args_.scale_word_bytes) {
+        if (first > 0) load_scales(scales, first, share);
+        for_each_row(message, rows, [&](int64_t row) { store_scales(row, first, share); });
+      }
     }
     if (!args_.carries_weights) return;
-    for (int k = lane; k < plan_.num_topk; k += kWarpThreads) {
-      const float weight = weights[k];
-      args_.out.plan_weights[int64_t{message} * plan_.topk_stride + k] = weight;
+#pragma unroll
+    for (int i = 0; i < Share::kWeights; ++i) {
+      const int k = entry(i);
+      if (k >= plan_.num_topk) break;
+      args_.out.plan_weights[int64_t{message} * plan_.topk_stride + k] = share.weights[i];
       if (args_.out.topk_weights == nullptr) continue;
       if (plan_.has_expert_rows()) {
-        if (rows[k] >= 0) args_.out.topk_weights[rows[k]] = weight;
+        if (rows[k] >= 0) args_.out.topk_weights[rows[k]] = share.weights[i];
       } else if (message < args_.out.num_rows) {
-        args_.out.topk_weights[int64_t{message} * plan_.num_topk + k] = experts[k] >= 0 ? weight : 0.0f;
+        args_.out.topk_weights[int64_t{message} * plan_.num_topk + k] = experts[k] >= 0 ? share.weights[i] : 0.0f;
       }
     }
   }
 
  private:
-  __device__ void write_scales(int64_t row, const std::byte* scales) const {
-    if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
-    if (args_.scale_word_bytes == 4)
-      copy_scales<uint32_t>(row, scales);
-    else
-      copy_scales<std::byte>(row, scales);
+  static constexpr int32_t kScaleBytes = Share::kScales * kWarpThreads;  // of a warp's shares, if words were bytes
+
+  __device__ static int entry(int i) { return static_cast<int>(device::lane_idx()) + i * kWarpThreads; }
+
+  template <typename Visitor>
+  __device__ void for_each_row(int32_t message, const int32_t* rows, Visitor visit) const {
+    if (!plan_.has_expert_rows()) {
+      if (message < args_.out.num_rows) visit(message);
+      return;
+    }
+    for (int k = 0; k < plan_.num_topk; ++k)
+      if (rows[k] >= 0) visit(rows[k]);
   }
 
-  template <typename Word>
-  __device__ void copy_scales(int64_t row, const std::byte* scales) const {
-    constexpr int kBytes = sizeof(Word);
-    std::byte* const to_row = args_.out.scales + row * args_.scale_bytes;
-    for (int at = static_cast<int>(device::lane_idx()) * kBytes; at < args_.scale_bytes; at += kWarpThreads * kBytes) {
-      std::byte* to = to_row + at;
+  // The thread's words of the scales from byte `first` on.
+  __device__ void load_scales(const std::byte* scales, int32_t first, Share& share) const {
+#pragma unroll
+    for (int i = 0; i < Share::kScales; ++i) {
+      const int32_t at = first + entry(i) * args_.scale_word_bytes;
+      if (at >= args_.scale_bytes) break;
+      share.scales[i] = args_.scale_word_bytes == 4 ? *reinterpret_cast<const uint32_t*>(scales + at) : static_cast<uint32_t>(scales[at]);
+    }
+  }
+
+  __device__ void store_scales(int64_t row, int32_t first, const Share& share) const {
+#pragma unroll
+    for (int i = 0; i < Share::kScales; ++i) {
+      const int32_t at = first + entry(i) * args_.scale_word_bytes;
+      if (at >= args_.scale_bytes) break;
+      std::byte* to = args_.out.scales + row * args_.scale_bytes + at;
       if (args_.out.scales_by_column)
         to = OutputWriter::scale_address(args_, row, at / args_.scale_element_bytes) + at % args_.scale_element_bytes;
-      *reinterpret_cast<Word*>(to) = *reinterpret_cast<const Word*>(scales + at);
+      if (args_.scale_word_bytes == 4)
+        *reinterpret_cast<uint32_t*>(to) = share.scales[i];
+      else
+        *to = static_cast<std::byte>(share.scales[i]);
     }
   }
 
@@ -85,40 +123,23 @@ class TokenStager {
     end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
   }
 
-  __device__ void run() {
-    if (args_.slot.row_bytes > 0)
-      stage_tokens();
-    else
-      stage_chunks();
-  }
-
- private:
-  __device__ void stage_tokens() {
-    // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores.
+  // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores.
+  __device__ void run() const {
     const int32_t run = args_.stage_run;
     for (int64_t begin = args_.transfer.first_token() + warp_ * run; begin < end_token_; begin += num_warps_ * run) {
       const int64_t end = min(begin + run, end_token_);
       for (int64_t token = begin; token < end; ++token) {
-        stage_row(token);
-        stage_sides(token);
+        if (args_.slot.row_bytes > 0) stage_row(token);
+        if (args_.slot.scale_bytes > 0 && args_.in.encoding == TERN_ENCODING_AS_GIVEN)
+          stage_scales(token, slot_of(token) + args_.slot.scales());
       }
+      if (args_.carries_weights) stage_weights(begin, end);
       __syncwarp();
       complete(static_cast<int>(begin / args_.transfer.tokens_per_chunk), static_cast<uint32_t>(end - begin));
     }
   }
 
-  // Rows stay where they are: there is little to do for a token, so a warp takes a whole chunk of them.
-  __device__ void stage_chunks() {
-    const int32_t tokens_per_chunk = args_.transfer.tokens_per_chunk;
-    for (int64_t chunk = args_.transfer.first_chunk + warp_; chunk * tokens_per_chunk < end_token_; chunk += num_warps_) {
-      const int64_t begin = chunk * tokens_per_chunk, end = min(end_token_, begin + tokens_per_chunk);
-#pragma unroll 4
-      for (int64_t token = begin; token < end; ++token) stage_sides(token);
-      __syncwarp();
-      complete(static_cast<int>(chunk), static_cast<uint32_t>(end - begin));
-    }
-  }
-
+ private:
   __device__ const std::byte* row_of(int64_t token) const { return args_.in.tokens + token * args_.in.token_stride_bytes; }
   __device__ std::byte* slot_of(int64_t token) const {
     return transfer_.staging() + (token - args_.transfer.first_token()) * args_.slot.stride();
@@ -134,16 +155,22 @@ class TokenStager {
     });
   }
 
-  // Scales as given, and weights.
-  __device__ void stage_sides(int64_t token) const {
-    std::byte* slot = slot_of(token);
-    const int lane = static_cast<int>(device::lane_idx());
-    if (args_.slot.scale_bytes > 0 && args_.in.encoding == TERN_ENCODING_AS_GIVEN) stage_scales(token, slot + args_.slot.scales());
-    if (!args_.carries_weights) return;
-    for (int k = lane; k < args_.plan.num_topk; k += kWarpThreads) {
-      const float weight = args_.in.weights[token * args_.plan.num_topk + k];
-      reinterpret_cast<float*>(slot + args_.slot.weights())[k] = weight;
-      if (args_.plan.weights_sent != nullptr) args_.plan.weights_sent[token * args_.plan.num_topk + k] = weight;
+  __device__ void stage_weights(int64_t begin, int64_t end) const {
+    constexpr int kBatch = 4;  // loads that are under way at a time
+    const auto topk = static_cast<uint32_t>(args_.plan.num_topk), num = static_cast<uint32_t>(end - begin) * topk;
+    const float* const weights = args_.in.weights + begin * topk;
+    for (uint32_t first = device::lane_idx(); first < num; first += kBatch * kWarpThreads) {
+      float values[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u)
+        if (first + u * kWarpThreads < num) values[u] = weights[first + u * kWarpThreads];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const uint32_t i = first + u * kWarpThreads;
+        if (i >= num) break;
+        reinterpret_cast<float*>(slot_of(begin + i / topk) + args_.slot.weights())[i % topk] = values[u];
+        if (args_.plan.weights_sent != nullptr) args_.plan.weights_sent[begin * topk + i] = values[u];
+      }
     }
   }
 
@@ -180,7 +207,7 @@ class TokenStager {
 // Pulls the messages of one warp.
 class MessagePuller {
  public:
-  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, int64_t warp, int64_t num_warps)
+  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, int32_t warp, int32_t num_warps)
       : args_(args),
         plan_(args.plan),
         transfer_(transfer),
@@ -192,9 +219,12 @@ class MessagePuller {
   __device__ void pull_by_threads() {
     Message message;
     while (walk_.next(message)) {
-      if (!await(message)) return;
+      if (!await_message(true)) return;
       const SourceView& source = sources_[message.source];
       const int32_t* rows = plan_.received_rows + int64_t{message.index} * plan_.topk_stride;
+      const std::byte* scales = source.scales + message.token * source.scale_stride;
+      const MessageSides::Share share =
+          sides_.load(scales, reinterpret_cast<const float*>(source.weights + message.token * source.weight_stride));
       copy_row(source.rows + message.token * source.row_stride, args_.row_bytes, [&](auto visit) {
         if (!plan_.has_expert_rows()) {
           if (message.index < args_.out.num_rows) visit(args_.out.tokens + message.index * args_.row_bytes);
@@ -203,21 +233,27 @@ class MessagePuller {
         for (int k = 0; k < plan_.num_topk; ++k)
           if (rows[k] >= 0) visit(args_.out.tokens + rows[k] * args_.row_bytes);
       });
-      sides_.write(message.index, rows, plan_.received_experts + int64_t{message.index} * plan_.topk_stride,
-                   source.scales + message.token * source.scale_stride,
-                   reinterpret_cast<const float*>(source.weights + message.token * source.weight_stride));
+      sides_.store(message.index, rows, plan_.received_experts + int64_t{message.index} * plan_.topk_stride, scales, share);
     }
   }
 
   // Bulk copies: the functions of run_ring().
   static constexpr int kPendingStores = 1;
-  __device__ bool load(std::byte* stage, uint64_t* arrivals) {
+  __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool may_wait) {
     settle_entries();
-    if (load_piece_ == 0 && (!walk_.next(loading_) || !await(loading_))) return false;
+    if (!is_begun_) {
+      if (!is_visited_ && !walk_.next(loading_)) return RingLoad::kNoMore;
+      is_visited_ = true;
+      is_begun_ = await_message(may_wait);
+      if (!is_begun_) return may_wait ? RingLoad::kNoMore : RingLoad::kNotYet;
+    }
     if (device::lane_idx() == 0) load_piece(stage, arrivals);
     fetch_entries(stage);
-    if (++load_piece_ == args_.pieces.num_pieces) load_piece_ = 0;
-    return true;
+    if (++load_piece_ == args_.pieces.num_pieces) {
+      load_piece_ = 0;
+      is_visited_ = is_begun_ = false;
+    }
+    return RingLoad::kStarted;
   }
   __device__ void store(std::byte* stage) {
     const RowPieces& p = args_.pieces;
@@ -235,7 +271,8 @@ class MessagePuller {
     }
     if (++store_piece_ < p.num_pieces) return;
     store_piece_ = 0;
-    sides_.write(tag.message, entries, entries, stage + tag.scales_at, reinterpret_cast<const float*>(stage + tag.weights_at));
+    const std::byte* scales = stage + tag.scales_at;
+    sides_.store(tag.message, entries, entries, scales, sides_.load(scales, reinterpret_cast<const float*>(stage + tag.weights_at)));
   }
 
  private:
@@ -249,12 +286,23 @@ class MessagePuller {
     return reinterpret_cast<PieceTag*>(stage + args_.pieces.stage_bytes - kPieceTagBytes);
   }
 
-  __device__ bool await(const Message& message) const {
-    int ok = 1;
-    if (device::lane_idx() == 0) ok = transfer_.await_chunk(sources_[message.source], message.source, message.token) ? 1 : 0;
-    ok = __shfl_sync(~0u, ok, 0);
-    __syncwarp();  // what the first thread has acquired, all may read
-    return ok != 0;
+  // Is the chunk there of the message that the walk is at? Waits for it if it may; false then: the exchange has failed. A look at a flag takes
+  // long, so all threads look at once, each for its own message of the batch. Nobody waits for those behind this one.
+  __device__ bool await_message(bool may_wait) {
+    const int at = walk_.at();
+    if (walk_.num_batches() != looked_for_batch_) arrived_ = 0;
+    looked_for_batch_ = walk_.num_batches();
+    if ((arrived_ >> at & 1) != 0) return true;
+    const Message& own = walk_.own();
+    const SourceView& source = sources_[own.source];
+    bool is_there = transfer_.has_chunk(source, own.source, own.token);
+    arrived_ = __ballot_sync(~0u, is_there);
+    if (may_wait && (arrived_ >> at & 1) == 0) {
+      if (static_cast<int>(device::lane_idx()) == at) is_there = transfer_.await_chunk(source, own.source, own.token);
+      arrived_ = __ballot_sync(~0u, is_there);
+    }
+    __syncwarp();  // what each thread has acquired, all may read
+    return (arrived_ >> at & 1) != 0;
   }
 
   __device__ uint32_t piece_size(int piece) const {
@@ -316,11 +364,15 @@ class MessagePuller {
   const MessageSides sides_;
   MessageWalk walk_;
   Message loading_ = {};
+  bool is_visited_ = false;  // the walk is at loading_
+  bool is_begun_ = false;    // and its chunk is there
   int load_piece_ = 0;
   int store_piece_ = 0;
   static constexpr int kMostEntries = 2;  // of a thread: top-k is at most 64
   int32_t fetched_[kMostEntries] = {};
   std::byte* fetched_for_ = nullptr;
+  uint32_t arrived_ = 0;  // of the walk's batch: threads whose messages may be pulled
+  int looked_for_batch_ = 0;
 };
 
 // The part of a staging warp.
@@ -331,9 +383,7 @@ __device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
     if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
     if (args.slot.stride() > 0) TokenStager(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{num_warps} * gridDim.x).run();
   }
-  if (!args.writes_outputs) return;
-  const int64_t num_threads = int64_t{num_warps} * kWarpThreads;
-  OutputWriter(args, blockIdx.x * num_threads + threadIdx.x, gridDim.x * num_threads).write();
+  if (args.writes_outputs) OutputWriter(args).write();
 }
 
 // The part of a pulling warp.
@@ -341,11 +391,11 @@ template <bool kBulk>
 __device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
   if (!args.transfer.receives) return;
   __shared__ int all_ok;
+  const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
   const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
   if (thread == 0) all_ok = 1;
-  const int64_t warp = int64_t{thread / kWarpThreads} * gridDim.x + blockIdx.x;
-  MessagePuller puller(args, transfer, sources, warp, int64_t{args.roles.num_pull_warps} * gridDim.x);
+  MessagePuller puller(args, transfer, sources, thread / kWarpThreads * num_blocks + block, args.roles.num_pull_warps * num_blocks);
   device::sync_some_warps(kPullBarrier, num_threads);
   if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
   device::sync_some_warps(kPullBarrier, num_threads);
@@ -359,6 +409,7 @@ __device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceV
 template <bool kBulk>
 __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
+  device::await_kernel_before();
   const SharedLayout shared_layout = shared_layout_of(args, kBulk);
   const Transfer transfer(args.transfer);
   if (transfer.operation().is_poisoned()) return;
@@ -383,12 +434,18 @@ cudaError_t prepare_dispatch(bool bulk_copies) {
 }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {
-  const auto shared_bytes = static_cast<size_t>(shared_layout_of(args, bulk_copies).bytes);
-  if (bulk_copies)
-    dispatch_kernel<true><<<num_blocks, args.roles.num_threads(), shared_bytes, stream>>>(args);
-  else
-    dispatch_kernel<false><<<num_blocks, args.roles.num_threads(), shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  // Its blocks may take their places while the route ends.
+  cudaLaunchAttribute closely;
+  closely.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  closely.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(args.roles.num_threads()));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_layout_of(args, bulk_copies).bytes);
+  config.stream = stream;
+  config.attrs = &closely;
+  config.numAttrs = args.follows_route ? 1 : 0;
+  return cudaLaunchKernelEx(&config, bulk_copies ? dispatch_kernel<true> : dispatch_kernel<false>, args);
 }
 
 }  // namespace tern::kernels

@@ -68,6 +68,7 @@ struct DispatchArgs {
   int32_t scale_word_bytes = 1;  // 4: scales and their places are aligned to it, and elements are multiples of it
   bool carries_weights = false;
   bool writes_outputs = false;  // everything but rows, scales and weights: by the first round that receives
+  bool follows_route = false;   // the kernel before it on the stream is that of its routing
 
   RowPieces pieces;
 };

@@ -31,11 +31,17 @@ class MessageWalk {
   __device__ bool next(Message& message) {
     while (valid_ == 0)
       if (!load_batch()) return false;
-    const int lane = __ffs(static_cast<int>(valid_)) - 1;
+    at_ = __ffs(static_cast<int>(valid_)) - 1;
     valid_ &= valid_ - 1;
-    message = {__shfl_sync(~0u, ahead_.source, lane), __shfl_sync(~0u, ahead_.index, lane), __shfl_sync(~0u, ahead_.token, lane)};
+    message = {__shfl_sync(~0u, ahead_.source, at_), __shfl_sync(~0u, ahead_.index, at_), __shfl_sync(~0u, ahead_.token, at_)};
     return true;
   }
+
+  // Messages are fetched in batches, each thread has one of the batch. The thread whose message is visited, and this thread's own message;
+  // if it has one: `source` and `token` are never out of bounds.
+  __device__ int at() const { return at_; }
+  __device__ const Message& own() const { return ahead_; }
+  __device__ int num_batches() const { return num_batches_; }  // so far
 
  private:
   struct SourceRange {
@@ -52,6 +58,7 @@ class MessageWalk {
   // Each thread fetches one of the warp's next 32 messages.
   __device__ bool load_batch() {
     if (next_item_ / num_ranks_ * run_ >= most_) return false;
+    ++num_batches_;
     const int lane = static_cast<int>(device::lane_idx());
     const int32_t item = next_item_ + lane / run_ * num_warps_;
     next_item_ += 32 / run_ * num_warps_;
@@ -75,6 +82,8 @@ class MessageWalk {
   int32_t most_ = 0;  // messages of any source
   Message ahead_ = {};
   uint32_t valid_ = 0;  // threads whose message has not been visited
+  int at_ = 0;
+  int num_batches_ = 0;
 };
 
 }  // namespace tern::kernels

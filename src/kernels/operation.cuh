@@ -22,6 +22,8 @@ using device::store_release_sys;
 inline constexpr int kWarpThreads = 32;
 
 struct Operation {
+  static constexpr int kSpinsPerLook = 64;  // at the abort word and the clock
+
   const ExchangeView& exchange;
   int operation;
   uint64_t epoch;
@@ -112,11 +114,12 @@ struct Operation {
 
   // All threads of the last block, at the end of an operation that receives: nothing of the others' is needed any more.
   __device__ void post_consumed() const {
+    const uint64_t begun = exchange.state->epoch;  // on its way while the abort word is
     if (is_aborted()) {
       if (threadIdx.x == 0) report_abort();
       return;
     }
-    const uint64_t last_epoch = epoch > exchange.state->epoch ? epoch : exchange.state->epoch;
+    const uint64_t last_epoch = epoch > begun ? epoch : begun;
     const uint64_t consumed = last_epoch - static_cast<uint64_t>(exchange.consumed_lag);
     for (int peer = static_cast<int>(threadIdx.x); peer < exchange.num_ranks; peer += static_cast<int>(blockDim.x))
       if (!is_masked(peer)) store_release_sys(&progress(peer, exchange.rank)->consumed, consumed);
@@ -140,7 +143,6 @@ struct Operation {
   // Looks until look() says that it is there, or the deadline passes, or the exchange fails otherwise.
   template <typename Look>
   __device__ bool spin(uint64_t expected, int peer, const uint64_t& seen, int64_t* wait_ns, Look look) const {
-    constexpr int kSpinsPerLook = 64;
     const uint64_t start = device::global_timer_ns();
     for (int turn = 0;; ++turn) {
       if (look()) {
@@ -201,7 +203,8 @@ struct Operation {
   __device__ bool await_blocks(uint32_t target) const {
     device::add_acq_rel_gpu(&exchange.state->blocks_synced, 1);
     const uint64_t start = device::global_timer_ns();
-    while (device::load_acquire_gpu(&exchange.state->blocks_synced) < target) {
+    for (int turn = 1; device::load_acquire_gpu(&exchange.state->blocks_synced) < target; ++turn) {
+      if (turn % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
       if (device::global_timer_ns() - start <= exchange.timeout_ns) continue;
       give_up(TERN_TIMEOUT, exchange.rank, epoch, epoch);

@@ -39,30 +39,34 @@ struct RingCursor {
   }
 };
 
+enum class RingLoad { kStarted, kNotYet, kNoMore };
+
 // Moves everything that `flow` offers. All threads of the warp call, and in each of its functions:
-//   bool flow.load(stage, arrivals)   starts loading the next piece into the stage; false: there is none
-//   void flow.store(stage)            the piece is there: uses it up by bulk stores of any thread, and otherwise
+//   RingLoad flow.load(stage, arrivals, may_wait)   starts loading the next piece into the stage; kNotYet: it would wait, and may not,
+//                                                   because pieces are there that can be stored
+//   void flow.store(stage)                          the piece is there: uses it up by bulk stores of any thread, and otherwise
 // Flow::kPendingStores: so many pieces may still be read by their bulk stores when a load goes on.
 template <typename Flow>
 __device__ void run_ring(const Ring& ring, Flow& flow) {
   RingCursor loading{ring}, storing{ring};
   int num_ahead = 0;  // loaded and not yet stored
   bool more = true;
-  const auto load_next = [&] {
-    more = more && flow.load(loading.stage(), loading.arrivals());
-    if (!more) return;
-    loading.advance();
-    ++num_ahead;
-  };
-  while (more && num_ahead < ring.num_stages - Flow::kPendingStores) load_next();
-  for (; num_ahead > 0; --num_ahead) {
+  for (;;) {
+    while (more && num_ahead < ring.num_stages - Flow::kPendingStores) {
+      const RingLoad load = flow.load(loading.stage(), loading.arrivals(), num_ahead == 0);
+      more = load != RingLoad::kNoMore;
+      if (load != RingLoad::kStarted) break;
+      loading.advance();
+      ++num_ahead;
+    }
+    if (num_ahead == 0) break;
     storing.await();
     flow.store(storing.stage());
     device::close_store_group();
     device::await_read<Flow::kPendingStores>();
     __syncwarp();
     storing.advance();
-    load_next();
+    --num_ahead;
   }
   device::await_stored<0>();
 }

@@ -35,11 +35,24 @@ struct RouteArgs {
   int32_t* workspace = nullptr;     // [blocks, route_workspace] where shared memory is too small; else nullptr
 };
 
-// What a block works in, in elements of int32_t: counters of its warps, or later the offsets of experts.
-constexpr int64_t route_workspace(int32_t num_experts, int32_t local_experts, int32_t num_ranks, int32_t num_counting_warps) {
-  const int64_t counters = int64_t{num_counting_warps} * (num_experts + num_ranks);
-  const int64_t offsets = 2 * int64_t{num_experts} + int64_t{local_experts} * num_ranks;
-  return counters > offsets ? counters : offsets;
+inline constexpr int kMostRouteBlocks = 32;
+inline constexpr int kMostRouteWarps = 16;
+
+// Of the tables from which rows follow (row_tables.cuh), in elements of int32_t.
+constexpr int64_t row_tables_size(int64_t num_experts, int64_t num_ranks) { return 3 * num_experts + 2 * num_ranks + 1; }
+
+// A pair of ranks has two routing banks: what this rank says to the other, in the other's window, and what it hears.
+struct BankPair {
+  std::byte* there = nullptr;  // nullptr: the rank is masked
+  const std::byte* here = nullptr;
+};
+constexpr int64_t bank_table_size(int64_t num_ranks) { return num_ranks * static_cast<int64_t>(sizeof(BankPair) / sizeof(int32_t)); }
+
+// What a block works in, in elements of int32_t: banks of all ranks, counters of its warps, and tables of rows.
+constexpr int64_t route_workspace(int32_t num_experts, int32_t num_ranks, int32_t num_counting_warps) {
+  const int64_t size =
+      bank_table_size(num_ranks) + int64_t{num_counting_warps} * (num_experts + num_ranks) + row_tables_size(num_experts, num_ranks);
+  return layout::align_up(size, 4);
 }
 
 // How many warps count, for a workspace in shared memory if that is possible.

@@ -87,6 +87,10 @@ class Transfer {
     return ok;
   }
 
+  // One thread: are the rows of the chunk that holds `token` there already?
+  __device__ bool has_chunk(const SourceView& view, int source, int32_t token) const {
+    return !view.is_staged || load_acquire_sys(op_.staged_flag(rank(), source, token / args_.tokens_per_chunk)) >= op_.epoch;
+  }
   // One thread: waits until the rows of the chunk that holds `token` are there.
   __device__ bool await_chunk(const SourceView& view, int source, int32_t token) const {
     if (!view.is_staged) return true;

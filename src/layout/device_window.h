@@ -54,6 +54,7 @@ struct alignas(kCacheLine) CallCell {
   uint64_t epoch = 0;
   int32_t operation = 0;
   int32_t num_tokens = 0;
+  int32_t num_flags = 0;  // route: so many blocks push, each with a chunk flag of its own
   PulledPart rows, scales, weights;
 };
 
@@ -168,20 +169,25 @@ struct RoutingBankLayout {
   int64_t num_counts = 0;
   int32_t num_topk = 0;
 
-  // Where an entry of the message goes; expert -1: not here.
+  // Where an entry of the message goes; expert -1: not here. A message's entries are moved four at a time.
   struct Entry {
     int32_t expert;    // local
     int32_t position;  // among the source's entries of this expert
   };
+
+  static constexpr int32_t kEntryQuad = 4;
+  constexpr int32_t entry_stride() const { return (num_topk + kEntryQuad - 1) / kEntryQuad * kEntryQuad; }
 
   constexpr int64_t counts() const { return 0; }
   constexpr int64_t source_tokens() const { return align_up(counts() + num_counts * static_cast<int64_t>(sizeof(int32_t)), kCacheLine); }
   constexpr int64_t entries(int64_t max_messages) const {
     return align_up(source_tokens() + max_messages * static_cast<int64_t>(sizeof(int32_t)), kCacheLine);
   }
-  constexpr int64_t bytes(int64_t max_messages) const {
-    return align_up(entries(max_messages) + max_messages * num_topk * static_cast<int64_t>(sizeof(Entry)), kCacheLine);
+  // Entry k of a message, from entries().
+  constexpr int64_t entry_at(int64_t message_idx, int k) const {
+    return (message_idx * entry_stride() + k) * static_cast<int64_t>(sizeof(Entry));
   }
+  constexpr int64_t bytes(int64_t max_messages) const { return align_up(entries(max_messages) + entry_at(max_messages, 0), kCacheLine); }
 };
 
 }  // namespace tern::layout
