@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
 constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
-constexpr int64_t kLatencyKb = 32;              // of rows per rank: batches up to this size take the latency path
+constexpr int64_t kLatencyKb = 32;            // of rows per rank: batches up to this size take the latency path
 
 size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<size_t>(rows * shape.num_topk); }
 

@@ -54,8 +54,8 @@ bool fits_staging(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t
 // FNV-1a over the words of what ranks must agree on.
 uint32_t call_hash(tern_operation operation, const layout::CallShape& shape) {
   uint64_t hash = 0xcbf29ce484222325;
-  for (const int64_t word : {int64_t{operation}, shape.row_bytes, shape.scale_bytes, shape.max_tokens, shape.row_capacity, int64_t{shape.num_experts},
-                             int64_t{shape.num_topk}, int64_t{shape.choices}, int64_t{shape.alignment}})
+  for (const int64_t word : {int64_t{operation}, shape.row_bytes, shape.scale_bytes, shape.max_tokens, shape.row_capacity,
+                             int64_t{shape.num_experts}, int64_t{shape.num_topk}, int64_t{shape.choices}, int64_t{shape.alignment}})
     hash = (hash ^ static_cast<uint64_t>(word)) * 0x100000001b3;
   return static_cast<uint32_t>(hash ^ hash >> 32);
 }
@@ -210,8 +210,7 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   args.returns_weights = call_.carries_weights;
   args.rows = static_cast<const std::byte*>(a.rows);
   args.returned_weights = a.row_weights;
-  if (args.per_entry && a.weighting != TERN_WEIGHTS_NONE)
-    args.token_weights = weighs_with_owners ? a.topk_weights : tables.weights_sent;
+  if (args.per_entry && a.weighting != TERN_WEIGHTS_NONE) args.token_weights = weighs_with_owners ? a.topk_weights : tables.weights_sent;
   if (!args.per_entry && a.weighting == TERN_WEIGHTS_DISPATCH) args.entry_weights = tables.weights_received;
   args.sums_owner_weights = !args.per_entry && weighs_with_owners;
   if (args.sums_owner_weights) args.owner_weights = a.topk_weights;

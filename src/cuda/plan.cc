@@ -217,10 +217,11 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   latency_path_ = takes_latency_path(*this, call);
   if (call.args.wire != TERN_WIRE_AS_DTYPE && !latency_path_)
-    fail(TERN_UNSUPPORTED,
-         "combine: wire is TERN_WIRE_LOG10BIT, which GPU ranks have on the latency path only, and {} tokens of {} bytes do not take it; use "
-         "TERN_WIRE_AS_DTYPE, an exchange with TERN_MODE_LATENCY, or a larger TERN_LATENCY_MAX_KB",
-         shape_.max_tokens, call.row_bytes);
+    fail(
+        TERN_UNSUPPORTED,
+        "combine: wire is TERN_WIRE_LOG10BIT, which GPU ranks have on the latency path only, and {} tokens of {} bytes do not take it; use "
+        "TERN_WIRE_AS_DTYPE, an exchange with TERN_MODE_LATENCY, or a larger TERN_LATENCY_MAX_KB",
+        shape_.max_tokens, call.row_bytes);
   if (latency_path_) {
     const LatencyCombine operation(*this, call, launch);
     operation.check(combine_ticket_);

@@ -105,7 +105,8 @@ class LatencyCall {
     uint32_t hash = 0;
 #pragma unroll 1
     for (int source = static_cast<int>(device::lane_idx()); source < num_ranks(); source += kWarpThreads)
-      if (!is_masked(source) && await_word(source, static_cast<int32_t>(args_.words.call()), hash, wait_of(source))) check_call(source, hash);
+      if (!is_masked(source) && await_word(source, static_cast<int32_t>(args_.words.call()), hash, wait_of(source)))
+        check_call(source, hash);
   }
 
   __device__ bool check_call(int source, uint32_t hash) const {
@@ -134,7 +135,8 @@ class LatencyCall {
  private:
   // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
   __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
-    return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) + source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
+    return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) +
+           source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
   }
 
   __device__ int64_t* wait_of(int source) const { return args_.wait_ns == nullptr ? nullptr : args_.wait_ns + source; }
@@ -147,7 +149,8 @@ class LatencyCall {
 
   // What earlier kernels took is read: they have ended.
   __device__ void post_consumed_before(int peer) const {
-    device::store_relaxed_sys(&op_.progress(peer, rank())->consumed, last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
+    device::store_relaxed_sys(&op_.progress(peer, rank())->consumed,
+                              last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
   }
 
   const LatencyArgs& args_;

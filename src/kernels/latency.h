@@ -42,7 +42,7 @@ static_assert(std::is_trivially_copyable_v<LatencyArgs>);
 
 struct LatencyDispatchArgs {
   LatencyArgs call;
-  bool routes = false;  // the plan is made here
+  bool routes = false;             // the plan is made here
   const void* topk_idx = nullptr;  // [num_tokens, num_topk], int64 or int32
   bool is_int32 = false;
   int32_t num_tokens = 0;
@@ -60,9 +60,9 @@ struct LatencyCombineArgs {
   LatencyArgs call;
   int32_t dtype = 0;
   int32_t row_bytes = 0;
-  int32_t wire_bytes = 0;        // of a row on its way
-  bool is_log = false;           // on their way rows are in the 10-bit encoding (base/log_rows.h)
-  bool per_entry = false;        // every entry's row goes to the owner
+  int32_t wire_bytes = 0;  // of a row on its way
+  bool is_log = false;     // on their way rows are in the 10-bit encoding (base/log_rows.h)
+  bool per_entry = false;  // every entry's row goes to the owner
   bool returns_weights = false;
 
   // At the ranks of the experts.

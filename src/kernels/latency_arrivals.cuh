@@ -105,8 +105,8 @@ class Arrivals {
     if (entry.expert >= 0 && rank_of(args_.call, entry.expert) == rank_) {
       here.expert = entry.expert - rank_ * plan_.local_experts;
       const int32_t before = memory_.counts()[message.source * num_counts_ + entry.expert];
-      here.row = plan_.has_expert_rows() ? bounded_row(first_row(entry.expert), int64_t{before} + entry.position)
-                                         : bounded_row(0, message.index);
+      here.row =
+          plan_.has_expert_rows() ? bounded_row(first_row(entry.expert), int64_t{before} + entry.position) : bounded_row(0, message.index);
     }
     plan_.received_experts[at] = here.expert;
     plan_.received_rows[at] = here.row;
@@ -132,8 +132,7 @@ class Arrivals {
       clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
     }
     const int64_t used = plan_.has_expert_rows() ? group_begin(plan_.local_experts) : memory_.received_begin()[num_ranks_];
-    clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kWorkThreads + threadIdx.x,
-               gridDim.x * kWorkThreads);
+    clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kWorkThreads + threadIdx.x, gridDim.x * kWorkThreads);
     if (blockIdx.x == 0) keep_and_write_counts();
   }
 
@@ -247,7 +246,8 @@ class Arrivals {
     const uint32_t* presence = memory_.presence() + source * num_presence_;
     int32_t sum = 0;
 #pragma unroll 1
-    for (int i = 0; i < num_presence_ && i * 32 < end; ++i) sum += __popc(end - i * 32 >= 32 ? presence[i] : presence[i] & ((1u << (end - i * 32)) - 1));
+    for (int i = 0; i < num_presence_ && i * 32 < end; ++i)
+      sum += __popc(end - i * 32 >= 32 ? presence[i] : presence[i] & ((1u << (end - i * 32)) - 1));
     return sum;
   }
 

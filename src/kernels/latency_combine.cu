@@ -66,11 +66,7 @@ class ShareSender {
  public:
   // Asks for what the plan says of the first message.
   __device__ ShareSender(const LatencyCombineArgs& args, const LatencyCall& call)
-      : args_(args),
-        plan_(args.call.plan),
-        call_(call),
-        num_messages_(plan_.received_begin[call.num_ranks()]),
-        begins_(args, call) {
+      : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
     if (!is_raising()) ahead_ = fetch(first());
   }
 
@@ -357,7 +353,9 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
   for (auto i = static_cast<int32_t>(blockIdx.x * kLatencyThreads + threadIdx.x); i < num_entries;
        i += static_cast<int32_t>(gridDim.x * kLatencyThreads)) {
     const int32_t expert = plan.experts[i];
-    if (expert >= 0) call.put_word(rank_of(args.call, expert), static_cast<int32_t>(args.call.words.weights()) + i, __float_as_uint(args.owner_weights[i]));
+    if (expert >= 0)
+      call.put_word(rank_of(args.call, expert), static_cast<int32_t>(args.call.words.weights()) + i,
+                    __float_as_uint(args.owner_weights[i]));
   }
 }
 

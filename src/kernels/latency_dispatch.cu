@@ -115,7 +115,8 @@ class RowSender {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
       for (int64_t at = thread; at < args_.scale_bytes; at += num_threads)
-        tail(slot.scales())[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
+        tail(slot.scales())[at] =
+            from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
     }
     if (!args_.carries_weights) return;
 #pragma unroll 1
@@ -219,7 +220,8 @@ class MessageSpreader {
  public:
   static constexpr int kThreads = kGroupThreads;
 
-  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals, const DispatchMemory& memory)
+  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals,
+                             const DispatchMemory& memory)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
@@ -357,7 +359,8 @@ __device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, c
     if (is_raising()) call.announce_to_throughput();
     if (!is_alone) return;
   }
-  RowSender(args, call, memory, num_tokens).run(is_alone ? 0 : static_cast<int32_t>(blockIdx.x) - 1, is_alone ? 1 : static_cast<int32_t>(gridDim.x) - 1);
+  RowSender(args, call, memory, num_tokens)
+      .run(is_alone ? 0 : static_cast<int32_t>(blockIdx.x) - 1, is_alone ? 1 : static_cast<int32_t>(gridDim.x) - 1);
 }
 
 __device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {

@@ -48,12 +48,14 @@ class DispatchMemory {
   __device__ GroupRows* rows(int group) const { return at<GroupRows>(rows_) + group; }
   // Sending: [num_counts] of this rank's tokens so far. Receiving: [num_ranks][num_counts] of the source, then of all lower sources.
   __device__ int32_t* counts() const { return at<int32_t>(counts_); }
-  __device__ uint32_t* presence() const { return at<uint32_t>(presence_); }  // [num_ranks][num_presence] tokens with a message for this rank
-  __device__ int32_t* first_row() const { return at<int32_t>(first_row_); }  // [num_experts] of the expert's group at its rank
+  __device__ uint32_t* presence() const {
+    return at<uint32_t>(presence_);
+  }  // [num_ranks][num_presence] tokens with a message for this rank
+  __device__ int32_t* first_row() const { return at<int32_t>(first_row_); }      // [num_experts] of the expert's group at its rank
   __device__ int32_t* num_entries() const { return at<int32_t>(num_entries_); }  // [local_experts] of all sources
   __device__ int32_t* groups_end() const { return num_entries() + local_experts_; }
-  __device__ int32_t* received_begin() const { return at<int32_t>(received_begin_); }     // [num_ranks + 1]
-  __device__ int32_t* num_tokens() const { return received_begin() + num_ranks_ + 1; }    // [num_ranks]
+  __device__ int32_t* received_begin() const { return at<int32_t>(received_begin_); }   // [num_ranks + 1]
+  __device__ int32_t* num_tokens() const { return received_begin() + num_ranks_ + 1; }  // [num_ranks]
 
  private:
   __host__ __device__ int32_t place(int64_t num, int64_t element_bytes) {
@@ -151,7 +153,8 @@ class OwnRouting {
 
   // One warp, with the counters of all tokens before: the token's entries, and where they stand among this rank's. Returns the ranks that it
   // goes to. Rows in the plan are positions until they are settled.
-  __device__ uint64_t place_token(int32_t token, const GivenEntries& given, const int32_t* counters, layout::LatencySlot::Entry* entries) const {
+  __device__ uint64_t place_token(int32_t token, const GivenEntries& given, const int32_t* counters,
+                                  layout::LatencySlot::Entry* entries) const {
     const int lane = static_cast<int>(device::lane_idx());
     uint64_t ranks = 0;
     int32_t first_experts = -1;

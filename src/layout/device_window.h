@@ -134,9 +134,8 @@ struct DeviceWindowLayout {
     return control_bytes() + ((lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * num_ranks + source) * routing_bytes;
   }
   constexpr int64_t words(int lane, uint64_t epoch, int source) const {
-    return routing(num_lanes, 0, 0) +
-           ((lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * num_ranks + source) * latency_words *
-               static_cast<int64_t>(sizeof(uint64_t));
+    return routing(num_lanes, 0, 0) + ((lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * num_ranks + source) * latency_words *
+                                          static_cast<int64_t>(sizeof(uint64_t));
   }
   constexpr int64_t row_flags(int lane, int source) const {
     return words(num_lanes, 0, 0) + (int64_t{lane} * num_ranks + source) * latency_tokens * static_cast<int64_t>(sizeof(uint64_t));
