@@ -17,6 +17,18 @@ layout::LatencyWords words_of(const CudaPlan& plan) {
   return {.num_counts = plan.tables().num_counts(shape.num_ranks), .max_tokens = shape.max_tokens, .num_topk = shape.num_topk};
 }
 
+// Of every number of local experts and every expert there may be, the borders.
+constexpr bool reciprocals_are_exact() {
+  for (const uint64_t divisor : {1, 2, 3, 5, 7, 32, 36, 72, 255, 256, 257, 1000, 4097, 32767, 65535}) {
+    const uint64_t reciprocal = kernels::LatencyArgs::reciprocal(static_cast<int32_t>(divisor));
+    for (uint64_t rank = 0; rank * divisor <= kernels::LatencyArgs::kMostExperts; rank += 1 + rank / 4)
+      for (const uint64_t expert : {rank * divisor, rank * divisor + divisor - 1})
+        if (reciprocal != 0 && expert <= kernels::LatencyArgs::kMostExperts && (expert * reciprocal) >> 32 != rank) return false;
+  }
+  return true;
+}
+static_assert(reciprocals_are_exact());
+
 bool is_small(const CudaPlan& plan, int64_t row_bytes) {
   const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
   const PlanShape& shape = plan.shape();

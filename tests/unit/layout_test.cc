@@ -2,6 +2,7 @@
 // Where bytes lie, checked by the compiler: no two regions overlap, everything is aligned, flags hold what was put into them.
 #include <gtest/gtest.h>
 
+#include "layout/device_window.h"
 #include "layout/flags.h"
 #include "layout/message.h"
 #include "layout/window.h"
@@ -112,6 +113,79 @@ static_assert(align_up(0, 64) == 0 && align_up(1, 64) == 64 && align_up(64, 64) 
 
 // The checks above are made when this file is compiled; this says that it was.
 TEST(Layout, IsCheckedByTheCompiler) { EXPECT_TRUE(all_windows_are_apart() && all_slots_are_apart() && slots_fit() && banks_alternate()); }
+
+// ---- the window of a GPU rank
+
+constexpr bool regions_are_apart(const DeviceWindowLayout& window) {
+  constexpr auto kWord = static_cast<int64_t>(sizeof(uint64_t));
+  Walk walk;
+  walk.region(window.abort(), kWord, kWord);
+  for (int rank = 0; rank < window.num_ranks; ++rank) walk.region(window.record(rank), sizeof(FailureRecord), kCacheLine);
+  for (int lane = 0; lane < window.num_lanes; ++lane) {
+    for (int source = 0; source < window.num_ranks; ++source) walk.region(window.progress(lane, source), sizeof(ProgressCell), kCacheLine);
+    for (uint64_t epoch = 0; epoch < kNumBanks; ++epoch)
+      for (int source = 0; source < window.num_ranks; ++source) walk.region(window.call(lane, epoch, source), sizeof(CallCell), kCacheLine);
+    for (int source = 0; source < window.num_ranks; ++source) walk.region(window.staged(lane, source), kMaxChunks * kWord, kWord);
+  }
+  if (!walk.ends_within(window.control_bytes())) return false;
+  for (int lane = 0; lane < window.num_lanes; ++lane)
+    for (uint64_t epoch = 0; epoch < kNumBanks; ++epoch)
+      for (int source = 0; source < window.num_ranks; ++source)
+        walk.region(window.routing(lane, epoch, source), window.routing_bytes, kCacheLine);
+  for (int lane = 0; lane < window.num_lanes && window.latency_words > 0; ++lane)
+    for (uint64_t epoch = 0; epoch < kNumBanks; ++epoch)
+      for (int source = 0; source < window.num_ranks; ++source)
+        walk.region(window.words(lane, epoch, source), window.latency_words * kWord, kWord);
+  for (int lane = 0; lane < window.num_lanes && window.latency_tokens > 0; ++lane)
+    for (int source = 0; source < window.num_ranks; ++source)
+      walk.region(window.row_flags(lane, source), window.latency_tokens * kWord, kWord);
+  for (int lane = 0; lane < window.num_lanes; ++lane)
+    for (uint64_t epoch = 0; epoch < kNumBanks; ++epoch) walk.region(window.staging(lane, epoch), window.staging_bytes, kBulkLine);
+  return walk.ends_within(window.total_bytes());
+}
+
+constexpr bool device_windows_are_good() {
+  for (int num_ranks = 1; num_ranks <= kMostTestedRanks; num_ranks += 1 + num_ranks / 2)
+    for (int num_lanes = 1; num_lanes <= kMostTestedLanes; ++num_lanes)
+      for (const int64_t tokens : {0, 1, 128, 1024}) {
+        const LatencyWords words{.num_counts = 10 + num_ranks, .max_tokens = tokens, .num_topk = 3};
+        const DeviceWindowLayout window{.num_ranks = num_ranks,
+                                        .num_lanes = num_lanes,
+                                        .routing_bytes = 192,
+                                        .staging_bytes = 1280,
+                                        .latency_words = tokens > 0 ? align_up(words.num_words(), 16) : 0,
+                                        .latency_tokens = tokens};
+        if (!regions_are_apart(window)) return false;
+      }
+  return true;
+}
+static_assert(device_windows_are_good());
+
+// Words of a dispatch and of a combine lie within their block, parts of a slot within the slot.
+constexpr bool latency_parts_are_good() {
+  for (const int64_t tokens : {1, 31, 32, 33, 1024}) {
+    const LatencyWords words{.num_counts = 292, .max_tokens = tokens, .num_topk = 8};
+    Walk dispatch, combine;
+    dispatch.region(words.call(), 1, 1);
+    dispatch.region(words.num_tokens(), 1, 1);
+    dispatch.region(words.counts(), words.num_counts, 1);
+    dispatch.region(words.presence(), words.num_presence(), 1);
+    combine.region(words.num_tokens(), 1, 1);
+    combine.region(words.weights(), tokens * words.num_topk, 1);
+    if (!dispatch.ends_within(words.num_words()) || !combine.ends_within(words.num_words())) return false;
+    const LatencySlot slot{.row_bytes = 7168, .scale_bytes = 4 * tokens, .weight_bytes = 32, .num_entries = 8};
+    Walk parts;
+    parts.region(slot.row(), slot.row_bytes, kBulkLine);
+    parts.region(slot.scales(), slot.scale_bytes, 16);
+    parts.region(slot.weights(), slot.weight_bytes, 16);
+    parts.region(slot.entries(), slot.num_entries * static_cast<int64_t>(sizeof(LatencySlot::Entry)), 16);
+    if (!parts.ends_within(slot.end()) || slot.end() > slot.stride() || slot.stride() % kBulkLine != 0) return false;
+  }
+  return true;
+}
+static_assert(latency_parts_are_good());
+
+TEST(DeviceWindow, IsCheckedByTheCompiler) { EXPECT_TRUE(device_windows_are_good() && latency_parts_are_good()); }
 
 }  // namespace
 }  // namespace tern::layout
