@@ -324,9 +324,8 @@ class Buffer:
         """The weighted sum of the experts' rows [E_l, R * max, H], bf16. Collective.
 
         topk_idx, topk_weights f32 [T, K]: of this rank's tokens, as dispatched. zero_copy: the rows are those in
-        get_next_low_latency_combine_buffer(handle). use_logfmt: rows travel as 10-bit logarithms (CPU ranks; on
-        GPU ranks as bf16 all the same). combine_wait_recv_cost_stats i64 [R] has the nanoseconds waited for each rank
-        added.
+        get_next_low_latency_combine_buffer(handle). use_logfmt: rows travel as 10-bit logarithms.
+        combine_wait_recv_cost_stats i64 [R] has the nanoseconds waited for each rank added.
         TERN_DEEP_EP_COMBINE: "hierarchical" sums on the experts' ranks first, which need the weights before they send;
             "exact" sends
         every expert's row; "auto" (default) is exact with a hook where that fits the buffer, else hierarchical.
