@@ -38,7 +38,7 @@ class Nodes : public ::testing::Test {
 };
 
 TEST_F(Nodes, RandomCases) {
-  for (int64_t seed = 1; seed <= scaled(500); ++seed) expect_right_as_threads(random_case_on_nodes(static_cast<uint64_t>(seed)));
+  for (int64_t seed = 1; seed <= scaled(300); ++seed) expect_right_as_threads(random_case_on_nodes(static_cast<uint64_t>(seed)));
 }
 
 TEST_F(Nodes, EveryLayoutExtentEncodingAndOrderOfScales) {
