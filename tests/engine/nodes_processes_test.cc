@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ranks as processes on nodes that are declared on this host; ranks that die or stop.
-#include <signal.h>
+#include <csignal>
 
 #include <chrono>
 #include <tern/tern.hpp>
