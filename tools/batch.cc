@@ -20,6 +20,7 @@ int num_workers(int num_ranks) { return std::clamp(static_cast<int>(std::thread:
 RankBatch::RankBatch(const BatchShape& shape, const BatchPlace& place)
     : shape_(shape),
       rank_(place.rank),
+      ranks_per_node_(place.ranks_per_node > 0 ? place.ranks_per_node : shape.routing.num_ranks()),
       device_(place.device),
       host_(place.device, num_workers(shape.routing.num_ranks())),
       num_tokens_(shape.routing.num_tokens(place.rank)),

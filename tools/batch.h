@@ -66,6 +66,7 @@ struct BatchPlace {
   const Exchange& exchange;
   RankDevice& device;
   bool in_windows = true;  // what goes out and what comes in; else all is the rank's own memory
+  int ranks_per_node = 0;  // combine sums the ranks of each node first; 0: all are on one
 };
 
 class RankBatch {
@@ -93,6 +94,7 @@ class RankBatch {
   std::optional<std::string> check_row(const ArrivingRow& arriving, std::span<const std::byte> row, const Arrived& arrived) const;
   std::optional<std::string> check_entries(const ArrivingRow& arriving, const Arrived& arrived) const;
   std::optional<std::string> check_offsets() const;
+  void sum_rank(int64_t token, int destination, std::span<float> sum) const;
   void sum_token(int64_t token, std::span<std::byte> result) const;
   float weight_of(int source_rank, int64_t token, int32_t k) const;
   bool by_rank() const { return shape_.layout == TERN_LAYOUT_RANK_MAJOR; }
@@ -100,6 +102,7 @@ class RankBatch {
 
   BatchShape shape_;
   int rank_;
+  int ranks_per_node_;
   RankDevice& device_;
   HostRows host_;
   int64_t num_tokens_;

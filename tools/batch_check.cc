@@ -119,25 +119,36 @@ class ExpertAnswers {
 
 }  // namespace
 
-// The order of sums is that of tern_combine, TERN_COMBINE_HIERARCHICAL.
-void RankBatch::sum_token(int64_t token, std::span<std::byte> result) const {
+// What one rank contributes.
+void RankBatch::sum_rank(int64_t token, int destination, std::span<float> sum) const {
   const Routing& routing = shape_.routing;
-  const tern_dtype dtype = shape_.format.combine_dtype;
-  const auto hidden = static_cast<size_t>(shape_.hidden);
   const int32_t* entries = routing.entries(rank_, token);
   ExpertAnswers answers(shape_, rank_, token);
-  std::vector<float> on_rank(hidden), total(hidden, 0.0f);
-  for (int destination = 0; destination < routing.num_ranks(); ++destination) {
-    if (!routing.goes_to(rank_, token, destination)) continue;
-    std::ranges::fill(on_rank, 0.0f);
-    if (by_rank()) answers.add_to(on_rank, destination, 1.0f);
-    for (int32_t k = 0; !by_rank() && k < routing.num_topk; ++k) {
-      if (entries[k] >= 0 && entries[k] / routing.experts_per_rank() == destination)
-        answers.add_to(on_rank, entries[k], weight_of(rank_, token, k));
+  if (by_rank()) return answers.add_to(sum, destination, 1.0f);
+  for (int32_t k = 0; k < routing.num_topk; ++k) {
+    if (entries[k] >= 0 && entries[k] / routing.experts_per_rank() == destination)
+      answers.add_to(sum, entries[k], weight_of(rank_, token, k));
+  }
+}
+
+// The order of sums is that of tern_combine, TERN_COMBINE_HIERARCHICAL.
+void RankBatch::sum_token(int64_t token, std::span<std::byte> result) const {
+  const int num_ranks = shape_.routing.num_ranks();
+  const tern_dtype dtype = shape_.format.combine_dtype;
+  const auto hidden = static_cast<size_t>(shape_.hidden);
+  std::vector<float> on_rank(hidden), on_node(hidden, 0.0f), total(hidden, 0.0f);
+  const auto add_rounded = [&](std::vector<float>& sum, std::vector<float>& part) {
+    store_elements(part, dtype, result.data());
+    load_elements(result.data(), dtype, part);
+    for (size_t i = 0; i < hidden; ++i) sum[i] += part[i];
+    std::ranges::fill(part, 0.0f);
+  };
+  for (int destination = 0; destination < num_ranks; ++destination) {
+    if (shape_.routing.goes_to(rank_, token, destination)) {
+      sum_rank(token, destination, on_rank);
+      add_rounded(ranks_per_node_ == num_ranks ? total : on_node, on_rank);
     }
-    store_elements(on_rank, dtype, result.data());
-    load_elements(result.data(), dtype, on_rank);
-    for (size_t i = 0; i < hidden; ++i) total[i] += on_rank[i];
+    if (ranks_per_node_ != num_ranks && (destination + 1) % ranks_per_node_ == 0) add_rounded(total, on_node);
   }
   store_elements(total, dtype, result.data());
 }

@@ -134,7 +134,8 @@ class BenchRank {
   }
 
   void measure_buffers(bool in_windows) {
-    RankBatch batch(shape_, {context_.rank, exchange_, seat_.device, in_windows});
+    const int ranks_per_node = on_gpu() ? 0 : context_.group.info().ranks_in_node;
+    RankBatch batch(shape_, {context_.rank, exchange_, seat_.device, in_windows, ranks_per_node});
     const std::string buffers = in_windows ? "window" : "caller";
     measure_exact(batch, buffers);
     if (on_gpu() || small_batch()) measure_worst(batch, buffers);
@@ -198,7 +199,8 @@ class BenchRank {
       record.op = operation.op;
       record.buffers = buffers;
       record.extent = operation.extent;
-      record.bytes = operation.bytes;
+      record.bytes.logical = operation.bytes.logical;
+      record.bytes.wire = operation.bytes.wire;
       record.mode = plan.info().latency_path != 0 ? "latency" : "throughput";
       const std::array<double, 1> taken{static_cast<double>(plan.info().num_sms)};
       record.num_sms = static_cast<int>(slowest_of_ranks(context_, taken).front());
@@ -215,7 +217,10 @@ class BenchRank {
     };
     BenchRecord record;
     record.clock = "host";
+    const uint64_t before = exchange_.metrics().network_bytes;
     auto wrong = run_checked();
+    const std::array<double, 1> network{static_cast<double>(exchange_.metrics().network_bytes - before)};
+    record.bytes.network = static_cast<int64_t>(slowest_of_ranks(context_, network).front());
     record.times = meter_.measure([&] { operation.run({}); });
     if (auto wrong_now = run_checked(); !wrong) wrong = std::move(wrong_now);
     record.wrong = gather_wrong(context_, wrong);

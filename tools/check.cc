@@ -130,7 +130,13 @@ void print_case(const conformance::Case& c, const char* launch, const std::optio
 
 // The cases of one device and one way to start ranks, told group by group.
 Tally check_launch(const CheckOptions& options, const ChosenDevice& device, LaunchKind kind) {
-  const Cases cases = conformance::check_cases();
+  Cases cases = conformance::check_cases();
+  for (conformance::Case& c : cases) {
+    if (device.cuda()) continue;
+    c.ranks_per_node = options.ranks_per_node;
+    c.row_capacity = options.ranks_per_node > 0 ? 0 : c.row_capacity;  // drawn for as many ranks as the case had
+    c = c.normalized();
+  }
   const bool together = device.cuda() && kind == LaunchKind::kProcesses;
   const Results results = together ? run_together(cases, options, device) : run_one_by_one(cases, options, device, kind);
   std::map<std::string, Tally> groups;
@@ -180,6 +186,9 @@ void add_check_flags(CLI::App& app, CheckOptions& options) {
   app.add_option("--timeout", options.timeout_ms, "Deadline of every wait, milliseconds")
       ->check(CLI::Range(int64_t{1}, int64_t{86400000}))
       ->capture_default_str();
+  app.add_option("--ranks-per-node", options.ranks_per_node, "CPU ranks: on declared nodes of so many ranks, over the network's loopback")
+      ->check(CLI::Range(0, 1024))
+      ->envname("TERN_RANKS_PER_NODE");
   app.add_flag("--verbose", options.verbose, "Name every case");
 }
 

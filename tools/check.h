@@ -15,6 +15,7 @@ namespace tern::tools {
 struct CheckOptions {
   std::string device = "auto";
   int64_t timeout_ms = 10000;
+  int ranks_per_node = 0;  // CPU ranks: declares nodes; 0: one
   bool verbose = false;
 };
 

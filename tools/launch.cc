@@ -88,8 +88,9 @@ int launch_environment(const LaunchOptions& options, const RankFunction& run_ran
   if (info.num_ranks != options.num_ranks)
     fail(TERN_INVALID_ARGUMENT, "{} ranks are asked for, the launcher started {}: leave --ranks out, or give --launch to start ranks here",
          options.num_ranks, info.num_ranks);
-  if (info.num_nodes > 1)
-    fail(TERN_UNSUPPORTED, "the ranks are on {} nodes, this command runs on one: start all {} ranks on one host", info.num_nodes,
+  // The board, over which ranks compare times and results, is shared memory: nodes may only be declared.
+  if (info.num_nodes > 1 && std::getenv("TERN_RANKS_PER_NODE") == nullptr)
+    fail(TERN_UNSUPPORTED, "the ranks are on {} nodes, this command runs on one host: start all {} ranks there", info.num_nodes,
          info.num_ranks);
   Board board = join_board(group, options);
   RankContext context{info.rank, info.num_ranks, group, board, options.timeout_ms};

@@ -4,6 +4,7 @@
 #include <array>
 #include <exception>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
@@ -67,6 +68,30 @@ Probe probe_launch(LaunchKind kind) {
     });
     probe.works = code == 0;
     if (!probe.works) probe.reason = "two ranks could not exchange a token: the reason is printed on standard error";
+  } catch (const std::exception& error) {
+    probe.reason = error.what();
+  }
+  return probe;
+}
+
+Probe probe_network() {
+  Probe probe{"network between nodes", false, ""};
+  try {
+    const auto groups = Group::local(2, {.timeout_ms = kTimeoutMs, .ranks_per_node = 1});
+    std::array<std::string, 2> reasons;
+    std::vector<std::thread> threads;
+    for (size_t rank = 0; rank < groups.size(); ++rank) {
+      threads.emplace_back([&, rank] {
+        try {
+          exchange_one_token(groups[rank], TERN_DEVICE_CPU);
+        } catch (const std::exception& error) {
+          reasons[rank] = error.what();
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    probe.reason = reasons[0].empty() ? reasons[1] : reasons[0];
+    probe.works = probe.reason.empty();
   } catch (const std::exception& error) {
     probe.reason = error.what();
   }

@@ -22,4 +22,7 @@ Probe probe_engine(tern_device_type device);
 // The same between two ranks on the CPU.
 Probe probe_launch(LaunchKind kind);
 
+// The same between two nodes of one rank each, which are declared here, with ranks as threads: over the network's loopback.
+Probe probe_network();
+
 }  // namespace tern::tools

@@ -29,6 +29,8 @@
  *   bytes. Matrices are dense and row-major unless a stride is given.
  * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
+ * - Ranks may be on several nodes (CPU ranks): see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
+ *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK and tern_exchange_recover are TERN_UNSUPPORTED there.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
  *
@@ -147,8 +149,10 @@ typedef enum tern_extent TERN_ENUM_TYPE {
 
 typedef enum tern_phase TERN_ENUM_TYPE {
   TERN_PHASE_WHOLE = 0,
-  TERN_PHASE_SEND = 1,   /* put the data on their way, and return; nothing of Tern runs after that */
-  TERN_PHASE_RECEIVE = 2 /* complete what the plan's last send began; called with the same arguments */
+  TERN_PHASE_SEND = 1, /* put the data on their way, and return; nothing of Tern runs after that */
+  /* Complete what the plan's last send began; called with the same arguments. Between nodes: a receive of a dispatch and a send of a combine
+   * wait for the other ranks of the node to make the same call */
+  TERN_PHASE_RECEIVE = 2
 } tern_phase;
 
 typedef enum tern_encoding TERN_ENUM_TYPE {
@@ -235,7 +239,9 @@ typedef struct tern_group_options {
   tern_log_fn log TERN_ZERO;    /* NULL: lines go to standard error */
   void* log_context TERN_ZERO;
   tern_log_level log_level TERN_ZERO; /* TERN_LOG_OFF (0) means the default: TERN_LOG_LEVEL, else warnings */
-  int32_t reserved TERN_ZERO;
+  /* Declares nodes where `node` is not given: rank r is on node r / ranks_per_node. 0: TERN_RANKS_PER_NODE, else found out (a host, or a
+   * network namespace of it, is a node). Equal on all ranks */
+  int32_t ranks_per_node TERN_ZERO;
 } tern_group_options;
 
 typedef struct tern_group_info {
@@ -276,7 +282,8 @@ typedef struct tern_exchange_options {
   int32_t device_index TERN_ZERO;
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
    * of them fit one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). A send must fit one round. A combine in mode
-   * EXACT sends a row per entry: for its sends, count each token max_topk times in max_tokens. */
+   * EXACT sends a row per entry: for its sends, count each token max_topk times in max_tokens. Between nodes there is as much again for
+   * what crosses the network */
   int64_t staging_bytes TERN_ZERO;
   int64_t window_bytes TERN_ZERO;  /* memory for tern_window_alloc; 0: none */
   int64_t max_tokens TERN_ZERO;    /* shapes to be expected, per rank; all 0: 128 tokens of 16 KiB, top-8 of 256 experts */
@@ -309,7 +316,8 @@ TERN_API tern_status tern_exchange_query_memory(const tern_group* group, const t
  * version is compared, and a difference is TERN_MISMATCH. Collective. */
 TERN_API tern_status tern_exchange_create(tern_group* group, const tern_exchange_options* options, tern_exchange** exchange);
 
-/* Never collective, never waits for other ranks. Plans of the exchange must be destroyed first. NULL is allowed. GPU: waits until the
+/* Never collective. Plans of the exchange must be destroyed first. NULL is allowed. Waits for nothing that other ranks' callers have to do;
+ * between nodes, until what this rank has sent is with its receivers, at most timeout_ms, and after a failure a second. GPU: waits until the
  * operations that were enqueued outside of graphs have ended, at most twice timeout_ms; if they have not, its memory is lost. */
 TERN_API void tern_exchange_destroy(tern_exchange* exchange);
 
@@ -406,6 +414,7 @@ typedef struct tern_metrics {
   uint64_t sleeps TERN_ZERO; /* of these, times the thread went to sleep */
   uint64_t wait_ns TERN_ZERO;
   uint64_t timeouts TERN_ZERO;
+  uint64_t network_bytes TERN_ZERO; /* put to ranks of other nodes: payload, scales and metadata, without what the network adds */
 } tern_metrics;
 
 /* Counters since creation, all lanes. Local, any thread. GPU ranks count the first three, and received_rows where the host knows them
@@ -563,8 +572,8 @@ typedef struct tern_dispatch_args {
 /* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
  * (GPU). WORST: rows beyond the capacity are left out and TERN_CAPACITY_EXCEEDED is returned (GPU: set in the state) after an
  * otherwise complete operation. Two sends may be under way on a lane before its first receive, with nothing else of the lane between
- * them. GPU, throughput path: a `routing` is something else, so two plans are routed before the first send; and a send with a routing
- * waits, on the stream, for the counts of all ranks. The latency path does without either. Collective. */
+ * them. GPU on the throughput path, and between nodes: a `routing` is something else, so two plans are routed before the first send; and a
+ * send with a routing waits (GPU: on the stream) for the counts of all ranks. Collective. */
 TERN_API tern_status tern_dispatch(tern_plan* plan, const tern_dispatch_args* args, const tern_launch* launch);
 
 /* ----------------------------------------------------------------------------------------------------------- combine */
@@ -587,7 +596,8 @@ typedef struct tern_combine_args {
   const float* row_weights TERN_ZERO; /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
   const void* bias[2] TERN_ZERO;      /* [num_tokens, hidden] each, or NULL; added first, in this order */
   void* out_tokens TERN_ZERO;         /* [num_tokens, hidden] */
-  float* out_topk_weights TERN_ZERO;  /* [num_tokens, num_topk]: row_weights summed over ranks, ascending; needs weights that travel */
+  /* [num_tokens, num_topk]: row_weights summed over ranks, ascending (within each node, then over nodes); needs weights that travel */
+  float* out_topk_weights TERN_ZERO;
   /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies. GPU: 1 is checked on
    * this rank, and changes nothing */
   int32_t zero_copy TERN_ZERO;
@@ -600,6 +610,7 @@ typedef struct tern_combine_args {
  *   out[t] = round(bias[0][t] + bias[1][t] + sum over ranks r, ascending, of wire(sum over k on r, ascending, of w[t,k] * row[t,k]))
  * in FP32, products and sums rounded separately, sums starting at +0, wire() rounding once as tern_combine_args.wire says, also for the rows
  * that stay on their rank.
+ * With several nodes (CPU ranks) the sum is over nodes, ascending, of wire(sum over the ranks of the node, ascending, of wire(...)).
  * EXACT: one sum over all k in ascending order; rows travel as they are, so that there is no rounding but with LOG10BIT, where each row is
  * encoded: w[t,k] * wire(row[t,k]); on rank_major the same as HIERARCHICAL. Tokens without any entry get the bias,
  * or zeros. The plan must have been dispatched once. Collective. */
@@ -639,7 +650,8 @@ typedef struct tern_span {
   int64_t begin_ns TERN_ZERO; /* of CLOCK_MONOTONIC */
   int64_t end_ns TERN_ZERO;
   uint64_t epoch TERN_ZERO; /* of SEND, WAIT, RECEIVE, REDUCE; starts again with each generation */
-  /* SEND: written to all ranks, as tern_metrics counts them in sent_bytes and sent_local_bytes: what goes through the staging. RECEIVE:
+  /* SEND: written to all ranks, as tern_metrics counts them in sent_bytes and sent_local_bytes: what goes through the staging; between nodes
+   * also of what a dispatch puts to other nodes, as in network_bytes, with the rail's epoch. RECEIVE:
    * the same, from the peer. REDUCE: of the rows that were summed. Otherwise 0 */
   int64_t bytes TERN_ZERO;
   tern_span_kind kind TERN_ZERO;

@@ -187,7 +187,7 @@ class GroupOptions(Struct):
         ("log", LogFn),
         ("log_context", c_void_p),
         ("log_level", c_int32),
-        ("reserved", c_int32),
+        ("ranks_per_node", c_int32),
     ]
 
 
@@ -290,6 +290,7 @@ class Metrics(Struct):
         ("sleeps", c_uint64),
         ("wait_ns", c_uint64),
         ("timeouts", c_uint64),
+        ("network_bytes", c_uint64),
     ]
 
 

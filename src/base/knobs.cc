@@ -34,6 +34,8 @@ void for_each_knob(Knobs& k, Visitor visit) {
   visit("TERN_LATENCY_MAX_KB", "batches up to this many KiB of rows per rank take the latency path (CPU ranks 32, GPU ranks 4096)",
         k.latency_max_kb);
   visit("TERN_BULK_COPY", "0: GPU ranks copy by 16-byte loads and stores where they could use bulk copies (1)", k.bulk_copy);
+  visit("TERN_RANKS_PER_NODE",
+        "declares nodes: ranks 0 to n - 1 are on the first, the next n on the second, ... (found out: a host is a node)", k.ranks_per_node);
   visit("TERN_RENDEZVOUS", "host:port at which the ranks of a launcher meet (from the launcher)", k.rendezvous);
   visit("TERN_FABRIC_PROVIDER", "libfabric's provider between hosts: verbs, efa, cxi, tcp, ... (the first of these that all ranks have)",
         k.fabric_provider);

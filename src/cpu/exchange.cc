@@ -9,6 +9,7 @@
 #include "cpu/plan.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"
+#include "topology/nodes.h"
 
 namespace tern::cpu {
 namespace {
@@ -16,12 +17,20 @@ namespace {
 constexpr int64_t kDefaultSpinUs = 50;
 constexpr int64_t kCrowdedSpinUs = 20;
 
-LaneOptions lane_options(const tern_exchange_options& options, int num_ranks) {
+LaneOptions lane_options(const tern_exchange_options& options, int num_ranks, int num_nodes) {
   // With more ranks than cores, the rank that is waited for may need this core: spinning gives it away at once, which is cheaper than
   // to sleep and be woken, but only for as long as nobody else takes it for a whole time slice.
   const bool crowded = num_ranks > static_cast<int>(std::thread::hardware_concurrency());
   const int64_t spin_us = knobs().spin_us.value_or(crowded ? kCrowdedSpinUs : kDefaultSpinUs);
-  return {options.timeout_ms, std::chrono::microseconds(spin_us), options.on_timeout};
+  return {.timeout_ms = options.timeout_ms,
+          .spin = std::chrono::microseconds(spin_us),
+          .on_timeout = options.on_timeout,
+          .grace_ms = num_nodes > 1 ? options.timeout_ms / 4 : 0};
+}
+
+std::unique_ptr<SegmentSharer> make_node_sharer(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
+  NodeBootstrap node(bootstrap, topology);
+  return make_segment_sharer(own_node(topology), node, deadline);
 }
 
 }  // namespace
@@ -30,23 +39,31 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
                          Deadline deadline)
     : options_(options),
       log_(log),
-      sharer_(make_segment_sharer(topology, bootstrap, deadline)),
-      board_(topology, *sharer_, deadline),
+      sharer_(make_node_sharer(topology, bootstrap, deadline)),
+      board_(own_node(topology), *sharer_, deadline),
       heap_allocator_(options.window_bytes),
       trace_(options.num_lanes) {
-  if (topology.num_ranks > layout::kMaxRanks)
-    fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
-  domain_.rank = topology.rank;
-  domain_.num_ranks = topology.num_ranks;
+  if (topology.num_nodes > 1 && options.on_timeout == TERN_ON_TIMEOUT_MASK)
+    fail(TERN_UNSUPPORTED, "exchange: TERN_ON_TIMEOUT_MASK works within one node, the ranks are on {}; use TERN_ON_TIMEOUT_ABORT",
+         topology.num_nodes);
+  domain_.first_rank = first_rank_of_node(topology);
+  domain_.rank = topology.rank - domain_.first_rank;
+  domain_.num_ranks = ranks_of_node(topology);
   domain_.topology = topology;
-  domain_.layout = make_window_layout(options, topology.num_ranks);
-  domain_.windows.resize(static_cast<size_t>(topology.num_ranks));
-  domain_.heaps.resize(static_cast<size_t>(topology.num_ranks));
-  share_windows(std::vector<uint8_t>(static_cast<size_t>(topology.num_ranks)), 0, deadline);
+  domain_.layout = make_window_layout(options, topology.num_ranks, topology.num_nodes);
+  const auto num_ranks = static_cast<size_t>(domain_.num_ranks);
+  if (topology.num_ranks > layout::kMaxRanks)
+    fail(TERN_UNSUPPORTED, "exchange: {} ranks; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
+  domain_.windows.resize(num_ranks);
+  domain_.heaps.resize(num_ranks);
+  share_windows(std::vector<uint8_t>(num_ranks), 0, deadline);
   for (int i = 0; i < options.num_lanes; ++i)
-    lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, topology.num_ranks), trace_.lane(i)));
+    lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, domain_.num_ranks, topology.num_nodes), trace_.lane(i)));
   log_.write(TERN_LOG_INFO, "rank {} of {}: CPU exchange, window {} bytes, {} lanes with {} bytes a bank, heap {} bytes", topology.rank,
              topology.num_ranks, domain_.layout.total_bytes(), options.num_lanes, domain_.layout.bank_bytes, options.window_bytes);
+  if (topology.num_nodes == 1) return;
+  network_ = std::make_unique<Network>(domain_, bootstrap, options, log, deadline);
+  for (const auto& lane : lanes_) rails_.push_back(network_->make_rail(*lane));
 }
 
 // Fresh internal windows for everybody who goes on; heaps keep their addresses and contents, on memory that masked ranks cannot reach.
@@ -72,7 +89,11 @@ void CpuExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t gen
   domain_.generation = generation;
 }
 
-std::unique_ptr<DevicePlan> CpuExchange::create_plan(const PlanShape& shape) { return std::make_unique<CpuPlan>(*this, shape); }
+std::unique_ptr<DevicePlan> CpuExchange::create_plan(const PlanShape& shape) {
+  PlanShape with_nodes = shape;
+  with_nodes.num_nodes = num_nodes();
+  return std::make_unique<CpuPlan>(*this, with_nodes);
+}
 
 void* CpuExchange::alloc_window(int64_t bytes) {
   const std::lock_guard lock(heap_mutex_);
@@ -101,9 +122,10 @@ tern_exchange_state CpuExchange::state() const {
   // Under TERN_ON_TIMEOUT_MASK a rank that calls for the next generation is no failure: it names who is not to be in it.
   const bool is_called = failure && failure->operation == TERN_OP_RECOVER && options_.on_timeout == TERN_ON_TIMEOUT_MASK;
   for (int r = 0; r < domain_.num_ranks; ++r) {
+    const int rank = domain_.rank_of_group(r);
     const bool given_up = std::any_of(lanes_.begin(), lanes_.end(), [&](const auto& lane) { return lane->has_given_up(r); });
-    result.masked[r] = domain_.is_masked(r) || given_up || (is_called && failure->awaited == r) ? 1 : 0;
-    if (result.masked[r] != 0) result.health = TERN_HEALTH_DEGRADED;
+    result.masked[rank] = domain_.is_masked(r) || given_up || (is_called && failure->awaited == rank) ? 1 : 0;
+    if (result.masked[rank] != 0) result.health = TERN_HEALTH_DEGRADED;
   }
   if (failure && !is_called) {
     result.failure = *failure;
@@ -127,11 +149,15 @@ tern_metrics CpuExchange::metrics() const {
     m.sleeps += c.sleeps;
     m.wait_ns += c.wait_ns;
     m.timeouts += c.timeouts;
+    m.network_bytes += c.network_bytes;
   }
   return m;
 }
 
 void CpuExchange::recover(const tern_recover_options& options) {
+  if (num_nodes() > 1)
+    fail(TERN_UNSUPPORTED, "recover: the ranks are on {} nodes; destroy the exchange, and make a new one with the ranks that go on",
+         num_nodes());
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
   const NextGeneration next = next_generation(domain_, board_, options, timeout_ms);
   share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));

@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "cpu/lane.h"
+#include "cpu/network.h"
 #include "domain/admission.h"
 #include "domain/domain.h"
 #include "memory/offset_allocator.h"
@@ -34,6 +35,8 @@ class CpuExchange : public DeviceExchange {
   const Domain& domain() const { return domain_; }
   const tern_exchange_options& options() const { return options_; }
   Lane& lane(int32_t index) { return *lanes_[static_cast<size_t>(index)]; }
+  // The lane's way to the other nodes; nullptr: there is one node.
+  Rail* rail(int32_t index) { return rails_.empty() ? nullptr : rails_[static_cast<size_t>(index)].get(); }
 
   // Offset of `pointer` in this rank's heap, or -1 if it does not lie there with `bytes` bytes behind it.
   int64_t heap_offset(const void* pointer, int64_t bytes) const;
@@ -47,6 +50,8 @@ class CpuExchange : public DeviceExchange {
  private:
   void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
 
+  int num_nodes() const { return domain_.topology.num_nodes; }
+
   tern_exchange_options options_;
   Log log_;
   std::unique_ptr<SegmentSharer> sharer_;
@@ -57,6 +62,8 @@ class CpuExchange : public DeviceExchange {
   OffsetAllocator heap_allocator_;
   Trace trace_;
   std::vector<std::unique_ptr<Lane>> lanes_;
+  std::unique_ptr<Network> network_;  // nullptr: one node
+  std::vector<std::unique_ptr<Rail>> rails_;
 };
 
 // What an engine folder offers to src/engine.

@@ -29,35 +29,17 @@ Lane::Lane(const Domain& domain, int index, const LaneOptions& options, SpanLog&
       spans_(&spans),
       counters_(std::make_unique<Counters>()),
       num_messages_(domain.num_ranks),
-      given_up_(domain.num_ranks) {
-  unreceived_.reserve(layout::kNumBanks + 1);
-}
+      given_up_(domain.num_ranks) {}
 
 void Lane::restart() {
-  next_epoch_ = 1;
+  epochs_.restart();
   consumed_ = 0;
-  unreceived_.clear();
   for (int r = 0; r < domain_->num_ranks; ++r) set_given_up(r, false);
   gave_up_any_ = false;
 }
 
 void Lane::check_health() const {
   if (const auto failure = recorded_failure(*domain_)) throw_recorded(*domain_, *failure);
-}
-
-void Lane::check_room(tern_operation operation, int64_t num_rounds) const {
-  const uint64_t last = next_epoch_ + static_cast<uint64_t>(num_rounds) - 1;
-  if (!unreceived_.empty() && unreceived_.front() + layout::kNumBanks <= last)
-    fail(TERN_INVALID_STATE,
-         "{} on lane {}: it needs the staging bank of a send that has not been received yet; at most {} sends may be under way",
-         operation_name(operation), index_, layout::kNumBanks);
-}
-
-uint64_t Lane::begin(tern_operation operation, int64_t num_rounds) {
-  check_room(operation, num_rounds);
-  const uint64_t first = next_epoch_;
-  next_epoch_ += static_cast<uint64_t>(num_rounds);
-  return first;
 }
 
 void Lane::begin_round(const RoundTrip& trip, uint64_t epoch) {
@@ -85,15 +67,14 @@ int64_t Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
     store_release(domain_->cell(peer, index_, domain_->rank).arrived, flag);
     ring(domain_->doorbell(peer, index_));
   });
-  unreceived_.push_back(epoch);
+  epochs_.open(epoch);
   return static_cast<int64_t>(sent + sent_local);
 }
 
 void Lane::finish_epoch(uint64_t epoch) {
   store_fence();  // rows streamed into the caller's outputs, which others may read as soon as the operation returns
-  unreceived_.erase(std::remove(unreceived_.begin(), unreceived_.end(), epoch), unreceived_.end());
-  // Receives may come out of order: only what lies before the oldest open epoch is consumed.
-  const uint64_t consumed = unreceived_.empty() ? next_epoch_ - 1 : unreceived_.front() - 1;
+  epochs_.close(epoch);
+  const uint64_t consumed = epochs_.consumed();
   if (consumed == consumed_) return;
   consumed_ = consumed;
   for_each_peer([&](int peer) {
@@ -105,11 +86,11 @@ void Lane::finish_epoch(uint64_t epoch) {
 const std::byte* Lane::await_arrived(const RoundTrip& trip, uint64_t epoch, int source) {
   if (domain_->is_masked(source)) return nullptr;
   const uint64_t& word = domain_->cell(domain_->rank, index_, source).arrived;
-  const Awaited awaited{source, trip.operation, epoch, word, TERN_AWAITED_MESSAGES};
+  const Awaited awaited{domain_->rank_of_group(source), trip.operation, epoch, word, TERN_AWAITED_MESSAGES};
   if (!wait_until(awaited, [&] { return layout::flag_epoch(load_acquire(word)) >= epoch; })) return nullptr;
   const uint64_t flag = load_acquire(word);
   if (layout::flag_epoch(flag) == epoch && layout::flag_operation(flag) != trip.operation)
-    fail_mismatch(awaited, fmt::format("rank {} was in {}", source, operation_name(layout::flag_operation(flag))));
+    fail_mismatch(awaited, fmt::format("rank {} was in {}", awaited.rank, operation_name(layout::flag_operation(flag))));
   check_shape(trip, awaited, domain_->header(index_, epoch, source));
   return domain_->bank(domain_->rank, index_, epoch, source);
 }
@@ -127,26 +108,32 @@ void Lane::post_ready(uint64_t epoch, tern_operation operation, int64_t offset) 
 std::byte* Lane::await_ready(uint64_t epoch, tern_operation operation, int peer) {
   if (domain_->is_masked(peer)) return nullptr;
   const layout::FlagCell& cell = domain_->cell(domain_->rank, index_, peer);
-  const Awaited awaited{peer, operation, epoch, cell.ready, TERN_AWAITED_ADDRESS};
+  const Awaited awaited{domain_->rank_of_group(peer), operation, epoch, cell.ready, TERN_AWAITED_ADDRESS};
   // A peer that does not use window memory goes on without posting: then its data arrive, and no `ready` was there before.
   const auto ready = [&] { return layout::flag_epoch(load_acquire(cell.ready)) >= epoch; };
   const auto passed_by = [&] { return layout::flag_epoch(load_acquire(cell.arrived)) >= epoch && !ready(); };
   if (!wait_until(awaited, [&] { return ready() || passed_by(); })) return nullptr;
-  if (!ready()) fail_mismatch(awaited, fmt::format("rank {} passed rows outside of its window or called something else", peer));
+  if (!ready()) fail_mismatch(awaited, fmt::format("rank {} passed rows outside of its window or called something else", awaited.rank));
   const uint64_t flag = load_acquire(cell.ready);
   if (layout::flag_epoch(flag) == epoch && layout::flag_operation(flag) != operation)
-    fail_mismatch(awaited, fmt::format("rank {} was in {}", peer, operation_name(layout::flag_operation(flag))));
+    fail_mismatch(awaited, fmt::format("rank {} was in {}", awaited.rank, operation_name(layout::flag_operation(flag))));
   return domain_->heap(peer) + cell.ready_offset[epoch % layout::kNumBanks];
 }
 
 void Lane::await_consumed(uint64_t epoch, tern_operation operation, int peer) {
   const uint64_t& word = domain_->cell(domain_->rank, index_, peer).consumed;
-  wait_until({peer, operation, epoch, word, TERN_AWAITED_CONSUMED}, [&] { return load_acquire(word) >= epoch; });
+  wait_until({domain_->rank_of_group(peer), operation, epoch, word, TERN_AWAITED_CONSUMED}, [&] { return load_acquire(word) >= epoch; });
+}
+
+void Lane::await_network(const Awaited& awaited) {
+  wait_until(awaited, [&] { return load_acquire(awaited.word) >= awaited.epoch; });
 }
 
 template <typename Ready>
 bool Lane::wait_until(const Awaited& awaited, Ready ready) {
-  if (gave_up(awaited.rank)) return false;  // also if it comes after all: it counts as absent to the end of the operation
+  const int peer = awaited.rank - domain_->first_rank;
+  const bool in_domain = peer >= 0 && peer < domain_->num_ranks;
+  if (in_domain && gave_up(peer)) return false;  // also if it comes after all: it counts as absent to the end of the operation
   if (ready()) return true;
   return with_span(
       *spans_,
@@ -162,7 +149,8 @@ template <typename Ready>
 bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   counters_->waits.fetch_add(1, std::memory_order_relaxed);
   const auto start = Deadline::Clock::now();
-  const Deadline deadline = Deadline::in_ms(options_.timeout_ms);
+  Deadline deadline = Deadline::in_ms(options_.timeout_ms);
+  bool in_grace = false;
   layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
   const auto done = [&](bool result) {
     const std::chrono::nanoseconds waited = Deadline::Clock::now() - start;
@@ -186,6 +174,11 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
     }
     if (deadline.passed()) {
       stop_listening(bell);
+      if (!in_grace && has_grace(awaited)) {
+        in_grace = true;
+        deadline = Deadline::in_ms(options_.grace_ms);
+        continue;
+      }
       return done(ready() || give_up(awaited));
     }
     counters_->sleeps.fetch_add(1, std::memory_order_relaxed);
@@ -193,8 +186,13 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   }
 }
 
-void Lane::go_on_without(int rank) {
-  set_given_up(rank, true);
+bool Lane::has_grace(const Awaited& awaited) const {
+  return options_.grace_ms > 0 && !is_known_to_be_down(domain_->topology, awaited.rank);
+}
+
+// Only exchanges of one node go on without a rank.
+void Lane::go_on_without(int rank_of_group) {
+  set_given_up(rank_of_group - domain_->first_rank, true);
   gave_up_any_ = true;
 }
 
@@ -205,8 +203,12 @@ void Lane::set_given_up(int rank, bool given_up) {
 // The deadline has passed. Under TERN_ON_TIMEOUT_MASK the operation goes on without the rank: returns false.
 bool Lane::give_up(const Awaited& awaited) {
   counters_->timeouts.fetch_add(1, std::memory_order_relaxed);
-  const uint64_t seen = awaited.what == TERN_AWAITED_CONSUMED ? load_acquire(awaited.word) : layout::flag_epoch(load_acquire(awaited.word));
-  const tern_failure failure{TERN_TIMEOUT, domain_->rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, seen};
+  const uint64_t word = load_acquire(awaited.word);
+  const int peer = awaited.rank - domain_->first_rank;
+  const bool is_flag = awaited.what != TERN_AWAITED_CONSUMED && peer >= 0 && peer < domain_->num_ranks;
+  const uint64_t seen = is_flag ? layout::flag_epoch(word) : word;
+  const tern_failure failure{TERN_TIMEOUT, domain_->rank_of_group(domain_->rank), awaited.rank, index_, awaited.operation, 0, awaited.epoch,
+                             seen};
   if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) {
     go_on_without(awaited.rank);
     return false;
@@ -230,17 +232,18 @@ bool Lane::still_waits_after_failure(const Awaited& awaited) {
 }
 
 void Lane::fail_mismatch(const Awaited& awaited, const std::string& details) {
-  const tern_failure failure{TERN_MISMATCH, domain_->rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, awaited.epoch};
+  const int own_rank = domain_->rank_of_group(domain_->rank);
+  const tern_failure failure{TERN_MISMATCH, own_rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, awaited.epoch};
   announce_failure(*domain_, failure);
   throw Failure(TERN_MISMATCH,
                 fmt::format("{} on lane {}, epoch {}: ranks {} and {} disagree: {}. Every rank must make the same calls in the same order",
-                            operation_name(awaited.operation), index_, awaited.epoch, domain_->rank, awaited.rank, details));
+                            operation_name(awaited.operation), index_, awaited.epoch, own_rank, awaited.rank, details));
 }
 
 void Lane::check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header) {
   if (header.shape == trip.shape) return;
-  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank, shape_text(trip.shape), awaited.rank,
-                                     shape_text(header.shape)));
+  fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank_of_group(domain_->rank), shape_text(trip.shape),
+                                     awaited.rank, shape_text(header.shape)));
 }
 
 }  // namespace tern::cpu

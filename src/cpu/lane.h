@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "base/deadline.h"
+#include "cpu/epochs.h"
 #include "domain/domain.h"
 #include "domain/doorbell.h"
 #include "domain/failure.h"
@@ -29,12 +30,15 @@ struct LaneOptions {
   int64_t timeout_ms = 0;
   std::chrono::nanoseconds spin{0};
   tern_timeout_policy on_timeout = TERN_ON_TIMEOUT_ABORT;
+  // Between nodes ranks wait for ranks that wait for others. Who waits for one that is not known to be down gives the others this much
+  // time to name the one at fault.
+  int64_t grace_ms = 0;
 };
 
 // Read by tern_exchange_get_metrics from any thread.
 struct Counters {
   std::atomic<uint64_t> routes{0}, dispatches{0}, combines{0}, rounds{0}, sent_bytes{0}, sent_local_bytes{0}, received_rows{0}, waits{0},
-      sleeps{0}, wait_ns{0}, timeouts{0};
+      sleeps{0}, wait_ns{0}, timeouts{0}, network_bytes{0};
 };
 
 // What one operation is to its lane.
@@ -58,9 +62,18 @@ inline TokenRange tokens_of_round(const RoundTrip& trip, int64_t round) {
   return {round * trip.tokens_per_round, (round + 1) * trip.tokens_per_round};
 }
 
+// Waiting for a word of this rank's memory that another rank, or what the network brings from it, lets grow.
+struct Awaited {
+  int rank;  // of the group
+  tern_operation operation;
+  uint64_t epoch;
+  const uint64_t& word;  // flag or, of CONSUMED and between nodes, epoch that is waited for
+  tern_awaited what;
+};
+
 class Lane;
 
-// While it lives, what a lane waits for each rank is added to wait_ns[rank], which may be nullptr.
+// While it lives, what a lane waits for each rank of the group is added to wait_ns[rank], which may be nullptr.
 class CountedWaits {
  public:
   CountedWaits(Lane& lane, int64_t* wait_ns);
@@ -84,10 +97,13 @@ class Lane {
   void check_health() const;
 
   // TERN_INVALID_STATE if an earlier send still holds a bank that the next `num_rounds` epochs need.
-  void check_room(tern_operation operation, int64_t num_rounds) const;
+  void check_room(tern_operation operation, int64_t num_rounds) const { epochs_.check_room(operation, index_, num_rounds); }
 
   // Takes the next `num_rounds` epochs and returns the first. Checks their room.
-  uint64_t begin(tern_operation operation, int64_t num_rounds);
+  uint64_t begin(tern_operation operation, int64_t num_rounds) {
+    check_room(operation, num_rounds);
+    return epochs_.take(num_rounds);
+  }
 
   // Whole operation: fill(round, epoch) writes slots, drain(round, epoch) reads them.
   template <typename Fill, typename Drain>
@@ -140,9 +156,11 @@ class Lane {
     const std::byte* bank = await_arrived(trip, epoch, source);
     if (bank == nullptr) return;
     const int64_t num_messages = reinterpret_cast<const layout::MessageHeader*>(bank)->num_messages;
-    const Span span(
-        *spans_,
-        {.kind = TERN_SPAN_RECEIVE, .operation = trip.operation, .peer = source, .epoch = epoch, .bytes = trip.bank.bytes(num_messages)});
+    const Span span(*spans_, {.kind = TERN_SPAN_RECEIVE,
+                              .operation = trip.operation,
+                              .peer = domain_->rank_of_group(source),
+                              .epoch = epoch,
+                              .bytes = trip.bank.bytes(num_messages)});
     use(bank);
   }
 
@@ -152,6 +170,10 @@ class Lane {
   std::byte* await_ready(uint64_t epoch, tern_operation operation, int peer);
   // Waits until `peer` has consumed everything up to `epoch`.
   void await_consumed(uint64_t epoch, tern_operation operation, int peer);
+  // Between nodes: waits until the word, an epoch, has grown to what is awaited. The lane's doorbell rings when it does.
+  void await_network(const Awaited& awaited);
+  // Ranks do not call the same: tells everybody, and throws.
+  [[noreturn]] void fail_mismatch(const Awaited& awaited, const std::string& details);
 
   const Domain& domain() const { return *domain_; }
   int index() const { return index_; }
@@ -165,20 +187,12 @@ class Lane {
   bool has_given_up(int r) const {
     return std::atomic_ref(const_cast<uint8_t&>(given_up_[static_cast<size_t>(r)])).load(std::memory_order_relaxed) != 0;
   }
-  uint64_t next_epoch() const { return next_epoch_; }
+  uint64_t next_epoch() const { return epochs_.next(); }
   // Is there a send that has not been received? The same answer on every rank at the same call.
-  bool has_unreceived() const { return !unreceived_.empty(); }
+  bool has_unreceived() const { return epochs_.any_open(); }
 
  private:
   friend class CountedWaits;
-
-  struct Awaited {
-    int rank;
-    tern_operation operation;
-    uint64_t epoch;
-    const uint64_t& word;  // flag or, of CONSUMED, epoch that is waited for
-    tern_awaited what;
-  };
 
   void begin_round(const RoundTrip& trip, uint64_t epoch);
   // Returns the bytes of the round, to all ranks.
@@ -190,10 +204,10 @@ class Lane {
   template <typename Ready>
   bool keep_waiting(const Awaited& awaited, Ready ready);
   bool give_up(const Awaited& awaited);
-  void go_on_without(int rank);
+  bool has_grace(const Awaited& awaited) const;
+  void go_on_without(int rank_of_group);
   void set_given_up(int rank, bool given_up);
   bool still_waits_after_failure(const Awaited& awaited);
-  [[noreturn]] void fail_mismatch(const Awaited& awaited, const std::string& details);
   void check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header);
 
   const Domain* domain_;
@@ -201,11 +215,10 @@ class Lane {
   LaneOptions options_;
   SpanLog* spans_;
   std::unique_ptr<Counters> counters_;
-  uint64_t next_epoch_ = 1;
+  Epochs epochs_;
   uint64_t consumed_ = 0;              // as published
-  std::vector<uint64_t> unreceived_;   // epochs sent and not yet received, ascending
   std::vector<int32_t> num_messages_;  // [num_ranks] slots filled in the round under way
-  std::vector<uint8_t> given_up_;      // [num_ranks]
+  std::vector<uint8_t> given_up_;      // [num_ranks], of the domain
   bool gave_up_any_ = false;
   int64_t* wait_ns_ = nullptr;  // [num_ranks] of the running operation's caller
 };

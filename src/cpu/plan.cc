@@ -6,11 +6,13 @@
 
 #include "base/error.h"
 #include "base/knobs.h"
+#include "plan/window_sizing.h"
 
 namespace tern::cpu {
 namespace {
 
 constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
+constexpr int64_t kRailRoundBytes = 1 << 20;  // of slots from one rank to another node
 constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
 constexpr int64_t kLatencyKb = 32;            // of rows per rank: batches up to this size take the latency path
 
@@ -19,23 +21,30 @@ size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<
 }  // namespace
 
 PlanScratch::PlanScratch(const PlanShape& shape)
-    : row_address(static_cast<size_t>(shape.num_ranks)),
+    : row_address(static_cast<size_t>(shape.ranks_per_node())),
       next_message(static_cast<size_t>(shape.num_ranks)),
-      arrived(static_cast<size_t>(shape.num_ranks)),
-      next_slot(static_cast<size_t>(shape.num_ranks)) {
+      arrived(static_cast<size_t>(shape.ranks_per_node())),
+      next_slot(static_cast<size_t>(shape.ranks_per_node())),
+      next_to(static_cast<size_t>(shape.num_nodes)),
+      rail_slots(static_cast<size_t>(shape.num_nodes)) {
   const auto most_per_token = static_cast<size_t>(std::max(shape.num_ranks, shape.num_topk));
   payload_places.reserve(most_per_token);
   scale_places.reserve(most_per_token);
   terms.reserve(most_per_token);
   group_ends.reserve(most_per_token);
+  for (auto& banks : rail_banks) banks.resize(static_cast<size_t>(shape.num_nodes));
 }
 
 CpuPlan::CpuPlan(CpuExchange& exchange, const PlanShape& shape)
     : exchange_(exchange),
       table_(shape),
-      weights_{std::vector<float>(topk_elements(shape.max_tokens, shape)), std::vector<float>(topk_elements(shape.max_messages(), shape)),
+      weights_{std::vector(static_cast<size_t>(shape.num_nodes), std::vector<float>(topk_elements(shape.max_tokens, shape))),
+               std::vector(static_cast<size_t>(shape.num_nodes > 1 ? shape.num_nodes : 0),
+                           std::vector<float>(topk_elements(shape.max_tokens, shape))),
+               std::vector<float>(topk_elements(shape.max_messages(), shape)),
                std::vector<float>(topk_elements(shape.max_messages(), shape))},
       scratch_(shape),
+      none_masked_(static_cast<size_t>(shape.num_nodes > 1 ? shape.num_ranks : 0)),
       received_per_rank_(static_cast<size_t>(shape.num_ranks)),
       received_per_expert_(static_cast<size_t>(shape.local_experts())),
       sent_per_rank_(static_cast<size_t>(shape.num_ranks)),
@@ -78,7 +87,7 @@ void CpuPlan::set_routing(Lane& lane, const tern_routing& routing) {
   tickets_ = {};
   routed_ = dispatched_ = false;
   weights_.carried = false;
-  table_.set_routing(routing, exchange_.domain().masked);
+  table_.set_routing(routing, shape().num_nodes > 1 ? none_masked_ : exchange_.domain().masked);
 }
 
 void CpuPlan::finish_routing() {
@@ -96,9 +105,11 @@ void CpuPlan::finish_routing() {
 void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
   operate(launch, true, [&](Lane& lane) {
     check_nothing_under_way("route");
+    const PlanContext ctx = context(lane);
     lane.check_room(TERN_OP_ROUTE, 1);
+    if (ctx.rail != nullptr) ctx.rail->check_room(TERN_OP_ROUTE, num_rail_rounds_of_route(ctx));
     set_routing(lane, routing);
-    run_route(context(lane));
+    run_route(ctx);
     finish_routing();
     latency_path_ = false;
     lane.counters().routes.fetch_add(1, std::memory_order_relaxed);
@@ -113,11 +124,13 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   operate(launch, routes, [&](Lane& lane) {
     const CountedWaits counted(lane, call.args.wait_ns);
     const PlanContext ctx = context(lane);
-    // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
-    const bool fused = call.args.routing != nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
+    // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place. Rails must know
+    // what comes before it comes.
+    const bool fused =
+        call.args.routing != nullptr && ctx.rail == nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
     const DispatchRun run{call, fused, launch.phase, tickets_.dispatch};
     if (launch.phase != TERN_PHASE_RECEIVE) check_nothing_under_way("dispatch");
-    check_dispatch(ctx, run, routes && !fused ? 1 : 0);
+    check_dispatch(ctx, run, routes && !fused);
     if (routes) {
       set_routing(lane, *call.args.routing);
       if (!fused) {
@@ -187,6 +200,41 @@ int64_t tokens_per_round(const PlanContext& context, const layout::BankLayout& b
          window.staging_bytes() / window.bank_bytes * bank.bytes(slots_per_token * context.shape().max_tokens), context.shape().max_tokens);
   if (phase != TERN_PHASE_WHOLE || context.lane.has_unreceived()) return tokens;
   return std::clamp<int64_t>(kRoundBytes / (bank.slot.stride() * slots_per_token), 1, tokens);
+}
+
+int64_t num_rounds_for(const PlanContext& context, int64_t tokens_per_round) {
+  return std::max<int64_t>(1, (context.table.most_tokens_of_any_rank() + tokens_per_round - 1) / tokens_per_round);
+}
+
+void restart_messages(const PlanContext& context) {
+  for (int32_t source = 0; source < context.shape().num_ranks; ++source)
+    context.scratch.next_message[static_cast<size_t>(source)] = context.table.received_begin(source);
+}
+
+void set_rail_rounds(const PlanContext& context, RailTrip& rail_trip, RoundTrip& trip, int64_t slots_per_token, tern_phase phase) {
+  const int64_t most_tokens = std::max<int64_t>(1, context.table.most_tokens_of_any_rank());
+  const int64_t fitting = rail_trip.bank.slots_in(context.rail->bank_bytes()) / slots_per_token;
+  const int64_t needed = phase == TERN_PHASE_WHOLE ? 1 : most_tokens;
+  if (fitting < needed) {
+    const auto staging_for = [&](int64_t tokens) {
+      return num_rail_banks(context.exchange.options(), context.rail->num_nodes()) *
+             layout::align_up(rail_trip.bank.bytes(tokens * slots_per_token), static_cast<int64_t>(layout::kCacheLine));
+    };
+    fail(TERN_OUT_OF_MEMORY,
+         "{}: {} tokens need {} bytes of a bank for what goes to another node, which has {}; create the exchange with staging_bytes of at "
+         "least {}, better {} for {} tokens in one round",
+         operation_name(trip.operation), needed, rail_trip.bank.bytes(needed * slots_per_token), context.rail->bank_bytes(),
+         staging_for(needed), staging_for(context.shape().max_tokens), context.shape().max_tokens);
+  }
+  trip.tokens_per_round = std::min(trip.tokens_per_round, fitting);
+  if (phase == TERN_PHASE_WHOLE) {
+    const int64_t wanted = kRailRoundBytes / (rail_trip.bank.slot.stride() * slots_per_token) / trip.tokens_per_round;
+    const int64_t most = (fitting < most_tokens ? fitting : most_tokens + trip.tokens_per_round - 1) / trip.tokens_per_round;
+    rail_trip.tokens_per_round = std::clamp<int64_t>(wanted, 1, most) * trip.tokens_per_round;
+  } else {
+    rail_trip.tokens_per_round = most_tokens;
+  }
+  rail_trip.num_rounds = (most_tokens + rail_trip.tokens_per_round - 1) / rail_trip.tokens_per_round;
 }
 
 Store batch_store(const PlanContext& context, int64_t row_bytes) {

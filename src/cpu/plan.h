@@ -15,30 +15,36 @@ namespace tern::cpu {
 
 // What combine needs to know about weights; [..., num_topk] each.
 struct PlanWeights {
-  std::vector<float> sent;        // [max_tokens] this rank's tokens, as the last dispatch carried them
-  std::vector<float> received;    // [max_messages] of the messages received with them
-  std::vector<float> from_owner;  // [max_messages] given by the owners at the running combine
-  bool carried = false;           // by the last dispatch
+  std::vector<std::vector<float>> sent;     // [num_nodes][max_tokens] of the batches' tokens, as the last dispatch carried them
+  std::vector<std::vector<float>> at_rail;  // [num_nodes][max_tokens] of other nodes' batches, given by the owners at the running combine
+  std::vector<float> received;              // [max_messages] of the messages received with them
+  std::vector<float> from_owner;            // [max_messages] given by the owners at the running combine
+  bool carried = false;                     // by the last dispatch
 };
 
 // Memory that an operation works in, so that none allocates.
 struct PlanScratch {
   explicit PlanScratch(const PlanShape& shape);
 
-  std::vector<std::byte*> row_address;     // [num_ranks] zero copy: where each rank's rows lie
+  std::vector<std::byte*> row_address;     // [ranks of the node] zero copy: where each rank's rows lie
   std::vector<std::byte*> payload_places;  // dispatch: where the row that is being sent goes
   std::vector<std::byte*> scale_places;
   std::vector<int64_t> next_message;      // [num_ranks] combine: next message of each owner
-  std::vector<const std::byte*> arrived;  // [num_ranks] combine: bank of each rank in this round
-  std::vector<int32_t> next_slot;         // [num_ranks] combine: next slot in it
+  std::vector<const std::byte*> arrived;  // [ranks of the node] combine: bank of each rank in this round
+  std::vector<int32_t> next_slot;         // [ranks of the node] combine: next slot in it
   std::vector<SumTerm> terms;             // combine: of the token that is being summed
   std::vector<int32_t> group_ends;
+
+  std::vector<size_t> next_to;                                  // [num_nodes] between nodes: next of the tokens that go there
+  std::vector<const std::byte*> rail_banks[layout::kNumBanks];  // [num_nodes] by the rail's round: what has come from each node
+  std::vector<int64_t> rail_slots;                              // [num_nodes] combine: next slot in it
 };
 
 // Everything that an operation works on.
 struct PlanContext {
   CpuExchange& exchange;
   Lane& lane;
+  Rail* rail;  // nullptr: all ranks are on one node
   RoutingTable& table;
   PlanWeights& weights;
   PlanScratch& scratch;
@@ -61,14 +67,35 @@ bool is_small(const PlanContext& context, int64_t row_bytes);
 // Are these rows of an operation, outputs or inputs, used by the other ranks where they lie? TERN_INVALID_ARGUMENT if the caller promised
 // that with zero_copy and they are not in this rank's window.
 bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy);
+// At least one.
+int64_t num_rounds_for(const PlanContext& context, int64_t tokens_per_round);
+
+// Walking the messages that this rank has received, source by source, as the rounds of their owners' tokens go on.
+void restart_messages(const PlanContext& context);
+// Calls visit(message) for the next messages from that rank of the node, of all its batches, whose tokens lie before `end`.
+template <typename Visitor>
+void for_each_message(const PlanContext& context, int domain_rank, int64_t end, Visitor visit) {
+  for (int32_t node = 0; node < context.shape().num_nodes; ++node) {
+    const int32_t source = node * context.shape().ranks_per_node() + domain_rank;
+    int64_t& message = context.scratch.next_message[static_cast<size_t>(source)];
+    for (; message < context.table.received_begin(source + 1) && context.table.source_token(message) < end; ++message) visit(message);
+  }
+}
+
+// Between nodes: how many of the owners' tokens go over the network in a round, of which each has `slots_per_token` slots. A multiple of
+// what the rounds within the node take, which is lowered where the network's banks are smaller. TERN_OUT_OF_MEMORY says what would be
+// needed if not even one token fits, or for a phase not all.
+void set_rail_rounds(const PlanContext& context, RailTrip& rail_trip, RoundTrip& trip, int64_t slots_per_token, tern_phase phase);
 // A send phase must fit one bank.
 void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase);
 
 void run_route(const PlanContext& context);
+// Between nodes: what a route takes of the rail.
+int64_t num_rail_rounds_of_route(const PlanContext& context);
 
 // A send that has not been received.
 struct Ticket {
-  uint64_t epoch = 0;  // 0: there is none
+  uint64_t epoch = 0;  // 0: there is none. Between nodes: the rail's
   int32_t lane_idx = 0;
   uint32_t generation = 0;
   layout::CallShape shape;
@@ -83,8 +110,8 @@ struct DispatchRun {
   tern_phase phase = TERN_PHASE_WHOLE;
   Ticket& ticket;
 };
-// Throws what would keep the dispatch from being started, and changes nothing. `num_rounds_before`: of a route that goes ahead of it.
-void check_dispatch(const PlanContext& context, const DispatchRun& run, int64_t num_rounds_before);
+// Throws what would keep the dispatch from being started, and changes nothing. `after_route`: a route goes ahead of it.
+void check_dispatch(const PlanContext& context, const DispatchRun& run, bool after_route);
 void run_dispatch(const PlanContext& context, const DispatchRun& run);
 
 struct CombineRun {
@@ -111,7 +138,7 @@ class CpuPlan : public DevicePlan {
     Ticket combine;
   };
 
-  PlanContext context(Lane& lane) { return {exchange_, lane, table_, weights_, scratch_}; }
+  PlanContext context(Lane& lane) { return {exchange_, lane, exchange_.rail(lane.index()), table_, weights_, scratch_}; }
   void check_ready(const char* operation, bool must_be_dispatched) const;
   // Must the ticket's receive come first? What was sent in an earlier generation is gone.
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.domain().generation; }
@@ -131,6 +158,7 @@ class CpuPlan : public DevicePlan {
   bool routed_ = false;
   bool dispatched_ = false;
   bool latency_path_ = false;
+  std::vector<uint8_t> none_masked_;  // [num_ranks] between nodes
   std::vector<int32_t> received_per_rank_, received_per_expert_, sent_per_rank_, pair_counts_;
 };
 

@@ -1,16 +1,83 @@
 // SPDX-License-Identifier: Apache-2.0
-// Route: every rank tells every rank its counts; then everybody knows every offset.
+// Route: every rank tells every rank its counts; then everybody knows every offset. Between nodes it first tells its rail in each node what
+// that node must know: its counts there, and which tokens come, with their experts. Rails hand on the counts as they do their own.
+#include <algorithm>
 #include <cstring>
 
 #include "base/error.h"
 #include "cpu/plan.h"
 
 namespace tern::cpu {
+namespace {
+
+// A slot: the token, then its words.
+RailTrip rail_trip_of_route(const PlanContext& ctx) {
+  const PlanShape& shape = ctx.shape();
+  RailTrip trip{.operation = TERN_OP_ROUTE,
+                .shape = call_shape(shape),
+                .bank = {.num_counts = ctx.table.num_counts(), .slot = {.num_words = 1 + shape.route_words()}}};
+  trip.tokens_per_round = std::min(shape.max_tokens, trip.bank.slots_in(ctx.rail->bank_bytes()));
+  if (trip.tokens_per_round == 0)
+    fail(TERN_OUT_OF_MEMORY,
+         "route: the counts of {} experts and {} ranks need {} bytes of a bank for what goes to another node, which has {}; create the "
+         "exchange with more staging_bytes or max_experts",
+         shape.num_experts, shape.num_ranks, trip.bank.bytes(1), ctx.rail->bank_bytes());
+  // The counts are not known yet: only the plan's bound is the same on every rank.
+  trip.num_rounds = (shape.max_tokens + trip.tokens_per_round - 1) / trip.tokens_per_round;
+  return trip;
+}
+
+// The counts go with every round, since each has room for them.
+void send_tokens(const PlanContext& ctx, const RailTrip& trip, uint64_t epoch, int64_t begin) {
+  std::vector<size_t>& next_to = ctx.scratch.next_to;
+  ctx.rail->start_round(trip, epoch);
+  ctx.rail->for_each_other_node([&](int node) {
+    ctx.table.get_counts_for(node, {ctx.rail->counts_for(trip, epoch, node), static_cast<size_t>(ctx.table.num_counts())});
+    const auto tokens = ctx.table.tokens_to(node);
+    size_t& next = next_to[static_cast<size_t>(node)];
+    for (; next < tokens.size() && tokens[next] < begin + trip.tokens_per_round; ++next) {
+      auto* words = reinterpret_cast<int32_t*>(ctx.rail->next_slot(trip, epoch, node) + trip.bank.slot.words());
+      words[0] = tokens[next];
+      ctx.table.get_words_for(node, tokens[next], {words + 1, static_cast<size_t>(ctx.shape().route_words())});
+    }
+  });
+  ctx.rail->send_round(trip, epoch);
+}
+
+void receive_tokens(const PlanContext& ctx, const RailTrip& trip, uint64_t epoch) {
+  ctx.rail->for_each_other_node([&](int node) {
+    const std::byte* bank = ctx.rail->await_arrived(trip, epoch, node);
+    SourceBatch& batch = ctx.table.batch(node);
+    const auto counts = ctx.table.counts_of(batch.source());
+    std::memcpy(counts.data(), bank + trip.bank.counts(), counts.size_bytes());
+    const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(bank)->num_slots;
+    for (int32_t i = 0; i < num_slots; ++i) {
+      const auto* words = reinterpret_cast<const int32_t*>(bank + trip.bank.slot_at(i) + trip.bank.slot.words());
+      batch.add_token(words[0], {words + 1, static_cast<size_t>(ctx.shape().route_words())});
+    }
+  });
+  ctx.rail->finish_round(epoch);
+}
+
+void exchange_between_nodes(const PlanContext& ctx) {
+  const RailTrip trip = rail_trip_of_route(ctx);
+  const uint64_t first = ctx.rail->begin(trip.operation, trip.num_rounds);
+  std::fill(ctx.scratch.next_to.begin(), ctx.scratch.next_to.end(), 0);
+  for (int64_t round = 0; round < trip.num_rounds; ++round) {
+    send_tokens(ctx, trip, first + static_cast<uint64_t>(round), round * trip.tokens_per_round);
+    if (round > 0) receive_tokens(ctx, trip, first + static_cast<uint64_t>(round) - 1);
+  }
+  receive_tokens(ctx, trip, first + static_cast<uint64_t>(trip.num_rounds) - 1);
+}
+
+}  // namespace
+
+int64_t num_rail_rounds_of_route(const PlanContext& ctx) { return rail_trip_of_route(ctx).num_rounds; }
 
 void run_route(const PlanContext& ctx) {
   RoundTrip trip{.operation = TERN_OP_ROUTE,
                  .shape = call_shape(ctx.shape()),
-                 .bank = {.num_counts = ctx.table.num_counts(), .slot = {}},
+                 .bank = {.num_counts = ctx.shape().num_nodes * ctx.table.num_counts(), .slot = {}},
                  .num_tokens = ctx.table.num_tokens(),
                  .tokens_per_round = 1};
   if (trip.bank.slots() > ctx.domain().layout.bank_bytes)
@@ -18,19 +85,25 @@ void run_route(const PlanContext& ctx) {
          "route: the counts of {} experts need {} bytes of a staging bank, which has {}; create the exchange with more staging_bytes or "
          "max_experts",
          ctx.shape().num_experts, trip.bank.slots(), ctx.domain().layout.bank_bytes);
-  const auto own = ctx.table.counts_of(ctx.shape().rank);
+  if (ctx.rail != nullptr) exchange_between_nodes(ctx);
+  const auto num_bytes = static_cast<int64_t>(ctx.table.counts_of(0).size_bytes());
+  // Of this rank and its rails, one node after the other.
   const auto send_counts = [&](int64_t, uint64_t epoch) {
     ctx.lane.for_each_peer([&](int peer) {
-      std::byte* bank = ctx.domain().bank(peer, ctx.lane.index(), epoch, ctx.shape().rank);
-      std::memcpy(bank + trip.bank.counts(), own.data(), own.size_bytes());
+      std::byte* counts = ctx.domain().bank(peer, ctx.lane.index(), epoch, ctx.domain().rank) + trip.bank.counts();
+      for (const SourceBatch& batch : ctx.table.batches()) {
+        std::memcpy(counts, ctx.table.counts_of(batch.source()).data(), static_cast<size_t>(num_bytes));
+        counts += num_bytes;
+      }
     });
   };
   const auto receive_counts = [&](int64_t, uint64_t epoch) {
-    ctx.domain().for_each_member([&](int source) {
-      ctx.lane.receive_from(trip, epoch, source, [&](const std::byte* bank) {
-        if (source == ctx.shape().rank) return;
-        std::memcpy(ctx.table.counts_of(source).data(), bank + trip.bank.counts(), own.size_bytes());
-        ctx.table.tokens_of(source) = reinterpret_cast<const layout::MessageHeader*>(bank)->num_tokens;
+    ctx.domain().for_each_member([&](int peer) {
+      ctx.lane.receive_from(trip, epoch, peer, [&](const std::byte* bank) {
+        if (peer == ctx.domain().rank) return;
+        for (int32_t node = 0; node < ctx.shape().num_nodes; ++node)
+          std::memcpy(ctx.table.counts_of(node * ctx.shape().ranks_per_node() + peer).data(), bank + trip.bank.counts() + node * num_bytes,
+                      static_cast<size_t>(num_bytes));
       });
     });
   };

@@ -21,16 +21,19 @@ inline uint64_t load_acquire(const uint64_t& word) {
 }
 inline void store_release(uint64_t& word, uint64_t value) { std::atomic_ref<uint64_t>(word).store(value, std::memory_order_release); }
 
+// Ranks are numbered within the domain, unless a comment says "of the group": there this domain's first rank is `first_rank`.
 struct Domain {
   int rank = 0;
   int num_ranks = 0;
+  int first_rank = 0;
   uint32_t generation = 0;
   layout::WindowLayout layout;
-  Topology topology;
+  Topology topology;                              // of the group
   std::vector<uint8_t> masked;                    // [num_ranks]
   std::vector<std::shared_ptr<Segment>> windows;  // [num_ranks] internal window, nullptr: masked
   std::vector<std::shared_ptr<Segment>> heaps;    // [num_ranks] memory of tern_window_alloc; all nullptr: none
 
+  int rank_of_group(int r) const { return first_rank + r; }
   bool is_masked(int r) const { return masked[static_cast<size_t>(r)] != 0; }
   std::byte* window(int owner) const { return windows[static_cast<size_t>(owner)]->data(); }
   std::byte* heap(int owner) const { return heaps[static_cast<size_t>(owner)]->data(); }

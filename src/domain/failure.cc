@@ -30,6 +30,9 @@ const char* operation_name(int operation) {
 
 std::string failure_text(const Domain& domain, const tern_failure& f) {
   if (f.status == TERN_MISMATCH) return mismatch_text(f) + kAdvice;
+  if (f.status == TERN_SYSTEM_ERROR)
+    return fmt::format("rank {} lost its connection to rank {}{}{}", f.waiter, f.awaited, describe_rank(domain.topology, f.awaited),
+                       kAdvice);
   return fmt::format("rank {} waited until its deadline for rank {}{}: {}, lane {}, epoch {}, saw {}{}", f.waiter, f.awaited,
                      describe_rank(domain.topology, f.awaited), operation_name(f.operation), f.lane, f.expected_epoch, f.seen_epoch,
                      kAdvice);
@@ -68,7 +71,7 @@ void announce_failure(const Domain& domain, const tern_failure& failure) {
 }
 
 void throw_recorded(const Domain& domain, const tern_failure& failure) {
-  const bool own = failure.waiter == domain.rank;
+  const bool own = failure.waiter == domain.rank_of_group(domain.rank);
   throw Failure(own ? failure.status : TERN_ABORTED, failure_text(domain, failure));
 }
 

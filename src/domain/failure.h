@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The error record of a generation: who waited for whom, in which operation, lane and epoch. The first rank that fails writes it into
-// every window, so that all the others stop waiting too.
+// The error record of a generation: who waited for whom (ranks of the group), in which operation, lane and epoch. The first rank that fails
+// writes it into every window of its domain, so that all the others stop waiting too.
 #pragma once
 
 #include <tern/tern.h>

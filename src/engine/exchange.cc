@@ -8,6 +8,7 @@
 #include "engine/objects.h"
 #include "plan/routing_table.h"
 #include "plan/window_sizing.h"
+#include "topology/nodes.h"
 
 namespace tern {
 namespace {
@@ -38,8 +39,16 @@ tern_exchange_options choose_engine(tern_exchange_options options) {
   return options;
 }
 
+// GPU ranks make one domain of all ranks, whatever their nodes are.
+int num_nodes(const Topology& topology, const tern_exchange_options& o) {
+  if (o.device == TERN_DEVICE_CUDA) return 1;
+  check_nodes(topology);
+  return topology.num_nodes;
+}
+
 void compare_configuration(Group& group, const tern_exchange_options& o, Deadline deadline) {
   const int num_ranks = group.topology.num_ranks;
+  const int nodes = num_nodes(group.topology, o);
   const Configuration own{tern_version(),
                           o.device,
                           o.staging_bytes,
@@ -52,7 +61,7 @@ void compare_configuration(Group& group, const tern_exchange_options& o, Deadlin
                           o.num_lanes,
                           o.on_timeout,
                           o.mode,
-                          static_cast<int32_t>(make_window_layout(o, num_ranks).bank_bytes >> 10)};
+                          static_cast<int32_t>(make_window_layout(o, num_ranks, nodes).bank_bytes >> 10)};
   std::vector<Configuration> all(static_cast<size_t>(num_ranks));
   group.bootstrap->allgather(&own, all.data(), sizeof(own), deadline);
   for (int r = 0; r < num_ranks; ++r)
@@ -67,7 +76,8 @@ void compare_configuration(Group& group, const tern_exchange_options& o, Deadlin
 std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, const tern_exchange_options& options) {
   const tern_exchange_options complete = choose_engine(complete_options(options));
   const Deadline deadline = Deadline::in_ms(complete.timeout_ms);
-  make_window_layout(complete, group->topology.num_ranks);  // refuses bad sizes before anybody is kept waiting
+  make_window_layout(complete, group->topology.num_ranks,
+                     num_nodes(group->topology, complete));  // refuses bad sizes before anybody is kept waiting
   compare_configuration(*group, complete, deadline);
   auto exchange = std::make_shared<Exchange>(Exchange{group, complete, nullptr});
   exchange->device = complete.device == TERN_DEVICE_CUDA
@@ -82,9 +92,11 @@ tern_memory_info query_memory(const Group& group, const tern_exchange_options& o
   if (complete.device == TERN_DEVICE_CUDA) {
     info = cuda_memory(complete, group.topology.num_ranks);
   } else {
-    const layout::WindowLayout window = make_window_layout(complete, group.topology.num_ranks);
+    const int nodes = num_nodes(group.topology, complete);
+    const layout::WindowLayout window = make_window_layout(complete, group.topology.num_ranks, nodes);
     info.control_bytes = window.control_bytes();
-    info.staging_bytes = window.staging_bytes();
+    info.staging_bytes =
+        window.staging_bytes() + num_rail_banks(complete, nodes) * rail_bank_bytes(complete, group.topology.num_ranks, nodes);
   }
   info.window_bytes = complete.window_bytes;
   info.total_bytes = info.control_bytes + info.staging_bytes + info.window_bytes;
@@ -97,12 +109,12 @@ void count_routing(const Topology& topology, const PlanShape& shape, const tern_
   table.set_routing(routing, std::vector<uint8_t>(static_cast<size_t>(shape.num_ranks)));
   const auto own = table.counts_of(shape.rank);
   if (counts.tokens_per_expert != nullptr) std::copy_n(own.begin(), shape.num_experts, counts.tokens_per_expert);
-  if (counts.tokens_per_rank != nullptr) std::copy_n(own.begin() + shape.num_experts, shape.num_ranks, counts.tokens_per_rank);
+  if (counts.tokens_per_rank != nullptr) std::copy_n(own.begin() + shape.node_experts(), shape.num_ranks, counts.tokens_per_rank);
   if (counts.token_in_rank != nullptr) std::memset(counts.token_in_rank, 0, static_cast<size_t>(routing.num_tokens * shape.num_ranks));
   if (counts.tokens_per_node != nullptr) std::fill_n(counts.tokens_per_node, topology.num_nodes, 0);
   for (int64_t token = 0; token < routing.num_tokens; ++token) {
     std::vector<uint8_t> in_node(static_cast<size_t>(topology.num_nodes));
-    for (const Message message : table.messages_of(token)) {
+    for (const Message message : table.own().messages_of(token)) {
       if (counts.token_in_rank != nullptr) counts.token_in_rank[token * shape.num_ranks + message.rank] = 1;
       const auto node = static_cast<size_t>(topology.node[static_cast<size_t>(message.rank)]);
       if (counts.tokens_per_node != nullptr && in_node[node] == 0) ++counts.tokens_per_node[node];

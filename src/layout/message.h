@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What lies in a bank: one header, optionally the sender's counts, then slots of equal size.
 //
-//   | header | counts: int32 [num_experts + num_ranks] | slot 0 | slot 1 | ...
-//   slot: | payload | scales | meta: source token, local experts [num_topk] | weights [num_weights] |
+//   | header | counts: int32 [num_counts] | slot 0 | slot 1 | ...
+//   slot: | payload | scales | meta: source rank, source token, local experts [num_topk] | weights [num_weights] |
 //
 // A part that an operation does not need has length zero: rows written straight to their place leave slots with metadata only.
 #pragma once
@@ -44,7 +44,8 @@ struct SlotLayout {
 
   constexpr int64_t payload() const { return 0; }
   constexpr int64_t scales() const { return align_up(payload_bytes, kPartAlignment); }
-  constexpr int64_t source_token() const { return scales() + align_up(scale_bytes, kPartAlignment); }
+  constexpr int64_t source_rank() const { return scales() + align_up(scale_bytes, kPartAlignment); }
+  constexpr int64_t source_token() const { return source_rank() + static_cast<int64_t>(sizeof(int32_t)); }
   constexpr int64_t experts() const { return source_token() + static_cast<int64_t>(sizeof(int32_t)); }
   constexpr int64_t weights() const { return experts() + num_experts * static_cast<int64_t>(sizeof(int32_t)); }
   constexpr int64_t stride() const { return align_up(weights() + num_weights * static_cast<int64_t>(sizeof(float)), kCacheLine); }

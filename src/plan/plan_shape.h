@@ -13,6 +13,7 @@ namespace tern {
 struct PlanShape {
   int32_t rank = 0;
   int32_t num_ranks = 0;
+  int32_t num_nodes = 1;  // each of equally many ranks that follow each other
   int64_t max_tokens = 0;
   int32_t num_experts = 0;
   int32_t num_topk = 0;
@@ -25,11 +26,29 @@ struct PlanShape {
   int32_t local_experts() const { return num_experts / num_ranks; }
   int32_t rank_of_expert(int32_t expert) const { return expert / local_experts(); }
   bool has_expert_rows() const { return layout != TERN_LAYOUT_RANK_MAJOR; }
-  // Messages that can arrive at a rank, and that one token can send.
+  int32_t ranks_per_node() const { return num_ranks / num_nodes; }
+  int32_t node_of_rank(int32_t r) const { return r / ranks_per_node(); }
+  // This rank's node: its index, first rank, experts and their first.
+  int32_t node() const { return node_of_rank(rank); }
+  int32_t first_rank() const { return node() * ranks_per_node(); }
+  int32_t node_experts() const { return num_experts / num_nodes; }
+  int32_t first_expert() const { return node() * node_experts(); }
+  // The rank with this rank's index in that node.
+  int32_t rail_in(int32_t other_node) const { return other_node * ranks_per_node() + rank % ranks_per_node(); }
+
+  // Messages that can arrive at a rank, and that one token can send within a node.
   int64_t max_messages() const { return num_ranks * max_tokens; }
-  int32_t max_messages_per_token() const { return num_topk == 0 || num_topk > num_ranks ? num_ranks : num_topk; }
+  int32_t max_messages_per_token() const { return num_topk == 0 || num_topk > ranks_per_node() ? ranks_per_node() : num_topk; }
+  // What says where a token goes in one node: its experts, or with top-k 0 a bit for each rank.
+  int32_t route_words() const { return num_topk > 0 ? num_topk : (ranks_per_node() + 31) / 32; }
   // Rows of one expert in expert_padded.
   int64_t padded_group_rows() const { return num_ranks * max_tokens; }
+  // -1: beyond the end of the group, or of the outputs.
+  int32_t bounded_row(int64_t group_begin, int64_t row_in_group) const {
+    if (layout == TERN_LAYOUT_EXPERT_PADDED && row_in_group >= padded_group_rows()) return -1;
+    const int64_t row = group_begin + row_in_group;
+    return row < row_capacity ? static_cast<int32_t>(row) : -1;
+  }
 };
 
 // Validates a caller's options (TERN_INVALID_ARGUMENT) and fills in their defaults.

@@ -3,10 +3,11 @@
 // comes to lie. Pure host arithmetic; engines move the bytes.
 //
 // It is filled in three steps: set_routing() from the caller's top-k indices; the counts of every rank, copied to counts_of()
-// as they arrive; finish(). As messages arrive, place_message() gives each its rows and remembers them for combine.
+// as they arrive, and between nodes the batches of this rank's rail; finish(). As messages arrive, place_message() gives each its
+// rows and remembers them for combine.
 //
-// Words: a *message* is one token on its way to one rank; an *entry* is one (token, k) pair with an expert. All memory is
-// taken by the constructor. Threads: one at a time.
+// Words: a *message* is one token on its way to one rank of its node; an *entry* is one (token, k) pair with an expert; a *batch* is
+// what one rank has to send to this node. All memory is taken by the constructor. Threads: one at a time.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +15,9 @@
 #include <vector>
 
 #include "plan/plan_shape.h"
+#include "plan/source_batch.h"
 
 namespace tern {
-
-struct Message {
-  int32_t rank;      // where it goes
-  int32_t position;  // among this rank's messages to there, in token order
-};
 
 class RoutingTable {
  public:
@@ -32,33 +29,37 @@ class RoutingTable {
   // Step 1: this rank's side. Entries and messages to ranks with masked[rank] != 0 are dropped. `routing` has been checked.
   void set_routing(const tern_routing& routing, std::span<const uint8_t> masked);
 
-  // Step 2: entries per expert [num_experts], then messages per rank [num_ranks], of each rank; this rank's own are set by step 1.
+  // Step 2: entries per expert of this node [node_experts], messages per rank [num_ranks] and the number of tokens, of each rank; this
+  // rank's own are set by step 1.
   std::span<int32_t> counts_of(int32_t rank) { return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())}; }
   std::span<const int32_t> counts_of(int32_t rank) const {
     return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())};
   }
-  int32_t& tokens_of(int32_t rank) { return tokens_of_[static_cast<size_t>(rank)]; }
-  int64_t num_counts() const { return int64_t{shape_.num_experts} + shape_.num_ranks; }
+  int32_t tokens_of(int32_t rank) const { return counts_of(rank).back(); }
+  int64_t num_counts() const { return int64_t{shape_.node_experts()} + shape_.num_ranks + 1; }
+  // What the ranks of another node are told: counts [num_counts] as above, and the tokens that go there with their words [route_words].
+  void get_counts_for(int32_t node, std::span<int32_t> counts) const;
+  std::span<const int32_t> tokens_to(int32_t node) const { return tokens_to_[static_cast<size_t>(node)]; }
+  void get_words_for(int32_t node, int64_t token, std::span<int32_t> words) const;
+  // By the node of the source; filled by step 1 if that is this one.
+  SourceBatch& batch(int32_t node) { return batches_[static_cast<size_t>(node)]; }
+  const SourceBatch& batch(int32_t node) const { return batches_[static_cast<size_t>(node)]; }
+  std::span<const SourceBatch> batches() const { return batches_; }
 
   // Step 3: offsets of everything, on this rank and of this rank's messages elsewhere.
   void finish();
 
   const PlanShape& shape() const { return shape_; }
-  int64_t num_tokens() const { return tokens_of_[static_cast<size_t>(shape_.rank)]; }
+  int64_t num_tokens() const { return tokens_of(shape_.rank); }
   int64_t most_tokens_of_any_rank() const;
 
   // --- This rank as a sender.
-  std::span<const Message> messages_of(int64_t token) const {
-    return {messages_.data() + message_begin_[token], messages_.data() + message_begin_[token + 1]};
-  }
-  // Global expert of an entry, -1: none (or on a masked rank).
+  const SourceBatch& own() const { return batch(shape_.node()); }
+  // Expert of an entry, in whichever node, -1: none (or on a masked rank).
   int32_t expert_of(int64_t token, int32_t k) const { return experts_[token * shape_.num_topk + k]; }
-  // Row at the destination, -1: beyond its capacity. Expert layouts: of an entry; rank_major: of a message.
-  int32_t entry_row(int64_t token, int32_t k) const { return entry_rows_[token * shape_.num_topk + k]; }
-  int32_t message_row(Message message) const;
 
   // --- This rank as a receiver.
-  int32_t messages_between(int32_t source, int32_t destination) const { return counts_of(source)[shape_.num_experts + destination]; }
+  int32_t messages_between(int32_t source, int32_t destination) const { return counts_of(source)[shape_.node_experts() + destination]; }
   int64_t num_received() const { return received_begin_.back(); }
   int64_t received_begin(int32_t source) const { return received_begin_[static_cast<size_t>(source)]; }
   int32_t received_entries(int32_t local_expert) const;
@@ -86,30 +87,26 @@ class RoutingTable {
   int32_t* own_counts() { return counts_.data() + shape_.rank * num_counts(); }
   void set_topk(const tern_routing& routing, std::span<const uint8_t> masked);
   void set_token_in_rank(const tern_routing& routing, std::span<const uint8_t> masked);
-  void add_message(int32_t rank);
+  // Gives the token to the batches and lists of the nodes that it goes to.
+  void add_token(int32_t token);
   void set_received();
-  void set_entry_rows();
-  int64_t entries_of_expert(int32_t expert) const;
-  int64_t entries_before(int32_t source, int32_t expert) const;
-  // Row, or -1 if it lies beyond the group's or the outputs' end.
-  int32_t bounded_row(int64_t group_begin, int64_t row_in_group) const;
+  void set_batch_rows();
+  int64_t entries_of_expert(int32_t expert_in_node) const;
 
   PlanShape shape_;
-  std::vector<int32_t> experts_;         // [max_tokens, num_topk]
-  std::vector<int32_t> entry_rows_;      // [max_tokens, num_topk]
-  std::vector<Message> messages_;        // by token, ranks ascending
-  std::vector<int32_t> message_begin_;   // [max_tokens + 1]
-  std::vector<int32_t> counts_;          // [num_ranks, num_counts]
-  std::vector<int32_t> tokens_of_;       // [num_ranks]
-  std::vector<int64_t> rank_row_begin_;  // [num_ranks] first rank_major row of this rank's messages there
-  std::vector<int64_t> next_row_;        // [num_experts] scratch of finish(): next row in the expert's group
-  std::vector<int64_t> received_begin_;  // [num_ranks + 1]
-  std::vector<int64_t> group_begin_;     // [local_experts + 1]
-  std::vector<int64_t> source_begin_;    // [local_experts, num_ranks]
-  std::vector<int64_t> next_message_;    // [num_ranks] placing: next message index
-  std::vector<int64_t> next_entry_;      // [local_experts, num_ranks] placing: next row in the expert's group
-  std::vector<int32_t> source_tokens_;   // [max_messages]
-  std::vector<int32_t> placed_rows_;     // [max_messages, num_topk]
+  std::vector<int32_t> experts_;                 // [max_tokens, num_topk]
+  std::vector<int32_t> rank_bits_;               // with top-k 0: [max_tokens, num_nodes, route_words]
+  std::vector<int32_t> own_entries_;             // [num_experts] of this rank's tokens
+  std::vector<std::vector<int32_t>> tokens_to_;  // [num_nodes] other than this one
+  std::vector<SourceBatch> batches_;             // [num_nodes]
+  std::vector<int32_t> counts_;                  // [num_ranks, num_counts]
+  std::vector<int64_t> received_begin_;          // [num_ranks + 1]
+  std::vector<int64_t> group_begin_;             // [local_experts + 1]
+  std::vector<int64_t> source_begin_;            // [local_experts, num_ranks]
+  std::vector<int64_t> next_message_;            // [num_ranks] placing: next message index
+  std::vector<int64_t> next_entry_;              // [local_experts, num_ranks] placing: next row in the expert's group
+  std::vector<int32_t> source_tokens_;           // [max_messages]
+  std::vector<int32_t> placed_rows_;             // [max_messages, num_topk]
   bool exceeds_capacity_ = false;
 };
 

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/knobs.h"
 #include "layout/message.h"
+#include "layout/rail.h"
 
 namespace tern {
 namespace {
@@ -45,8 +46,13 @@ void check_options(const tern_exchange_options& o) {
     fail(kBad, "exchange: mode is {}, which is no tern_mode", static_cast<int>(o.mode));
 }
 
-layout::BankLayout expected_bank(const tern_exchange_options& o, int32_t num_ranks) {
-  return {.num_counts = int64_t{o.max_experts} + num_ranks,
+// Counts of the messages and entries of one source, and how many tokens it has.
+int64_t num_counts(const tern_exchange_options& o, int32_t num_ranks, int32_t num_nodes) {
+  return o.max_experts / num_nodes + int64_t{num_ranks} + 1;
+}
+
+layout::BankLayout expected_bank(const tern_exchange_options& o, int32_t num_ranks, int32_t num_nodes) {
+  return {.num_counts = num_nodes * num_counts(o, num_ranks, num_nodes),
           .slot = {.payload_bytes = o.max_row_bytes, .scale_bytes = 0, .num_experts = o.max_topk, .num_weights = o.max_topk}};
 }
 
@@ -68,11 +74,12 @@ int64_t staging_bound(const tern_exchange_options& o) {
   return knobs().staging_max_mb.value_or(o.device == TERN_DEVICE_CUDA ? kGpuStagingMb : kCpuStagingMb) << 20;
 }
 
-layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t num_ranks) {
-  layout::WindowLayout window{.num_ranks = num_ranks, .num_lanes = o.num_lanes};
-  const int64_t num_banks = int64_t{o.num_lanes} * layout::kNumBanks * num_ranks;
-  const layout::BankLayout bank = expected_bank(o, num_ranks);
-  const int64_t least = bank.bytes(o.max_topk);  // one token's entries, each by itself in an exact combine
+layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t num_ranks, int32_t num_nodes) {
+  const int32_t domain_ranks = num_ranks / num_nodes;
+  layout::WindowLayout window{.num_ranks = domain_ranks, .num_lanes = o.num_lanes};
+  const int64_t num_banks = int64_t{o.num_lanes} * layout::kNumBanks * domain_ranks;
+  const layout::BankLayout bank = expected_bank(o, num_ranks, num_nodes);  // of what a rank and its rails send
+  const int64_t least = bank.bytes(int64_t{o.max_topk} * num_nodes);       // one token's entries, each by itself in an exact combine
   int64_t bank_bytes = 0;
   if (o.staging_bytes > 0) {
     bank_bytes = o.staging_bytes / num_banks / kGranule * kGranule;
@@ -80,13 +87,23 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
     if (bank_bytes < smallest)
       fail(TERN_INVALID_ARGUMENT,
            "exchange: staging_bytes is {}, which leaves {} bytes for each of {} banks ({} lanes x {} x {} ranks); at least {} are needed",
-           o.staging_bytes, bank_bytes, num_banks, o.num_lanes, layout::kNumBanks, num_ranks, smallest * num_banks);
+           o.staging_bytes, bank_bytes, num_banks, o.num_lanes, layout::kNumBanks, domain_ranks, smallest * num_banks);
   } else {
     const int64_t most = staging_bound(o);
-    bank_bytes = std::max(least, std::min(bank.bytes(o.max_tokens), most / num_banks / kGranule * kGranule));
+    bank_bytes = std::max(least, std::min(bank.bytes(o.max_tokens * num_nodes), most / num_banks / kGranule * kGranule));
   }
   window.bank_bytes = layout::align_up(bank_bytes, kGranule);
   return window;
+}
+
+int64_t rail_bank_bytes(const tern_exchange_options& o, int32_t num_ranks, int32_t num_nodes) {
+  if (num_nodes == 1) return 0;
+  // Scales begin at a multiple of 16 bytes; a row of an exact combine brings two words.
+  const layout::RailBankLayout bank{.num_counts = num_counts(o, num_ranks, num_nodes),
+                                    .slot = {.payload_bytes = o.max_row_bytes, .scale_bytes = 16, .num_words = std::max(o.max_topk, 2)}};
+  const int64_t most =
+      o.staging_bytes > 0 ? o.staging_bytes : std::max(staging_bound(o), num_rail_banks(o, num_nodes) * bank.bytes(o.max_topk));
+  return std::min(layout::align_up(bank.bytes(o.max_tokens), kGranule), most / num_rail_banks(o, num_nodes) / kGranule * kGranule);
 }
 
 }  // namespace tern

@@ -14,7 +14,14 @@ tern_exchange_options complete_options(const tern_exchange_options& options);
 // The most staging that is computed from shapes, all lanes and banks together.
 int64_t staging_bound(const tern_exchange_options& options);
 
-// The internal window for completed options. TERN_INVALID_ARGUMENT if staging_bytes cannot hold one slot for each pair of ranks.
-layout::WindowLayout make_window_layout(const tern_exchange_options& options, int32_t num_ranks);
+// The internal window for completed options, shared by the num_ranks / num_nodes ranks of a node. TERN_INVALID_ARGUMENT if staging_bytes
+// cannot hold one slot for each pair of them.
+layout::WindowLayout make_window_layout(const tern_exchange_options& options, int32_t num_ranks, int32_t num_nodes = 1);
+
+// Of a bank of what crosses the network; there are two for each lane and node, for each direction. With one node: 0.
+int64_t rail_bank_bytes(const tern_exchange_options& options, int32_t num_ranks, int32_t num_nodes);
+inline int64_t num_rail_banks(const tern_exchange_options& options, int32_t num_nodes) {
+  return num_nodes == 1 ? 0 : int64_t{options.num_lanes} * layout::kNumBanks * num_nodes * 2;
+}
 
 }  // namespace tern

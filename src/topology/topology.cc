@@ -154,6 +154,11 @@ std::string describe_process(const RankInfo& info) {
   return fmt::format("process {} is running", info.pid);
 }
 
+bool is_known_to_be_down(const Topology& topology, int rank) {
+  const std::string text = describe_process(topology.ranks[rank]);
+  return !text.empty() && !text.ends_with("is running");
+}
+
 std::string describe_rank(const Topology& topology, int rank) {
   const std::string text = describe_process(topology.ranks[rank]);
   return text.empty() ? "" : fmt::format(" ({})", text);

@@ -65,6 +65,9 @@ Topology discover(Bootstrap& bootstrap, const std::string& declared_node, Deadli
 // /proc. Reads /proc; never waits.
 std::string describe_process(const RankInfo& info);
 
+// Is the rank's process known to be stopped or gone?
+bool is_known_to_be_down(const Topology& topology, int rank);
+
 // " (process 1234 is stopped)", or "" where nothing is known: to be put behind "rank 3".
 std::string describe_rank(const Topology& topology, int rank);
 

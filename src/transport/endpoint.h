@@ -14,13 +14,13 @@
 // epoch) are in this rank's memory, and visible to the thread that progresses. Bytes that are put must stay as they are until flush().
 // Epochs of a (peer, channel) are 1, 2, 3 ...; each ends with a put that is `last`, of 0 bytes if there is nothing else to say. Two may
 // be under way: epoch e may be begun once the peer has retired e - 2, and it is for the caller to know (the peer puts a word, or 0 bytes).
-// Threads: an endpoint and its regions belong to one thread at a time. Nothing moves by itself: bytes may be sent, received and counted
+// Threads: an endpoint and its regions belong to one thread at a time, but for wake(). Nothing moves by itself: bytes may be sent, received and counted
 // only while this rank is in put, progress, wait or flush, so a rank that others put to must come back until they are done.
 // Deadlines: a wait that ends without what it was for is TERN_TIMEOUT with the ranks at fault, except of wait(), which returns false.
 // Errors of the network are TERN_SYSTEM_ERROR with the peer's rank, once for each peer from whichever call finds out, and again from every
 // put to it; the other peers can still be reached. A rank that only receives learns of a lost peer by its own deadline.
-// Lifetime: destroying is never collective and waits for nothing; what was not flushed may not arrive, and what was may be lost if a peer
-// has not yet received it: agree on the end first. An endpoint and its regions may go in any order; the connections close with the
+// Lifetime: destroying is never collective and waits for nothing; what was not flushed may not arrive, and what was put without being
+// confirmed may be lost. An endpoint and its regions may go in any order; the connections close with the
 // last of them (over ofi_rxm those of an endpoint that ends with messages under way stay open until the process ends, and peers are not told).
 // Registered memory must outlive its region, and the endpoint unless that was flushed.
 #pragma once
@@ -73,7 +73,8 @@ struct Put {
   size_t num_bytes = 0;  // 0: a notice only; needs `from` and `to` all the same
   int channel = 0;
   int64_t epoch = 0;
-  bool last = false;  // of its (peer, channel, epoch)
+  bool last = false;      // of its (peer, channel, epoch)
+  bool confirmed = true;  // outstanding until it is in the peer's memory; false: until it has left
 };
 
 // Empty texts and zeros mean the default.
@@ -87,7 +88,7 @@ struct EndpointOptions {
   // best_effort, low_latency, dedicated_access, bulk_data, scavenger, network_ctrl, dscp:0 ... dscp:63. Default: TERN_FABRIC_TCLASS.
   std::string traffic_class = knobs().fabric_tclass.value_or("");
   int num_channels = 1;
-  int most_outstanding = 256;     // messages that were put and have not left; fewer if the provider has fewer
+  int most_outstanding = 256;     // messages that are outstanding; fewer if the provider has fewer
   size_t most_message_bytes = 0;  // longer puts are several messages; default: the provider's limit
 };
 
@@ -116,13 +117,17 @@ class Endpoint {
 
   // Counts what has come and what has left; does not wait. False if there was nothing.
   virtual bool progress() = 0;
-  // Waits until progress() would be true, and does it; false: the deadline has passed.
+  // Waits until progress() would be true, and does it; false: the deadline has passed, or somebody called wake().
   virtual bool wait(Deadline deadline) = 0;
+  // Ends the wait() under way, or the next one. Any thread; where facts().blocks is false the wait ends with its next look.
+  virtual void wake() = 0;
 
-  // All messages have left: the memory that they were put from may change. They may not have arrived.
+  // Nothing is outstanding any more: it is in its peers' memory, as far as it is confirmed, and what it was put from may change.
   // TERN_TIMEOUT names the peers that did not take theirs.
   virtual void flush(Deadline deadline) = 0;
   virtual int num_outstanding() const = 0;
+  // The peer cannot be reached any more, as a call has said or will say.
+  virtual bool lost(int peer) const = 0;
 
   // All that `peer` put here in this epoch of this channel has arrived. True for epochs that were retired.
   virtual bool complete(int peer, int channel, int64_t epoch) const = 0;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <deque>
 #include <functional>
@@ -35,8 +36,10 @@ class FabricEndpoint final : public Endpoint {
   bool try_put(Put& put) override;
   bool progress() override;
   bool wait(Deadline deadline) override;
+  void wake() override;
   void flush(Deadline deadline) override;
   int num_outstanding() const override { return static_cast<int>(connection_->departing().size() - idle_.size()); }
+  bool lost(int peer) const override { return !lost_[peer].empty(); }
   bool complete(int peer, int channel, int64_t epoch) const override { return arrivals_.complete(peer, channel, epoch); }
   void retire(int peer, int channel, int64_t epoch) override { arrivals_.retire(peer, channel, epoch); }
 
@@ -65,6 +68,7 @@ class FabricEndpoint final : public Endpoint {
   std::vector<std::string> lost_;  // for each peer, "" or why it cannot be reached
   std::deque<Failure> problems_;   // to be thrown, one by each call that finds it here
   EndpointFacts facts_;
+  std::atomic<bool> woken_ = false;
 };
 
 FabricEndpoint::FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& options, FabricInfo info)
@@ -135,7 +139,8 @@ bool FabricEndpoint::send_message(const Put& put, size_t num_bytes, bool last) {
   rma.context = &message->context;
   rma.data = code_.encode({rank_, put.channel, put.epoch, last ? num_messages : 0});
   const uint64_t inject = num_bytes <= connection_->info().tx_attr->inject_size ? FI_INJECT : 0;
-  const ssize_t code = fi_writemsg(connection_->endpoint(), &rma, FI_REMOTE_CQ_DATA | FI_COMPLETION | inject);
+  const uint64_t confirmed = put.confirmed ? FI_DELIVERY_COMPLETE : 0;
+  const ssize_t code = fi_writemsg(connection_->endpoint(), &rma, FI_REMOTE_CQ_DATA | FI_COMPLETION | confirmed | inject);
   if (code == -FI_EAGAIN) return false;
   if (code != 0) {
     lose(put.peer, fabric_library().error_text(static_cast<int>(code)));
@@ -233,7 +238,7 @@ bool FabricEndpoint::wait(Deadline deadline) {
   constexpr std::chrono::microseconds kFirstPause(10), kMostPause(500);
   std::chrono::microseconds pause = kFirstPause;
   while (!progress()) {
-    if (deadline.passed()) return false;
+    if (woken_.exchange(false) || deadline.passed()) return false;
     if (!facts_.blocks) {
       std::this_thread::sleep_for(std::min<std::chrono::nanoseconds>(pause, deadline.remaining()));
       pause = std::min(pause * 2, kMostPause);
@@ -250,9 +255,15 @@ bool FabricEndpoint::wait(Deadline deadline) {
   return true;
 }
 
+// The flag stays for a waiter that comes later, and so does the provider's own; one that misses it sleeps as long as any.
+void FabricEndpoint::wake() {
+  woken_.store(true);
+  if (facts_.blocks) fi_cq_signal(connection_->queue());
+}
+
 void FabricEndpoint::flush(Deadline deadline) {
   while (num_outstanding() != 0) {
-    if (wait(deadline)) continue;
+    if (wait(deadline) || !deadline.passed()) continue;
     std::vector<int> peers;
     for (size_t r = 0; r < num_outstanding_to_.size(); ++r)
       if (num_outstanding_to_[r] != 0) peers.push_back(static_cast<int>(r));

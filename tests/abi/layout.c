@@ -22,7 +22,7 @@ FIELD(tern_group_options, timeout_ms, 24);
 FIELD(tern_group_options, log, 32);
 FIELD(tern_group_options, log_context, 40);
 FIELD(tern_group_options, log_level, 48);
-FIELD(tern_group_options, reserved, 52);
+FIELD(tern_group_options, ranks_per_node, 52);
 
 SIZE(tern_group_info, 32);
 FIELD(tern_group_info, struct_size, 0);
@@ -88,7 +88,7 @@ FIELD(tern_recover_options, mask, 16);
 FIELD(tern_recover_options, allow_mask, 24);
 FIELD(tern_recover_options, readmit, 28);
 
-SIZE(tern_metrics, 96);
+SIZE(tern_metrics, 104);
 FIELD(tern_metrics, struct_size, 0);
 FIELD(tern_metrics, num_routes, 8);
 FIELD(tern_metrics, num_dispatches, 16);
@@ -101,6 +101,7 @@ FIELD(tern_metrics, waits, 64);
 FIELD(tern_metrics, sleeps, 72);
 FIELD(tern_metrics, wait_ns, 80);
 FIELD(tern_metrics, timeouts, 88);
+FIELD(tern_metrics, network_bytes, 96);
 
 SIZE(tern_plan_options, 48);
 FIELD(tern_plan_options, struct_size, 0);

@@ -68,6 +68,7 @@ int64_t Case::capacity() const {
 
 Case Case::normalized() const {
   Case c = *this;
+  if (c.ranks_per_node > 0) c.num_ranks = static_cast<int32_t>(divide_up(c.num_ranks, c.ranks_per_node)) * c.ranks_per_node;
   if (c.masks_ranks()) {
     c.layout = TERN_LAYOUT_RANK_MAJOR;
     c.num_topk = 0;
@@ -102,6 +103,7 @@ std::string Case::name() const {
   const auto add = [&](bool differs, const char* what, const auto& value) {
     if (differs) fmt::format_to(std::back_inserter(text), " {}{}", what, value);
   };
+  add(ranks_per_node != 0, "nodes=", fmt::format("{}x{}", num_nodes(), ranks_per_node));
   add(spread != Spread::kFull, "spread=", kSpreadNames[static_cast<int>(spread)]);
   add(routing != Routing::kUniform, "routing=", kRoutingNames[static_cast<int>(routing)]);
   add(index_type == TERN_INDEX_INT32, "int32", "");

@@ -35,6 +35,7 @@ enum class Spread {
 struct Case {
   uint64_t seed = 1;
   int32_t num_ranks = 2;
+  int32_t ranks_per_node = 0;  // declares nodes; 0: all ranks are on one
   int64_t max_tokens = 8;
   Spread spread = Spread::kFull;
 
@@ -78,6 +79,8 @@ struct Case {
   bool delays = false;  // ranks sleep for a few milliseconds at places drawn from the seed
 
   int32_t num_experts() const { return num_ranks * experts_per_rank; }
+  int32_t node_of(int32_t rank) const { return ranks_per_node == 0 ? 0 : rank / ranks_per_node; }
+  int32_t num_nodes() const { return node_of(num_ranks - 1) + 1; }
   bool casts() const { return encoding != TERN_ENCODING_AS_GIVEN; }
   bool masks_ranks() const { return routing == Routing::kRankMask; }
 

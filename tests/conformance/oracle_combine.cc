@@ -91,9 +91,14 @@ void combine_token(const Case& c, const Summer& summer, const std::vector<Share>
       for (const Share& share : shares)
         if (share.k == k) summer.add(acc, share, token, Summer::Wire::kRow);
   } else {
+    // A rank's entries, a node's ranks, and with more than one node the nodes: each sum is rounded before it is added to the next.
+    std::vector<float> node_sum(hidden, 0.0f);
     for (size_t i = 0; i < shares.size(); ++i) {
+      const bool is_last = i + 1 == shares.size();
       summer.add(sum, shares[i], token, Summer::Wire::kSum);
-      if (i + 1 == shares.size() || shares[i + 1].rank != shares[i].rank) summer.add_rounded(acc, sum);
+      if (is_last || shares[i + 1].rank != shares[i].rank) summer.add_rounded(c.num_nodes() == 1 ? acc : node_sum, sum);
+      const bool node_ends = is_last || c.node_of(shares[i + 1].rank) != c.node_of(shares[i].rank);
+      if (node_ends && c.num_nodes() > 1) summer.add_rounded(acc, node_sum);
     }
   }
   for (size_t i = 0; i < hidden; ++i) encode(c.combine_dtype, acc[i], out.data(), token * c.combine_hidden() + static_cast<int64_t>(i));
@@ -101,12 +106,14 @@ void combine_token(const Case& c, const Summer& summer, const std::vector<Share>
 
 void return_weights(const Case& c, int batch, const std::vector<Share>& shares, int64_t token, Bytes& out) {
   for (int32_t k = 0; k < c.num_topk; ++k) {
-    float sum = 0.0f;
-    for (const Share& share : shares) {
+    float sum = 0.0f, node_sum = 0.0f;
+    for (size_t i = 0; i < shares.size(); ++i) {
+      const Share& share = shares[i];
       if (c.layout == TERN_LAYOUT_RANK_MAJOR)
-        sum = sum + make_weight(c, batch, share.rank, WeightUse::kRow, share.row * c.num_topk + k);
+        node_sum = node_sum + make_weight(c, batch, share.rank, WeightUse::kRow, share.row * c.num_topk + k);
       else if (share.k == k)
-        sum = sum + make_weight(c, batch, share.rank, WeightUse::kRow, share.row);
+        node_sum = node_sum + make_weight(c, batch, share.rank, WeightUse::kRow, share.row);
+      if (i + 1 == shares.size() || c.node_of(shares[i + 1].rank) != c.node_of(share.rank)) sum = sum + std::exchange(node_sum, 0.0f);
     }
     encode(TERN_DTYPE_FP32, sum, out.data(), token * c.num_topk + k);
   }

@@ -34,6 +34,12 @@ std::vector<std::string> run_rank(const Group& group, const tern_exchange_option
   }
 }
 
+RunOptions on_nodes_of(const Case& c, const RunOptions& options) {
+  RunOptions result = options;
+  if (c.ranks_per_node > 0) result.ranks_per_node = c.ranks_per_node;
+  return result;
+}
+
 // The scenarios that a graph is replayed with, or the one that is run plainly.
 std::vector<Scenario> scenarios_of(Case c, const RunOptions& options) {
   constexpr int kMostScenarios = 8;
@@ -68,6 +74,7 @@ std::vector<std::string> run_threads(int32_t num_ranks, tern_exchange_options ex
   const std::string name = group_name();
   group_options.name = name.c_str();
   group_options.timeout_ms = options.timeout_ms;
+  group_options.ranks_per_node = options.ranks_per_node;
   const std::vector<Group> groups = Group::local(num_ranks, group_options);
   std::vector<std::vector<std::string>> differences(groups.size());
   std::vector<std::thread> threads;
@@ -89,6 +96,7 @@ std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options 
     tern_group_options group_options;
     group_options.name = name.c_str();
     group_options.timeout_ms = options.timeout_ms;
+    group_options.ranks_per_node = options.ranks_per_node;
     const Group group = Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat, group_options);
     std::string report = join_lines(run_rank(group, exchange_options, options, body));
     const std::vector<uint8_t>& left = outputs[static_cast<size_t>(seat.rank())];
@@ -115,13 +123,13 @@ std::vector<std::string> run_processes(int32_t num_ranks, tern_exchange_options 
 std::vector<std::string> run_as_threads(const Case& c, const RunOptions& options) {
   const std::vector<Scenario> scenarios = scenarios_of(c, options);
   if (options.outputs != nullptr) options.outputs->assign(static_cast<size_t>(c.num_ranks), {});
-  return run_threads(c.num_ranks, scenarios.front().exchange_options(), options, round_trip_body(scenarios, options));
+  return run_threads(c.num_ranks, scenarios.front().exchange_options(), on_nodes_of(c, options), round_trip_body(scenarios, options));
 }
 
 std::vector<std::string> run_as_processes(const Case& c, const RunOptions& options) {
   const std::vector<Scenario> scenarios = scenarios_of(c, options);
   if (options.outputs != nullptr) options.outputs->assign(static_cast<size_t>(c.num_ranks), {});
-  return run_processes(c.num_ranks, scenarios.front().exchange_options(), options, round_trip_body(scenarios, options));
+  return run_processes(c.num_ranks, scenarios.front().exchange_options(), on_nodes_of(c, options), round_trip_body(scenarios, options));
 }
 
 std::unique_ptr<RankDevice> make_rank_device(const RunOptions& options, int32_t rank) {

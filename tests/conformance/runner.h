@@ -22,6 +22,7 @@ struct RunOptions {
   // Extent WORST: the operations are captured into a graph and replayed that often, with other routing and data each time. 0: no graph
   int num_replays = 0;
   int64_t timeout_ms = 30'000;                           // of each wait in the library
+  int32_t ranks_per_node = 0;                            // declares nodes; 0: as a case says, or one
   std::vector<std::vector<uint8_t>>* outputs = nullptr;  // threads and processes: [num_ranks] what the last batch left
 };
 

@@ -93,7 +93,6 @@ std::map<int32_t, RoutingTable> make_tables(const Batch& b) {
     for (const auto& [from, other] : tables) {
       if (from == to) continue;
       std::ranges::copy(other.counts_of(from), table.counts_of(from).begin());
-      table.tokens_of(from) = static_cast<int32_t>(other.num_tokens());
     }
   for (auto& [rank, table] : tables) table.finish();
   return tables;
@@ -229,7 +228,7 @@ void check_sender(const Batch& b, const RoutingTable& table, int32_t rank) {
       ASSERT_EQ(table.expert_of(token, k), is_gone ? -1 : expert);
       if (!is_gone) destinations.push_back(to);
       if (table.shape().has_expert_rows()) {
-        ASSERT_EQ(table.entry_row(token, k), is_gone ? -1 : rows[static_cast<size_t>(to)].of.at({rank, token, k}));
+        ASSERT_EQ(table.own().entry_row(token, k), is_gone ? -1 : rows[static_cast<size_t>(to)].of.at({rank, token, k}));
       }
     }
     for (int32_t to = 0; to < b.num_ranks && b.options.num_topk == 0; ++to)
@@ -237,12 +236,12 @@ void check_sender(const Batch& b, const RoutingTable& table, int32_t rank) {
         destinations.push_back(to);
     std::ranges::sort(destinations);
     destinations.erase(std::unique(destinations.begin(), destinations.end()), destinations.end());
-    const auto messages = table.messages_of(token);
+    const auto messages = table.own().messages_of(token);
     ASSERT_EQ(messages.size(), destinations.size());
     for (size_t i = 0; i < messages.size(); ++i) {
       ASSERT_EQ(messages[i].rank, destinations[i]);
       if (table.shape().has_expert_rows()) continue;
-      ASSERT_EQ(table.message_row(messages[i]), rows[static_cast<size_t>(destinations[i])].of.at({rank, token, -1}));
+      ASSERT_EQ(table.own().message_row(messages[i]), rows[static_cast<size_t>(destinations[i])].of.at({rank, token, -1}));
     }
   }
 }

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/network.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "domain/doorbell.h"
+#include "domain/failure.h"
+#include "memory/host_segment.h"
+#include "plan/window_sizing.h"
+
+namespace tern::cpu {
+namespace {
+
+constexpr int64_t kMostTellingMs = 1000;  // for the error record to leave; peers that are gone do not take it
+
+}  // namespace
+
+Network::Network(const Domain& domain, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log, Deadline deadline)
+    : domain_(domain), timeout_ms_(options.timeout_ms), log_(log) {
+  const Topology& topology = domain.topology;
+  place_.node = topology.node[static_cast<size_t>(topology.rank)];
+  for (int node = 0; node < topology.num_nodes; ++node) place_.ranks.push_back(node * domain.num_ranks + domain.rank);
+  place_.layout = {.num_nodes = topology.num_nodes,
+                   .num_lanes = options.num_lanes,
+                   .bank_bytes = rail_bank_bytes(options, topology.num_ranks, topology.num_nodes)};
+  EndpointOptions endpoint_options;
+  endpoint_options.num_channels = Proxy::channels_for(options.num_lanes + 1);
+  auto endpoint = make_endpoint(bootstrap, endpoint_options, deadline);
+  const auto num_bytes = static_cast<size_t>(place_.layout.total_bytes());
+  memory_ = HostSegment::create(num_bytes, SharedBy::kThreads);
+  region_ = std::make_unique<Region>(endpoint->register_memory(memory_->data(), num_bytes));
+  place_.memory = region_.get();
+  std::vector<RemoteRegion> all(static_cast<size_t>(topology.num_ranks));
+  bootstrap.allgather(&region_->remote(), all.data(), sizeof(RemoteRegion), deadline);
+
+  ProxyOptions proxy_options;
+  proxy_options.num_channels = options.num_lanes + 1;
+  proxy_options.region = region_.get();
+  proxy_options.changed = [this](int channel) { notice_change(channel); };
+  proxy_options.failed = [this](int peer, const std::string& text) { notice_loss(peer, text); };
+  proxy_options.turned = [this] { tell_failure(); };
+  for (int node = 0; node < topology.num_nodes; ++node) {
+    const int rank = place_.ranks[static_cast<size_t>(node)];
+    place_.remote.push_back(all[static_cast<size_t>(rank)]);
+    if (node == place_.node) continue;
+    proxy_options.peers.push_back({rank, place_.remote.back()});
+  }
+  log_.write(TERN_LOG_INFO, "rank {}: node {} of {}, network banks of {} bytes, {} bytes in all, over {} ({})", topology.rank, place_.node,
+             topology.num_nodes, place_.layout.bank_bytes, num_bytes, endpoint->facts().provider, endpoint->facts().domain);
+  proxy_ = std::make_unique<Proxy>(std::move(endpoint), proxy_options);
+  place_.proxy = proxy_.get();
+  proxy_->start();
+}
+
+Network::~Network() {
+  closing_ = true;
+  const bool failed = recorded_failure(domain_).has_value();
+  if (failed) tell_failure();
+  if (!proxy_->close(Deadline::in_ms(failed ? std::min(timeout_ms_, kMostTellingMs) : timeout_ms_)) && !failed)
+    log_.write(TERN_LOG_WARNING, "rank {}: not all other nodes took leave before its exchange was destroyed; what it sent may be lost",
+               domain_.rank_of_group(domain_.rank));
+}
+
+// On the proxy's thread, as the next two.
+void Network::notice_change(int channel) {
+  if (channel != failure_channel()) return ring(domain_.doorbell(domain_.rank, channel));
+  for (int node = 0; node < place_.layout.num_nodes; ++node) {
+    if (node == place_.node || load_acquire(proxy_->arrived(place_.ranks[static_cast<size_t>(node)], channel)) == 0) continue;
+    tern_failure failure;
+    std::memcpy(&failure, memory_->data() + place_.layout.failure(node), sizeof(failure));
+    announce_failure(domain_, failure);
+  }
+}
+
+void Network::notice_loss(int peer, const std::string& text) {
+  if (closing_) return;
+  log_.write(TERN_LOG_WARNING, "rank {}: {}", domain_.rank_of_group(domain_.rank), text);
+  if (peer >= 0) announce_failure(domain_, {TERN_SYSTEM_ERROR, domain_.rank_of_group(domain_.rank), peer, 0, TERN_OP_NONE, 0, 0, 0});
+}
+
+// Whoever of this node has failed, each rank tells its rail. A rank that is told tells the others too: the first may not reach them.
+void Network::tell_failure() {
+  const auto failure = recorded_failure(domain_);
+  if (!failure || failure_told_.exchange(true)) return;
+  std::memcpy(memory_->data() + place_.layout.own_failure(), &*failure, sizeof(*failure));
+  for (int node = 0; node < place_.layout.num_nodes; ++node) {
+    if (node == place_.node) continue;
+    place_.proxy->put({.peer = place_.ranks[static_cast<size_t>(node)],
+                       .from = region_.get(),
+                       .from_offset = static_cast<size_t>(place_.layout.own_failure()),
+                       .to = place_.remote[static_cast<size_t>(node)],
+                       .to_offset = static_cast<uint64_t>(place_.layout.failure(place_.node)),
+                       .num_bytes = sizeof(*failure),
+                       .channel = failure_channel(),
+                       .epoch = 1,
+                       .last = true});
+  }
+}
+
+}  // namespace tern::cpu

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rail.h"
+
+#include <algorithm>
+
+#include "rows/rows.h"
+
+namespace tern::cpu {
+
+Rail::Rail(Lane& lane, const RailPlace& place) : lane_(lane), place_(place), num_slots_(place.ranks.size()) {}
+
+void Rail::start_round(const RailTrip& trip, uint64_t epoch) {
+  std::fill(num_slots_.begin(), num_slots_.end(), 0);
+  if (epoch <= layout::kNumBanks) return;
+  for_each_other_node([&](int node) {
+    const uint64_t& taken = place_.proxy->taken(rank_in(node), lane_.index());
+    lane_.await_network({rank_in(node), trip.operation, epoch - layout::kNumBanks, taken, TERN_AWAITED_CONSUMED});
+  });
+}
+
+int64_t Rail::send_round(const RailTrip& trip, uint64_t epoch) {
+  for (int node = 0; node < num_nodes(); ++node) {
+    auto& header = *reinterpret_cast<layout::RailHeader*>(out(epoch, node));
+    header.shape = trip.shape;
+    header.operation = trip.operation;
+    header.num_slots = num_slots_[static_cast<size_t>(node)];
+  }
+  store_fence();  // the network's thread reads rows that were streamed
+  uint64_t num_bytes = 0;
+  for_each_other_node([&](int node) {
+    const auto bytes = static_cast<size_t>(trip.bank.bytes(num_slots_[static_cast<size_t>(node)]));
+    place_.proxy->put({.peer = rank_in(node),
+                       .from = place_.memory,
+                       .from_offset = static_cast<size_t>(place_.layout.out(lane_.index(), epoch, node)),
+                       .to = place_.remote[static_cast<size_t>(node)],
+                       .to_offset = static_cast<uint64_t>(place_.layout.in(lane_.index(), epoch, place_.node)),
+                       .num_bytes = bytes,
+                       .channel = lane_.index(),
+                       .epoch = static_cast<int64_t>(epoch),
+                       .last = true});
+    num_bytes += bytes;
+  });
+  lane_.counters().network_bytes.fetch_add(num_bytes, std::memory_order_relaxed);
+  epochs_.open(epoch);
+  return static_cast<int64_t>(num_bytes);
+}
+
+const std::byte* Rail::await_arrived(const RailTrip& trip, uint64_t epoch, int node) {
+  if (node == place_.node) return out(epoch, node);
+  const Awaited awaited{rank_in(node), trip.operation, epoch, place_.proxy->arrived(rank_in(node), lane_.index()), TERN_AWAITED_MESSAGES};
+  lane_.await_network(awaited);
+  const std::byte* bank = place_.memory->address() + place_.layout.in(lane_.index(), epoch, node);
+  const auto& header = *reinterpret_cast<const layout::RailHeader*>(bank);
+  if (header.operation != trip.operation)
+    lane_.fail_mismatch(awaited, fmt::format("rank {} was in {}", rank_in(node), operation_name(header.operation)));
+  if (header.shape != trip.shape)
+    lane_.fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", rank_in(place_.node), shape_text(trip.shape),
+                                             rank_in(node), shape_text(header.shape)));
+  return bank;
+}
+
+void Rail::finish_round(uint64_t epoch) {
+  epochs_.close(epoch);
+  place_.proxy->finish(lane_.index(), epochs_.consumed());
+}
+
+}  // namespace tern::cpu

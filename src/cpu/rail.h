@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// One lane's way to the ranks of the same index in the other nodes. What goes to a node in one epoch is one contiguous piece of memory:
+//
+//   rail.start_round(trip, epoch);                              // waits until all peers have taken epoch - 2
+//   for each node: rail.next_slot(trip, epoch, node) ...        // to be filled; the own node's stay here
+//   rail.send_round(trip, epoch);
+//   for each node: rail.await_arrived(trip, epoch, node)        // its slots, in the order in which they were filled there
+//   rail.finish_round(epoch);                                   // they are no longer needed
+//
+// Every round exchanges something with each node. Two may be under way, on both sides.
+// Memory: what await_arrived() returns is visible and stays until finish_round(). Threads: those of the lane.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "cpu/epochs.h"
+#include "cpu/lane.h"
+#include "layout/rail.h"
+#include "transport/proxy.h"
+
+namespace tern::cpu {
+
+// What one operation is to its rail. A round holds what belongs to this many tokens of each owner.
+struct RailTrip {
+  tern_operation operation = TERN_OP_NONE;
+  layout::CallShape shape;
+  layout::RailBankLayout bank;
+  int64_t tokens_per_round = 1;
+  int64_t num_rounds = 1;
+};
+
+// What all rails of a rank share.
+struct RailPlace {
+  int node = 0;
+  std::vector<int> ranks;  // [num_nodes] the rail's rank in each node
+  layout::RailMemoryLayout layout;
+  const Region* memory = nullptr;
+  std::vector<RemoteRegion> remote;  // [num_nodes]
+  Proxy* proxy = nullptr;
+};
+
+class Rail {
+ public:
+  Rail(Lane& lane, const RailPlace& place);
+
+  int num_nodes() const { return static_cast<int>(place_.ranks.size()); }
+  int own_node() const { return place_.node; }
+  int64_t bank_bytes() const { return place_.layout.bank_bytes; }
+
+  void check_room(tern_operation operation, int64_t num_rounds) const { epochs_.check_room(operation, lane_.index(), num_rounds); }
+  uint64_t begin(tern_operation operation, int64_t num_rounds) {
+    check_room(operation, num_rounds);
+    return epochs_.take(num_rounds);
+  }
+
+  void start_round(const RailTrip& trip, uint64_t epoch);
+  int32_t* counts_for(const RailTrip& trip, uint64_t epoch, int node) const {
+    return reinterpret_cast<int32_t*>(out(epoch, node) + trip.bank.counts());
+  }
+  std::byte* next_slot(const RailTrip& trip, uint64_t epoch, int node) {
+    return out(epoch, node) + trip.bank.slot_at(num_slots_[static_cast<size_t>(node)]++);
+  }
+  // Returns the bytes of the round, to all other nodes.
+  int64_t send_round(const RailTrip& trip, uint64_t epoch);
+  // The bank of that node's slots.
+  const std::byte* await_arrived(const RailTrip& trip, uint64_t epoch, int node);
+  void finish_round(uint64_t epoch);
+
+  template <typename Visitor>
+  void for_each_other_node(Visitor visit) const {
+    for (int i = 1; i < num_nodes(); ++i) visit((place_.node + i) % num_nodes());
+  }
+
+ private:
+  std::byte* out(uint64_t epoch, int node) const { return place_.memory->address() + place_.layout.out(lane_.index(), epoch, node); }
+  int rank_in(int node) const { return place_.ranks[static_cast<size_t>(node)]; }
+
+  Lane& lane_;
+  const RailPlace& place_;
+  Epochs epochs_;
+  std::vector<int32_t> num_slots_;  // [num_nodes] filled in the round under way
+};
+
+}  // namespace tern::cpu

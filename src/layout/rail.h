@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// What goes over the network between two ranks of a rail in one epoch: one contiguous piece of a bank.
+//
+//   | header | counts: int32 [num_counts] | slot 0 | slot 1 | ...
+//   slot: | payload | scales | words: 4 bytes each [num_words] |
+//
+// Slots follow each other in the order of the source's tokens, so they need not say whose they are.
+//
+// The memory of a rank that the network writes to and reads from, the same on every rank:
+//
+//   | failure records [num_nodes] | own failure record | [lane][bank][out, in][node] |
+//
+// What is put to a node is made in its out-bank and arrives in the in-bank of this rank's node there. A rank's out-bank for its own node
+// holds what stays here; its in-bank is not used.
+#pragma once
+
+#include <cstdint>
+
+#include "layout/message.h"
+
+namespace tern::layout {
+
+// Compared on arrival, as MessageHeader is.
+struct alignas(kCacheLine) RailHeader {
+  CallShape shape;
+  int32_t operation = 0;
+  int32_t num_slots = 0;
+};
+static_assert(sizeof(RailHeader) == kCacheLine);
+
+struct RailSlotLayout {
+  int64_t payload_bytes = 0;
+  int64_t scale_bytes = 0;
+  int32_t num_words = 0;
+
+  constexpr int64_t payload() const { return 0; }
+  constexpr int64_t scales() const { return align_up(payload_bytes, SlotLayout::kPartAlignment); }
+  constexpr int64_t words() const { return scales() + align_up(scale_bytes, SlotLayout::kPartAlignment); }
+  constexpr int64_t stride() const { return align_up(words() + num_words * int64_t{4}, SlotLayout::kPartAlignment); }
+};
+
+struct RailBankLayout {
+  int64_t num_counts = 0;
+  RailSlotLayout slot;
+
+  constexpr int64_t counts() const { return sizeof(RailHeader); }
+  constexpr int64_t slots() const { return align_up(counts() + num_counts * int64_t{4}, kCacheLine); }
+  constexpr int64_t slot_at(int64_t slot_idx) const { return slots() + slot_idx * slot.stride(); }
+  constexpr int64_t bytes(int64_t num_slots) const { return slot_at(num_slots); }
+  constexpr int64_t slots_in(int64_t bank_bytes) const { return bank_bytes < slots() ? 0 : (bank_bytes - slots()) / slot.stride(); }
+};
+
+struct RailMemoryLayout {
+  int32_t num_nodes = 0;
+  int32_t num_lanes = 0;
+  int64_t bank_bytes = 0;  // a multiple of kCacheLine
+
+  constexpr int64_t failure(int node) const { return node * static_cast<int64_t>(kCacheLine); }
+  constexpr int64_t own_failure() const { return failure(num_nodes); }
+  constexpr int64_t out(int lane, uint64_t epoch, int node) const { return bank(lane, epoch, 0, node); }
+  constexpr int64_t in(int lane, uint64_t epoch, int node) const { return bank(lane, epoch, 1, node); }
+  constexpr int64_t total_bytes() const { return bank(num_lanes, 0, 0, 0); }
+
+ private:
+  constexpr int64_t bank(int lane, uint64_t epoch, int direction, int node) const {
+    const int64_t pair = lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks);
+    return failure(num_nodes + 1) + ((pair * 2 + direction) * num_nodes + node) * bank_bytes;
+  }
+};
+
+}  // namespace tern::layout

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// Nodes that share nothing but a network: network namespaces, joined by virtual Ethernet. Skipped where they cannot be made.
+#include "engine/namespaces.h"
+
+#include <chrono>
+#include <optional>
+#include <tern/tern.hpp>
+
+#include "conformance/processes.h"
+#include "engine/nodes.h"
+#include "engine/support.h"
+
+namespace tern::conformance {
+namespace {
+
+constexpr int64_t kSceneMs = 120'000;
+
+// A rank of the scenario on its node, which the library finds out by itself.
+struct Seated {
+  Seated(RankSeat& seat, const Namespaces& nodes, const Scenario& scenario, int64_t timeout_ms)
+      : group((nodes.enter(scenario.c.node_of(seat.rank())),
+               Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat))),
+        exchange(group, options(scenario, timeout_ms)),
+        trip(scenario, seat.rank(), exchange.get()) {}
+
+  static tern_exchange_options options(const Scenario& scenario, int64_t timeout_ms) {
+    tern_exchange_options result = scenario.exchange_options();
+    result.device = TERN_DEVICE_CPU;
+    result.timeout_ms = timeout_ms;
+    return result;
+  }
+
+  Group group;
+  Exchange exchange;
+  RoundTrip trip;
+};
+
+void expect_clean(const Case& c, const std::vector<RankReport>& reports) {
+  for (size_t rank = 0; rank < reports.size(); ++rank) {
+    EXPECT_TRUE(reports[rank].finished) << c.name() << "\nrank " << rank << " left no report";
+    EXPECT_EQ(reports[rank].text, "") << c.name() << "\nrank " << rank;
+  }
+}
+
+void expect_right_on(const Namespaces& nodes, const Case& c) {
+  const Scenario scenario(c);
+  RankProcesses ranks(c.num_ranks, kSceneMs, [&](RankSeat& seat) {
+    Seated seated(seat, nodes, scenario, 30'000);
+    if (seated.group.info().num_nodes != c.num_nodes()) return std::string("the nodes were not found out");
+    seated.trip.run();
+    return join_lines(seated.trip.differences());
+  });
+  expect_clean(c, ranks.join());
+}
+
+std::vector<Case> some_cases(int32_t num_nodes, int32_t ranks_per_node) {
+  std::vector<Case> cases;
+  for (uint64_t seed = 3001; seed <= 3000 + static_cast<uint64_t>(scaled(3)); ++seed) {
+    Case c = random_case(seed);
+    c.num_ranks = num_nodes * ranks_per_node;
+    c.ranks_per_node = ranks_per_node;
+    c.row_capacity = 0;
+    cases.push_back(c.normalized());
+  }
+  Case large;  // many rounds
+  large.num_ranks = num_nodes * ranks_per_node;
+  large.ranks_per_node = ranks_per_node;
+  large.max_tokens = 300;
+  large.hidden = 2048;
+  large.num_topk = 4;
+  large.layout = TERN_LAYOUT_EXPERT_MAJOR;
+  large.weighting = TERN_WEIGHTS_OWNER;
+  large = large.normalized();
+  large.staging_bytes = staging_for_rounds(large, 20);
+  cases.push_back(large);
+  return cases;
+}
+
+class NodesInNamespaces : public ::testing::TestWithParam<std::pair<int32_t, int32_t>> {};
+
+TEST_P(NodesInNamespaces, AreRight) {
+  const auto [num_nodes, ranks_per_node] = GetParam();
+  const Namespaces nodes(num_nodes);
+  if (!nodes.problem().empty()) GTEST_SKIP() << nodes.problem();
+  for (const Case& c : some_cases(num_nodes, ranks_per_node)) expect_right_on(nodes, c);
+}
+
+INSTANTIATE_TEST_SUITE_P(NodesAndRanks, NodesInNamespaces,
+                         ::testing::Values(std::pair(2, 1), std::pair(2, 2), std::pair(3, 1), std::pair(3, 2)));
+
+TEST(Namespaces, DelayJitterLossAndReorderingChangeNothingButTime) {
+  const Namespaces nodes(2);
+  if (!nodes.problem().empty()) GTEST_SKIP() << nodes.problem();
+  if (!nodes.disturb("delay 2ms 2ms loss 1% reorder 25% 50%")) GTEST_SKIP() << "tc has no netem here";
+  for (const Case& c : some_cases(2, 2)) expect_right_on(nodes, c);
+}
+
+// The cable is pulled between two operations: every rank of both nodes gets an error that names a rank of the other node.
+TEST(Namespaces, ACutLinkIsAnErrorForAllInTime) {
+  const Namespaces nodes(2);
+  if (!nodes.problem().empty()) GTEST_SKIP() << nodes.problem();
+  const int64_t timeout_ms = full_scale() ? 2'000 : 10'000;
+  Case c;
+  c.num_ranks = 4;
+  c.ranks_per_node = 2;
+  const Scenario scenario(c);
+  RankProcesses ranks(c.num_ranks, kSceneMs, [&](RankSeat& seat) {
+    Seated seated(seat, nodes, scenario, timeout_ms);
+    seated.trip.run();
+    seat.set_stage(1);
+    seat.wait_for_stage(-1, 1);
+    const auto start = std::chrono::steady_clock::now();
+    std::string error = "the operations went through";
+    try {
+      for (int batch = 0; batch < 4; ++batch) seated.trip.dispatch(batch);
+    } catch (const std::runtime_error& failure) {
+      error = failure.what();
+    }
+    const auto elapsed = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start).count();
+    const tern_exchange_state state = seated.exchange.state();
+    const bool across = c.node_of(state.failure.waiter) != c.node_of(state.failure.awaited);
+    const bool right = state.health == TERN_HEALTH_FAILED && across && elapsed < 4 * timeout_ms;
+    return right ? std::string() : fmt::format("after {} ms: {}", elapsed, error);
+  });
+  for (int32_t rank = 0; rank < c.num_ranks; ++rank) ranks.wait_for_stage(rank, 1);
+  nodes.cut(1);
+  ranks.set_stage(1);
+  expect_clean(c, ranks.join());
+}
+
+}  // namespace
+}  // namespace tern::conformance
