@@ -30,10 +30,11 @@ class Namespaces {
     }
     bool done = run(fmt::format("ip netns add {0} && ip -n {0} link add bridge type bridge && ip -n {0} link set bridge up", hub()));
     for (int node = 0; node < num_nodes && done; ++node)
-      done = run(fmt::format("ip netns add {0} && ip -n {0} link add veth type veth peer name to{1} netns {2} && "
-                             "ip -n {2} link set to{1} master bridge up && ip -n {0} addr add 10.123.45.{3}/24 dev veth && "
-                             "ip -n {0} link set veth up",
-                             name(node), node, hub(), node + 1));
+      done =
+          run(fmt::format("ip netns add {0} && ip -n {0} link add veth type veth peer name to{1} netns {2} && "
+                          "ip -n {2} link set to{1} master bridge up && ip -n {0} addr add 10.123.45.{3}/24 dev veth && "
+                          "ip -n {0} link set veth up",
+                          name(node), node, hub(), node + 1));
     if (!done) problem_ = "network namespaces cannot be made here (ip netns, veth, bridge)";
   }
   ~Namespaces() {

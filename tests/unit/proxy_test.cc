@@ -43,7 +43,8 @@ void await(const uint64_t& word, uint64_t value, const char* what) {
 // A rank with a proxy. Its memory: [channel][bank][in, out][rank].
 class ProxyRank {
  public:
-  explicit ProxyRank(Bootstrap& bootstrap) : rank_(bootstrap.rank()), num_ranks_(bootstrap.num_ranks()), memory_(offset(kChannels, 0, 0, 0)) {
+  explicit ProxyRank(Bootstrap& bootstrap)
+      : rank_(bootstrap.rank()), num_ranks_(bootstrap.num_ranks()), memory_(offset(kChannels, 0, 0, 0)) {
     auto endpoint = make_endpoint(bootstrap, loopback_options(), ample());
     region_ = std::make_unique<Region>(endpoint->register_memory(memory_.data(), memory_.size()));
     remotes_.resize(static_cast<size_t>(num_ranks_));
@@ -92,7 +93,8 @@ class ProxyRank {
 
  private:
   size_t offset(int channel, uint64_t epoch, size_t direction, int rank) const {
-    return (((static_cast<size_t>(channel) * 2 + epoch % 2) * 2 + direction) * static_cast<size_t>(num_ranks_) + static_cast<size_t>(rank)) *
+    return (((static_cast<size_t>(channel) * 2 + epoch % 2) * 2 + direction) * static_cast<size_t>(num_ranks_) +
+            static_cast<size_t>(rank)) *
            kBankBytes;
   }
   static uint8_t pattern(int from, int to, uint64_t epoch) { return static_cast<uint8_t>(from * 31 + to * 7 + static_cast<int>(epoch)); }
