@@ -140,7 +140,8 @@ class ShareSender {
       device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
       if (device::lane_idx() == 0) call_.raise_row(source, token);
       __syncwarp();
-      if (i + kAhead * step() < num_messages_) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
+      // Without waiting for the workers, who come here some messages later.
+      if (i + kAhead * step() < num_messages_) device::arrive_at_barrier(kFreeBarrier + nth % kAhead, kLatencyThreads);
     }
   }
 
