@@ -138,14 +138,15 @@ class ShareSender {
       const int source = begins_.source_of(i);
       const int32_t token = plan_.source_token[i];
       device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
-      if (device::lane_idx() == 0) call_.raise_row(source, token);
+      // Without the owner's weights, because the exchange has failed, the row is not right.
+      const bool is_right = !args_.sums_owner_weights || !call_.operation().is_aborted();
+      if (device::lane_idx() == 0 && is_right) call_.raise_row(source, token);
       __syncwarp();
       // Without waiting for the workers, who come here some messages later.
       if (i + kAhead * step() < num_messages_) device::arrive_at_barrier(kFreeBarrier + nth % kAhead, kLatencyThreads);
     }
   }
 
-  // If the exchange has failed the row is not right, and nobody will take it for it.
   __device__ void push(const Share& share, int32_t message) const {
     const int source = begins_.source_of(message);
     std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
