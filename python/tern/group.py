@@ -18,8 +18,8 @@ class Group:
     """The ranks of a job. Made by one of the `from_` functions, which are collective, or by `local`.
 
     Creation waits at most `timeout_ms` (0: TERN_TIMEOUT_MS of the environment, else 30 s) for ranks that do not come, and names
-    them. `name` tells groups of one job apart; `node` declares which node this rank is on (default: found out). A group may be
-    dropped while its exchanges are in use.
+    them. `name` tells groups of one job apart; `node` declares which node this rank is on, `ranks_per_node` that rank r is on
+    node r // ranks_per_node (default: TERN_RANKS_PER_NODE, else found out). A group may be dropped while its exchanges are in use.
     """
 
     def __init__(self, handle: int, keep: Any = None) -> None:
@@ -30,16 +30,24 @@ class Group:
         check(lib.tern_group_get_info(self._handle, ctypes.byref(self._info)))
 
     @classmethod
-    def from_env(cls, *, name: str = "", node: str = "", timeout_ms: int = 0) -> Group:
+    def from_env(cls, *, name: str = "", node: str = "", ranks_per_node: int = 0, timeout_ms: int = 0) -> Group:
         """From the launcher's environment: torchrun, Open MPI or Slurm; with none of them, a group of one rank."""
         handle = ctypes.c_void_p()
-        options = _options(name, node, timeout_ms)
+        options = _options(name, node, ranks_per_node, timeout_ms)
         check(lib.tern_group_create_from_env(ctypes.byref(options), ctypes.byref(handle)))
         return cls(_value(handle))
 
     @classmethod
     def from_allgather(
-        cls, rank: int, num_ranks: int, allgather: Allgather, *, name: str = "", node: str = "", timeout_ms: int = 0
+        cls,
+        rank: int,
+        num_ranks: int,
+        allgather: Allgather,
+        *,
+        name: str = "",
+        node: str = "",
+        ranks_per_node: int = 0,
+        timeout_ms: int = 0,
     ) -> Group:
         """From a function that takes this rank's bytes and returns those of all ranks, in order of ranks.
 
@@ -47,7 +55,7 @@ class Group:
         """
         callback = _AllgatherCallback(num_ranks, allgather)
         handle = ctypes.c_void_p()
-        options = _options(name, node, timeout_ms)
+        options = _options(name, node, ranks_per_node, timeout_ms)
         status = lib.tern_group_create_from_allgather(
             ctypes.byref(options), rank, num_ranks, callback.function, None, ctypes.byref(handle)
         )
@@ -55,7 +63,15 @@ class Group:
         return cls(_value(handle), callback)
 
     @classmethod
-    def from_torch(cls, process_group: Any = None, *, name: str = "", node: str = "", timeout_ms: int = 0) -> Group:
+    def from_torch(
+        cls,
+        process_group: Any = None,
+        *,
+        name: str = "",
+        node: str = "",
+        ranks_per_node: int = 0,
+        timeout_ms: int = 0,
+    ) -> Group:
         """From a torch.distributed ProcessGroup of any backend (None: the default group), by its all_gather_object."""
         import torch.distributed as dist
 
@@ -72,11 +88,19 @@ class Group:
             return gathered
 
         return cls.from_allgather(
-            process_group.rank(), process_group.size(), allgather, name=name, node=node, timeout_ms=timeout_ms
+            process_group.rank(),
+            process_group.size(),
+            allgather,
+            name=name,
+            node=node,
+            ranks_per_node=ranks_per_node,
+            timeout_ms=timeout_ms,
         )
 
     @classmethod
-    def from_mpi(cls, communicator: Any, *, name: str = "", node: str = "", timeout_ms: int = 0) -> Group:
+    def from_mpi(
+        cls, communicator: Any, *, name: str = "", node: str = "", ranks_per_node: int = 0, timeout_ms: int = 0
+    ) -> Group:
         """From an mpi4py communicator, or anything with Get_rank, Get_size and allgather."""
         return cls.from_allgather(
             communicator.Get_rank(),
@@ -84,14 +108,15 @@ class Group:
             communicator.allgather,
             name=name,
             node=node,
+            ranks_per_node=ranks_per_node,
             timeout_ms=timeout_ms,
         )
 
     @classmethod
-    def local(cls, num_ranks: int, *, name: str = "", timeout_ms: int = 0) -> list[Group]:
+    def local(cls, num_ranks: int, *, name: str = "", ranks_per_node: int = 0, timeout_ms: int = 0) -> list[Group]:
         """Ranks in this process: element r is for the thread that plays rank r. Not collective: one call makes all of them."""
         handles = (ctypes.c_void_p * max(num_ranks, 1))()
-        options = _options(name, "", timeout_ms)
+        options = _options(name, "", ranks_per_node, timeout_ms)
         check(lib.tern_group_create_local(ctypes.byref(options), num_ranks, handles))
         return [cls(_value(ctypes.c_void_p(handle))) for handle in handles]
 
@@ -161,8 +186,10 @@ class _AllgatherCallback:
         check(status)
 
 
-def _options(name: str, node: str, timeout_ms: int) -> _c.GroupOptions:
-    return _c.GroupOptions(name=name.encode() or None, node=node.encode() or None, timeout_ms=timeout_ms)
+def _options(name: str, node: str, ranks_per_node: int, timeout_ms: int) -> _c.GroupOptions:
+    return _c.GroupOptions(
+        name=name.encode() or None, node=node.encode() or None, ranks_per_node=ranks_per_node, timeout_ms=timeout_ms
+    )
 
 
 def _value(handle: ctypes.c_void_p) -> int:

@@ -19,8 +19,8 @@ TIMEOUT_MS = 20_000  # of every wait in the library
 DEADLINE_S = 150  # of a whole run with processes
 
 
-def as_threads(num_ranks: int, body: Callable[[tern.Group], Any]) -> list[Any]:
-    """What `body` returned on each rank."""
+def as_threads(num_ranks: int, body: Callable[[tern.Group], Any], **options: Any) -> list[Any]:
+    """What `body` returned on each rank. `options` are those of tern.Group.local."""
     results: list[Any] = [None] * num_ranks
     errors: list[BaseException] = []
 
@@ -31,7 +31,8 @@ def as_threads(num_ranks: int, body: Callable[[tern.Group], Any]) -> list[Any]:
             errors.append(error)
 
     threads = [
-        threading.Thread(target=run, args=(group,)) for group in tern.Group.local(num_ranks, timeout_ms=TIMEOUT_MS)
+        threading.Thread(target=run, args=(group,))
+        for group in tern.Group.local(num_ranks, timeout_ms=TIMEOUT_MS, **options)
     ]
     for thread in threads:
         thread.start()

@@ -54,6 +54,22 @@ def with_torch(rank: int) -> Any:
     return factors
 
 
+def test_declared_nodes() -> None:
+    """Two nodes of two ranks on this host, which meet over libfabric."""
+    groups = tern.Group.local(4, ranks_per_node=2)
+    assert [(g.node, g.num_nodes, g.rank_in_node, g.ranks_in_node) for g in groups] == [
+        (0, 2, 0, 2),
+        (0, 2, 1, 2),
+        (1, 2, 0, 2),
+        (1, 2, 1, 2),
+    ]
+    try:
+        factors = as_threads(4, lambda group: round_trip(small_exchange(group)), ranks_per_node=2)
+    except tern.UnsupportedError as error:
+        pytest.skip(f"no network between nodes: {error}")
+    assert factors == [2.0] * 4
+
+
 def test_from_torch() -> None:
     assert as_processes(3, with_torch) == [[2.0], [], [2.0]]
 
