@@ -68,6 +68,12 @@ __device__ __forceinline__ void await_kernel_before() {
 #endif
 }
 
+// All threads of a warp: the bits that any of them has.
+__device__ __forceinline__ uint64_t or_of_warp(uint64_t bits) {
+  const uint32_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(bits)), high = __reduce_or_sync(~0u, static_cast<uint32_t>(bits >> 32));
+  return uint64_t{high} << 32 | low;
+}
+
 // A barrier of `num_threads` threads of the block, whole warps; 0 is __syncthreads().
 __device__ __forceinline__ void sync_some_warps(int barrier, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");

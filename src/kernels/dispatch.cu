@@ -102,7 +102,8 @@ class MessageSides {
       if (at >= args_.scale_bytes) break;
       std::byte* to = args_.out.scales + row * args_.scale_bytes + at;
       if (args_.out.scales_by_column)
-        to = OutputWriter::scale_address(args_, row, at / args_.scale_element_bytes) + at % args_.scale_element_bytes;
+        to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, at / args_.scale_element_bytes) +
+             at % args_.scale_element_bytes;
       if (args_.scale_word_bytes == 4)
         *reinterpret_cast<uint32_t*>(to) = share.scales[i];
       else

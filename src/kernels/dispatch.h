@@ -38,6 +38,23 @@ struct DispatchOutputs {
   int64_t num_rows = 0;
   bool zero_padding = false;
   bool scales_by_column = false;
+
+  // Bytes of a row's scales, and of an element of them.
+  struct ScaleSizes {
+    int64_t row_bytes, element_bytes;
+  };
+  // Where element `element_idx` of a row's scales goes. Row-major: [rows, elements]. Column-major: [elements, rows], in expert_padded for
+  // each expert by itself.
+  constexpr std::byte* scale_address(const PlanView& plan, ScaleSizes sizes, int64_t row, int64_t element_idx) const {
+    if (!scales_by_column) return scales + row * sizes.row_bytes + element_idx * sizes.element_bytes;
+    int64_t column_rows = num_rows, group = 0;
+    if (plan.layout == TERN_LAYOUT_EXPERT_PADDED) {
+      column_rows = plan.padded_group_rows;
+      group = row / column_rows;
+      row %= column_rows;
+    }
+    return scales + ((group * (sizes.row_bytes / sizes.element_bytes) + element_idx) * column_rows + row) * sizes.element_bytes;
+  }
 };
 
 // Bulk copies: a row travels in pieces, each pulling warp has a ring of shared memory for them. What a message needs besides its row comes with the

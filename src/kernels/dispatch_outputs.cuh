@@ -31,20 +31,6 @@ class OutputWriter {
     write_counts();
   }
 
-  // Where element `element_idx` of a row's scales goes. Row-major: [rows, elements]. Column-major: [elements, rows], in expert_padded for
-  // each expert by itself.
-  __device__ static std::byte* scale_address(const DispatchArgs& args, int64_t row, int64_t element_idx) {
-    const int64_t element_bytes = args.scale_element_bytes;
-    if (!args.out.scales_by_column) return args.out.scales + row * args.scale_bytes + element_idx * element_bytes;
-    int64_t column_rows = args.out.num_rows, group = 0;
-    if (args.plan.layout == TERN_LAYOUT_EXPERT_PADDED) {
-      column_rows = args.plan.padded_group_rows;
-      group = row / column_rows;
-      row %= column_rows;
-    }
-    return args.out.scales + ((group * (args.scale_bytes / element_bytes) + element_idx) * column_rows + row) * element_bytes;
-  }
-
  private:
   static constexpr int kBatch = 4;  // loads that are under way at a time
 
@@ -160,7 +146,7 @@ class OutputWriter {
     if (out_.scales == nullptr || args_.scale_bytes == 0) return;
     const int64_t num_elements = args_.scale_bytes / args_.scale_element_bytes;
     for (int64_t i = begin * num_elements + threadIdx.x; i < end * num_elements; i += block_threads_) {
-      std::byte* to = scale_address(args_, i / num_elements, i % num_elements);
+      std::byte* to = out_.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, i / num_elements, i % num_elements);
 #pragma unroll 1
       for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = std::byte{0};
     }

@@ -17,19 +17,6 @@ struct ArrivingEntry {
   int32_t row;     // -1: not here, or beyond the capacity
 };
 
-// Where an element of a row's scales goes, as OutputWriter::scale_address().
-__device__ __forceinline__ std::byte* latency_scale_address(const LatencyDispatchArgs& args, int64_t row, int64_t element) {
-  const int64_t element_bytes = args.scale_element_bytes;
-  if (!args.out.scales_by_column) return args.out.scales + row * args.scale_bytes + element * element_bytes;
-  int64_t column_rows = args.out.num_rows, group = 0;
-  if (args.call.plan.layout == TERN_LAYOUT_EXPERT_PADDED) {
-    column_rows = args.call.plan.padded_group_rows;
-    group = row / column_rows;
-    row -= group * column_rows;
-  }
-  return args.out.scales + ((group * (args.scale_bytes / element_bytes) + element) * column_rows + row) * element_bytes;
-}
-
 // What arrives here: of a call that routes, worked out from the words of all sources; else as the plan has it.
 class Arrivals {
  public:
@@ -374,7 +361,7 @@ class Arrivals {
     const int64_t num_elements = args_.scale_bytes / args_.scale_element_bytes;
 #pragma unroll 1
     for (int64_t i = begin * num_elements + thread; i < end * num_elements; i += num_threads) {
-      std::byte* to = latency_scale_address(args_, i / num_elements, i % num_elements);
+      std::byte* to = out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, i / num_elements, i % num_elements);
 #pragma unroll 1
       for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = std::byte{0};
     }

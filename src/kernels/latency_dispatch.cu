@@ -84,7 +84,7 @@ class RowSender {
         const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
         if (rank >= 0) ranks |= uint64_t{1} << rank;
       }
-      ranks = or_of_warp(ranks);
+      ranks = device::or_of_warp(ranks);
     }
 #pragma unroll 1
     for (int rank = lane; rank < call_.num_ranks(); rank += kWarpThreads) {
@@ -160,43 +160,21 @@ class RowSender {
     for (int i = 0; i < memory_.num_destinations(); ++i) *reinterpret_cast<T*>(memory_.destinations()[i] + at) = value;
   }
 
-  // 16 bytes of a row of Wire become fp8. The threads of a block of 128 channels are neighbours in a warp.
+  // 16 bytes of a row of Wire become fp8. The last block's scale is followed by zeros where scales are bytes.
   template <typename Wire>
   __device__ void cast(const Vec16& value, int32_t at) const {
-    constexpr int kBlock = 128, kLanes = kBlock / Wire::kElements;
-    const int32_t channel = at / (16 / Wire::kElements);
-    float values[Wire::kElements];
-    Wire::widen(value, values);
-    float amax = 1e-4f;
-#pragma unroll
-    for (int i = 0; i < Wire::kElements; ++i) amax = fmaxf(amax, fabsf(values[i]));  // fmaxf leaves NaNs out
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
-    const device::BlockScale scale = device::scale_of(amax, args_.in.encoding);
-    if (channel >= args_.in.hidden) return;
-    uint32_t words[Wire::kElements / 4];
-#pragma unroll
-    for (int w = 0; w < Wire::kElements / 4; ++w) {
-      const auto scaled = [&](int i) { return __fmul_rn(values[4 * w + i], scale.multiplier); };
-      words[w] = device::narrow_e4m3x2(scaled(0), scaled(1)) | uint32_t{device::narrow_e4m3x2(scaled(2), scaled(3))} << 16;
-    }
-    if constexpr (Wire::kElements == 8)
-      to_all<uint2>({words[0], words[1]}, channel);
-    else
-      to_all<uint32_t>(words[0], channel);
-    if (device::lane_idx() % kLanes == 0) keep_scale(channel / kBlock, scale);
-  }
-
-  __device__ void keep_scale(int block, const device::BlockScale& scale) const {
+    constexpr int kBlock = CastVector<Wire>::kBlock;
+    const auto hidden = static_cast<int32_t>(args_.in.hidden), channel = at / (16 / Wire::kElements);
+    const CastVector<Wire> cast = cast_channels<Wire>(value, args_.in.encoding);
+    if (channel >= hidden) return;
+    to_all(cast.values, channel);
+    if (channel % kBlock != 0) return;
     std::byte* scales = tail(args_.call.slot.scales());
-    if (args_.in.encoding != TERN_ENCODING_FP8_UE8M0) {
-      reinterpret_cast<uint32_t*>(scales)[block] = scale.stored;
-      return;
-    }
-    scales[block] = static_cast<std::byte>(scale.stored);
-    const int num_blocks = static_cast<int>((args_.in.hidden + 127) / 128);
+    store_scale(cast.scale, channel / kBlock, args_.in.encoding, scales);
+    if (args_.in.encoding != TERN_ENCODING_FP8_UE8M0 || channel + kBlock < hidden) return;
+    const int num_blocks = channel / kBlock + 1;
 #pragma unroll 1
-    for (int pad = block + 1; block + 1 == num_blocks && pad < layout::align_up(num_blocks, 4); ++pad) scales[pad] = std::byte{0};
+    for (int pad = num_blocks; pad < layout::align_up(num_blocks, 4); ++pad) scales[pad] = std::byte{0};
   }
 
   __device__ void push_tail() const {
@@ -331,7 +309,7 @@ class MessageSpreader {
 #pragma unroll 1
     for (int32_t i = thread_; i < rows_->num_rows * num_elements; i += kThreads) {
       const int32_t element = i % num_elements;
-      std::byte* to = latency_scale_address(args_, rows_->row[i / num_elements], element);
+      std::byte* to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, rows_->row[i / num_elements], element);
       const std::byte* from = scales + element * args_.scale_element_bytes;
       if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
         *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);

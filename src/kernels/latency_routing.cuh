@@ -74,11 +74,6 @@ class DispatchMemory {
   int32_t tail_, destinations_, destination_ranks_, rows_, counts_, presence_, first_row_, num_entries_, received_begin_;
 };
 
-__device__ __forceinline__ uint64_t or_of_warp(uint64_t bits) {
-  const uint32_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(bits)), high = __reduce_or_sync(~0u, static_cast<uint32_t>(bits >> 32));
-  return uint64_t{high} << 32 | low;
-}
-
 // This rank's tokens, as the call routes them.
 class OwnRouting {
  public:
@@ -175,7 +170,7 @@ class OwnRouting {
       plan_.entry_rows[token * plan_.num_topk + k] = position;
     }
     __syncwarp();
-    ranks = or_of_warp(ranks);
+    ranks = device::or_of_warp(ranks);
     MessageRef* messages = plan_.messages + token * plan_.messages_per_token;
 #pragma unroll 1
     for (int rank = lane; rank < num_ranks_; rank += kWarpThreads)

@@ -2,6 +2,8 @@
 // Rows moved and made by one warp with ordinary loads and stores of 16 bytes.
 #pragma once
 
+#include <type_traits>
+
 #include "device/numbers.cuh"
 #include "device/order.cuh"
 
@@ -27,11 +29,19 @@ __device__ __forceinline__ void copy_row(const std::byte* from, int64_t row_byte
   }
 }
 
-// Casts a vector of a row for each thread of a warp. Several threads share a block of 128 channels, whose scale the first of them stores.
+// 16 bytes of a row of Wire as fp8 e4m3.
 template <typename Wire>
-__device__ __forceinline__ void cast_vector(const Vec16& raw, bool is_in_row, int64_t channel, int encoding, std::byte* out_values,
-                                            std::byte* out_scales) {
-  constexpr int kBlock = 128, kLanes = kBlock / Wire::kElements, kWords = Wire::kElements / 4;
+struct CastVector {
+  static constexpr int kBlock = 128;  // channels that share a scale
+  using Values = std::conditional_t<Wire::kElements == 8, uint2, uint32_t>;
+  Values values;
+  device::BlockScale scale;
+};
+
+// Casts a vector of a row for each thread of a warp. The threads of a block of channels are neighbours, and have the same scale.
+template <typename Wire>
+__device__ __forceinline__ CastVector<Wire> cast_channels(const Vec16& raw, int encoding) {
+  constexpr int kLanes = CastVector<Wire>::kBlock / Wire::kElements, kWords = Wire::kElements / 4;
   float values[Wire::kElements];
   Wire::widen(raw, values);
   float amax = 1e-4f;
@@ -40,7 +50,6 @@ __device__ __forceinline__ void cast_vector(const Vec16& raw, bool is_in_row, in
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
   const device::BlockScale scale = device::scale_of(amax, encoding);
-  if (!is_in_row) return;
   uint32_t words[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
@@ -50,14 +59,17 @@ __device__ __forceinline__ void cast_vector(const Vec16& raw, bool is_in_row, in
     words[i] = low | high << 16;
   }
   if constexpr (kWords == 2)
-    *reinterpret_cast<uint2*>(out_values + channel) = {words[0], words[1]};
+    return {{words[0], words[1]}, scale};
   else
-    *reinterpret_cast<uint32_t*>(out_values + channel) = words[0];
-  if (channel % kBlock != 0) return;
+    return {words[0], scale};
+}
+
+// The scale of a block, by one thread.
+__device__ __forceinline__ void store_scale(const device::BlockScale& scale, int64_t block, int encoding, std::byte* scales) {
   if (encoding == TERN_ENCODING_FP8_UE8M0)
-    out_scales[channel / kBlock] = static_cast<std::byte>(scale.stored);
+    scales[block] = static_cast<std::byte>(scale.stored);
   else
-    reinterpret_cast<uint32_t*>(out_scales)[channel / kBlock] = scale.stored;
+    reinterpret_cast<uint32_t*>(scales)[block] = scale.stored;
 }
 
 // Casts a row to fp8 e4m3 in blocks of 128 channels, as tern_encoding defines. `row` and `out_values` are aligned to 16 bytes. Loads of several
@@ -75,7 +87,11 @@ __device__ __noinline__ void cast_row(const std::byte* row, int64_t hidden, int 
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (first + u * kStep >= hidden) break;
-      cast_vector<Wire>(raw[u], channel + u * kStep < hidden, channel + u * kStep, encoding, out_values, out_scales);
+      const CastVector<Wire> cast = cast_channels<Wire>(raw[u], encoding);
+      const int64_t at = channel + u * kStep;
+      if (at >= hidden) continue;
+      *reinterpret_cast<typename CastVector<Wire>::Values*>(out_values + at) = cast.values;
+      if (at % CastVector<Wire>::kBlock == 0) store_scale(cast.scale, at / CastVector<Wire>::kBlock, encoding, out_scales);
     }
   }
   if (encoding != TERN_ENCODING_FP8_UE8M0) return;

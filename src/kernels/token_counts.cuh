@@ -168,7 +168,7 @@ class TokenCounts {
       int num_messages = 0;
       for (int first_rank = 0; first_rank < num_ranks_; first_rank += kRanks) {
         const uint64_t ranks = token < tokens_.end ? ranks_of(token, first_rank, min(kRanks, num_ranks_ - first_rank)) : 0;
-        for (uint64_t left = or_of_lanes(ranks); left != 0; left &= left - 1) {
+        for (uint64_t left = device::or_of_warp(ranks); left != 0; left &= left - 1) {
           const int bit = __ffsll(static_cast<int64_t>(left)) - 1, to = first_rank + bit;
           const bool goes = (ranks >> bit & 1) != 0;
           const uint32_t all = __ballot_sync(~0u, goes);
@@ -207,10 +207,6 @@ class TokenCounts {
       }
     }
     return ranks;
-  }
-
-  __device__ static uint64_t or_of_lanes(uint64_t bits) {
-    return uint64_t{__reduce_or_sync(~0u, static_cast<uint32_t>(bits >> 32))} << 32 | __reduce_or_sync(~0u, static_cast<uint32_t>(bits));
   }
 
   const RouteArgs& args_;

@@ -279,10 +279,7 @@ void policy_mask(const SceneSettings& settings) {
     require_masked(member, only_victim(settings), 1);
     return std::string();
   });
-  wait_for_all(ranks, settings, kReady);
-  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
-  ranks.set_stage(kStruck);
-  expect_no_complaints(ranks.join(), settings.victim());
+  kill_victim_and_join(ranks, settings);
 }
 
 void policy_mask_is_refused(const SceneSettings& settings) {

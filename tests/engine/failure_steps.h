@@ -3,6 +3,7 @@
 // throws what it did not like.
 #pragma once
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -173,6 +174,14 @@ template <typename Seat>
 inline void wait_for_survivors(const Seat& seat, const SceneSettings& settings, uint64_t stage) {
   for (int32_t rank = 0; rank < settings.num_ranks; ++rank)
     if (rank != settings.victim()) seat.wait_for_stage(rank, stage);
+}
+
+// The end of a scene: the victim is killed when all are ready, and the others are right without it.
+inline void kill_victim_and_join(RankProcesses& ranks, const SceneSettings& settings) {
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
+  ranks.set_stage(kStruck);
+  expect_no_complaints(ranks.join(), settings.victim());
 }
 
 }  // namespace tern::conformance

@@ -42,10 +42,7 @@ void policy_mask_of_a_single_call(const SceneSettings& settings) {
     require_one_timeout_at_most(member);
     return std::string();
   });
-  wait_for_all(ranks, settings, kReady);
-  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
-  ranks.set_stage(kStruck);
-  expect_no_complaints(ranks.join(), settings.victim());
+  kill_victim_and_join(ranks, settings);
 }
 
 void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode mode) {
@@ -82,10 +79,7 @@ void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode m
     require_one_timeout_at_most(member);
     return std::string();
   });
-  wait_for_all(ranks, settings, kReady);
-  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
-  ranks.set_stage(kStruck);
-  expect_no_complaints(ranks.join(), settings.victim());
+  kill_victim_and_join(ranks, settings);
 }
 
 void policy_mask_of_who_was_left_out(const SceneSettings& settings) {

@@ -10,16 +10,9 @@ extern "C" __attribute__((visibility("default"))) const char* __lsan_default_sup
 namespace tern::conformance {
 namespace {
 
-Case ordinary_case(uint64_t seed) {
-  Case c;
-  c.seed = seed;
-  c.num_ranks = 4;
+Case case_on_nodes(uint64_t seed) {
+  Case c = ordinary_case(seed);
   c.ranks_per_node = 2;
-  c.max_tokens = 10;
-  c.num_topk = 3;
-  c.layout = TERN_LAYOUT_EXPERT_MAJOR;
-  c.weighting = TERN_WEIGHTS_OWNER;
-  c.return_weights = true;
   return c;
 }
 
@@ -64,7 +57,7 @@ TEST_F(Nodes, BatchesLargerThanTheStaging) {
 TEST_F(Nodes, TwoSendsUnderWay) {
   for (const bool in_order : {true, false})
     for (const tern_combine_mode mode : {TERN_COMBINE_HIERARCHICAL, TERN_COMBINE_EXACT}) {
-      Case c = ordinary_case(51);
+      Case c = case_on_nodes(51);
       c.phases = c.delays = true;
       c.combine_mode = mode;
       c.weighting = TERN_WEIGHTS_DISPATCH;
@@ -95,7 +88,7 @@ TEST_F(Nodes, TwoSendsUnderWay) {
 }
 
 TEST_F(Nodes, ManyOperations) {
-  Case c = ordinary_case(71);
+  Case c = case_on_nodes(71);
   c.max_tokens = 2;
   c.hidden = 8;
   const Scenario scenario(c);
@@ -130,7 +123,7 @@ int64_t tokens_to_node(const Scenario& s, int32_t source, int32_t node) {
 // A token crosses the network once for each node, there and back; besides there are only a header for each rank, and the counts.
 TEST_F(Nodes, NetworkBytesAreWhatTheRoutingPredicts) {
   for (const Routing routing : {Routing::kUniform, Routing::kGroupLimited, Routing::kOneRank, Routing::kNothing}) {
-    Case c = ordinary_case(81);
+    Case c = case_on_nodes(81);
     c.num_ranks = 6;
     c.routing = routing;
     c.return_weights = false;
@@ -185,7 +178,7 @@ void expect_all_contain(const std::vector<std::string>& errors, size_t count, co
 }
 
 TEST_F(Nodes, DifferentOperationsAreAMismatch) {
-  const Scenario scenario(ordinary_case(91));
+  const Scenario scenario(case_on_nodes(91));
   // Rank 3 combines where the others dispatch: all hear of it, on both nodes.
   const auto errors = errors_of(
       [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {

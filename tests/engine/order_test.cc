@@ -16,18 +16,6 @@ constexpr bool kUnderThreadSanitizer = true;
 constexpr bool kUnderThreadSanitizer = false;
 #endif
 
-Case ordinary_case(uint64_t seed) {
-  Case c;
-  c.seed = seed;
-  c.num_ranks = 4;
-  c.max_tokens = 10;
-  c.num_topk = 3;
-  c.layout = TERN_LAYOUT_EXPERT_MAJOR;
-  c.weighting = TERN_WEIGHTS_OWNER;
-  c.return_weights = true;
-  return c;
-}
-
 // Staging that holds about `num_tokens` tokens of the case, and at least its counts.
 int64_t staging_for(const Case& c, int64_t num_tokens) {
   const int64_t row_bytes = Scenario(c).exchange_options().max_row_bytes;

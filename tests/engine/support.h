@@ -43,4 +43,17 @@ inline PlanHandle make_plan(tern_exchange* exchange, const tern_plan_options& op
   return PlanHandle(plan);
 }
 
+// A small case with weights of the owners both ways, to be reshaped.
+inline Case ordinary_case(uint64_t seed) {
+  Case c;
+  c.seed = seed;
+  c.num_ranks = 4;
+  c.max_tokens = 10;
+  c.num_topk = 3;
+  c.layout = TERN_LAYOUT_EXPERT_MAJOR;
+  c.weighting = TERN_WEIGHTS_OWNER;
+  c.return_weights = true;
+  return c;
+}
+
 }  // namespace tern::conformance
