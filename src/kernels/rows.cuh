@@ -12,9 +12,9 @@ namespace tern::kernels {
 using device::Vec16;
 
 // Copies a row to the address of every destination: for_each(visit) calls visit(std::byte* to). Rows and addresses are multiples of 16 bytes.
-template <typename ForEach>
+// A warp has kUnroll * 512 bytes on their way.
+template <int kUnroll = 8, typename ForEach>
 __device__ __forceinline__ void copy_row(const std::byte* from, int64_t row_bytes, ForEach for_each) {
-  constexpr int kUnroll = 8;
   constexpr int64_t kStep = 32 * sizeof(Vec16);
   for (int64_t first = device::lane_idx() * sizeof(Vec16); first < row_bytes; first += kUnroll * kStep) {
     Vec16 values[kUnroll];

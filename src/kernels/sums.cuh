@@ -78,31 +78,161 @@ __device__ __forceinline__ void add_batch(const Terms& terms, int at, int end, f
   }
 }
 
-// Ordinary loads and stores.
+// Ordinary loads and stores: where a term has been added, that of the row's next group is loaded.
+
+constexpr int kThreadVecs = 2;  // of a thread at one place of a row
+constexpr int kPlaceBytes = kThreadVecs * kWarpThreads * static_cast<int>(sizeof(Vec16));
+
+// Where the bytes begin that a thread adds in sums[v].
+__device__ __forceinline__ int vec_offset(int v) {
+  return (v * kWarpThreads + static_cast<int>(device::lane_idx())) * static_cast<int>(sizeof(Vec16));
+}
+
+// Up to kMostSumGroup terms at one place of a row.
+struct TermGroup {
+  int at;
+  int num_terms;
+  bool is_last;  // of this place
+};
+
+// The groups of a row, place after place; all threads of a warp.
+template <typename Rows>
+class GroupWalk {
+ public:
+  __device__ GroupWalk(const Rows& rows, const SumRow& row) : rows_(rows), row_(row), at_(row.begin) {
+    rows.get_terms(row, 0, first_terms_);
+    terms_ = first_terms_;
+  }
+
+  __device__ bool is_weighted() const {
+    return __any_sync(~0u, (first_terms_.valid >> device::lane_idx() & 1) != 0 && first_terms_.weight != 1.0f) != 0;
+  }
+
+  // Is each place's group all its terms?
+  __device__ bool has_one_group() const { return rows_.num_batches() == 1 && __popc(first_terms_.valid) <= kMostSumGroup; }
+
+  // At the row's end a group without terms.
+  template <bool kOneGroup>
+  __device__ __forceinline__ TermGroup next() {
+    if (at_ >= row_.end) return {row_.end, 0, true};
+    if (!kOneGroup || at_ == row_.begin) gather();
+    const bool is_last = kOneGroup || (terms_.valid == 0 && batch_ + 1 == rows_.num_batches());
+    const TermGroup group{at_, num_terms_, is_last};
+    if (is_last) at_ += kPlaceBytes;
+    if (!kOneGroup) next_terms(is_last);
+    return group;
+  }
+
+  // Of the group that came last.
+  __device__ float weight(int u) const { return weights_[u]; }
+  __device__ const std::byte* address(int u) const { return addresses_[u]; }
+
+ private:
+  // Those that follow the group: of the batch, of the next batch, or at the next place.
+  __device__ __forceinline__ void next_terms(bool of_next_place) {
+    if (of_next_place) {
+      batch_ = 0;
+      terms_ = first_terms_;
+    } else if (terms_.valid == 0) {
+      rows_.get_terms(row_, ++batch_, terms_);
+    }
+  }
+
+  // Takes the next terms of the batch, for all threads.
+  __device__ __forceinline__ void gather() {
+    num_terms_ = min(__popc(terms_.valid), kMostSumGroup);
+#pragma unroll
+    for (int u = 0; u < kMostSumGroup; ++u) {
+      if (u >= num_terms_) break;
+      const int t = __ffs(static_cast<int>(terms_.valid)) - 1;
+      terms_.valid &= terms_.valid - 1;
+      addresses_[u] = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms_.address), t));
+      weights_[u] = __shfl_sync(~0u, terms_.weight, t);
+    }
+  }
+
+  const Rows& rows_;
+  const SumRow& row_;
+  int at_;
+  int batch_ = 0;
+  Terms terms_, first_terms_;
+  const std::byte* addresses_[kMostSumGroup] = {};
+  float weights_[kMostSumGroup] = {};
+  int num_terms_ = 0;
+};
+
+// A thread's part of a sum.
+template <typename Wire>
+using PlaceSums = float[kThreadVecs][Wire::kElements];
+
+template <typename Wire, typename Rows>
+__device__ __forceinline__ void begin_place(Rows& rows, const SumRow& row, int at, PlaceSums<Wire>& sums) {
+#pragma unroll
+  for (int v = 0; v < kThreadVecs; ++v) {
+#pragma unroll
+    for (int i = 0; i < Wire::kElements; ++i) sums[v][i] = 0.0f;
+    if (rows.has_biases() && at + vec_offset(v) < row.end) add_biases<Wire>(rows, row, at + vec_offset(v), sums[v]);
+  }
+}
+
+template <typename Wire>
+__device__ __forceinline__ void store_place(std::byte* out, int at, int end, const PlaceSums<Wire>& sums) {
+#pragma unroll
+  for (int v = 0; v < kThreadVecs; ++v)
+    if (at + vec_offset(v) < end) *reinterpret_cast<Vec16*>(out + at + vec_offset(v)) = Wire::narrow(sums[v]);
+}
+
+template <typename Wire, bool kWeighted, bool kOneGroup, typename Rows>
+__device__ __forceinline__ void sum_row(Rows& rows, const SumRow& row, GroupWalk<Rows>& walk) {
+  PlaceSums<Wire> sums;
+  Vec16 values[kMostSumGroup][kThreadVecs];
+  float weights[kMostSumGroup];
+  std::byte* const out = rows.out(row);
+  int offsets[kThreadVecs];
+  TermGroup next;
+  const auto advance = [&] {
+    next = walk.template next<kOneGroup>();
+#pragma unroll
+    for (int v = 0; v < kThreadVecs; ++v)  // behind the end: what stands before it, for sums that nobody uses
+      offsets[v] = min(next.at + vec_offset(v), row.end - static_cast<int>(sizeof(Vec16)));
+  };
+  const auto load = [&](int u) {
+    weights[u] = walk.weight(u);
+#pragma unroll
+    for (int v = 0; v < kThreadVecs; ++v) values[u][v] = device::load_vec16_once(walk.address(u) + offsets[v]);
+  };
+  advance();
+#pragma unroll
+  for (int u = 0; u < kMostSumGroup; ++u)
+    if (u < next.num_terms) load(u);
+  for (bool begins = true; next.at < row.end;) {
+    const TermGroup group = next;
+    advance();
+    if (begins) begin_place<Wire>(rows, row, group.at, sums);
+#pragma unroll
+    for (int u = 0; u < kMostSumGroup; ++u) {
+      if (u < group.num_terms) {
+#pragma unroll
+        for (int v = 0; v < kThreadVecs; ++v) add_term<Wire, kWeighted>(sums[v], values[u][v], weights[u]);
+      }
+      if (u < next.num_terms) load(u);
+    }
+    begins = group.is_last;
+    if (begins) store_place<Wire>(out, group.at, row.end, sums);
+  }
+}
+
 template <typename Wire, typename Rows>
 __device__ void sum_by_threads(Rows& rows) {
-  constexpr int kVecs = 2;
-  constexpr int kStep = 32 * sizeof(Vec16);
   SumRow row;
   while (rows.next_row(row)) {
-    Terms first_terms;
-    rows.get_terms(row, 0, first_terms);
-    for (int first = row.begin; first < row.end; first += kVecs * kStep) {
-      const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
-      float sums[kVecs][Wire::kElements] = {};
-#pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (rows.has_biases() && at + v * kStep < row.end) add_biases<Wire>(rows, row, at + v * kStep, sums[v]);
-      add_batch<Wire, kVecs>(first_terms, at, row.end, sums);
-      Terms terms;
-      for (int batch = 1; batch < rows.num_batches(); ++batch) {
-        rows.get_terms(row, batch, terms);
-        add_batch<Wire, kVecs>(terms, at, row.end, sums);
-      }
-#pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (at + v * kStep < row.end) *reinterpret_cast<Vec16*>(rows.out(row) + at + v * kStep) = Wire::narrow(sums[v]);
-    }
+    GroupWalk<Rows> walk(rows, row);
+    if (!walk.has_one_group())
+      sum_row<Wire, true, false>(rows, row, walk);
+    else if (walk.is_weighted())
+      sum_row<Wire, true, true>(rows, row, walk);
+    else
+      sum_row<Wire, false, true>(rows, row, walk);
     __syncwarp();
     rows.row_done(row);
   }
@@ -238,11 +368,6 @@ class TermLoader {
   Terms terms_, first_terms_;
   bool more_ = true, has_terms_ = false;
 };
-
-// Where the bytes begin that a thread adds in sums[v].
-__device__ __forceinline__ int vec_offset(int v) {
-  return (v * kWarpThreads + static_cast<int>(device::lane_idx())) * static_cast<int>(sizeof(Vec16));
-}
 
 // Adds the pieces of a group that has arrived, whole steps at a time: what stands behind a piece in its slot is added to sums that nobody uses.
 template <typename Wire, bool kWeighted, int kVecs>
