@@ -12,6 +12,8 @@
 //   void row_done(const SumRow&)                after the row's stores, which are ordered before by __syncwarp()
 #pragma once
 
+#include <type_traits>
+
 #include "device/bulk.cuh"
 #include "kernels/operation.cuh"
 #include "kernels/rows.cuh"
@@ -43,7 +45,7 @@ __device__ __forceinline__ void add_term(float (&sum)[Wire::kElements], const Ve
 }
 
 template <typename Wire, typename Rows>
-__device__ __forceinline__ void add_biases(Rows& rows, const SumRow& row, int64_t at, float (&sum)[Wire::kElements]) {
+__device__ __forceinline__ void add_biases(const Rows& rows, const SumRow& row, int64_t at, float (&sum)[Wire::kElements]) {
   for (int which = 0; which < 2; ++which)
     if (const std::byte* bias = rows.bias(row, which)) add_term<Wire>(sum, device::load_vec16(bias + at), 1.0f);
 }
@@ -78,147 +80,90 @@ __device__ __forceinline__ void add_batch(const Terms& terms, int at, int end, f
   }
 }
 
-// Ordinary loads and stores: where a term has been added, that of the row's next group is loaded.
+// Ordinary loads and stores. What bounds them is how much is on its way: a warp keeps 8 KiB of a row's terms under way, few or many terms. Where
+// those at one vector have been added, the ones so much further on are loaded.
 
-constexpr int kThreadVecs = 2;  // of a thread at one place of a row
-constexpr int kPlaceBytes = kThreadVecs * kWarpThreads * static_cast<int>(sizeof(Vec16));
+constexpr int kMostTermsUnderWay = 8;
+constexpr int kVecsUnderWay = 12;  // of a thread
 
-// Where the bytes begin that a thread adds in sums[v].
-__device__ __forceinline__ int vec_offset(int v) {
-  return (v * kWarpThreads + static_cast<int>(device::lane_idx())) * static_cast<int>(sizeof(Vec16));
-}
-
-// Up to kMostSumGroup terms at one place of a row.
-struct TermGroup {
-  int at;
-  int num_terms;
-  bool is_last;  // of this place
-};
-
-// The groups of a row, place after place; all threads of a warp.
-template <typename Rows>
-class GroupWalk {
- public:
-  __device__ GroupWalk(const Rows& rows, const SumRow& row) : rows_(rows), row_(row), at_(row.begin) {
-    rows.get_terms(row, 0, first_terms_);
-    terms_ = first_terms_;
-  }
-
-  __device__ bool is_weighted() const {
-    return __any_sync(~0u, (first_terms_.valid >> device::lane_idx() & 1) != 0 && first_terms_.weight != 1.0f) != 0;
-  }
-
-  // Is each place's group all its terms?
-  __device__ bool has_one_group() const { return rows_.num_batches() == 1 && __popc(first_terms_.valid) <= kMostSumGroup; }
-
-  // At the row's end a group without terms.
-  template <bool kOneGroup>
-  __device__ __forceinline__ TermGroup next() {
-    if (at_ >= row_.end) return {row_.end, 0, true};
-    if (!kOneGroup || at_ == row_.begin) gather();
-    const bool is_last = kOneGroup || (terms_.valid == 0 && batch_ + 1 == rows_.num_batches());
-    const TermGroup group{at_, num_terms_, is_last};
-    if (is_last) at_ += kPlaceBytes;
-    if (!kOneGroup) next_terms(is_last);
-    return group;
-  }
-
-  // Of the group that came last.
-  __device__ float weight(int u) const { return weights_[u]; }
-  __device__ const std::byte* address(int u) const { return addresses_[u]; }
-
- private:
-  // Those that follow the group: of the batch, of the next batch, or at the next place.
-  __device__ __forceinline__ void next_terms(bool of_next_place) {
-    if (of_next_place) {
-      batch_ = 0;
-      terms_ = first_terms_;
-    } else if (terms_.valid == 0) {
-      rows_.get_terms(row_, ++batch_, terms_);
-    }
-  }
-
-  // Takes the next terms of the batch, for all threads.
-  __device__ __forceinline__ void gather() {
-    num_terms_ = min(__popc(terms_.valid), kMostSumGroup);
+// Sums the terms of a row, at most kMost, which is 1, 2, 4 or 8.
+template <typename Wire, int kMost, bool kWeighted>
+__device__ __forceinline__ void sum_terms(const Terms& terms, int begin, int end, std::byte* out) {
+  constexpr int kVecs = kVecsUnderWay / kMost, kStep = 32 * sizeof(Vec16);
+  constexpr int kLeast = kMost / 2 + 1;  // fewer are not summed by this
+  const int num_terms = __popc(terms.valid);
+  int at = begin + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+  const std::byte* addresses[kMost];
+  float weights[kMost];
+  uint32_t left = terms.valid;
 #pragma unroll
-    for (int u = 0; u < kMostSumGroup; ++u) {
-      if (u >= num_terms_) break;
-      const int t = __ffs(static_cast<int>(terms_.valid)) - 1;
-      terms_.valid &= terms_.valid - 1;
-      addresses_[u] = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms_.address), t));
-      weights_[u] = __shfl_sync(~0u, terms_.weight, t);
-    }
+  for (int u = 0; u < kMost; ++u) {
+    const int t = u < kLeast || left != 0 ? __ffs(static_cast<int>(left)) - 1 : 0;
+    left &= left - 1;
+    addresses[u] = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t)) + at;
+    weights[u] = __shfl_sync(~0u, terms.weight, t);
   }
-
-  const Rows& rows_;
-  const SumRow& row_;
-  int at_;
-  int batch_ = 0;
-  Terms terms_, first_terms_;
-  const std::byte* addresses_[kMostSumGroup] = {};
-  float weights_[kMostSumGroup] = {};
-  int num_terms_ = 0;
-};
-
-// A thread's part of a sum.
-template <typename Wire>
-using PlaceSums = float[kThreadVecs][Wire::kElements];
-
-template <typename Wire, typename Rows>
-__device__ __forceinline__ void begin_place(Rows& rows, const SumRow& row, int at, PlaceSums<Wire>& sums) {
+  Vec16 values[kVecs][kMost] = {};  // or registers that are set under a condition would be kept for them from row to row
+  const auto load = [&](int v, int offset) {
+    if (at + offset >= end) return;
 #pragma unroll
-  for (int v = 0; v < kThreadVecs; ++v) {
-#pragma unroll
-    for (int i = 0; i < Wire::kElements; ++i) sums[v][i] = 0.0f;
-    if (rows.has_biases() && at + vec_offset(v) < row.end) add_biases<Wire>(rows, row, at + vec_offset(v), sums[v]);
-  }
-}
-
-template <typename Wire>
-__device__ __forceinline__ void store_place(std::byte* out, int at, int end, const PlaceSums<Wire>& sums) {
-#pragma unroll
-  for (int v = 0; v < kThreadVecs; ++v)
-    if (at + vec_offset(v) < end) *reinterpret_cast<Vec16*>(out + at + vec_offset(v)) = Wire::narrow(sums[v]);
-}
-
-template <typename Wire, bool kWeighted, bool kOneGroup, typename Rows>
-__device__ __forceinline__ void sum_row(Rows& rows, const SumRow& row, GroupWalk<Rows>& walk) {
-  PlaceSums<Wire> sums;
-  Vec16 values[kMostSumGroup][kThreadVecs];
-  float weights[kMostSumGroup];
-  std::byte* const out = rows.out(row);
-  int offsets[kThreadVecs];
-  TermGroup next;
-  const auto advance = [&] {
-    next = walk.template next<kOneGroup>();
-#pragma unroll
-    for (int v = 0; v < kThreadVecs; ++v)  // behind the end: what stands before it, for sums that nobody uses
-      offsets[v] = min(next.at + vec_offset(v), row.end - static_cast<int>(sizeof(Vec16)));
+    for (int u = 0; u < kMost; ++u)
+      if (u < kLeast || u < num_terms) values[v][u] = device::load_vec16_once(addresses[u] + offset);
   };
-  const auto load = [&](int u) {
-    weights[u] = walk.weight(u);
 #pragma unroll
-    for (int v = 0; v < kThreadVecs; ++v) values[u][v] = device::load_vec16_once(walk.address(u) + offsets[v]);
-  };
-  advance();
+  for (int v = 0; v < kVecs; ++v) load(v, v * kStep);
+#pragma unroll 1
+  for (; at - static_cast<int>(device::lane_idx() * sizeof(Vec16)) < end; at += kVecs * kStep) {
 #pragma unroll
-  for (int u = 0; u < kMostSumGroup; ++u)
-    if (u < next.num_terms) load(u);
-  for (bool begins = true; next.at < row.end;) {
-    const TermGroup group = next;
-    advance();
-    if (begins) begin_place<Wire>(rows, row, group.at, sums);
+    for (int v = 0; v < kVecs; ++v) {
+      if (at + v * kStep < end) {
+        float sum[Wire::kElements] = {};
 #pragma unroll
-    for (int u = 0; u < kMostSumGroup; ++u) {
-      if (u < group.num_terms) {
-#pragma unroll
-        for (int v = 0; v < kThreadVecs; ++v) add_term<Wire, kWeighted>(sums[v], values[u][v], weights[u]);
+        for (int u = 0; u < kMost; ++u)
+          if (u < kLeast || u < num_terms) add_term<Wire, kWeighted>(sum, values[v][u], weights[u]);
+        *reinterpret_cast<Vec16*>(out + at + v * kStep) = Wire::narrow(sum);
       }
-      if (u < next.num_terms) load(u);
+      load(v, (v + kVecs) * kStep);
     }
-    begins = group.is_last;
-    if (begins) store_place<Wire>(out, group.at, row.end, sums);
+#pragma unroll
+    for (int u = 0; u < kMost; ++u) addresses[u] += kVecs * kStep;
+  }
+}
+
+// Calls function(constant) for the constant 1, 2, 4 or 8 that is not below `num_terms`.
+template <typename Function>
+__device__ __forceinline__ void with_most_terms(int num_terms, Function function) {
+  if (num_terms == 1)
+    function(std::integral_constant<int, 1>());
+  else if (num_terms == 2)
+    function(std::integral_constant<int, 2>());
+  else if (num_terms <= 4)
+    function(std::integral_constant<int, 4>());
+  else
+    function(std::integral_constant<int, 8>());
+}
+
+// Any number of terms, and biases.
+template <typename Wire, typename Rows>
+__device__ __forceinline__ void sum_batches(const Rows& rows, const SumRow& row) {
+  constexpr int kVecs = 2;
+  constexpr int kStep = 32 * sizeof(Vec16);
+#pragma unroll 1
+  for (int first = row.begin; first < row.end; first += kVecs * kStep) {
+    const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+    float sums[kVecs][Wire::kElements] = {};
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v)
+      if (rows.has_biases() && at + v * kStep < row.end) add_biases<Wire>(rows, row, at + v * kStep, sums[v]);
+#pragma unroll 1
+    for (int batch = 0; batch < rows.num_batches(); ++batch) {
+      Terms terms;
+      rows.get_terms(row, batch, terms);
+      add_batch<Wire, kVecs>(terms, at, row.end, sums);
+    }
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v)
+      if (at + v * kStep < row.end) *reinterpret_cast<Vec16*>(rows.out(row) + at + v * kStep) = Wire::narrow(sums[v]);
   }
 }
 
@@ -226,13 +171,19 @@ template <typename Wire, typename Rows>
 __device__ void sum_by_threads(Rows& rows) {
   SumRow row;
   while (rows.next_row(row)) {
-    GroupWalk<Rows> walk(rows, row);
-    if (!walk.has_one_group())
-      sum_row<Wire, true, false>(rows, row, walk);
-    else if (walk.is_weighted())
-      sum_row<Wire, true, true>(rows, row, walk);
+    Terms terms;
+    rows.get_terms(row, 0, terms);
+    const int num_terms = __popc(terms.valid);
+    const bool is_weighted = __any_sync(~0u, (terms.valid >> device::lane_idx() & 1) != 0 && terms.weight != 1.0f) != 0;
+    if (rows.has_biases() || rows.num_batches() > 1 || num_terms == 0 || num_terms > kMostTermsUnderWay)
+      sum_batches<Wire>(rows, row);
     else
-      sum_row<Wire, false, true>(rows, row, walk);
+      with_most_terms(num_terms, [&](auto most) {
+        if (is_weighted)
+          sum_terms<Wire, decltype(most)::value, true>(terms, row.begin, row.end, rows.out(row));
+        else
+          sum_terms<Wire, decltype(most)::value, false>(terms, row.begin, row.end, rows.out(row));
+      });
     __syncwarp();
     rows.row_done(row);
   }
@@ -368,6 +319,11 @@ class TermLoader {
   Terms terms_, first_terms_;
   bool more_ = true, has_terms_ = false;
 };
+
+// Where the bytes begin that a thread adds in sums[v].
+__device__ __forceinline__ int vec_offset(int v) {
+  return (v * kWarpThreads + static_cast<int>(device::lane_idx())) * static_cast<int>(sizeof(Vec16));
+}
 
 // Adds the pieces of a group that has arrived, whole steps at a time: what stands behind a piece in its slot is added to sums that nobody uses.
 template <typename Wire, bool kWeighted, int kVecs>
