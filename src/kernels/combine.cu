@@ -38,14 +38,22 @@ class StagedRows {
     look_ahead();
   }
 
-  // Instead of sums: what owners want as it is.
+  // Instead of sums: what owners want as it is. Rows are reported when the next one's loads are under way, since reports wait for stores.
   __device__ void copy() {
-    SumRow row;
+    SumRow row, done;
+    bool is_done = false;
+    const auto report = [&] {
+      if (is_done) row_done(done);
+      is_done = false;
+    };
     while (next_row(row)) {
-      copy_terms(row);
+      copy_terms(row, report);
+      report();
       __syncwarp();
-      row_done(row);
+      done = row;
+      is_done = true;
     }
+    report();
   }
 
   __device__ bool next_row(SumRow& row) {
@@ -126,9 +134,10 @@ class StagedRows {
     return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
 
-  __device__ void copy_terms(const SumRow& row) const {
+  template <typename Begun>
+  __device__ void copy_terms(const SumRow& row, Begun begun) const {
     const auto copy_to = [&](int64_t at, std::byte* to) {
-      copy_row<kCopyUnroll>(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(to); });
+      copy_row<kCopyUnroll>(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(to); }, begun);
     };
     if (!plan_.has_expert_rows()) {
       if (row.index < plan_.row_capacity) copy_to(row.index, out(row));
