@@ -17,7 +17,7 @@ template <int kUnroll = 8, typename ForEach, typename Begun>
 __device__ __forceinline__ void copy_row(const std::byte* from, int64_t row_bytes, ForEach for_each, Begun begun) {
   constexpr int64_t kStep = 32 * sizeof(Vec16);
   for (int64_t first = device::lane_idx() * sizeof(Vec16); first < row_bytes; first += kUnroll * kStep) {
-    Vec16 values[kUnroll];
+    Vec16 values[kUnroll] = {};  // or registers that are set under a condition would be kept for them from row to row
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (first + u * kStep < row_bytes) values[u] = device::load_vec16(from + first + u * kStep);

@@ -145,25 +145,37 @@ __device__ __forceinline__ void with_most_terms(int num_terms, Function function
 
 // Any number of terms, and biases.
 template <typename Wire, typename Rows>
-__device__ __forceinline__ void sum_batches(const Rows& rows, const SumRow& row) {
-  constexpr int kVecs = 2;
-  constexpr int kStep = 32 * sizeof(Vec16);
+__device__ __forceinline__ void sum_many_terms(const Rows& rows, const SumRow& row) {
+  constexpr int kVecs = 4, kStep = 32 * sizeof(Vec16);
 #pragma unroll 1
-  for (int first = row.begin; first < row.end; first += kVecs * kStep) {
-    const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+  for (int place = row.begin; place < row.end; place += kVecs * kStep) {
+    const int first = place + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+    int offsets[kVecs];
     float sums[kVecs][Wire::kElements] = {};
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v)
-      if (rows.has_biases() && at + v * kStep < row.end) add_biases<Wire>(rows, row, at + v * kStep, sums[v]);
+    for (int v = 0; v < kVecs; ++v) {
+      offsets[v] = min(first + v * kStep, row.end - static_cast<int>(sizeof(Vec16)));  // behind the end: for sums that nobody uses
+      if (rows.has_biases()) add_biases<Wire>(rows, row, offsets[v], sums[v]);
+    }
 #pragma unroll 1
     for (int batch = 0; batch < rows.num_batches(); ++batch) {
       Terms terms;
       rows.get_terms(row, batch, terms);
-      add_batch<Wire, kVecs>(terms, at, row.end, sums);
+#pragma unroll 1
+      for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+        const int t = __ffs(static_cast<int>(left)) - 1;
+        const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+        const float weight = __shfl_sync(~0u, terms.weight, t);
+        Vec16 values[kVecs];
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) values[v] = device::load_vec16_once(address + offsets[v]);
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) add_term<Wire>(sums[v], values[v], weight);
+      }
     }
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
-      if (at + v * kStep < row.end) *reinterpret_cast<Vec16*>(rows.out(row) + at + v * kStep) = Wire::narrow(sums[v]);
+      if (first + v * kStep < row.end) *reinterpret_cast<Vec16*>(rows.out(row) + offsets[v]) = Wire::narrow(sums[v]);
   }
 }
 
@@ -176,7 +188,7 @@ __device__ void sum_by_threads(Rows& rows) {
     const int num_terms = __popc(terms.valid);
     const bool is_weighted = __any_sync(~0u, (terms.valid >> device::lane_idx() & 1) != 0 && terms.weight != 1.0f) != 0;
     if (rows.has_biases() || rows.num_batches() > 1 || num_terms == 0 || num_terms > kMostTermsUnderWay)
-      sum_batches<Wire>(rows, row);
+      sum_many_terms<Wire>(rows, row);
     else
       with_most_terms(num_terms, [&](auto most) {
         if (is_weighted)
