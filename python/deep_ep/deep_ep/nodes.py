@@ -29,6 +29,9 @@ class Nodes(NamedTuple):
         ranks_per_node = int(declared) if declared.isdecimal() else 0  # the group says what is wrong with it
         return cls(num_ranks, max(1, -(-num_ranks // (ranks_per_node or _USUAL_RANKS_PER_NODE))))
 
+    def as_one(self) -> Nodes:
+        return Nodes(self.num_ranks, 1)
+
     @property
     def ranks_per_node(self) -> int:
         return -(-self.num_ranks // self.num_nodes)

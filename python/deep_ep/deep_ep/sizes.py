@@ -140,9 +140,11 @@ def normal_bytes(
 
 
 def normal_hint(tokens_per_round: int, row_bytes: int, nodes: Nodes) -> int:
-    """A buffer for any batch up to some ten thousand tokens: longer top-k counts as more tokens."""
+    """A buffer for any batch up to some ten thousand tokens: longer top-k counts as more tokens. The bytes suffice
+    inside one node too."""
     routing = NUM_BANKS * nodes.num_ranks * _LEAST_ROUTING_BYTES
-    return max(normal_bytes(tokens_per_round, 1, row_bytes, _MOST_TOPK, 4096, nodes), _page(routing * 8))
+    each = [normal_bytes(tokens_per_round, 1, row_bytes, _MOST_TOPK, 4096, n) for n in (nodes, nodes.as_one())]
+    return max(*each, _page(routing * 8))
 
 
 def network_hint(tokens_per_round: int, row_bytes: int, nodes: Nodes) -> int:
@@ -160,7 +162,7 @@ def low_latency_hint(
     node too."""
     tokens, row_bytes, num_lanes, num_ranks = num_max_dispatch_tokens_per_rank, 2 * hidden, 2, nodes.num_ranks
     rows = whole_chunks(tokens) * rows_per_token
-    staging = num_lanes * node_staging_bytes(rows, row_bytes, num_experts, Nodes(num_ranks, 1))
+    staging = num_lanes * node_staging_bytes(rows, row_bytes, num_experts, nodes.as_one())
     between = 0 if nodes.num_nodes == 1 else num_lanes * staging_bytes(rows, row_bytes, num_experts, nodes)
     routing = num_lanes * NUM_BANKS * num_ranks * _routing_bytes(tokens, _MOST_TOPK, num_experts, num_ranks)
     zero_copy = num_experts * tokens * row_bytes + 512
