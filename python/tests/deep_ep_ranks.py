@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the checks of one of the deep_ep_checks_*.py with ranks as processes over gloo, and writes a line for each check and rank.
 
-    TERN_DEEP_EP_DEVICE=cpu python deep_ep_ranks.py MODULE NUM_RANKS RESULTS
+    TERN_DEEP_EP_DEVICE=cpu [TERN_RANKS_PER_NODE=N] python deep_ep_ranks.py MODULE NUM_RANKS RESULTS
 
 torch is imported once, and the ranks are forked before it does anything. Where a check fails on one rank the others run into Tern's
 deadline; all meet again before the next one.
@@ -42,7 +42,9 @@ class Ranks:
     def normal(self, hidden=512, **options):
         import deep_ep
 
-        return self.buffer(deep_ep.Config().get_nvl_buffer_size_hint(2 * hidden, self.num_ranks), **options)
+        config = deep_ep.Config(num_max_rdma_chunked_recv_tokens=4)  # between nodes batches take several rounds
+        sizes = config.get_nvl_buffer_size_hint, config.get_rdma_buffer_size_hint
+        return self.buffer(*(size(2 * hidden, self.num_ranks) for size in sizes), **options)
 
     def low_latency(self, case, most, **options):
         import deep_ep

@@ -22,6 +22,7 @@ from . import sizes
 from .events import EventOverlap
 from .handles import LowLatencyHandle, PlanLease, PlanPool, plan_of
 from .layout import check_topk_idx
+from .nodes import Nodes
 from .shrink import moved_rows, persistently
 from .streams import Order
 
@@ -106,6 +107,12 @@ class LowLatencyMode:
                 "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the "
                 "middle of an operation"
             )
+        if masks and group.num_nodes > 1:
+            raise tern.UnsupportedError(
+                f"Buffer: enable_shrink is supported inside one node; the {group.num_ranks} ranks are on "
+                f"{group.num_nodes} nodes"
+            )
+        self._nodes = Nodes.of_group(group)
         self._asked_mode = _asked_combine_mode()
         num_lanes = 1 if masks else _NUM_BANKS  # one lane alone goes on without a rank
         least = sizes.least_bytes(group.num_ranks, _NUM_BANKS)
@@ -114,7 +121,7 @@ class LowLatencyMode:
                 f"Buffer: num_rdma_bytes is {num_bytes}; low-latency mode of {group.num_ranks} ranks needs at least "
                 f"{least}, and for a given shape what Buffer.get_low_latency_rdma_size_hint says"
             )
-        self._shares = sizes.Shares.of_low_latency(num_bytes, group.num_ranks, num_lanes)
+        self._shares = sizes.Shares.of_low_latency(num_bytes, self._nodes, num_lanes)
         on_timeout = "mask" if masks else "abort"
         self.exchange = Exchange(
             group,
@@ -251,7 +258,7 @@ class LowLatencyMode:
         num_bytes = 2 * shape[0] * shape[1] * shape[2]
         bank: torch.Tensor = self._zero_copy[handle.bank]
         if num_bytes > bank.numel():
-            needed = sizes.low_latency_hint(*handle[2:4], self._group.num_ranks, handle.num_experts)
+            needed = sizes.low_latency_hint(*handle[2:4], self._nodes, handle.num_experts)
             raise tern.OutOfMemoryError(
                 f"get_next_low_latency_combine_buffer: {list(shape)} in bf16 are {num_bytes} bytes, of which a Buffer "
                 f"with num_rdma_bytes "
@@ -383,13 +390,13 @@ class LowLatencyMode:
         if self._asked_mode != "auto":
             return self._asked_mode
         # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each
-        # entry.
-        return "exact" if finish.return_recv_hook and self._fits_exact(shape, num_topk) else "hierarchical"
+        # entry. Between nodes a send waits for the node's ranks anyway, and those rows would cross the network.
+        waits_for_nobody = finish.return_recv_hook and self._nodes.num_nodes == 1
+        return "exact" if waits_for_nobody and self._fits_exact(shape, num_topk) else "hierarchical"
 
     def _fits_exact(self, shape: Shape, num_topk: int) -> bool:
         rows = sizes.whole_chunks(shape.num_max_tokens) * num_topk
-        needed = sizes.bank_bytes(rows, 2 * shape.hidden, shape.num_experts, self._group.num_ranks)
-        return needed <= self._shares.bank_bytes
+        return self._shares.has_room_for(rows, 2 * shape.hidden, shape.num_experts)
 
     def _lease(self, lane: int, shape: Shape, num_topk: int) -> PlanLease:
         return self._plans.lease(
@@ -412,7 +419,7 @@ class LowLatencyMode:
             raise
         except tern.OutOfMemoryError as error:
             needed = sizes.low_latency_hint(
-                shape.num_max_tokens, shape.hidden, self._group.num_ranks, shape.num_experts, rows_per_token
+                shape.num_max_tokens, shape.hidden, self._nodes, shape.num_experts, rows_per_token
             )
             raise tern.OutOfMemoryError(
                 f"{operation}: {shape.num_max_tokens} tokens of each rank, hidden {shape.hidden}, {shape.num_experts} "
