@@ -246,33 +246,39 @@ def two_results_alive(ranks):
 
 
 def two_threads(ranks):
-    """A micro-batch each on one buffer, taking turns as frameworks do: dispatch A, dispatch B, then each its own way."""
+    """A micro-batch each on one buffer, taking turns as frameworks do: dispatch A, dispatch B, then each its own way, on a
+    stream of its own."""
     cases = [make_case(ranks, seed=seed) for seed in (21, 22)]
     buffer = ranks.low_latency(cases[0], MOST)
     steps = 4
+    own_streams = [ranks.own_stream() for _ in range(2)]
     may_dispatch = [threading.Semaphore(1), threading.Semaphore(0)]
     errors = []
 
+    def step(me):
+        assert may_dispatch[me].acquire(timeout=30)
+        arrived = send(buffer, cases[me], ranks.rank, use_fp8=False, return_recv_hook=True)
+        may_dispatch[1 - me].release()
+        arrived[4]()
+        check_arrived(cases[me], ranks.rank, arrived)
+        rows = expert_rows(cases[me], arrived)
+        combined, _, hook = combine(
+            buffer,
+            cases[me],
+            ranks.rank,
+            rows,
+            arrived,
+            return_recv_hook=True,
+            out=torch.empty_like(cases[me].all[ranks.rank].x),
+        )
+        hook()
+        check_combined(cases[me], ranks.rank, combined)
+
     def work(me):
         try:
-            for _ in range(steps):
-                assert may_dispatch[me].acquire(timeout=30)
-                arrived = send(buffer, cases[me], ranks.rank, use_fp8=False, return_recv_hook=True)
-                may_dispatch[1 - me].release()
-                arrived[4]()
-                check_arrived(cases[me], ranks.rank, arrived)
-                rows = expert_rows(cases[me], arrived)
-                combined, _, hook = combine(
-                    buffer,
-                    cases[me],
-                    ranks.rank,
-                    rows,
-                    arrived,
-                    return_recv_hook=True,
-                    out=torch.empty_like(cases[me].all[ranks.rank].x),
-                )
-                hook()
-                check_combined(cases[me], ranks.rank, combined)
+            with own_streams[me]:
+                for _ in range(steps):
+                    step(me)
         except BaseException as error:  # noqa: BLE001, raised again below
             errors.append(error)
 
@@ -348,12 +354,8 @@ def small_buffers(ranks):
     case = make_case(ranks, hidden=4096)
     refused(lambda: ranks.buffer(0, 4096, low_latency_mode=True), "num_rdma_bytes is 4096")
     small = ranks.buffer(0, 1 << 20, low_latency_mode=True)
-    own = case.all[ranks.rank]
-    try:
-        small.low_latency_dispatch(own.x, own.topk_idx, MOST, case.num_experts, return_recv_hook=True)
-    except RuntimeError as error:
-        text = str(error)
-    assert "num_rdma_bytes 1048576" in text, text
+    for options in ({}, {"return_recv_hook": True}):
+        text = refused(lambda o=options: send(small, case, ranks.rank, **o), "num_rdma_bytes 1048576")
     buffer = ranks.buffer(0, int(text.split("make it with ")[1].split()[0]), low_latency_mode=True)
     arrived = send(buffer, case, ranks.rank, return_recv_hook=True)
     arrived[4]()

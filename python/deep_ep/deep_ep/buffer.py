@@ -42,8 +42,9 @@ class Buffer:
     else on CPUs; TERN_DEEP_EP_DEVICE ("cuda" or "cpu") says otherwise. Errors are RuntimeErrors. Every wait ends at a
     deadline: TERN_TIMEOUT_MS.
 
-    In normal mode one thread at a time calls; in low-latency mode two threads may, if ranks make their calls in the
-    same order.
+    In normal mode one thread at a time calls; in low-latency mode two threads may, if dispatches come in the same order
+    on all ranks. On GPUs each of the two has a current stream of its own: on one stream, ranks whose threads take turns
+    in another order would wait for each other.
     """
 
     num_sms: ClassVar[int] = 20
