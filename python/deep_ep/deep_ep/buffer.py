@@ -44,7 +44,8 @@ class Buffer:
 
     In normal mode one thread at a time calls; in low-latency mode two threads may, if dispatches come in the same order
     on all ranks. On GPUs each of the two has a current stream of its own: on one stream, ranks whose threads take turns
-    in another order would wait for each other.
+    in another order would wait for each other; so they would on streams that share a queue of the GPU, of which there
+    are enough with CUDA_DEVICE_MAX_CONNECTIONS=32.
     """
 
     num_sms: ClassVar[int] = 20

@@ -127,6 +127,7 @@ class LowLatencyMode:
         self._plans = PlanPool(self.exchange)
         bank_bytes = self._shares.window_bytes // _NUM_BANKS
         self._fitting: Set[Shape] = set()
+        self._sms_of_lane = streams.num_sms // num_lanes
         self._zero_copy = [self.exchange.empty((bank_bytes,), torch.uint8) for _ in range(_NUM_BANKS)]
         self._lane_locks = [threading.Lock() for _ in range(num_lanes)]
         self._turn_lock = threading.Lock()
@@ -172,6 +173,7 @@ class LowLatencyMode:
                 "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
                 "wait_ns": wait_stats,
                 "lane": lane,
+                "num_sms": self._num_sms(shape),
             }
             if finish.return_recv_hook:
                 self._streams.follow(lane)
@@ -223,6 +225,7 @@ class LowLatencyMode:
             "wait_ns": wait_stats,
             "out": written,
             "lane": lane,
+            "num_sms": self._num_sms(shape),
         }
 
         def hand_out(combined: Any, given: Optional[torch.Tensor] = out) -> torch.Tensor:
@@ -393,6 +396,11 @@ class LowLatencyMode:
         rows = sizes.whole_chunks(shape.num_max_tokens) * num_topk
         needed = sizes.bank_bytes(rows, 2 * shape.hidden, shape.num_experts, self._group.num_ranks)
         return needed <= self._shares.bank_bytes
+
+    def _num_sms(self, shape: Shape) -> int:
+        """0: a block for each token and one more. Lanes may run at the same time, and wait for each other by way of other
+        ranks: all their blocks must find room on the GPU."""
+        return 0 if shape.num_max_tokens < self._sms_of_lane else self._sms_of_lane
 
     def _check_fits(self, shape: Shape) -> None:
         """The same bound on every device. Less may do for a GPU's dispatch, but not for its combine, nor for speed."""

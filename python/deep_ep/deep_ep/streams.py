@@ -57,6 +57,7 @@ class HostStreams:
 
     def __init__(self) -> None:
         self.comm_stream: Any = torch.cpu.Stream()
+        self.num_sms = 0
 
     @contextlib.contextmanager
     def run(self, order: Order, lane: int = 0) -> Iterator[Work]:
@@ -88,6 +89,7 @@ class CudaStreams:
         # One for each lane, as the order of lanes may be another on each rank. Normal mode has the first.
         self._comm_streams: list[Any] = [cuda.Stream(device) for _ in range(num_lanes)]
         self.comm_stream: Any = self._comm_streams[0]
+        self.num_sms: int = cuda.get_device_properties(device).multi_processor_count
         self._last: list[Any] = [None] * num_lanes
 
     @contextlib.contextmanager
