@@ -95,12 +95,13 @@ def expect_sum(case, rank, combined, rows=None):
 
 
 def refused(call, word):
+    """The text of the refusal."""
     try:
         call()
     except RuntimeError as error:
         assert word in str(error), error
-    else:
-        raise AssertionError(f"must be refused, with a text that says {word!r}")
+        return str(error)
+    raise AssertionError(f"must be refused, with a text that says {word!r}")
 
 
 def layout(ranks):
@@ -339,12 +340,13 @@ def small_buffers(ranks):
     refused(lambda: ranks.buffer(1), "num_nvl_bytes is 1")
     small_bytes = ranks.num_ranks << 16
     small = ranks.buffer(small_bytes)
-    try:
-        send(small, case, ranks.rank)
-    except RuntimeError as error:
-        text = str(error)
-    assert f"num_nvl_bytes {small_bytes}" in text, text
-    words = text.split()
+
+    def round_trip():
+        # GPU ranks stage a token once for all ranks that it goes to: a dispatch may fit where its combine does not.
+        received = send(small, case, ranks.rank)
+        small.combine(received[0], received[4])
+
+    words = refused(round_trip, f"num_nvl_bytes {small_bytes}").split()
     buffer = ranks.buffer(int(words[words.index("enough,") - 2]))
     received = send(buffer, case, ranks.rank)
     check_received(case, ranks.rank, received)

@@ -9,6 +9,7 @@ deadline; all meet again before the next one.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import json
@@ -38,6 +39,13 @@ class Ranks:
         from deep_ep_device import DeviceBuffer
 
         return buffer if os.environ["TERN_DEEP_EP_DEVICE"] == "cpu" else DeviceBuffer(buffer)
+
+    def own_stream(self):
+        """Within it the current stream is a fresh one, on the device that is current now; also in another thread."""
+        import torch
+
+        on_cpu = os.environ["TERN_DEEP_EP_DEVICE"] == "cpu"
+        return contextlib.nullcontext() if on_cpu else torch.cuda.stream(torch.cuda.Stream())
 
     def normal(self, hidden=512, **options):
         import deep_ep

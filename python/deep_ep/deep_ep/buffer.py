@@ -44,8 +44,10 @@ class Buffer:
     says how many ranks are one; CPU ranks may be on several. Errors are RuntimeErrors. Every wait ends at a deadline:
     TERN_TIMEOUT_MS.
 
-    In normal mode one thread at a time calls; in low-latency mode two threads may, if ranks make their calls in the
-    same order.
+    In normal mode one thread at a time calls; in low-latency mode two threads may, if dispatches come in the same order
+    on all ranks. On GPUs each of the two has a current stream of its own: on one stream, ranks whose threads take turns
+    in another order would wait for each other; so they would on streams that share a queue of the GPU, of which there
+    are enough with CUDA_DEVICE_MAX_CONNECTIONS=32.
     """
 
     num_sms: ClassVar[int] = 20

@@ -46,7 +46,7 @@ class PlanPool:
         idle = self._idle.setdefault((captured, *shape), collections.deque())
         plan = _pop(idle)
         if plan is None and captured:
-            # No memory can be had while a graph is captured; the step that ran before to warm up has left its plan.
+            # The step that ran before to warm up has left its plan.
             plan = _pop(self._idle.get((False, *shape), collections.deque()))
         if plan is None:
             self._trim()

@@ -133,6 +133,8 @@ class LowLatencyMode:
         )
         self._plans = PlanPool(self.exchange)
         bank_bytes = self._shares.window_bytes // _NUM_BANKS
+        self._fitting: Set[Shape] = set()
+        self._sms_of_lane = streams.num_sms // num_lanes
         self._zero_copy = [self.exchange.empty((bank_bytes,), torch.uint8) for _ in range(_NUM_BANKS)]
         self._lane_locks = [threading.Lock() for _ in range(num_lanes)]
         self._turn_lock = threading.Lock()
@@ -160,6 +162,7 @@ class LowLatencyMode:
             "cumulative_local_expert_recv_stats", cumulative_stats, torch.int32, shape.num_experts // num_ranks
         )
         _check_vector("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, num_ranks)
+        self._check_fits(shape)
         bank = self._take_turn()
         lane = bank % len(self._lane_locks)
 
@@ -177,6 +180,7 @@ class LowLatencyMode:
                 "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
                 "wait_ns": wait_stats,
                 "lane": lane,
+                "num_sms": self._num_sms(shape),
             }
             if finish.return_recv_hook:
                 self._streams.follow(lane)
@@ -228,6 +232,7 @@ class LowLatencyMode:
             "wait_ns": wait_stats,
             "out": written,
             "lane": lane,
+            "num_sms": self._num_sms(shape),
         }
 
         def hand_out(combined: Any, given: Optional[torch.Tensor] = out) -> torch.Tensor:
@@ -319,11 +324,11 @@ class LowLatencyMode:
     def _whole(
         self, lane: int, finish: Finish, operation: Callable[[], Any], inputs: tuple[Any, ...]
     ) -> tuple[Any, EventOverlap]:
-        """Both halves at once: on the current stream, or with async_finish on the communication stream."""
+        """Both halves at once: on the current stream, or with async_finish on the lane's communication stream."""
         if not finish.async_finish:
             self._streams.follow(lane)
             return operation(), EventOverlap()
-        with self._streams.run(Order(async_finish=True)) as work:
+        with self._streams.run(Order(async_finish=True), lane) as work:
             self._streams.follow(lane)
             result = operation()
             work.inputs += inputs
@@ -341,6 +346,7 @@ class LowLatencyMode:
             if not kept:
                 raise tern.InvalidStateError("the hook has run already")
             with self._lane_locks[lane], self._streams.on(stream):
+                self._streams.follow(lane)
                 _, redo, finish = kept.pop()
                 finish(self._persistently(pending.receive, redo))
 
@@ -398,6 +404,31 @@ class LowLatencyMode:
         rows = sizes.whole_chunks(shape.num_max_tokens) * num_topk
         return self._shares.has_room_for(rows, 2 * shape.hidden, shape.num_experts)
 
+    def _num_sms(self, shape: Shape) -> int:
+        """0: a block for each token and one more. Lanes may run at the same time, and wait for each other by way of other
+        ranks: all their blocks must find room on the GPU."""
+        return 0 if shape.num_max_tokens < self._sms_of_lane else self._sms_of_lane
+
+    def _check_fits(self, shape: Shape) -> None:
+        """The same bound on every device. Less may do for a GPU's dispatch, but not for its combine, nor for speed."""
+        if shape in self._fitting:
+            return
+        if self._needed_bytes(shape) > self._num_bytes:
+            raise tern.OutOfMemoryError(self._too_small("low_latency_dispatch", shape))
+        self._fitting.add(shape)
+
+    def _needed_bytes(self, shape: Shape, rows_per_token: int = 1) -> int:
+        return sizes.low_latency_hint(
+            shape.num_max_tokens, shape.hidden, self._nodes, shape.num_experts, rows_per_token
+        )
+
+    def _too_small(self, operation: str, shape: Shape, rows_per_token: int = 1) -> str:
+        return (
+            f"{operation}: {shape.num_max_tokens} tokens of each rank, hidden {shape.hidden}, {shape.num_experts} "
+            f"experts do not fit a Buffer with num_rdma_bytes {self._num_bytes}; make it with "
+            f"{self._needed_bytes(shape, rows_per_token)} (get_low_latency_rdma_size_hint)"
+        )
+
     def _lease(self, lane: int, shape: Shape, num_topk: int) -> PlanLease:
         return self._plans.lease(
             lane,
@@ -418,15 +449,7 @@ class LowLatencyMode:
             self._is_masked_out = True
             raise
         except tern.OutOfMemoryError as error:
-            needed = sizes.low_latency_hint(
-                shape.num_max_tokens, shape.hidden, self._nodes, shape.num_experts, rows_per_token
-            )
-            raise tern.OutOfMemoryError(
-                f"{operation}: {shape.num_max_tokens} tokens of each rank, hidden {shape.hidden}, {shape.num_experts} "
-                f"experts do not fit a "
-                f"Buffer with num_rdma_bytes {self._num_bytes}; make it with {needed} (get_low_latency_rdma_size_hint) "
-                f"[{error}]"
-            ) from error
+            raise tern.OutOfMemoryError(f"{self._too_small(operation, shape, rows_per_token)} [{error}]") from error
 
 
 def _asked_combine_mode() -> str:
