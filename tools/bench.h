@@ -28,6 +28,7 @@ struct BenchRecord {
   std::string mode;     // throughput or latency: the path that was taken
   std::string clock;    // host; on GPUs also stream (between events) or graph (a captured run between events)
   int num_sms = 0;      // that the operation took; 0: CPU
+  int ranks_per_node = 0;
   Times times;
   TrafficBytes bytes;
   double ceiling_us = 0;  // CPU: of a plain copy of the logical bytes; 0: nothing to copy

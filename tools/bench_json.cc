@@ -41,6 +41,7 @@ Json record_json(const BenchSetting& setting, const BenchRecord& record) {
             {"layout", layout_name(setting.shape.layout)},
             {"dtype", setting.shape.format.name},
             {"ranks", routing.num_ranks()},
+            {"ranks_per_node", record.ranks_per_node},
             {"tokens", routing.max_tokens()},
             {"hidden", setting.shape.hidden},
             {"topk", routing.num_topk},

@@ -204,6 +204,7 @@ class BenchRank {
       record.mode = plan.info().latency_path != 0 ? "latency" : "throughput";
       const std::array<double, 1> taken{static_cast<double>(plan.info().num_sms)};
       record.num_sms = static_cast<int>(slowest_of_ranks(context_, taken).front());
+      record.ranks_per_node = context_.group.info().ranks_in_node;
       records_.push_back(std::move(record));
     }
   }
