@@ -43,7 +43,7 @@ void print_traffic(const ForecastBatch& batch) {
         fmt::format("{:.0f} rows (tokens x ranks reached) / {} ranks of the node", batch.rows(), places.ranks_per_node));
   print("over the link", &Load::link, "the other rows, of other nodes too, whose rails send them on");
   if (batch.layout != TERN_LAYOUT_RANK_MAJOR)
-    print("rows of entries", &Load::entries, fmt::format("{:.0f} rows (tokens x top-k) in the rank's memory", batch.entries()));
+    print("rows of entries", &Load::entries, fmt::format("{:.0f} rows (tokens x experts) in the rank's memory", batch.entries()));
   if (places.num_nodes > 1)
     print("over the network", &Load::network,
           fmt::format("{:.0f} rows (tokens x other nodes reached), to the rails, with metadata", batch.network_rows()));

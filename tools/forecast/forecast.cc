@@ -13,7 +13,7 @@ namespace {
 
 constexpr double kMega = 1e6;
 // The library's own: src/cuda/transfer.h, src/cuda/latency.cc, src/layout/device_window.h, src/cpu/rail.cc.
-constexpr int64_t kBytesPerSm = 512 << 10;
+constexpr int64_t kBytesPerSm = 512 << 10, kTokensPerSm = 64;
 constexpr int kLeastSms = 4, kSaturatingSms = 24;
 constexpr int64_t kMostSmallTokens = 1024, kSmallBytesGpu = 4 << 20, kSmallBytesCpu = 32 << 10;
 constexpr int kMostSmallRanks = 64;
@@ -29,9 +29,9 @@ class Work {
     us_ += us_of(bytes, gbps);
     terms_.push_back(fmt::format("{} {:.2f} MB / {:g} GB/s", what, bytes / kMega, gbps));
   }
-  Stage stage(double num_workers, const char* workers) const {
+  Stage stage(const char* name, double num_workers, const char* workers) const {
     const std::string terms = terms_.empty() ? "nothing" : fmt::format("{}", fmt::join(terms_, " + "));
-    return {workers, us_ / num_workers, true, fmt::format("({}) / {:g} {}", terms, num_workers, workers)};
+    return {name, us_ / num_workers, true, fmt::format("({}) / {:g} {}", terms, num_workers, workers)};
   }
 
  private:
@@ -85,6 +85,8 @@ int Forecaster::library_sms(const OperationChoice& choice) const {
   if (!on_gpu()) return 0;
   const int64_t row_bytes = row_bytes_of(choice.op);
   const int most = static_cast<int>(costs_.workers);
+  if (choice.op == "plan")
+    return static_cast<int>(std::min<int64_t>({most, kSaturatingSms, (batch_.num_tokens + kTokensPerSm - 1) / kTokensPerSm}));
   if (choice.may_be_small && is_small(row_bytes)) return static_cast<int>(std::min<int64_t>(batch_.num_tokens + 1, most));
   return std::min(most, static_cast<int>(std::clamp<int64_t>(batch_.num_tokens * row_bytes / kBytesPerSm, kLeastSms, kSaturatingSms)));
 }
@@ -102,13 +104,6 @@ int Forecaster::best_sms(const OperationChoice& choice) const {
   int num_sms = 1;
   while (num_sms < most && us_with(num_sms) > least_us * kAlmost) ++num_sms;
   return num_sms;
-}
-
-// Rows pass the memory once more than the caches can hold.
-void Forecaster::add_memory(Step& step, double bytes) const {
-  const double sharers = on_gpu() ? 1 : batch_.places.ranks_per_node;
-  if (bytes * sharers <= costs_.cache_mb * kMega) return;
-  step.stages.push_back(transfer("memory", bytes * sharers, costs_.memory_gbps));
 }
 
 void Forecaster::add_trips(Step& step, double fixed_us, const std::string& how) const {
@@ -148,9 +143,27 @@ void Forecaster::add_network(Step& step, double bytes) const {
   const double trips_us = num_rails * costs_.net_latency_us * ranks_per_core();
   const std::string rate =
       gbps < of_cores ? fmt::format("{:g} GB/s", gbps) : fmt::format("({:g} cores x {:g} GB/s)", workers(0), costs_.worker_net_gbps);
-  step.stages.push_back({"network", us_of(bytes, gbps) + trips_us, false,
-                         fmt::format("{:.2f} MB / {} + {} rails x {:g} us x {:g} ranks on a core", bytes / kMega, rate, num_rails,
-                                     costs_.net_latency_us, ranks_per_core())});
+  step.stages.push_back({"network", std::max(us_of(bytes, gbps), trips_us), false,
+                         fmt::format("the longer of {:.2f} MB / {} and {} rails x {:g} us x {:g} ranks on a core", bytes / kMega, rate,
+                                     num_rails, costs_.net_latency_us, ranks_per_core())});
+}
+
+// Rows that are copied, by the workers and beside that by the memory. On CPU ranks a staged row is read again while it is in the caches, so
+// staging comes on top.
+void Forecaster::add_rows(Step& step, const RowWork& rows, int num_sms) const {
+  const char* name = on_gpu() ? "SMs" : "cores";
+  Work work, staging;
+  work.add("rows", rows.rows, rows.rows_gbps);
+  (on_gpu() ? work : staging).add("staged", rows.staged, rows.staged_gbps);
+  work.add("rows of experts", rows.entries, rows.entries_gbps);
+  step.stages.push_back(work.stage(name, workers(num_sms), name));
+  const double sharers = on_gpu() ? 1 : batch_.places.ranks_per_node;
+  const double bytes = (rows.rows + rows.entries + (on_gpu() ? rows.staged : 0)) * sharers;
+  if (bytes > costs_.cache_mb * kMega) step.stages.push_back(transfer("memory", bytes, costs_.memory_gbps));
+  if (!on_gpu() && rows.staged > 0) {
+    step.stages.push_back(staging.stage("staging", workers(num_sms), name));
+    step.stages.back().overlaps = false;
+  }
 }
 
 // `with_dispatch`: in the call of a small dispatch.
@@ -182,13 +195,15 @@ Step Forecaster::dispatch(const OperationChoice& choice, bool routed) const {
   // On a GPU a token is staged once, and pulled by all; on a CPU it is pushed into the bank of each other rank.
   const double staged = choice.in_windows ? 0 : on_gpu() ? load.tokens : load.link;
   Step step{.name = "dispatch", .stages = {}};
-  Work work;
-  work.add("rows", load.rows(), costs_.copy_gbps);
-  work.add("staged", staged, costs_.stage_gbps);
-  work.add("further rows", load.entries, costs_.spread_gbps);
-  step.stages.push_back(work.stage(workers(choice.num_sms), on_gpu() ? "SMs" : "cores"));
+  add_rows(step,
+           {.rows = load.rows(),
+            .rows_gbps = costs_.copy_gbps,
+            .staged = staged,
+            .staged_gbps = costs_.stage_gbps,
+            .entries = load.entries,
+            .entries_gbps = costs_.spread_gbps},
+           choice.num_sms);
   if (on_gpu()) step.stages.push_back(transfer("link", load.link, costs_.link_gbps));
-  add_memory(step, load.rows() + load.entries + (on_gpu() ? staged : 0));
   const double fixed_us = costs_.dispatch_us + (choice.in_windows ? 0 : costs_.stage_us);
   add_trips(step, fixed_us,
             fmt::format("{:g} us{}", costs_.dispatch_us, choice.in_windows ? "" : fmt::format(" + {:g} us staging", costs_.stage_us)));
@@ -204,13 +219,15 @@ Step Forecaster::combine(const OperationChoice& choice) const {
   const bool stages = !choice.in_windows || (on_gpu() && batch_.layout != TERN_LAYOUT_RANK_MAJOR);
   const double staged = stages ? load.link : 0;
   Step step{.name = "combine", .stages = {}};
-  Work work;
-  work.add("rows", load.rows(), costs_.sum_gbps);
-  work.add("staged", staged, on_gpu() ? costs_.sum_gbps : costs_.stage_gbps);
-  work.add("rows of experts", load.entries, costs_.sum_gbps);
-  step.stages.push_back(work.stage(workers(choice.num_sms), on_gpu() ? "SMs" : "cores"));
+  add_rows(step,
+           {.rows = load.rows(),
+            .rows_gbps = costs_.sum_gbps,
+            .staged = staged,
+            .staged_gbps = on_gpu() ? costs_.sum_gbps : costs_.stage_gbps,
+            .entries = load.entries,
+            .entries_gbps = costs_.sum_gbps},
+           choice.num_sms);
   if (on_gpu()) step.stages.push_back(transfer("link", load.link, costs_.link_gbps * (stages ? costs_.staged_link_share : 1)));
-  add_memory(step, load.rows() + load.entries + (on_gpu() ? staged : 0));
   add_trips(step, costs_.combine_us, fmt::format("{:g} us", costs_.combine_us));
   add_network(step, load.network);
   return step;
@@ -233,7 +250,8 @@ OperationForecast Forecaster::predict(const OperationChoice& choice) const {
   const bool combines = is_round_trip || op == "combine";
   if (!routes && !dispatches && !combines) fail(TERN_INVALID_ARGUMENT, "plan: there is no operation \"{}\"", op);
 
-  OperationForecast forecast{.num_sms = as(op.c_str(), choice).num_sms, .small = choice.may_be_small && is_small(row_bytes_of(op))};
+  OperationForecast forecast{.num_sms = as(op.c_str(), choice).num_sms,
+                             .small = op != "plan" && choice.may_be_small && is_small(row_bytes_of(op))};
   const bool routes_within = in_one_call && forecast.small && batch_.places.num_nodes == 1;
   const auto add = [&](Step step, const Load& load) {
     forecast.steps.push_back(std::move(step));

@@ -7,7 +7,7 @@
 //
 // The model. A stage takes its bytes by the rate of what it needs: SMs or cores, the link, memory, the network. On GPUs stages overlap, so the
 // slowest counts, and what is fixed comes on top: launches and trips, and between nodes the first piece of the other stages ("fill"). On CPU
-// ranks the network takes the same cores as the rows, so it comes on top too. A small batch of GPU ranks takes the latency path: launch,
+// ranks staging and the network take the same cores as the rows, so they come on top too. A small batch of GPU ranks takes the latency path: launch,
 // trips, and then its bytes.
 #pragma once
 
@@ -54,6 +54,13 @@ struct OperationChoice {
   bool may_be_small = true;  // else the throughput path, whatever the size
 };
 
+// Bytes that SMs or cores move, and what one of them moves of each kind.
+struct RowWork {
+  double rows = 0, rows_gbps = 0;
+  double staged = 0, staged_gbps = 0;
+  double entries = 0, entries_gbps = 0;
+};
+
 class Forecaster {
  public:
   Forecaster(const ForecastBatch& batch, tern_device_type device, const Costs& costs) : batch_(batch), device_(device), costs_(costs) {}
@@ -80,7 +87,7 @@ class Forecaster {
   Step dispatch(const OperationChoice& choice, bool routed) const;
   Step combine(const OperationChoice& choice) const;
   Step small_step(const std::string& name, double fixed_us, const Load& load) const;
-  void add_memory(Step& step, double bytes) const;
+  void add_rows(Step& step, const RowWork& rows, int num_sms) const;
   void add_network(Step& step, double bytes) const;
   void add_wake(Step& step) const;
   void add_trips(Step& step, double fixed_us, const std::string& how) const;

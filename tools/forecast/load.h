@@ -24,7 +24,7 @@ struct ForecastBatch {
   // Rows that come to the busiest rank, one for each token and rank: from all ranks.
   double rows() const { return static_cast<double>(num_tokens) * reach.ranks * reach.busiest_rank; }
   // Rows of the expert layouts there, one for each entry.
-  double entries() const { return static_cast<double>(num_tokens) * choices.num_topk * reach.busiest_rank; }
+  double entries() const { return static_cast<double>(num_tokens) * reach.entries * reach.busiest_entries; }
   // Tokens that a rank sends to the nodes of its rails, or gets from there.
   double network_rows() const {
     return static_cast<double>(num_tokens) * reach.nodes * reach.busiest_node * (places.num_nodes - 1) / places.num_nodes;

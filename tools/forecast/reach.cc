@@ -41,6 +41,7 @@ Reach sample_reach(const Places& places, const Choices& choices, const RoutingOp
   seeded.seed = kSeed;
   const Routing sample = generate_routing(shape, seeded);
   std::vector<int64_t> of_ranks(static_cast<size_t>(num_ranks)), of_nodes(static_cast<size_t>(places.num_nodes));
+  std::vector<int64_t> entries_of_ranks(of_ranks.size());
   std::vector<int64_t> last_token_of_rank(of_ranks.size(), -1), last_token_of_node(of_nodes.size(), -1);
   const auto count = [](std::vector<int64_t>& counts, std::vector<int64_t>& last_token, int part, int64_t token) {
     const auto idx = static_cast<size_t>(part);
@@ -53,6 +54,7 @@ Reach sample_reach(const Places& places, const Choices& choices, const RoutingOp
     for (int k = 0; k < choices.num_topk; ++k) {
       if (entries[k] < 0) continue;
       const int rank = entries[k] / sample.experts_per_rank();
+      ++entries_of_ranks[static_cast<size_t>(rank)];
       count(of_ranks, last_token_of_rank, rank, token);
       count(of_nodes, last_token_of_node, rank / places.ranks_per_node, token);
     }
@@ -60,10 +62,11 @@ Reach sample_reach(const Places& places, const Choices& choices, const RoutingOp
   const auto mean = [&](const std::vector<int64_t>& counts) {
     return static_cast<double>(std::accumulate(counts.begin(), counts.end(), int64_t{0})) / static_cast<double>(num_tokens);
   };
-  Reach reach{.ranks = mean(of_ranks), .nodes = mean(of_nodes)};
+  Reach reach{.ranks = mean(of_ranks), .nodes = mean(of_nodes), .entries = mean(entries_of_ranks)};
   if (!is_even(routing.kind)) {
     reach.busiest_rank = most_by_mean(of_ranks);
     reach.busiest_node = most_by_mean(of_nodes);
+    reach.busiest_entries = most_by_mean(entries_of_ranks);
   }
   reach.how = fmt::format("counted in a sample of {} tokens, seed {}", num_tokens, kSeed);
   return reach;
@@ -85,6 +88,7 @@ Reach expect_reach(const Places& places, const Choices& choices, const RoutingOp
   const int here = choices.num_experts / places.num_ranks();
   return {.ranks = expect_parts(places.num_ranks(), choices),
           .nodes = expect_parts(places.num_nodes, choices),
+          .entries = static_cast<double>(choices.num_topk),
           .how = fmt::format("ranks (1 - C({0} - {1}, {2}) / C({0}, {2})), with {1} experts on a rank; nodes alike", choices.num_experts,
                              here, choices.num_topk)};
 }

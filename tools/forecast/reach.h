@@ -28,8 +28,10 @@ struct Choices {
 struct Reach {
   double ranks = 1;         // own one included
   double nodes = 1;         // own one included
+  double entries = 1;       // experts that it goes to
   double busiest_rank = 1;  // tokens that come to the rank that gets most, by the mean
   double busiest_node = 1;
+  double busiest_entries = 1;  // the same for entries: tokens and their experts
   std::string how = {};
 };
 
