@@ -18,6 +18,7 @@ namespace tern::tools {
 struct TrafficBytes {
   int64_t logical = 0;  // the rank's own share included
   int64_t wire = 0;     // from or to other ranks only
+  int64_t link = 0;     // within a node: from or to its other ranks, tokens of other nodes too, which the rails there send on
   int64_t network = 0;  // put to other nodes, as counted in a run: with the metadata
 };
 

@@ -50,6 +50,7 @@ Json record_json(const BenchSetting& setting, const BenchRecord& record) {
             {"p99_us", record.times.p99_us()},
             {"logical_bytes", record.bytes.logical},
             {"wire_bytes", record.bytes.wire},
+            {"link_bytes", record.bytes.link},
             {"network_bytes", record.bytes.network},
             {"logical_gbps", record.gbps(record.bytes.logical)},
             {"wire_gbps", record.gbps(record.bytes.wire)},

@@ -106,21 +106,22 @@ std::string mega_pair(const Compared& mb) { return mb.measured > 0 ? fmt::format
 
 int print_check(const PlanOptions& options) {
   const ForecastCheck check = check_forecasts(options.check, options.costs);
-  constexpr const char* kRow = "{:<17} {:<7} {:<6} {:>4} {:>12} {:>12} {:>7} {:>17} {:>17}\n";
+  constexpr const char* kRow = "{:<17} {:<7} {:<6} {:>4} {:>12} {:>12} {:>7} {:>17} {:>17} {:>17}\n";
   std::string batch;
   std::vector<double> ratios;
   bool all_within = true;
   for (const CheckedLine& line : check.lines) {
     if (line.batch != batch) {
       fmt::print("{}{}\n", batch.empty() ? "" : "\n", line.batch);
-      fmt::print(kRow, "op", "buffers", "extent", "SMs", "predicted us", "measured us", "ratio", "wire MB p / m", "net MB p / m");
+      fmt::print(kRow, "op", "buffers", "extent", "SMs", "predicted us", "measured us", "ratio", "wire MB p / m", "link MB p / m",
+                 "net MB p / m");
     }
     batch = line.batch;
     fmt::print(kRow, line.op, line.buffers.empty() ? "-" : line.buffers, line.extent, line.num_sms > 0 ? std::to_string(line.num_sms) : "-",
                fmt::format("{:.1f}", line.us.predicted), fmt::format("{:.1f}", line.us.measured), fmt::format("{:.2f}", line.us.ratio()),
-               mega_pair(line.wire_mb), mega_pair(line.network_mb));
+               mega_pair(line.wire_mb), mega_pair(line.link_mb), mega_pair(line.network_mb));
     ratios.push_back(line.us.ratio());
-    for (const Compared& compared : {line.us, line.wire_mb, line.network_mb})
+    for (const Compared& compared : {line.us, line.wire_mb, line.link_mb, line.network_mb})
       all_within &= options.within == 0 || is_within(compared, options.within);
   }
   std::ranges::sort(ratios);

@@ -77,6 +77,7 @@ CheckedLine check_record(const Json& machine, const Json& record, const RoutingO
           .num_sms = record.value("num_sms", 0),
           .us = {forecast.us(), record.at("median_us")},
           .wire_mb = {forecast.wire_bytes / kMega, mega("wire_bytes")},
+          .link_mb = {forecast.link_bytes / kMega, mega("link_bytes")},
           .network_mb = {forecast.network_bytes / kMega, mega("network_bytes")}};
 }
 

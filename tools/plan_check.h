@@ -25,7 +25,7 @@ struct CheckedLine {
   std::string batch;  // "4 ranks on 2 nodes, 8 tokens, bf16, rank_major, uniform"
   std::string op, buffers, extent;
   int num_sms = 0;  // 0: CPU
-  Compared us, wire_mb, network_mb;
+  Compared us, wire_mb, link_mb, network_mb;
 };
 
 struct ForecastCheck {

@@ -161,6 +161,7 @@ Json operation_json(const PlannedOperation& operation) {
           {"num_sms", operation.forecast.num_sms},
           {"us", number(operation.forecast.us())},
           {"wire_bytes", operation.forecast.wire_bytes},
+          {"link_bytes", operation.forecast.link_bytes},
           {"network_bytes", operation.forecast.network_bytes},
           {"best_num_sms", operation.best_sms},
           {"best_us", number(operation.best_us)},

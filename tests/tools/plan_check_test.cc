@@ -29,6 +29,7 @@ TEST(PlanCheck, BytesOfCpuRanksAreThoseThatWereCounted) {
     // The measured rank is the one that moves most; of 8 tokens that is a tenth above the mean.
     const double factor = line.batch.find(" 8 tokens") != std::string::npos ? 1.12 : 1.04;
     expect_within(line.wire_mb, factor, line, "wire");
+    expect_within(line.link_mb, factor, line, "link");
     expect_within(line.network_mb, factor, line, "network");
     crossed |= line.network_mb.measured > 0;
   }

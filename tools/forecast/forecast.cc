@@ -256,6 +256,7 @@ OperationForecast Forecaster::predict(const OperationChoice& choice) const {
   const auto add = [&](Step step, const Load& load) {
     forecast.steps.push_back(std::move(step));
     forecast.wire_bytes += load.rows() * (1 - 1.0 / batch_.places.num_ranks());
+    forecast.link_bytes += load.link;
     forecast.network_bytes += load.network;
   };
   if (routes && !(routes_within && on_gpu())) add(route(choice.exact, routes_within), load_of_route(batch_));

@@ -40,6 +40,7 @@ struct OperationForecast {
   int num_sms = 0;        // 0: CPU
   bool small = false;     // the latency path
   double wire_bytes = 0;  // rows between this rank and others, once for each token and rank, as `tern bench` counts them
+  double link_bytes = 0;  // of these, and of other nodes' tokens, what the ranks of a node send each other
   double network_bytes = 0;
 
   double us() const;
