@@ -2,6 +2,7 @@
 // What `tern plan` found, for people and for programs.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -64,6 +65,7 @@ const Stage& slowest_of(const OperationForecast& forecast) {
 
 void print_operations(const PlanResult& result) {
   const bool on_gpu = result.forecaster.on_gpu();
+  const bool routes_within = std::ranges::any_of(result.operations, [](const auto& o) { return o.choice.op == "route_dispatch"; });
   constexpr const char* kRow = "  {:<24} {:>10} {:>5} {:>11} {:>8} {:>9} {:>9}  {}\n";
   fmt::print("\nTime\n");
   fmt::print(kRow, "operation and buffers", "path", "SMs", "us", "GB/s", "best SMs", "us then", "most time");
@@ -80,7 +82,7 @@ void print_operations(const PlanResult& result) {
       "  GB/s: rows from and to other ranks, once for each token and rank. Window, caller: where rows lie. plan: extent exact; round_trip "
       "is\n"
       "  plan, dispatch and combine{}.{}\n",
-      result.operations.size() > 7 ? ", route_dispatch a dispatch that routes, and round_trip_worst both without the host" : "",
+      routes_within ? ", route_dispatch a dispatch that routes, and round_trip_worst both without the host" : "",
       on_gpu ? "\n  SMs: asked for, or the library's rule: throughput path bytes of a rank's tokens / 512 KiB, 4 to 24; latency path a "
                "block for each\n"
                "  token and one more. Best: the fewest within 1 % of the shortest time of this model."

@@ -226,6 +226,11 @@ TEST(Forecast, LibrarySmsFollowTheDocumentedRule) {
   EXPECT_EQ(sms(640, {.op = "plan"}), 10);
 }
 
+TEST(Forecast, SmsAreThoseThatAreAskedForAsFarAsThereAreAny) {
+  EXPECT_EQ(gpus({1, 2}, 10000).predict({.op = "dispatch", .num_sms = 7}).num_sms, 7);
+  EXPECT_EQ(gpus({1, 2}, 10000).predict({.op = "dispatch", .num_sms = 1000}).num_sms, 100);
+}
+
 TEST(Forecast, BestSmsAreTheFewestThatFillTheLink) {
   Costs costs = round_costs();
   costs.link_gbps = 100;

@@ -237,7 +237,8 @@ Step Forecaster::combine(const OperationChoice& choice) const {
 OperationChoice Forecaster::as(const char* op, const OperationChoice& choice) const {
   OperationChoice single = choice;
   single.op = op;
-  if (single.num_sms == 0) single.num_sms = library_sms(single);
+  const int asked = choice.num_sms > 0 ? choice.num_sms : library_sms(single);
+  single.num_sms = on_gpu() ? std::min(asked, static_cast<int>(costs_.workers)) : 0;
   return single;
 }
 
