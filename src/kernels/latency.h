@@ -18,6 +18,7 @@ struct LatencyArgs {
   int32_t operation = 0;       // tern_operation
   bool sends = false;          // pushes this rank's rows
   bool receives = false;       // takes what has been pushed here
+  bool follows_closely = false;  // the kernel may begin while the one in front ends
   uint64_t* ticket = nullptr;  // keeps the epoch from a send to its receive
   int64_t* wait_ns = nullptr;  // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
   layout::LatencyWords words;
