@@ -378,8 +378,8 @@ __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const
 int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args) { return DispatchMemory(args, nullptr).num_bytes(); }
 
 cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
-  return launch(latency_dispatch_kernel, {num_blocks, kLatencyThreads, latency_dispatch_shared_bytes(args), args.call.follows_closely}, stream,
-                args);
+  return launch(latency_dispatch_kernel, {num_blocks, kLatencyThreads, latency_dispatch_shared_bytes(args), args.call.follows_closely},
+                stream, args);
 }
 
 cudaError_t prepare_latency_dispatch() { return allow_shared(latency_dispatch_kernel, kMostLatencyShared); }
