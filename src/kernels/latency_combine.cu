@@ -86,21 +86,21 @@ class ShareSender {
   }
 
  private:
-  static constexpr int kMostBatches = 2;  // top-k is at most 64
+  static constexpr int kRankBatches = layout::kMostLatencyRanks / kWarpThreads;
   // The workers are ahead of the raising warp by up to so many messages, with a pair of barriers for each.
   static constexpr int kAhead = 4, kDoneBarrier = 1, kFreeBarrier = kDoneBarrier + kAhead;
 
-  // A message, as the plan has it. Of entries lane_idx() and 32 + lane_idx().
+  // A message, as the plan has it, with entry lane_idx().
   struct Share {
     int32_t token;
-    int32_t row[kMostBatches];
-    float weight[kMostBatches];
+    int32_t row;
+    float weight;
   };
 
   // Where each source's messages begin, in the threads of a warp.
   struct Begins {
     __device__ Begins(const LatencyCombineArgs& args, const LatencyCall& call) {
-      for (int b = 0; b < kMostBatches; ++b) {
+      for (int b = 0; b < kRankBatches; ++b) {
         const int source = b * kWarpThreads + static_cast<int>(device::lane_idx());
         end[b] = source < call.num_ranks() ? args.call.plan.received_begin[source + 1] : 0x7fffffff;
       }
@@ -108,10 +108,10 @@ class ShareSender {
     // All threads of a warp.
     __device__ int source_of(int32_t message) const {
       int source = 0;
-      for (int b = 0; b < kMostBatches; ++b) source += __popc(__ballot_sync(~0u, end[b] <= message));
+      for (int b = 0; b < kRankBatches; ++b) source += __popc(__ballot_sync(~0u, end[b] <= message));
       return source;
     }
-    int32_t end[kMostBatches];
+    int32_t end[kRankBatches];
   };
 
   __device__ static int32_t first() { return static_cast<int32_t>(blockIdx.x); }
@@ -122,13 +122,10 @@ class ShareSender {
     Share share = {};
     if (message >= plan_.max_tokens * call_.num_ranks()) return share;
     share.token = plan_.source_token[message];
-#pragma unroll
-    for (int b = 0; b < kMostBatches; ++b) {
-      const int k = b * kWarpThreads + static_cast<int>(device::lane_idx());
-      const int32_t entry = message * plan_.topk_stride + k;
-      share.row[b] = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
-      share.weight[b] = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
-    }
+    const int k = static_cast<int>(device::lane_idx());
+    const int32_t entry = message * plan_.topk_stride + k;
+    share.row = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
+    share.weight = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
     return share;
   }
 
@@ -158,22 +155,17 @@ class ShareSender {
       if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, begin, end);
       return;
     }
-    Terms batches[kMostBatches];
-#pragma unroll
-    for (int b = 0; b < kMostBatches; ++b) {
-      batches[b].valid = __ballot_sync(~0u, share.row[b] >= 0);
-      batches[b].address = args_.rows + int64_t{share.row[b]} * args_.row_bytes;
-      batches[b].weight = share.weight[b];
-      if (args_.sums_owner_weights && share.row[b] >= 0) batches[b].weight = owner_weight(source, share.token, b);
-    }
+    Terms terms;
+    terms.valid = __ballot_sync(~0u, share.row >= 0);
+    terms.address = args_.rows + int64_t{share.row} * args_.row_bytes;
+    terms.weight = share.weight;
+    if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(source, share.token);
     __syncwarp();
     if (args_.per_entry)
-      copy_entries(batches, slot, begin, end);
+      copy_entries(terms, slot, begin, end);
     else
       sum_into(slot, begin, end, [&](auto visit) {
-#pragma unroll
-        for (int b = 0; b < kMostBatches; ++b)
-          if (batches[b].valid != 0) visit(batches[b]);
+        if (terms.valid != 0) visit(terms);
       });
   }
 
@@ -189,21 +181,19 @@ class ShareSender {
         });
   }
 
-  __device__ float owner_weight(int source, int32_t token, int batch) const {
-    const int k = batch * kWarpThreads + static_cast<int>(device::lane_idx());
+  __device__ float owner_weight(int source, int32_t token) const {
+    const int k = static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
     call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
     return __uint_as_float(bits);
   }
 
-  __device__ void copy_entries(const Terms (&batches)[kMostBatches], std::byte* slot, int begin, int end) const {
-#pragma unroll
-    for (int b = 0; b < kMostBatches; ++b)
-      for (uint32_t left = batches[b].valid; left != 0; left &= left - 1) {
-        const int t = __ffs(static_cast<int>(left)) - 1;
-        const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(batches[b].address), t));
-        copy(address, slot + (b * kWarpThreads + t) * args_.wire_bytes, begin, end);
-      }
+  __device__ void copy_entries(const Terms& terms, std::byte* slot, int begin, int end) const {
+    for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+      const int k = __ffs(static_cast<int>(left)) - 1;
+      const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), k));
+      copy(address, slot + k * args_.wire_bytes, begin, end);
+    }
   }
 
   // The warp's part of a row.
@@ -314,16 +304,14 @@ class OwnerSums {
   template <typename Visit>
   __device__ void for_each_entry_batch(int32_t token, Visit visit) const {
     const std::byte* slot = call_.slot(call_.rank(), token);
-    for (int first = 0; first < plan_.num_topk; first += kWarpThreads) {
-      const int k = first + static_cast<int>(device::lane_idx());
-      const int64_t entry = int64_t{token} * plan_.num_topk + k;
-      const bool has_row = k < plan_.num_topk && plan_.experts[entry] >= 0 && plan_.entry_rows[entry] >= 0;
-      Terms terms;
-      terms.valid = __ballot_sync(~0u, has_row);
-      terms.address = slot + k * args_.wire_bytes;
-      if (has_row && args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
-      if (terms.valid != 0) visit(terms);
-    }
+    const int k = static_cast<int>(device::lane_idx());
+    const int64_t entry = int64_t{token} * plan_.num_topk + k;
+    const bool has_row = k < plan_.num_topk && plan_.experts[entry] >= 0 && plan_.entry_rows[entry] >= 0;
+    Terms terms;
+    terms.valid = __ballot_sync(~0u, has_row);
+    terms.address = slot + k * args_.wire_bytes;
+    if (has_row && args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
+    if (terms.valid != 0) visit(terms);
   }
 
   __device__ void sum_weights(int32_t token) const {
