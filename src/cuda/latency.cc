@@ -33,7 +33,8 @@ bool is_small(const CudaPlan& plan, int64_t row_bytes) {
   const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
   const PlanShape& shape = plan.shape();
   if (shape.max_tokens > window.latency_tokens || words_of(plan).num_words() > window.latency_words) return false;
-  if (shape.num_topk == 0 || shape.num_topk > layout::kMostLatencyTopk || shape.num_experts > kernels::LatencyArgs::kMostExperts) return false;
+  if (shape.num_topk == 0 || shape.num_topk > layout::kMostLatencyTopk || shape.num_experts > kernels::LatencyArgs::kMostExperts)
+    return false;
   switch (plan.exchange().options().mode) {
     case TERN_MODE_THROUGHPUT: return false;
     case TERN_MODE_LATENCY: return true;
