@@ -31,14 +31,14 @@ class RowSender {
 #pragma unroll 1
     for (int32_t token = first; token < num_tokens_; token += step) {
       Chunk chunk = load(token, 0);
-      OwnRouting::GivenEntries entries = {{-1, -1}};
+      int64_t given = -1;
       if (args_.routes) {
-        if (threadIdx.x < kWarpThreads) entries = routing_.given_entries(token);
+        if (threadIdx.x < kWarpThreads) given = routing_.own_given_expert(token);
         routing_.count(num_counted, token, counters, [](int, int32_t, uint32_t) {});
         num_counted = token;
       }
       __syncthreads();
-      if (threadIdx.x < kWarpThreads) set_destinations(token, entries, counters);
+      if (threadIdx.x < kWarpThreads) set_destinations(token, given, counters);
       stage_sides(token);
       __syncthreads();
       push_row(token, chunk);
@@ -73,7 +73,7 @@ class RowSender {
   }
 
   // One warp: the ranks that the token goes to, and where its entries are among all of this rank's; into the tail and the plan.
-  __device__ void set_destinations(int32_t token, const OwnRouting::GivenEntries& given, const int32_t* counters) const {
+  __device__ void set_destinations(int32_t token, int64_t given, const int32_t* counters) const {
     const int lane = static_cast<int>(device::lane_idx());
     uint64_t ranks = 0;
     if (args_.routes) {
@@ -212,23 +212,35 @@ class MessageSpreader {
   __device__ void run() {
     const bool is_alone = gridDim.x == 1;
     const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
-    if (block < 0) return;
-    const int32_t num_groups = kGroups * num_blocks, first = group_ * num_blocks + block, end = arrivals_.num_candidates();
+    const int32_t num_groups = kGroups * num_blocks, first = group_ * num_blocks + block;
+    const int32_t end = block < 0 ? first : arrivals_.num_candidates();
 #pragma unroll 1
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
-      if (arrivals_.candidate(i, message) && !spread(message)) return;
+      if (!arrivals_.candidate(i, message)) continue;
+      if (!await(message)) return;
+      if (i + num_groups >= end) wait_no_more();
+      spread(message);
     }
+    wait_no_more();
   }
 
  private:
   __device__ void sync_group() const { device::sync_some_warps(1 + group_, kThreads); }
 
+  __device__ void wait_no_more() {
+    if (waits_) call_.wait_no_more();
+    waits_ = false;
+  }
+
   // False: the exchange has failed.
-  __device__ bool spread(const ArrivingMessage& message) {
+  __device__ bool await(const ArrivingMessage& message) const {
     if (thread_ == 0) rows_->is_there = call_.await_row(message.source, message.token) ? 1 : 0;
     sync_group();
-    if (rows_->is_there == 0) return false;
+    return rows_->is_there != 0;
+  }
+
+  __device__ void spread(const ArrivingMessage& message) const {
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
@@ -252,28 +264,23 @@ class MessageSpreader {
       }
     }
     write_scales(slot + args_.call.slot.scales());
-    return true;
   }
 
   // One warp: the rows of the message's entries, for the group and for the plan; and what is written once for each of them.
   __device__ void find_rows(const ArrivingMessage& message, const std::byte* slot) const {
     const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
     const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
-    int num_rows = 0;
-#pragma unroll 1
-    for (int first = 0; first < max(1, plan_.num_topk); first += kWarpThreads) {
-      const int k = first + static_cast<int>(device::lane_idx());
-      int32_t row = -1;
-      if (k < plan_.num_topk) {
-        const ArrivingEntry entry = arrivals_.entry(message, k, entries);
-        row = plan_.has_expert_rows() ? entry.row : -1;
-        if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
-        write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
-      }
-      const uint32_t valid = __ballot_sync(~0u, row >= 0);
-      if (row >= 0) rows_->row[num_rows + __popc(valid & device::lanes_below())] = row;
-      num_rows += __popc(valid);
+    const int k = static_cast<int>(device::lane_idx());
+    int32_t row = -1;
+    if (k < plan_.num_topk) {
+      const ArrivingEntry entry = arrivals_.entry(message, k, entries);
+      row = plan_.has_expert_rows() ? entry.row : -1;
+      if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
+      write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
     }
+    const uint32_t valid = __ballot_sync(~0u, row >= 0);
+    if (row >= 0) rows_->row[__popc(valid & device::lanes_below())] = row;
+    int num_rows = __popc(valid);
     if (device::lane_idx() != 0) return;
     arrivals_.keep(message);
     if (!plan_.has_expert_rows() && message.index < args_.out.num_rows) {
@@ -325,6 +332,7 @@ class MessageSpreader {
   const Arrivals& arrivals_;
   const int group_, thread_;
   GroupRows* const rows_;
+  bool waits_ = true;
 };
 
 __device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
@@ -351,6 +359,7 @@ __device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call
 __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
+  device::await_kernel_before();
   LatencyCall call(args.call);
   if (threadIdx.x == 0) *memory.has_failed() = 0;
   if (call.begin()) {
@@ -365,9 +374,8 @@ __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const
 int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args) { return DispatchMemory(args, nullptr).num_bytes(); }
 
 cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
-  const auto shared_bytes = static_cast<size_t>(latency_dispatch_shared_bytes(args));
-  latency_dispatch_kernel<<<num_blocks, kLatencyThreads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch(latency_dispatch_kernel, {num_blocks, kLatencyThreads, latency_dispatch_shared_bytes(args), args.call.follows_closely},
+                stream, args);
 }
 
 cudaError_t prepare_latency_dispatch() { return allow_shared(latency_dispatch_kernel, kMostLatencyShared); }
