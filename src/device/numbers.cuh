@@ -21,6 +21,15 @@ __device__ __forceinline__ Vec16 load_vec16(const std::byte* from) {
   const uint4 v = *reinterpret_cast<const uint4*>(from);
   return {{v.x, v.y, v.z, v.w}};
 }
+// Of global memory that is read once: it takes no room in the SM's cache.
+__device__ __forceinline__ Vec16 load_vec16_once(const std::byte* from) {
+  Vec16 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(from)
+               : "memory");
+  return v;
+}
 
 struct Bf16 {
   static constexpr int kElements = 8;  // in a Vec16

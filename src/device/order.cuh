@@ -43,6 +43,9 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
   return time;
 }
 
+// About so long.
+__device__ __forceinline__ void pause(uint32_t ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
+
 __device__ __forceinline__ uint32_t lane_idx() {
   uint32_t lane;
   asm("mov.u32 %0, %laneid;" : "=r"(lane));

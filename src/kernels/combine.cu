@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combine: the owner of a token pulls one row from each rank that had it (or one for each entry), and sums.
 //
-//   staging warps   make what is pulled: for each received message one row in this rank's window, summed over its entries, rounded once (a
-//                   row of rank_major is a sum of one term); or copies of the entries' rows. Rows that are in window memory in the right
-//                   form already stay there.
-//   pulling warps   walk over this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
+//   staging warps   make what is pulled, in this rank's window: for each received message one row, summed over its entries and rounded once; or
+//                   copies of rows. They wait for nobody's rows, and when all is staged they pull too. Rows that are in window memory in the
+//                   right form already stay there.
+//   pulling warps   take this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
 #include "kernels/combine.h"
 #include "kernels/messages.cuh"
 #include "kernels/shared_memory.h"
@@ -15,7 +15,10 @@ namespace tern::kernels {
 namespace {
 
 constexpr int kMostThreads = 512;
-constexpr int kPullBarrier = 1;
+// Half a row of 7168 channels of 2 bytes: few warps copy, so each has much on its way.
+constexpr int kCopyUnroll = 14;
+constexpr int kPullBarrier = 1;  // of the warps that pull from the start
+constexpr int kJoinBarrier = 2;  // of all
 
 // The dynamic shared memory of a block: sources, then with bulk copies the rings of its warps.
 struct CombineShared {
@@ -35,14 +38,22 @@ class StagedRows {
     look_ahead();
   }
 
-  // Instead of sums: what owners want as it is.
+  // Instead of sums: what owners want as it is. Rows are reported when the next one's loads are under way, since reports wait for stores.
   __device__ void copy() {
-    SumRow row;
+    SumRow row, done;
+    bool is_done = false;
+    const auto report = [&] {
+      if (is_done) row_done(done);
+      is_done = false;
+    };
     while (next_row(row)) {
-      copy_terms(row);
+      copy_terms(row, report);
+      report();
       __syncwarp();
-      row_done(row);
+      done = row;
+      is_done = true;
     }
+    report();
   }
 
   __device__ bool next_row(SumRow& row) {
@@ -123,9 +134,10 @@ class StagedRows {
     return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
 
-  __device__ void copy_terms(const SumRow& row) const {
+  template <typename Begun>
+  __device__ void copy_terms(const SumRow& row, Begun begun) const {
     const auto copy_to = [&](int64_t at, std::byte* to) {
-      copy_row(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(to); });
+      copy_row<kCopyUnroll>(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(to); }, begun);
     };
     if (!plan_.has_expert_rows()) {
       if (row.index < plan_.row_capacity) copy_to(row.index, out(row));
@@ -162,13 +174,13 @@ class StagedRows {
   uint32_t num_in_run_ = 0;
 };
 
-// The results of this rank's tokens: the Rows of sums.cuh.
+// The results of this rank's tokens: the Rows of sums.cuh. A block has every gridDim.x-th part of a row; its warps take them in turn.
 class OwnedRows {
  public:
-  __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, int32_t warp, int32_t num_warps)
-      : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), num_warps_(num_warps) {
+  // `num_taken`: by all warps of the block, in shared memory.
+  __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, int* num_taken)
+      : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), num_taken_(num_taken) {
     const TransferArgs& t = args.transfer;
-    next_ = static_cast<int32_t>(t.first_token() * args.num_parts + warp);
     end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
     look_ahead();
   }
@@ -177,7 +189,6 @@ class OwnedRows {
     const int32_t token = next_ / args_.num_parts;
     if (token >= end_token_) return false;
     const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
-    next_ += num_warps_;
     message_ = message_ahead_;
     look_ahead();
     row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
@@ -211,8 +222,11 @@ class OwnedRows {
     return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
   }
 
-  // Fetches the thread's message of the next token while those of this one are loaded.
+  // Takes the next part, and fetches the thread's message of its token while those of this one are loaded.
   __device__ void look_ahead() {
+    const int taken = device::lane_idx() == 0 ? atomicAdd(num_taken_, 1) : 0;
+    const int nth = __shfl_sync(~0u, taken, 0) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.num_parts + nth;
     const int32_t token = next_ / args_.num_parts;
     if (token < end_token_) message_ahead_ = message_of(token, static_cast<int>(device::lane_idx()));
   }
@@ -270,15 +284,15 @@ class OwnedRows {
   const PlanView& plan_;
   const Transfer& transfer_;
   const SourceView* const sources_;
-  const int32_t num_warps_;
+  int* const num_taken_;
   int32_t next_;  // token * num_parts + part
   int64_t end_token_;
   MessageRef message_ = {-1, -1}, message_ahead_ = {-1, -1};  // of the current token and the next one: the thread's
 };
 
 // The part of a staging warp.
-template <typename Wire, bool kBulk>
-__device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring) {
+template <typename Wire>
+__device__ void stage(const CombineArgs& args, const Transfer& transfer) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
@@ -287,22 +301,21 @@ __device__ void stage(const CombineArgs& args, const Transfer& transfer, const S
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);
   if (args.copies_rows())
     rows.copy();
-  else if constexpr (kBulk)
-    sum_by_ring<Wire>(ring, rows);
   else
     sum_by_threads<Wire>(rows);
 }
 
-// The part of a pulling warp.
-template <typename Wire, bool kBulk>
-__device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceView* sources, const SumRing& ring) {
-  if (!args.transfer.receives) return;
-  __shared__ int all_ok;
+// What the warps of a block share.
+struct PullState {
+  int num_taken;  // of the block's parts
+  int has_failed;
+};
+
+// The warps that pull from the start: where the sources' rows are.
+__device__ void open_sources(const CombineArgs& args, const Transfer& transfer, SourceView* sources, PullState& state) {
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
   const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
-  if (thread == 0) all_ok = 1;
-  device::sync_some_warps(kPullBarrier, num_threads);
-  if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
+  if (!transfer.open_sources(sources, thread, num_threads)) state.has_failed = 1;
   if (args.own_rows_direct && thread == transfer.rank() % num_threads) {
     SourceView& own = sources[transfer.rank()];
     own.rows = args.rows;
@@ -310,10 +323,12 @@ __device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceVi
     own.is_staged = args.returns_weights;
   }
   device::sync_some_warps(kPullBarrier, num_threads);
-  if (all_ok == 0) return;
-  const auto num_blocks = static_cast<int32_t>(gridDim.x);
-  const int32_t warp = thread / kWarpThreads * num_blocks + static_cast<int32_t>(blockIdx.x);
-  OwnedRows rows(args, transfer, sources, warp, args.roles.num_pull_warps * num_blocks);
+}
+
+template <typename Wire, bool kBulk>
+__device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, PullState& state, const SumRing& ring) {
+  if (state.has_failed != 0) return;
+  OwnedRows rows(args, transfer, sources, &state.num_taken);
   if constexpr (kBulk)
     sum_by_ring<Wire>(ring, rows);
   else
@@ -323,17 +338,24 @@ __device__ void pull(const CombineArgs& args, const Transfer& transfer, SourceVi
 template <typename Wire, bool kBulk>
 __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
+  __shared__ PullState state;
   const CombineShared layout(args, kBulk);
   const Transfer transfer(args.transfer);
+  if (threadIdx.x == 0) state = {};
   if (transfer.operation().is_poisoned()) return;
+  const auto sources = reinterpret_cast<SourceView*>(shared);
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, nth = warp - args.roles.num_stage_warps;
   const SumRing ring = nth < 0 ? SumRing{shared + layout.stage_rings + warp * args.stage_ring.bytes(), args.stage_ring}
                                : SumRing{shared + layout.pull_rings + nth * args.pull_ring.bytes(), args.pull_ring};
-  if constexpr (kBulk) ring.init();
-  if (nth < 0)
-    stage<Wire, kBulk>(args, transfer, ring);
-  else
-    pull<Wire, kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
+  if (kBulk && args.transfer.receives) ring.init();
+  if (nth < 0) {
+    stage<Wire>(args, transfer);
+    if (args.transfer.receives) device::sync_some_warps(kJoinBarrier, args.roles.num_threads());
+  } else if (args.transfer.receives) {
+    open_sources(args, transfer, sources, state);
+    device::arrive_at_barrier(kJoinBarrier, args.roles.num_threads());
+  }
+  if (args.transfer.receives) pull<Wire, kBulk>(args, transfer, sources, state, ring);
   transfer.finish();
 }
 

@@ -40,7 +40,7 @@ struct CombineArgs {
   int32_t num_parts = 1;
   int32_t part_bytes = 0;
 
-  // Bulk copies: the ring of each staging warp, and of each pulling warp.
+  // Bulk copies: the ring with which each warp pulls, those that stage before and those that pull from the start.
   SumRingShape stage_ring, pull_ring;
 };
 

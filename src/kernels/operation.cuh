@@ -63,6 +63,11 @@ struct Operation {
   __device__ bool is_of_epoch(uint64_t word) const { return word >> 32 == (epoch & 0xffffffff); }
   __device__ void put_word(uint64_t* word, uint32_t value) const { device::store_relaxed_sys(word, epoch << 32 | value); }
 
+  // Like await(), for the threads of many warps that look at the same few words while other warps work.
+  __device__ bool await_patiently(const uint64_t* word, uint64_t expected, int peer) const {
+    return load_acquire_sys(word) >= expected || look_patiently(*this, word, expected, peer);
+  }
+
   // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
   __device__ bool await_bank(int peer) const {
     if (epoch <= layout::kNumBanks) return true;
@@ -138,6 +143,17 @@ struct Operation {
       epoch_seen = word_seen >> 32;
       return op.is_of_epoch(word_seen);
     });
+  }
+
+  // Without acquiring before the flag is there, since each acquire empties the SM's cache under the loads of the other warps, and with pauses.
+  static __device__ __noinline__ bool look_patiently(Operation op, const uint64_t* word, uint64_t expected, int peer) {
+    constexpr uint32_t kPauseNs = 100;
+    uint64_t seen = 0;
+    const auto look = [&] {
+      device::pause(kPauseNs);
+      return (seen = load_relaxed_sys(word)) >= expected;
+    };
+    return op.spin(expected, peer, seen, nullptr, look) && load_acquire_sys(word) >= expected;
   }
 
   // Looks until look() says that it is there, or the deadline passes, or the exchange fails otherwise.

@@ -12,21 +12,27 @@ namespace tern::kernels {
 using device::Vec16;
 
 // Copies a row to the address of every destination: for_each(visit) calls visit(std::byte* to). Rows and addresses are multiples of 16 bytes.
-template <typename ForEach>
-__device__ __forceinline__ void copy_row(const std::byte* from, int64_t row_bytes, ForEach for_each) {
-  constexpr int kUnroll = 8;
+// A warp has kUnroll * 512 bytes on their way; `begun` is called when the first of them are.
+template <int kUnroll = 8, typename ForEach, typename Begun>
+__device__ __forceinline__ void copy_row(const std::byte* from, int64_t row_bytes, ForEach for_each, Begun begun) {
   constexpr int64_t kStep = 32 * sizeof(Vec16);
   for (int64_t first = device::lane_idx() * sizeof(Vec16); first < row_bytes; first += kUnroll * kStep) {
-    Vec16 values[kUnroll];
+    Vec16 values[kUnroll] = {};  // or registers that are set under a condition would be kept for them from row to row
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (first + u * kStep < row_bytes) values[u] = device::load_vec16(from + first + u * kStep);
+    if (first == device::lane_idx() * sizeof(Vec16)) begun();
     for_each([&](std::byte* to) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
         if (first + u * kStep < row_bytes) *reinterpret_cast<Vec16*>(to + first + u * kStep) = values[u];
     });
   }
+}
+
+template <int kUnroll = 8, typename ForEach>
+__device__ __forceinline__ void copy_row(const std::byte* from, int64_t row_bytes, ForEach for_each) {
+  copy_row<kUnroll>(from, row_bytes, for_each, [] {});
 }
 
 // 16 bytes of a row of Wire as fp8 e4m3.

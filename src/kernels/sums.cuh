@@ -12,6 +12,8 @@
 //   void row_done(const SumRow&)                after the row's stores, which are ordered before by __syncwarp()
 #pragma once
 
+#include <type_traits>
+
 #include "device/bulk.cuh"
 #include "kernels/operation.cuh"
 #include "kernels/rows.cuh"
@@ -43,7 +45,7 @@ __device__ __forceinline__ void add_term(float (&sum)[Wire::kElements], const Ve
 }
 
 template <typename Wire, typename Rows>
-__device__ __forceinline__ void add_biases(Rows& rows, const SumRow& row, int64_t at, float (&sum)[Wire::kElements]) {
+__device__ __forceinline__ void add_biases(const Rows& rows, const SumRow& row, int64_t at, float (&sum)[Wire::kElements]) {
   for (int which = 0; which < 2; ++which)
     if (const std::byte* bias = rows.bias(row, which)) add_term<Wire>(sum, device::load_vec16(bias + at), 1.0f);
 }
@@ -78,31 +80,122 @@ __device__ __forceinline__ void add_batch(const Terms& terms, int at, int end, f
   }
 }
 
-// Ordinary loads and stores.
+// Ordinary loads and stores. What bounds them is how much is on its way: a warp keeps 8 KiB of a row's terms under way, few or many terms. Where
+// those at one vector have been added, the ones so much further on are loaded.
+
+constexpr int kMostTermsUnderWay = 8;
+constexpr int kVecsUnderWay = 12;  // of a thread
+
+// Sums the terms of a row, at most kMost, which is 1, 2, 4 or 8.
+template <typename Wire, int kMost, bool kWeighted>
+__device__ __forceinline__ void sum_terms(const Terms& terms, int begin, int end, std::byte* out) {
+  constexpr int kVecs = kVecsUnderWay / kMost, kStep = 32 * sizeof(Vec16);
+  constexpr int kLeast = kMost / 2 + 1;  // fewer are not summed by this
+  const int num_terms = __popc(terms.valid);
+  int at = begin + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+  const std::byte* addresses[kMost];
+  float weights[kMost];
+  uint32_t left = terms.valid;
+#pragma unroll
+  for (int u = 0; u < kMost; ++u) {
+    const int t = u < kLeast || left != 0 ? __ffs(static_cast<int>(left)) - 1 : 0;
+    left &= left - 1;
+    addresses[u] = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t)) + at;
+    weights[u] = __shfl_sync(~0u, terms.weight, t);
+  }
+  Vec16 values[kVecs][kMost] = {};  // or registers that are set under a condition would be kept for them from row to row
+  const auto load = [&](int v, int offset) {
+    if (at + offset >= end) return;
+#pragma unroll
+    for (int u = 0; u < kMost; ++u)
+      if (u < kLeast || u < num_terms) values[v][u] = device::load_vec16_once(addresses[u] + offset);
+  };
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) load(v, v * kStep);
+#pragma unroll 1
+  for (; at - static_cast<int>(device::lane_idx() * sizeof(Vec16)) < end; at += kVecs * kStep) {
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      if (at + v * kStep < end) {
+        float sum[Wire::kElements] = {};
+#pragma unroll
+        for (int u = 0; u < kMost; ++u)
+          if (u < kLeast || u < num_terms) add_term<Wire, kWeighted>(sum, values[v][u], weights[u]);
+        *reinterpret_cast<Vec16*>(out + at + v * kStep) = Wire::narrow(sum);
+      }
+      load(v, (v + kVecs) * kStep);
+    }
+#pragma unroll
+    for (int u = 0; u < kMost; ++u) addresses[u] += kVecs * kStep;
+  }
+}
+
+// Calls function(constant) for the constant 1, 2, 4 or 8 that is not below `num_terms`.
+template <typename Function>
+__device__ __forceinline__ void with_most_terms(int num_terms, Function function) {
+  if (num_terms == 1)
+    function(std::integral_constant<int, 1>());
+  else if (num_terms == 2)
+    function(std::integral_constant<int, 2>());
+  else if (num_terms <= 4)
+    function(std::integral_constant<int, 4>());
+  else
+    function(std::integral_constant<int, 8>());
+}
+
+// Any number of terms, and biases.
+template <typename Wire, typename Rows>
+__device__ __forceinline__ void sum_many_terms(const Rows& rows, const SumRow& row) {
+  constexpr int kVecs = 4, kStep = 32 * sizeof(Vec16);
+#pragma unroll 1
+  for (int place = row.begin; place < row.end; place += kVecs * kStep) {
+    const int first = place + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+    int offsets[kVecs];
+    float sums[kVecs][Wire::kElements] = {};
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      offsets[v] = min(first + v * kStep, row.end - static_cast<int>(sizeof(Vec16)));  // behind the end: for sums that nobody uses
+      if (rows.has_biases()) add_biases<Wire>(rows, row, offsets[v], sums[v]);
+    }
+#pragma unroll 1
+    for (int batch = 0; batch < rows.num_batches(); ++batch) {
+      Terms terms;
+      rows.get_terms(row, batch, terms);
+#pragma unroll 1
+      for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+        const int t = __ffs(static_cast<int>(left)) - 1;
+        const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+        const float weight = __shfl_sync(~0u, terms.weight, t);
+        Vec16 values[kVecs];
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) values[v] = device::load_vec16_once(address + offsets[v]);
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) add_term<Wire>(sums[v], values[v], weight);
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v)
+      if (first + v * kStep < row.end) *reinterpret_cast<Vec16*>(rows.out(row) + offsets[v]) = Wire::narrow(sums[v]);
+  }
+}
+
 template <typename Wire, typename Rows>
 __device__ void sum_by_threads(Rows& rows) {
-  constexpr int kVecs = 2;
-  constexpr int kStep = 32 * sizeof(Vec16);
   SumRow row;
   while (rows.next_row(row)) {
-    Terms first_terms;
-    rows.get_terms(row, 0, first_terms);
-    for (int first = row.begin; first < row.end; first += kVecs * kStep) {
-      const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
-      float sums[kVecs][Wire::kElements] = {};
-#pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (rows.has_biases() && at + v * kStep < row.end) add_biases<Wire>(rows, row, at + v * kStep, sums[v]);
-      add_batch<Wire, kVecs>(first_terms, at, row.end, sums);
-      Terms terms;
-      for (int batch = 1; batch < rows.num_batches(); ++batch) {
-        rows.get_terms(row, batch, terms);
-        add_batch<Wire, kVecs>(terms, at, row.end, sums);
-      }
-#pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (at + v * kStep < row.end) *reinterpret_cast<Vec16*>(rows.out(row) + at + v * kStep) = Wire::narrow(sums[v]);
-    }
+    Terms terms;
+    rows.get_terms(row, 0, terms);
+    const int num_terms = __popc(terms.valid);
+    const bool is_weighted = __any_sync(~0u, (terms.valid >> device::lane_idx() & 1) != 0 && terms.weight != 1.0f) != 0;
+    if (rows.has_biases() || rows.num_batches() > 1 || num_terms == 0 || num_terms > kMostTermsUnderWay)
+      sum_many_terms<Wire>(rows, row);
+    else
+      with_most_terms(num_terms, [&](auto most) {
+        if (is_weighted)
+          sum_terms<Wire, decltype(most)::value, true>(terms, row.begin, row.end, rows.out(row));
+        else
+          sum_terms<Wire, decltype(most)::value, false>(terms, row.begin, row.end, rows.out(row));
+      });
     __syncwarp();
     rows.row_done(row);
   }

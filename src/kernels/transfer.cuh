@@ -94,7 +94,7 @@ class Transfer {
   // One thread: waits until the rows of the chunk that holds `token` are there.
   __device__ bool await_chunk(const SourceView& view, int source, int32_t token) const {
     if (!view.is_staged) return true;
-    return op_.await(op_.staged_flag(rank(), source, token / args_.tokens_per_chunk), op_.epoch, source);
+    return op_.await_patiently(op_.staged_flag(rank(), source, token / args_.tokens_per_chunk), op_.epoch, source);
   }
 
   // All threads of all blocks, at the end.
