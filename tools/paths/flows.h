@@ -33,7 +33,7 @@ struct Flow {
 
   // What run() leaves.
   std::vector<double> round_trip_us{};  // of each epoch that was sent, until its answer
-  double sent_gbps = 0;               // from the first answer to the last
+  double sent_gbps = 0;                 // from the first answer to the last
   std::string problem{};                // why it did not come to its end; "" if it did
 };
 

@@ -38,7 +38,7 @@ struct PathPair {
   double there_gbps = 0, back_gbps = 0;       // a stream of large writes from a to b; from b to a
   double both_gbps = 0;                       // both streams at a time, together
   double at_once_gbps = 0;                    // the same, while all other pairs do so too
-  std::string problem{};                        // "rank 0: ..."
+  std::string problem{};                      // "rank 0: ..."
   std::vector<std::string> slow{};  // what is far worse than the median of all pairs: "latency", "there", "back", "both", "at once"
 };
 
