@@ -127,11 +127,11 @@ int run_network_doctor(const DoctorOptions& options) {
     if (options.num_ranks != 0 && options.num_ranks != launcher->num_ranks)
       fail(TERN_INVALID_ARGUMENT, "{} ranks are asked for, {} started {}: leave --ranks out", options.num_ranks, launcher->name,
            launcher->num_ranks);
-    const auto bootstrap = make_env_bootstrap("tern doctor", Log(), Deadline::in_ms(options.timeout_ms));
+    const auto bootstrap = make_env_bootstrap("tern doctor", Log(), Deadline::in_ms(knobs().timeout_ms));
     return examine_paths(*bootstrap, options, ranks_per_node);
   }
   // All of them are on this host, so nodes are declared in any case.
-  const LaunchOptions launch_options{.num_ranks = options.num_ranks != 0 ? options.num_ranks : 2, .timeout_ms = options.timeout_ms};
+  const LaunchOptions launch_options{.num_ranks = options.num_ranks != 0 ? options.num_ranks : 2, .timeout_ms = knobs().timeout_ms};
   return launch(launch_options, [&](RankContext& context) {
     BoardBootstrap bootstrap(context);
     return examine_paths(bootstrap, options, std::max<int64_t>(ranks_per_node, 1));

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <functional>
 #include <thread>
 #include <utility>
@@ -117,6 +118,33 @@ TEST_F(Paths, OfASilentPeerAreAProblem) {
     bootstrap.allgather(&done, all, 1, Deadline::in_ms(kAmpleMs));
   });
   for (const std::string& outcome : outcomes) EXPECT_EQ(outcome, "");
+}
+
+// Rank 1 is away while rank 0 waits for it: their pair has failed, for both the reason, and all others are as good as ever.
+TEST_F(Paths, ThatFailLeaveTheOthersAlone) {
+  constexpr int64_t kTimeoutMs = 3000;
+  std::vector<PathReport> all(3);
+  const auto outcomes = run_ranks(3, [&](Bootstrap& bootstrap) {
+    PathOptions options{.ranks_per_node = 1, .timeout_ms = kTimeoutMs, .duration_ms = 5};
+    options.progress = [&](const std::string&, int64_t done, int64_t) {
+      if (done == 0 && bootstrap.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(kTimeoutMs + 500));
+    };
+    all[static_cast<size_t>(bootstrap.rank())] = test_paths(bootstrap, options);
+  });
+  for (const std::string& outcome : outcomes) EXPECT_EQ(outcome, "");
+  for (const PathReport& report : all) {
+    ASSERT_EQ(report.pairs.size(), 3u);
+    for (const PathPair& pair : report.pairs) {
+      if (pair.b == 1) {
+        EXPECT_NE(pair.problem.find("rank 0 waited "), std::string::npos) << pair.problem;
+        EXPECT_NE(pair.problem.find("in vain for rank 1: 0 epochs of 1 were answered"), std::string::npos) << pair.problem;
+        EXPECT_EQ(pair.at_once_gbps, 0);
+      } else {
+        EXPECT_EQ(pair.problem, "");
+        EXPECT_GT(pair.at_once_gbps, 0);
+      }
+    }
+  }
 }
 
 // Each way as many epochs as were asked for, each answered once, and the bytes as they were sent.

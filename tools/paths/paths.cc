@@ -13,7 +13,7 @@
 namespace tern::tools {
 namespace {
 
-constexpr int64_t kPatienceMs = 10000;  // for ranks that come from a pair that has timed out
+constexpr int64_t kPatienceMs = 10000;  // for ranks that start late, or come from a pair that has timed out
 constexpr int kWarmingPings = 20;       // connections are made at the first
 constexpr Load kPings{.least_epochs = kWarmingPings + 50, .most_epochs = kWarmingPings + 1000};
 constexpr Load kStream{.num_writes = Flows::kMostWrites, .num_under_way = 2, .least_epochs = 4};
@@ -174,7 +174,7 @@ void test_at_once(Bootstrap& bootstrap, Flows& flows, const PathOptions& options
 
 PathReport test_paths(Bootstrap& bootstrap, const PathOptions& options) {
   const std::string node = declared_node(bootstrap.rank(), bootstrap.num_ranks(), options.ranks_per_node);
-  const Deadline deadline = Deadline::in_ms(options.timeout_ms);
+  const Deadline deadline = Deadline::in_ms(options.timeout_ms + kPatienceMs);
   const Topology topology = discover(bootstrap, node, deadline);
   if (topology.num_nodes < 2)
     fail(TERN_INVALID_ARGUMENT,
