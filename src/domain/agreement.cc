@@ -4,43 +4,30 @@
 #include <algorithm>
 
 #include "base/error.h"
-#include "domain/doorbell.h"
-#include "domain/proposal.h"
 
 namespace tern {
 namespace {
 
-void publish(const Domain& domain, const Proposal& proposal) {
-  write_proposal(domain.proposal(domain.rank), proposal);
-  domain.for_each_member([&](int peer) { ring(domain.doorbell(peer, 0)); });
-}
-
 class Agreement {
  public:
-  Agreement(const Domain& domain, const AgreementOptions& options)
-      : domain_(domain), options_(options), own_{options.generation, false, options.mask}, deadline_(Deadline::in_ms(options.timeout_ms)) {
-    for (size_t r = 0; r < own_.mask.size(); ++r) own_.mask[r] |= domain.masked[r];
+  Agreement(Council& council, const AgreementOptions& options)
+      : council_(council),
+        options_(options),
+        own_{options.generation, false, options.mask},
+        deadline_(Deadline::in_ms(options.timeout_ms)) {
+    for (size_t r = 0; r < own_.mask.size(); ++r)
+      if (council.is_masked(static_cast<int>(r))) own_.mask[r] = 1;
   }
 
   std::vector<uint8_t> run() {
     refuse_if_masked();
-    publish(domain_, own_);
-    layout::Doorbell& bell = domain_.doorbell(domain_.rank, 0);
-    for (;;) {
-      const uint32_t heard = listen(bell);
-      const bool done = step();
-      if (done || changed_) {
-        stop_listening(bell);
-        if (done) return own_.mask;
-        continue;
-      }
-      if (deadline_.passed()) {
-        stop_listening(bell);
-        give_up_silent_ranks();
-        continue;
-      }
-      sleep(bell, heard, std::min<std::chrono::nanoseconds>(deadline_.remaining(), std::chrono::milliseconds(20)));
+    council_.propose(own_);
+    while (!step()) {
+      if (changed_) continue;
+      if (deadline_.passed()) give_up_silent_ranks();
+      council_.pause();
     }
+    return own_.mask;
   }
 
  private:
@@ -53,13 +40,14 @@ class Agreement {
     bool all_same = true;
     bool all_committed = true;
     Proposal next = own_;
-    for (int r = 0; r < domain_.num_ranks; ++r) {
-      if (r == domain_.rank || domain_.is_masked(r)) continue;
+    for (int r = 0; r < council_.num_ranks(); ++r) {
+      if (r == council_.rank() || council_.is_masked(r)) continue;
       if (!goes_on(r)) {
         refuse_if_left_behind_by(r);
         continue;
       }
-      const auto theirs = read_proposal(domain_.proposal(r), domain_.num_ranks);
+      const auto theirs = council_.proposal_of(r);
+      if (theirs && theirs->generation > own_.generation && theirs->mask[static_cast<size_t>(council_.rank())] != 0) refuse();
       if (!theirs || theirs->generation != own_.generation) {
         silent_.push_back(r);
         all_same = all_committed = false;
@@ -76,7 +64,7 @@ class Agreement {
       if (next.mask != own_.mask) deadline_ = Deadline::in_ms(options_.timeout_ms);
       own_ = next;
       refuse_if_masked();
-      publish(domain_, own_);
+      council_.propose(own_);
       changed_ = true;
     }
     return own_.committed && all_committed;
@@ -84,36 +72,37 @@ class Agreement {
 
   void give_up_silent_ranks() {
     if (silent_.empty())
-      fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for the other ranks to agree; call it again", domain_.rank, options_.timeout_ms);
+      fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for the other ranks to agree; call it again", council_.rank(), options_.timeout_ms);
     std::string names;
-    for (const int r : silent_) names += fmt::format("{}rank {}{}", names.empty() ? "" : ", ", r, describe_rank(domain_.topology, r));
+    for (const int r : silent_) names += fmt::format("{}rank {}{}", names.empty() ? "" : ", ", r, describe_rank(council_.topology(), r));
     if (!options_.allow_mask)
-      fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for {}; set allow_mask to go on without", domain_.rank, options_.timeout_ms, names);
+      fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for {}; set allow_mask to go on without", council_.rank(), options_.timeout_ms,
+           names);
     for (const int r : silent_) own_.mask[static_cast<size_t>(r)] = 1;
     own_.committed = false;
-    publish(domain_, own_);
+    council_.propose(own_);
     deadline_ = Deadline::in_ms(options_.timeout_ms);
   }
 
   // A rank that this one wants to go on without may have gone on without this one long ago: then there is a new generation already.
-  void refuse_if_left_behind_by(int r) const {
-    const auto theirs = read_proposal(domain_.proposal(r), domain_.num_ranks);
-    if (theirs && theirs->generation == own_.generation && theirs->committed && theirs->mask[static_cast<size_t>(domain_.rank)] != 0)
+  void refuse_if_left_behind_by(int r) {
+    const auto theirs = council_.proposal_of(r);
+    if (theirs && theirs->generation >= own_.generation && theirs->committed && theirs->mask[static_cast<size_t>(council_.rank())] != 0)
       refuse();
   }
 
   void refuse_if_masked() const {
-    if (!goes_on(domain_.rank)) refuse();
+    if (!goes_on(council_.rank())) refuse();
   }
 
   [[noreturn]] void refuse() const {
     fail(TERN_MASKED_OUT,
          "recover: the other ranks go on without rank {} in generation {}; to join again, all ranks call tern_exchange_recover with "
          "readmit, or make a new exchange",
-         domain_.rank, own_.generation);
+         council_.rank(), own_.generation);
   }
 
-  const Domain& domain_;
+  Council& council_;
   const AgreementOptions& options_;
   Proposal own_;
   Deadline deadline_;
@@ -123,6 +112,6 @@ class Agreement {
 
 }  // namespace
 
-std::vector<uint8_t> agree_on_mask(const Domain& domain, const AgreementOptions& options) { return Agreement(domain, options).run(); }
+std::vector<uint8_t> agree_on_mask(Council& council, const AgreementOptions& options) { return Agreement(council, options).run(); }
 
 }  // namespace tern
