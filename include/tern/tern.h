@@ -30,7 +30,7 @@
  * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
  * - Ranks may be on several nodes (CPU ranks): see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
- *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK and tern_exchange_recover are TERN_UNSUPPORTED there.
+ *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover works.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
  *
@@ -199,8 +199,9 @@ typedef enum tern_weighting TERN_ENUM_TYPE {
 
 typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
-  /* The operation goes on with a share of zero for the missing rank; the next one starts a generation without it. CPU ranks; with GPU
-   * ranks making the exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
+  /* The operation goes on with a share of zero for the missing rank; the next one starts a generation without it. CPU ranks of one node;
+   * with GPU ranks, or several nodes, making the exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it
+   * between operations */
   TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 
@@ -397,6 +398,9 @@ typedef struct tern_recover_options {
  * Plans routed before are stale. From then on a masked rank sends nothing, receives nothing, and entries routed to its experts count as
  * -1: its share is zero, and tern_exchange_get_state reports it. A masked rank that comes back gets TERN_MASKED_OUT,
  * until it and all who go on call this with readmit: then it has a share again, with its exchange and its window memory as they were.
+ * Between nodes a masked rank's rail is out of service: entries of tokens of the ranks with its index in other nodes count as -1 where they
+ * name experts on its node, and in tern_plan_info.pair_counts such ranks are zeros there. Where the network is cut in two, each side can go
+ * on alone.
  * Collective among those who go on; no operation of this exchange may be running on the calling rank. GPU: waits until those that are
  * enqueued have ended, but for replays of graphs, which the caller waits for; graphs that hold operations must be captured again. */
 TERN_API tern_status tern_exchange_recover(tern_exchange* exchange, const tern_recover_options* options);

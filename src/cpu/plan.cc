@@ -44,7 +44,6 @@ CpuPlan::CpuPlan(CpuExchange& exchange, const PlanShape& shape)
                std::vector<float>(topk_elements(shape.max_messages(), shape)),
                std::vector<float>(topk_elements(shape.max_messages(), shape))},
       scratch_(shape),
-      none_masked_(static_cast<size_t>(shape.num_nodes > 1 ? shape.num_ranks : 0)),
       received_per_rank_(static_cast<size_t>(shape.num_ranks)),
       received_per_expert_(static_cast<size_t>(shape.local_experts())),
       sent_per_rank_(static_cast<size_t>(shape.num_ranks)),
@@ -87,7 +86,7 @@ void CpuPlan::set_routing(Lane& lane, const tern_routing& routing) {
   tickets_ = {};
   routed_ = dispatched_ = false;
   weights_.carried = false;
-  table_.set_routing(routing, shape().num_nodes > 1 ? none_masked_ : exchange_.domain().masked);
+  table_.set_routing(routing, exchange_.unreachable());
 }
 
 void CpuPlan::finish_routing() {

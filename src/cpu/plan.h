@@ -158,7 +158,6 @@ class CpuPlan : public DevicePlan {
   bool routed_ = false;
   bool dispatched_ = false;
   bool latency_path_ = false;
-  std::vector<uint8_t> none_masked_;  // [num_ranks] between nodes
   std::vector<int32_t> received_per_rank_, received_per_expert_, sent_per_rank_, pair_counts_;
 };
 

@@ -43,7 +43,10 @@ struct Placement {
   std::vector<int64_t> topk_idx;             // this rank's own, entries to masked ranks replaced by -1
 };
 
-// masked: [num_ranks], nonzero for ranks that take no part; empty: none.
+// masked: [num_ranks], nonzero for ranks that take no part; empty: none. With nodes, a masked rank's rail is out of service too: tokens of
+// the ranks with its index do not reach its node.
+bool reaches(const Case& c, const std::vector<uint8_t>& masked, int32_t source, int32_t target);
+
 std::vector<Placement> place(const Case& c, const std::vector<RankRouting>& routings, const std::vector<uint8_t>& masked);
 
 using Bytes = std::vector<uint8_t>;
