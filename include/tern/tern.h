@@ -188,7 +188,11 @@ typedef enum tern_wire TERN_ENUM_TYPE {
    * octaves, so at most 1.6 % (normally distributed values: 0.4 % root mean square); what is more than 16 octaves below the block's largest,
    * or below 2^-126, may become zero. NaNs and infinities arrive as NaNs. The same bits on every engine and machine; src/base/log_rows.h
    * defines them. GPU ranks: on the latency path; TERN_UNSUPPORTED for larger batches */
-  TERN_WIRE_LOG10BIT = 1
+  TERN_WIRE_LOG10BIT = 1,
+  /* Sums travel in FP32, as they are: nothing is rounded but the result, at twice the bytes of bf16. Where rows travel as they are given (EXACT;
+   * rank_major within one node; FP32 rows) it is the same as AS_DTYPE. Staging must hold such rows: count them in max_row_bytes. GPU
+   * ranks: TERN_UNSUPPORTED where it is not the same */
+  TERN_WIRE_FP32 = 2
 } tern_wire;
 
 typedef enum tern_weighting TERN_ENUM_TYPE {
@@ -605,7 +609,7 @@ typedef struct tern_combine_args {
   /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies. GPU: 1 is checked on
    * this rank, and changes nothing */
   int32_t zero_copy TERN_ZERO;
-  tern_wire wire TERN_ZERO; /* LOG10BIT: rows are never pulled in place, since their owners do not have them encoded */
+  tern_wire wire TERN_ZERO; /* not AS_DTYPE: rows are never pulled in place, since their owners do not have them like that */
   /* [num_ranks] nanoseconds that this operation has waited for each rank are added; NULL: not counted. See tern_dispatch_args.wait_ns */
   int64_t* wait_ns TERN_ZERO;
 } tern_combine_args;

@@ -102,10 +102,11 @@ class Weighting(enum.IntEnum):
 
 
 class Wire(enum.IntEnum):
-    """As what a combine's rows travel: as their dtype, or as a logarithm of 10 bits for each channel; tern.h has error and layout."""
+    """As what a combine's rows travel: as their dtype, as a logarithm of 10 bits for each channel, or sums as FP32; see tern.h."""
 
     AS_DTYPE = 0
     LOG10BIT = 1
+    FP32 = 2
 
 
 class TimeoutPolicy(enum.IntEnum):
