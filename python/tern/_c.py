@@ -350,6 +350,8 @@ class PlanInfo(Struct):
         ("pair_counts", POINTER(c_int32)),
         ("num_sms", c_int32),
         ("reserved", c_int32),
+        ("rail_tokens", POINTER(c_int32)),
+        ("rail_token_in_rank", POINTER(c_uint8)),
     ]
 
 

@@ -105,13 +105,16 @@ class Plan:
         self._num_rows = -1
         check(lib.tern_plan_route(self._handle, self._routing_pointer, self._launch_pointer, ctypes.byref(info)))
         self._num_rows = info.num_rows
-        return PlanInfo.of(info, self._shape.num_ranks, self.num_local_experts)
+        return self._told(info)
 
     def info(self) -> PlanInfo:
         """What the host knows of the last routing."""
         info = _c.PlanInfo()
         check(lib.tern_plan_get_info(self._handle, ctypes.byref(info)))
-        return PlanInfo.of(info, self._shape.num_ranks, self.num_local_experts)
+        return self._told(info)
+
+    def _told(self, info: _c.PlanInfo) -> PlanInfo:
+        return PlanInfo.of(info, self._shape.num_ranks, self.exchange.group.num_nodes, self.num_local_experts)
 
     def _set_routing(
         self, topk_idx: Any, token_in_rank: Any, tokens_per_expert: Any, device_num_tokens: Any
