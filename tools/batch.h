@@ -33,7 +33,10 @@ struct BatchShape {
   tern_layout layout = TERN_LAYOUT_RANK_MAJOR;
   int64_t hidden = 0;
   uint64_t seed = 0;
-  int32_t expert_alignment = 1;  // expert_major: rows of a group are padded to a multiple of it
+  int32_t expert_alignment = 1;         // expert_major: rows of a group are padded to a multiple of it
+  tern_wire wire = TERN_WIRE_AS_DTYPE;  // of a combine; AS_DTYPE or FP32
+
+  int64_t combine_wire_bytes() const;  // of a row
 };
 
 // One row that arrives at a rank.

@@ -68,7 +68,13 @@ double BenchRecord::share_of_ceiling() const {
 BatchShape batch_shape(const BenchOptions& options, const Traffic& traffic) {
   const int64_t hidden = options.hidden != 0 ? options.hidden : traffic.model_hidden;
   if (hidden == 0) fail(TERN_INVALID_ARGUMENT, "--model custom needs --hidden");
-  return {traffic.routing, parse_row_format(options.dtype), parse_layout(options.layout), hidden, options.traffic.seed, options.alignment};
+  return {traffic.routing,
+          parse_row_format(options.dtype),
+          parse_layout(options.layout),
+          hidden,
+          options.traffic.seed,
+          options.alignment,
+          options.wire == "fp32" ? TERN_WIRE_FP32 : TERN_WIRE_AS_DTYPE};
 }
 
 std::vector<LinkRates> measure_links(LinkCeiling& ceiling, const std::vector<int>& num_sms) {
@@ -101,6 +107,7 @@ int run_bench(const BenchOptions& given) {
   BenchSetting setting{options, traffic, batch_shape(options, traffic), launch_options, device};
   require_memory(setting);
   setting.launch.shared_bytes = bench_board_bytes(setting);
+  setting.launch.needs_one_host = device.cuda();
   BenchJson json;
   const int code = launch(setting.launch, [&](RankContext& context) { return bench_rank(setting, context, json); });
   if (!options.json.empty()) json.write(options.json);

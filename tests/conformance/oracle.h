@@ -49,6 +49,14 @@ bool reaches(const Case& c, const std::vector<uint8_t>& masked, int32_t source, 
 
 std::vector<Placement> place(const Case& c, const std::vector<RankRouting>& routings, const std::vector<uint8_t>& masked);
 
+// With nodes: what a rank passes on within its node, as tern_plan_info says.
+struct RailCounts {
+  std::vector<int32_t> tokens;         // [num_nodes]
+  std::vector<uint8_t> token_in_rank;  // [sum of tokens, ranks_per_node]
+};
+RailCounts rail_oracle(const Case& c, const std::vector<Placement>& placements, const std::vector<RankRouting>& routings,
+                       const std::vector<uint8_t>& masked, int32_t rank);
+
 using Bytes = std::vector<uint8_t>;
 
 // The outputs of a dispatch, in the order and with the names of tern_dispatch_args. Arrays that the layout does not have are empty.

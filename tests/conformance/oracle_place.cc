@@ -141,4 +141,24 @@ std::vector<Placement> place(const Case& c, const std::vector<RankRouting>& rout
   return placements;
 }
 
+RailCounts rail_oracle(const Case& c, const std::vector<Placement>& placements, const std::vector<RankRouting>& routings,
+                       const std::vector<uint8_t>& masked, int32_t rank) {
+  const Routes routes{c, placements, routings, masked};
+  const int32_t first = c.node_of(rank) * c.ranks_per_node;
+  RailCounts result;
+  for (int32_t owner = rank % c.ranks_per_node; owner < c.num_ranks; owner += c.ranks_per_node) {
+    int32_t count = 0;
+    for (int64_t token = 0; token < routes.num_tokens(owner); ++token) {
+      std::vector<uint8_t> in_rank;
+      for (int32_t target = first; target < first + c.ranks_per_node; ++target)
+        in_rank.push_back(routes.goes_to(owner, token, target) ? 1 : 0);
+      if (std::find(in_rank.begin(), in_rank.end(), 1) == in_rank.end()) continue;
+      result.token_in_rank.insert(result.token_in_rank.end(), in_rank.begin(), in_rank.end());
+      ++count;
+    }
+    result.tokens.push_back(count);
+  }
+  return result;
+}
+
 }  // namespace tern::conformance
