@@ -437,7 +437,7 @@ typedef struct tern_plan_options {
       TERN_ZERO; /* worst: rows of the outputs, equal on all ranks; 0: what can arrive at most. expert_padded: always E_l * num_ranks * max_tokens */
 } tern_plan_options;
 
-/* Room for the routing of one batch. Local. All memory that operations along it need is allocated here. */
+/* Room for the routing of one batch. Local. All memory that operations along it need is allocated here. GPU: also while a graph is captured. */
 TERN_API tern_status tern_plan_create(tern_exchange* exchange, const tern_plan_options* options, tern_plan** plan);
 /* Never collective, waits for nothing. GPU: operations that are enqueued still run; graphs that hold some must not be replayed any more. */
 TERN_API void tern_plan_destroy(tern_plan* plan);

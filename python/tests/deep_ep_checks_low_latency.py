@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -245,34 +246,24 @@ def two_results_alive(ranks):
         check_combined(cases[1], ranks.rank, second_out, 9e-4)
 
 
-def two_threads(ranks):
-    """A micro-batch each on one buffer, taking turns as frameworks do: dispatch A, dispatch B, then each its own way."""
-    cases = [make_case(ranks, seed=seed) for seed in (21, 22)]
-    buffer = ranks.low_latency(cases[0], MOST)
-    steps = 4
+def in_two_threads(ranks, step, num_steps=4):
+    """step(me, turn) on one buffer, as frameworks do: dispatch A, dispatch B, each within its turn(), then each its own way, on a
+    stream of its own."""
     may_dispatch = [threading.Semaphore(1), threading.Semaphore(0)]
+    own_streams = [ranks.own_stream() for _ in range(2)]
     errors = []
 
     def work(me):
+        @contextlib.contextmanager
+        def turn():
+            assert may_dispatch[me].acquire(timeout=30)
+            yield
+            may_dispatch[1 - me].release()
+
         try:
-            for _ in range(steps):
-                assert may_dispatch[me].acquire(timeout=30)
-                arrived = send(buffer, cases[me], ranks.rank, use_fp8=False, return_recv_hook=True)
-                may_dispatch[1 - me].release()
-                arrived[4]()
-                check_arrived(cases[me], ranks.rank, arrived)
-                rows = expert_rows(cases[me], arrived)
-                combined, _, hook = combine(
-                    buffer,
-                    cases[me],
-                    ranks.rank,
-                    rows,
-                    arrived,
-                    return_recv_hook=True,
-                    out=torch.empty_like(cases[me].all[ranks.rank].x),
-                )
-                hook()
-                check_combined(cases[me], ranks.rank, combined)
+            with own_streams[me]:
+                for _ in range(num_steps):
+                    step(me, turn)
         except BaseException as error:  # noqa: BLE001, raised again below
             errors.append(error)
 
@@ -283,6 +274,54 @@ def two_threads(ranks):
         thread.join()
     if errors:
         raise errors[0]
+
+
+def two_threads(ranks):
+    """A micro-batch each, received by hooks."""
+    cases = [make_case(ranks, seed=seed) for seed in (21, 22)]
+    buffer = ranks.low_latency(cases[0], MOST)
+
+    def step(me, turn):
+        with turn():
+            arrived = send(buffer, cases[me], ranks.rank, use_fp8=False, return_recv_hook=True)
+        arrived[4]()
+        check_arrived(cases[me], ranks.rank, arrived)
+        combined, _, hook = combine(
+            buffer,
+            cases[me],
+            ranks.rank,
+            expert_rows(cases[me], arrived),
+            arrived,
+            return_recv_hook=True,
+            out=torch.empty_like(cases[me].all[ranks.rank].x),
+        )
+        hook()
+        check_combined(cases[me], ranks.rank, combined)
+
+    in_two_threads(ranks, step)
+
+
+def two_threads_of_many_tokens(ranks):
+    """Whole operations, each of which would take every SM of a GPU."""
+    most = 300
+    cases = [make_case(ranks, hidden=128, seed=seed, tokens=(most, 150, 0, most)) for seed in (23, 24)]
+    buffer = ranks.low_latency(cases[0], most)
+
+    def step(me, turn):
+        own = cases[me].all[ranks.rank]
+        for asynchronous in (False, True):
+            with turn():
+                rows, _, handle, event, _ = buffer.low_latency_dispatch(
+                    own.x, own.topk_idx, most, cases[me].num_experts, use_fp8=False, async_finish=asynchronous
+                )
+            event.current_stream_wait()
+            combined, event, _ = buffer.low_latency_combine(
+                rows, own.topk_idx, own.topk_weights, handle, async_finish=asynchronous
+            )
+            event.current_stream_wait()
+            check_combined(cases[me], ranks.rank, combined, 2e-5)
+
+    in_two_threads(ranks, step)
 
 
 def stats(ranks):
@@ -348,12 +387,8 @@ def small_buffers(ranks):
     case = make_case(ranks, hidden=4096)
     refused(lambda: ranks.buffer(0, 4096, low_latency_mode=True), "num_rdma_bytes is 4096")
     small = ranks.buffer(0, 1 << 20, low_latency_mode=True)
-    own = case.all[ranks.rank]
-    try:
-        small.low_latency_dispatch(own.x, own.topk_idx, MOST, case.num_experts, return_recv_hook=True)
-    except RuntimeError as error:
-        text = str(error)
-    assert "num_rdma_bytes 1048576" in text, text
+    for options in ({}, {"return_recv_hook": True}):
+        text = refused(lambda o=options: send(small, case, ranks.rank, **o), "num_rdma_bytes 1048576")
     buffer = ranks.buffer(0, int(text.split("make it with ")[1].split()[0]), low_latency_mode=True)
     arrived = send(buffer, case, ranks.rank, return_recv_hook=True)
     arrived[4]()
@@ -396,6 +431,7 @@ CHECKS = {
         zero_copy,
         two_results_alive,
         two_threads,
+        two_threads_of_many_tokens,
         stats,
         duplicates_and_nothing,
         hinted_sizes_suffice,

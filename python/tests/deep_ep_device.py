@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import functools
 
+import tern
 import torch
+from deep_ep import EventOverlap
 
 METHODS = (
     "get_dispatch_layout",
@@ -35,16 +37,24 @@ class DeviceBuffer:
 
 
 def _call(method, device, *args, **kwargs):
-    """What comes back holds when the operation has run: behind the call, or behind its hook."""
+    """What comes back holds when the operation has run: behind the call, or behind its hook.
+
+    The host waits for the stream of the call alone: on others, operations of other threads may be waiting for what this one
+    does next, here or on another rank.
+    """
     pairs = []  # (on the device, here)
     torch.cuda.set_device(device)  # a new thread begins with device 0
+    stream = torch.cuda.current_stream()
     given = {name: _there(value, device) for name, value in kwargs.items()}
     pairs += [(given[name], kwargs[name]) for name in OUTPUTS if kwargs.get(name) is not None]
     results = [_here(value, pairs) for value in method(*(_there(value, device) for value in args), **given)]
 
     def arrive():
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        for event in results:
+            if isinstance(event, EventOverlap):
+                event.current_stream_wait()
+        stream.synchronize()
+        require_health(method.__self__)
         for source, target in pairs:
             target.copy_(source)
 
@@ -58,6 +68,14 @@ def _call(method, device, *args, **kwargs):
         arrive()
 
     return (*results[:-1], hook_and_arrive)
+
+
+def require_health(buffer):
+    """Operations that a failure has ended leave their outputs as they were."""
+    for mode in (buffer._normal, buffer._low_latency):
+        if mode is not None:
+            state = mode.exchange.state()
+            assert state.health != tern.Health.FAILED, state.failure
 
 
 def _there(value, device):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,14 @@ class Case:
     def num_local(self):
         return self.num_experts // self.num_ranks
 
+    @property
+    def ranks_per_node(self):
+        return int(os.environ.get("TERN_RANKS_PER_NODE") or 0) or self.num_ranks
+
+    @property
+    def num_nodes(self):
+        return -(-self.num_ranks // self.ranks_per_node)
+
     def _inputs(self, rank):
         g = torch.Generator().manual_seed(1000 * self.seed + rank)
         count = self.num_tokens[rank]
@@ -53,6 +62,9 @@ class Case:
 
     def ranks_of(self, source, token):
         return sorted({int(e) // self.num_local for e in self.all[source].topk_idx[token] if e >= 0})
+
+    def nodes_of(self, source, token):
+        return sorted({rank // self.ranks_per_node for rank in self.ranks_of(source, token)})
 
     def messages(self, rank):
         """(source, token) of the rows that arrive at `rank` in normal mode."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the checks of one of the deep_ep_checks_*.py with ranks as processes over gloo, and writes a line for each check and rank.
 
-    TERN_DEEP_EP_DEVICE=cpu python deep_ep_ranks.py MODULE NUM_RANKS RESULTS
+    TERN_DEEP_EP_DEVICE=cpu [TERN_RANKS_PER_NODE=N] python deep_ep_ranks.py MODULE NUM_RANKS RESULTS
 
 torch is imported once, and the ranks are forked before it does anything. Where a check fails on one rank the others run into Tern's
 deadline; all meet again before the next one.
@@ -9,6 +9,7 @@ deadline; all meet again before the next one.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import json
@@ -39,10 +40,19 @@ class Ranks:
 
         return buffer if os.environ["TERN_DEEP_EP_DEVICE"] == "cpu" else DeviceBuffer(buffer)
 
+    def own_stream(self):
+        """Within it the current stream is a fresh one, on the device that is current now; also in another thread."""
+        import torch
+
+        on_cpu = os.environ["TERN_DEEP_EP_DEVICE"] == "cpu"
+        return contextlib.nullcontext() if on_cpu else torch.cuda.stream(torch.cuda.Stream())
+
     def normal(self, hidden=512, **options):
         import deep_ep
 
-        return self.buffer(deep_ep.Config().get_nvl_buffer_size_hint(2 * hidden, self.num_ranks), **options)
+        config = deep_ep.Config(num_max_rdma_chunked_recv_tokens=4)  # between nodes batches take several rounds
+        sizes = config.get_nvl_buffer_size_hint, config.get_rdma_buffer_size_hint
+        return self.buffer(*(size(2 * hidden, self.num_ranks) for size in sizes), **options)
 
     def low_latency(self, case, most, **options):
         import deep_ep

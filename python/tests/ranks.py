@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -16,32 +17,47 @@ from typing import Any, Callable
 import tern
 
 TIMEOUT_MS = 20_000  # of every wait in the library
-DEADLINE_S = 150  # of a whole run with processes
+DEADLINE_S = 150  # of a whole run
 
 
-def as_threads(num_ranks: int, body: Callable[[tern.Group], Any], **options: Any) -> list[Any]:
-    """What `body` returned on each rank. `options` are those of tern.Group.local."""
+def as_threads(num_ranks: int, body: Callable[[tern.Group], Any], device: str = "cpu", **options: Any) -> list[Any]:
+    """What `body` returned on each rank. `options` are those of tern.Group.local.
+
+    device: "cuda": torch's current device and stream are the rank's own, or with too few GPUs the stream alone. On one stream
+    the operations of two ranks would wait for each other.
+    """
     results: list[Any] = [None] * num_ranks
     errors: list[BaseException] = []
 
     def run(group: tern.Group) -> None:
         try:
-            results[group.rank] = body(group)
+            with _own_stream(device, group.rank):
+                results[group.rank] = body(group)
         except BaseException as error:  # noqa: BLE001, raised again below
             errors.append(error)
 
     threads = [
-        threading.Thread(target=run, args=(group,))
+        threading.Thread(target=run, args=(group,), daemon=True)
         for group in tern.Group.local(num_ranks, timeout_ms=TIMEOUT_MS, **options)
     ]
     for thread in threads:
         thread.start()
+    end = time.monotonic() + DEADLINE_S
     for thread in threads:
-        thread.join()
+        thread.join(max(0.0, end - time.monotonic()))
     if errors:
         # The first cause rather than what it did to the others.
         raise next((e for e in errors if not isinstance(e, (tern.AbortedError, tern.TimeoutError))), errors[0])
+    assert not any(thread.is_alive() for thread in threads), f"ranks do not end within {DEADLINE_S} s"
     return results
+
+
+def _own_stream(device: str, rank: int) -> Any:
+    if device != "cuda":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.cuda.stream(torch.cuda.Stream(rank % torch.cuda.device_count()))
 
 
 def as_processes(num_ranks: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:

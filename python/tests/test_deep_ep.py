@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,26 +17,46 @@ torch = pytest.importorskip("torch", reason="deep_ep needs torch")
 deep_ep = pytest.importorskip("deep_ep", reason="deep_ep is not installed")
 
 HERE = Path(__file__).parent
-RUNS = [("normal", 2), ("normal", 4), ("low_latency", 2), ("low_latency", 4), ("rules", 3), ("masks", 4), ("graphs", 2)]
-DEVICES = {"masks": ("cpu",), "graphs": ("cuda",)}  # the others: both
+DEVICES = {"masks": ("cpu",), "nodes": ("cpu",), "rails": ("cpu",), "graphs": ("cuda",)}  # the others: both
 _finished = {}
+
+
+class Run(NamedTuple):
+    checks: str
+    num_ranks: int
+    ranks_per_node: int = 0  # 0: all are on one
+
+
+RUNS = [
+    Run("normal", 2),
+    Run("normal", 4),
+    Run("low_latency", 2),
+    Run("low_latency", 4),
+    Run("rules", 3),
+    Run("masks", 4),
+    Run("graphs", 2),
+    Run("nodes", 4, 2),
+    Run("rails", 4, 1),
+    Run("rails", 2, 1),
+]
 
 
 def module_of(checks):
     return importlib.import_module(f"deep_ep_checks_{checks}")
 
 
-def results_of(device, checks, num_ranks, directory):
+def results_of(device, run, directory):
     """({check: {rank: error}}, standard error) of one run of the ranks, which the first test that asks makes."""
-    key = (device, checks, num_ranks)
+    key = (device, run)
     if key not in _finished:
-        path = directory / f"{device}-{checks}-{num_ranks}"
-        run = subprocess.run(
-            [sys.executable, str(HERE / "deep_ep_ranks.py"), f"deep_ep_checks_{checks}", str(num_ranks), str(path)],
+        path, module = directory / name_of(device, run), f"deep_ep_checks_{run.checks}"
+        finished = subprocess.run(
+            [sys.executable, str(HERE / "deep_ep_ranks.py"), module, str(run.num_ranks), str(path)],
             env=dict(
                 os.environ,
                 TERN_DEEP_EP_DEVICE=device,
-                TERN_TIMEOUT_MS=str(module_of(checks).TIMEOUT_MS),
+                TERN_TIMEOUT_MS=str(module_of(run.checks).TIMEOUT_MS),
+                TERN_RANKS_PER_NODE=str(run.ranks_per_node),
                 PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]),
             ),
             capture_output=True,
@@ -47,21 +68,25 @@ def results_of(device, checks, num_ranks, directory):
             for line in part.read_text().splitlines():
                 entry = json.loads(line)
                 results.setdefault(entry["check"], {})[entry["rank"]] = entry["error"]
-        _finished[key] = results, run.stderr[-4000:]
+        _finished[key] = results, finished.stderr[-4000:]
     return _finished[key]
+
+
+def name_of(device, run):
+    nodes = "" if run.ranks_per_node == 0 else f"of-{run.ranks_per_node}-"
+    return f"{device}-{run.checks}-{nodes}{run.num_ranks}"
 
 
 def parameters():
     num_gpus = torch.cuda.device_count()
     for device in ("cpu", "cuda"):
-        for checks, num_ranks in RUNS:
-            if device not in DEVICES.get(checks, (device,)):
+        for run in RUNS:
+            if device not in DEVICES.get(run.checks, (device,)):
                 continue
-            lacking = device == "cuda" and num_gpus < num_ranks
-            marks = [pytest.mark.skip(reason=f"needs {num_ranks} GPUs, here are {num_gpus}")] if lacking else []
-            for check in module_of(checks).CHECKS:
-                name = f"{device}-{checks}-{num_ranks}-{check}"
-                yield pytest.param(device, checks, num_ranks, check, id=name, marks=marks)
+            lacking = device == "cuda" and num_gpus < run.num_ranks
+            marks = [pytest.mark.skip(reason=f"needs {run.num_ranks} GPUs, here are {num_gpus}")] if lacking else []
+            for check in module_of(run.checks).CHECKS:
+                yield pytest.param(device, run, check, id=f"{name_of(device, run)}-{check}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +94,11 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("deep_ep")
 
 
-@pytest.mark.parametrize(("device", "checks", "num_ranks", "check"), list(parameters()))
-def test_ranks(device, checks, num_ranks, check, directory):
-    results, stderr = results_of(device, checks, num_ranks, directory)
+@pytest.mark.parametrize(("device", "run", "check"), list(parameters()))
+def test_ranks(device, run, check, directory):
+    results, stderr = results_of(device, run, directory)
     errors = results.get(check, {})
-    missing = set(range(num_ranks)) - set(module_of(checks).KILLED) - set(errors)
+    missing = set(range(run.num_ranks)) - set(module_of(run.checks).KILLED) - set(errors)
     assert not missing, f"ranks {sorted(missing)} did not finish {check}\n{stderr}"
     failed = [f"rank {rank}:\n{error}" for rank, error in sorted(errors.items()) if error]
     assert not failed, "\n".join(failed) + stderr
@@ -108,6 +133,25 @@ def test_static_methods():
             assert isinstance(config, Config)
             assert config.get_nvl_buffer_size_hint(7168 * 2, num_ranks) > 0
             assert config.get_rdma_buffer_size_hint(7168 * 2, num_ranks) >= 0
+
+
+@pytest.mark.parametrize(
+    ("declared", "num_ranks", "several"), [("", 8, False), ("", 16, True), ("2", 4, True), ("16", 16, False)]
+)
+def test_sizes_of_nodes(declared, num_ranks, several, monkeypatch):
+    """More than 8 ranks are several nodes, unless TERN_RANKS_PER_NODE says otherwise."""
+    from deep_ep import Buffer, Config
+
+    monkeypatch.setenv("TERN_RANKS_PER_NODE", declared)
+    config = Config()
+    assert (config.get_rdma_buffer_size_hint(14336, num_ranks) > 0) == several
+    more = Config(num_max_rdma_chunked_recv_tokens=2048).get_rdma_buffer_size_hint(14336, num_ranks)
+    assert (more > config.get_rdma_buffer_size_hint(14336, num_ranks)) == several
+    between = Buffer.get_low_latency_rdma_size_hint(128, 7168, num_ranks, num_ranks)
+    monkeypatch.setenv("TERN_RANKS_PER_NODE", str(num_ranks))
+    assert (between > Buffer.get_low_latency_rdma_size_hint(128, 7168, num_ranks, num_ranks)) == several
+    for many in (5, 12, 48, 144, 320, 2048):
+        assert Buffer.get_dispatch_config(many).get_rdma_buffer_size_hint(14336, many) >= 0
 
 
 def test_config():

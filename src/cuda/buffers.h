@@ -8,6 +8,7 @@
 // Ending a buffer waits for nothing. Ranks that share a GPU wait for each other's kernels; a rank that waited for the whole GPU, as
 // cudaFree and cudaFreeHost may do, would keep itself from the operation that its neighbour's kernel waits for.
 // Lifetime: kernels and copies that use a buffer must have ended before it does. Buffers keep their pool.
+// CUDA graphs: making and ending a buffer works in the middle of a capture, and is no part of the graph.
 // Threads: making and destroying in any thread; the thread's current device stays what it was.
 // Memory visibility: the zeros are there when a constructor returns.
 #pragma once

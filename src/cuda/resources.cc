@@ -11,9 +11,13 @@ namespace tern::cuda {
 DeviceGuard::DeviceGuard(int device) {
   check(driver().ctx_get_current(&before_), "asking for the current CUDA context");
   check(cudaSetDevice(device), fmt::format("making device {} the current one", device));
+  check(cudaThreadExchangeStreamCaptureMode(&mode_before_), "allowing calls while a graph is captured");
 }
 
-DeviceGuard::~DeviceGuard() { driver().ctx_set_current(before_); }
+DeviceGuard::~DeviceGuard() {
+  cudaThreadExchangeStreamCaptureMode(&mode_before_);
+  driver().ctx_set_current(before_);
+}
 
 Stream::Stream(int device, StreamPriority priority) {
   const DeviceGuard guard(device);

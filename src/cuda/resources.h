@@ -42,6 +42,8 @@ class Owned {
 
 // Makes `device` the thread's current one for a while. What it restores is the context, also none at all: going back to "device 0" would
 // start a context there that nobody asked for.
+// While it lives CUDA refuses nothing because some thread captures a graph: the engine's own streams are no part of it. Otherwise memory that
+// is taken, or an event that is looked at, would end the capture.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -51,6 +53,7 @@ class DeviceGuard {
 
  private:
   CUcontext before_ = nullptr;
+  cudaStreamCaptureMode mode_before_ = cudaStreamCaptureModeRelaxed;
 };
 
 // What CUDA hands out, and the device it belongs to.

@@ -127,5 +127,30 @@ TEST(Buffers, AreZeroedAlsoAgain) {
   }));
 }
 
+// Of the strictest kind, in which CUDA refuses to allocate for every thread of the process.
+TEST(Buffers, ComeAndGoWhileAGraphIsCaptured) {
+  if (num_gpus() < 1) GTEST_SKIP() << too_few_gpus(1);
+  expect_all_done(run_ranks(1, [](RankSeat&) {
+    const auto pool = std::make_shared<DevicePool>(0);
+    const Stream captured(0);
+    check(cudaStreamBeginCapture(captured.get(), cudaStreamCaptureModeGlobal), "beginning a capture");
+    for (const size_t size : {size_t{100}, size_t{1} << 24}) {
+      const DeviceBuffer<std::byte> device(pool, size);
+      const PinnedBuffer<std::byte> host(0, 5000);
+      const Stream stream(0);
+      const Event event(0);
+      check(cudaEventRecord(event.get(), stream.get()), "recording an event");
+      stream.wait(ample(), "waiting for nothing");
+      require(event.passed(), "an event of an empty stream");
+    }
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamEndCapture(captured.get(), &graph), "ending a capture that nothing has disturbed");
+    size_t num_nodes = 1;
+    check(cudaGraphGetNodes(graph, nullptr, &num_nodes), "counting nodes");
+    cudaGraphDestroy(graph);
+    require(num_nodes == 0, "nothing of it is in the graph");
+  }));
+}
+
 }  // namespace
 }  // namespace tern::cuda

@@ -12,9 +12,10 @@ import torch
 from . import sizes
 from .config import Config
 from .events import EventHandle, EventOverlap
-from .handles import LowLatencyHandle, NormalHandle
-from .layout import dispatch_layout
+from .handles import Handle, LowLatencyHandle
+from .layout import dispatch_layout, num_tokens_per_node
 from .low_latency import Cast, Finish, Hook, LowLatencyMode, Shape
+from .nodes import Nodes
 from .normal import Batch, NormalMode, Rows
 from .streams import CudaStreams, HostStreams, Order
 
@@ -31,19 +32,22 @@ class Buffer:
 
     group: a torch ProcessGroup of any backend; or None, with comm, an mpi4py-like communicator.
     num_nvl_bytes: memory for normal mode (0: none); Config.get_nvl_buffer_size_hint. Equal on all ranks.
-    num_rdma_bytes: memory for low-latency mode, with low_latency_mode; get_low_latency_rdma_size_hint. Equal on all
-        ranks.
+    num_rdma_bytes: with low_latency_mode, memory for that mode; get_low_latency_rdma_size_hint. Without it, memory of
+        normal mode for what crosses the network; Config.get_rdma_buffer_size_hint. Where there is none for it, half of
+        num_nvl_bytes is for the network. Equal on all ranks.
     explicitly_destroy: `destroy` may be called; otherwise memory goes back with the object and its last handle.
-    enable_shrink: in low-latency mode a rank that does not come is left out instead of raising. CPU ranks.
-    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted; they mean nothing inside one
-        node.
+    enable_shrink: in low-latency mode a rank that does not come is left out instead of raising. CPU ranks of one node.
+    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted; they mean nothing here.
 
     Making a Buffer is collective; dropping one never is. Ranks are on GPUs if torch has any (torch's current device),
-    else on CPUs; TERN_DEEP_EP_DEVICE ("cuda" or "cpu") says otherwise. Errors are RuntimeErrors. Every wait ends at a
-    deadline: TERN_TIMEOUT_MS.
+    else on CPUs; TERN_DEEP_EP_DEVICE ("cuda" or "cpu") says otherwise. A host is a node, unless TERN_RANKS_PER_NODE
+    says how many ranks are one; CPU ranks may be on several. Errors are RuntimeErrors. Every wait ends at a deadline:
+    TERN_TIMEOUT_MS.
 
-    In normal mode one thread at a time calls; in low-latency mode two threads may, if ranks make their calls in the
-    same order.
+    In normal mode one thread at a time calls; in low-latency mode two threads may, if dispatches come in the same order
+    on all ranks. On GPUs each of the two has a current stream of its own: on one stream, ranks whose threads take turns
+    in another order would wait for each other; so they would on streams that share a queue of the GPU, of which there
+    are enough with CUDA_DEVICE_MAX_CONNECTIONS=32.
     """
 
     num_sms: ClassVar[int] = 20
@@ -78,17 +82,22 @@ class Buffer:
         else:
             ranks = tern.Group.from_torch(group, timeout_ms=timeout_ms)
         self.rank, self.group_size = ranks.rank, ranks.num_ranks
-        if ranks.num_nodes > 1:
+        self._nodes = Nodes.of_group(ranks)
+        kind = _device_kind()
+        if kind == "cuda" and ranks.num_nodes > 1:
             raise tern.UnsupportedError(
-                f"Buffer: the {ranks.num_ranks} ranks are on {ranks.num_nodes} nodes; so far all ranks of a Buffer "
-                f"must be on one"
+                f"Buffer: the {ranks.num_ranks} ranks are on {ranks.num_nodes} nodes; so far GPU ranks of a Buffer must "
+                f"be on one. CPU ranks need not: {DEVICE_VARIABLE}=cpu"
             )
-        self._device = _choose_device()
+        self._device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
         self._streams: Any = HostStreams() if self._device.type == "cpu" else CudaStreams(self._device, num_lanes=2)
         self._normal: Optional[NormalMode] = None
         self._low_latency: Optional[LowLatencyMode] = None
         if num_nvl_bytes > 0:
-            self._normal = NormalMode(ranks, self._streams, self._device, num_nvl_bytes, timeout_ms)
+            num_network_bytes = 0 if low_latency_mode else num_rdma_bytes
+            self._normal = NormalMode(
+                ranks, self._streams, self._device, num_nvl_bytes, timeout_ms, num_network_bytes=num_network_bytes
+            )
         if low_latency_mode and num_rdma_bytes > 0:
             self._low_latency = LowLatencyMode(
                 ranks, self._streams, self._device, num_rdma_bytes, timeout_ms, masks=enable_shrink
@@ -131,8 +140,10 @@ class Buffer:
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Bytes for num_rdma_bytes, with which these shapes fit, hooks and zero-copy included."""
-        return sizes.low_latency_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+        """Bytes for num_rdma_bytes, with which these shapes fit, hooks and zero-copy included; with as many nodes as
+        Config's hints take for granted."""
+        nodes = Nodes.expected(num_ranks)
+        return sizes.low_latency_hint(num_max_dispatch_tokens_per_rank, hidden, nodes, num_experts)
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
@@ -185,15 +196,19 @@ class Buffer:
     ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
         """Counts of a routing, without any communication.
 
-        Returns num_tokens_per_rank i32 [R], None (one node), num_tokens_per_expert i32 [E], is_token_in_rank bool [T,
-        R], event.
+        Returns num_tokens_per_rank i32 [R], num_tokens_per_rdma_rank i32 [nodes] (tokens that go to any rank of a node;
+        None inside one node), num_tokens_per_expert i32 [E], is_token_in_rank bool [T, R], event.
         """
         self._require_alive()
         with self._streams.run(Order(previous_event, async_finish, allocate_on_comm_stream)) as work:
             layout = dispatch_layout(topk_idx, num_experts, self.group_size)
+            num_nodes, per_node = self._nodes.num_nodes, None
+            if num_nodes > 1:
+                per_node = num_tokens_per_node(layout.is_token_in_rank, num_nodes)
             work.inputs.append(topk_idx)
-            work.outputs += layout
-        return layout.num_tokens_per_rank, None, layout.num_tokens_per_expert, layout.is_token_in_rank, work.overlap()
+            work.outputs += [*layout, per_node]
+        per_rank, per_expert, in_rank = layout
+        return per_rank, per_node, per_expert, in_rank, work.overlap()
 
     def dispatch(
         self,
@@ -212,7 +227,7 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[
-        Rows, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]], Optional[NormalHandle], EventOverlap
+        Rows, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]], Optional[Handle], EventOverlap
     ]:
         """Sends tokens to the ranks of their experts, one row for each token and rank. Collective.
 
@@ -227,6 +242,7 @@ class Buffer:
 
         Returns recv_x, recv_topk_idx i64 [N, K] (local experts, -1 where there is none), recv_topk_weights f32 [N, K],
         num_recv_tokens_per_expert_list (rounded up to expert_alignment; empty with num_worst_tokens), handle, event.
+        The handle has 6 elements inside one node and 10 between nodes; handles.py says what they are.
         """
         normal = self._require_normal("dispatch")
         order = Order(previous_event, async_finish, allocate_on_comm_stream)
@@ -238,7 +254,13 @@ class Buffer:
                 )
             return normal.dispatch_again(x, handle, order, num_sms)
         batch = Batch(
-            topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert, expert_alignment, num_worst_tokens
+            topk_idx,
+            topk_weights,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            expert_alignment,
+            num_worst_tokens,
+            num_tokens_per_rdma_rank,
         )
         return normal.dispatch(x, batch, order, num_sms)
 
@@ -394,10 +416,8 @@ class Buffer:
         return self._low_latency
 
 
-def _choose_device() -> torch.device:
+def _device_kind() -> str:
     kind = os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    if kind == "cpu":
-        return torch.device("cpu")
-    raise tern.InvalidArgumentError(f"{DEVICE_VARIABLE} is {kind!r}; it must be 'cuda' or 'cpu'")
+    if kind not in ("cuda", "cpu"):
+        raise tern.InvalidArgumentError(f"{DEVICE_VARIABLE} is {kind!r}; it must be 'cuda' or 'cpu'")
+    return kind

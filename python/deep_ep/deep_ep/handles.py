@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import collections
 import weakref
-from typing import Any, Deque, NamedTuple, Optional
+from typing import Any, Deque, NamedTuple, Optional, Union
 
 import tern
 import torch
+
+from . import layout
+from .nodes import Nodes
 
 _MOST_IDLE_PLANS = 32
 
@@ -43,7 +46,7 @@ class PlanPool:
         idle = self._idle.setdefault((captured, *shape), collections.deque())
         plan = _pop(idle)
         if plan is None and captured:
-            # No memory can be had while a graph is captured; the step that ran before to warm up has left its plan.
+            # The step that ran before to warm up has left its plan.
             plan = _pop(self._idle.get((False, *shape), collections.deque()))
         if plan is None:
             self._trim()
@@ -66,11 +69,12 @@ def _pop(idle: Deque[tern.Plan]) -> Optional[tern.Plan]:
         return None
 
 
+# In the matrices of channels all rows count as one channel.
+
+
 class _NormalFields(NamedTuple):
     rank_prefix_matrix: torch.Tensor  # i32 [R, R]: [i][own rank] rows received from ranks 0..i; other columns are 0
-    channel_prefix_matrix: (
-        torch.Tensor
-    )  # i32 [R, 1]: rows sent to each rank; there are no channels, so they count as one
+    channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: rows sent to each rank
     recv_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: zeros, where the channel of each rank begins
     recv_src_idx: torch.Tensor  # i32 [N]: source token of each row
     is_token_in_rank: torch.Tensor  # bool [T, R]
@@ -81,6 +85,29 @@ class NormalHandle(_NormalFields):
     """Of a dispatch in normal mode inside one node."""
 
     lease: PlanLease
+
+
+class _InternodeFields(NamedTuple):
+    is_token_in_rank: torch.Tensor  # bool [T, R]
+    rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: tokens sent to each node
+    gbl_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: rows sent to each rank
+    # What this rank passes on to others of its node is in the plan alone: there is nothing of it here.
+    recv_rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: zeros
+    recv_rdma_rank_prefix_sum: torch.Tensor  # i32 [nodes]: zeros
+    recv_gbl_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: the first row from each rank
+    recv_gbl_rank_prefix_sum: torch.Tensor  # i32 [R]: rows received from ranks 0..i
+    recv_src_meta: torch.Tensor  # u8 [N, 8]: two i32, the node and the token that a row comes from; -1 in unused rows
+    send_rdma_head: torch.Tensor  # i32 [T, nodes]: -1 where the token does not go to the node
+    send_nvl_head: torch.Tensor  # i32 [0, ranks of a node]
+
+
+class InternodeHandle(_InternodeFields):
+    """Of a dispatch in normal mode between nodes."""
+
+    lease: PlanLease
+
+
+Handle = Union[NormalHandle, InternodeHandle]
 
 
 class _LowLatencyFields(NamedTuple):
@@ -97,6 +124,44 @@ class LowLatencyHandle(_LowLatencyFields):
     lease: PlanLease
     lane: int
     bank: int
+
+
+def handle_in_node(lease: PlanLease, in_rank: torch.Tensor, arrived: Any, rank: int) -> NormalHandle:
+    """By torch on the device, so that the host waits for nothing. in_rank: bool [T, R]; arrived: tern.Dispatched."""
+    num_ranks = in_rank.shape[1]
+    prefix = torch.zeros((num_ranks, num_ranks), dtype=torch.int32, device=in_rank.device)
+    prefix[:, rank] = arrived.rank_counts.cumsum(0, dtype=torch.int32)
+    handle = NormalHandle(
+        rank_prefix_matrix=prefix,
+        channel_prefix_matrix=in_rank.sum(dim=0, dtype=torch.int32).unsqueeze(1),
+        recv_channel_prefix_matrix=torch.zeros((num_ranks, 1), dtype=torch.int32, device=in_rank.device),
+        recv_src_idx=arrived.source_token,
+        is_token_in_rank=in_rank,
+        send_head=in_rank.to(torch.int32) - 1,
+    )
+    handle.lease = lease
+    return handle
+
+
+def handle_between_nodes(lease: PlanLease, in_rank: torch.Tensor, arrived: Any, nodes: Nodes) -> InternodeHandle:
+    in_node = layout.is_token_in_node(in_rank, nodes.num_nodes)
+    received = arrived.rank_counts.cumsum(0, dtype=torch.int32)
+    source_node = torch.div(arrived.source_rank, nodes.ranks_per_node, rounding_mode="floor")
+    zeros = torch.zeros(nodes.num_nodes, dtype=torch.int32, device=in_rank.device)
+    handle = InternodeHandle(
+        is_token_in_rank=in_rank,
+        rdma_channel_prefix_matrix=in_node.sum(dim=0, dtype=torch.int32).unsqueeze(1),
+        gbl_channel_prefix_matrix=in_rank.sum(dim=0, dtype=torch.int32).unsqueeze(1),
+        recv_rdma_channel_prefix_matrix=zeros.unsqueeze(1),
+        recv_rdma_rank_prefix_sum=zeros.clone(),
+        recv_gbl_channel_prefix_matrix=(received - arrived.rank_counts).unsqueeze(1),
+        recv_gbl_rank_prefix_sum=received,
+        recv_src_meta=torch.stack((source_node, arrived.source_token), dim=1).view(torch.uint8),
+        send_rdma_head=in_node.to(torch.int32) - 1,
+        send_nvl_head=zeros.new_empty((0, nodes.ranks_per_node)),
+    )
+    handle.lease = lease
+    return handle
 
 
 def plan_of(handle: tuple[Any, ...]) -> tern.Plan:

@@ -31,6 +31,16 @@ def is_token_in_rank(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -
     return flags[:, :num_ranks].contiguous()
 
 
+def num_tokens_per_node(in_rank: torch.Tensor, num_nodes: int) -> torch.Tensor:
+    """i32 [nodes]: a token counts once for each node that has one of its ranks."""
+    return is_token_in_node(in_rank, num_nodes).sum(dim=0, dtype=torch.int32)
+
+
+def is_token_in_node(in_rank: torch.Tensor, num_nodes: int) -> torch.Tensor:
+    """[T, nodes]"""
+    return in_rank.reshape(in_rank.shape[0], num_nodes, in_rank.shape[1] // num_nodes).any(dim=2)
+
+
 def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> DispatchLayout:
     check_topk_idx(topk_idx)
     if num_experts <= 0 or num_experts % num_ranks != 0:

@@ -22,6 +22,7 @@ from . import sizes
 from .events import EventOverlap
 from .handles import LowLatencyHandle, PlanLease, PlanPool, plan_of
 from .layout import check_topk_idx
+from .nodes import Nodes
 from .shrink import moved_rows, persistently
 from .streams import Order
 
@@ -106,6 +107,12 @@ class LowLatencyMode:
                 "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the "
                 "middle of an operation"
             )
+        if masks and group.num_nodes > 1:
+            raise tern.UnsupportedError(
+                f"Buffer: enable_shrink is supported inside one node; the {group.num_ranks} ranks are on "
+                f"{group.num_nodes} nodes"
+            )
+        self._nodes = Nodes.of_group(group)
         self._asked_mode = _asked_combine_mode()
         num_lanes = 1 if masks else _NUM_BANKS  # one lane alone goes on without a rank
         least = sizes.least_bytes(group.num_ranks, _NUM_BANKS)
@@ -114,7 +121,7 @@ class LowLatencyMode:
                 f"Buffer: num_rdma_bytes is {num_bytes}; low-latency mode of {group.num_ranks} ranks needs at least "
                 f"{least}, and for a given shape what Buffer.get_low_latency_rdma_size_hint says"
             )
-        self._shares = sizes.Shares.of_low_latency(num_bytes, group.num_ranks, num_lanes)
+        self._shares = sizes.Shares.of_low_latency(num_bytes, self._nodes, num_lanes)
         on_timeout = "mask" if masks else "abort"
         self.exchange = Exchange(
             group,
@@ -126,6 +133,8 @@ class LowLatencyMode:
         )
         self._plans = PlanPool(self.exchange)
         bank_bytes = self._shares.window_bytes // _NUM_BANKS
+        self._fitting: Set[Shape] = set()
+        self._sms_of_lane = streams.num_sms // num_lanes
         self._zero_copy = [self.exchange.empty((bank_bytes,), torch.uint8) for _ in range(_NUM_BANKS)]
         self._lane_locks = [threading.Lock() for _ in range(num_lanes)]
         self._turn_lock = threading.Lock()
@@ -153,6 +162,7 @@ class LowLatencyMode:
             "cumulative_local_expert_recv_stats", cumulative_stats, torch.int32, shape.num_experts // num_ranks
         )
         _check_vector("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, num_ranks)
+        self._check_fits(shape)
         bank = self._take_turn()
         lane = bank % len(self._lane_locks)
 
@@ -170,6 +180,7 @@ class LowLatencyMode:
                 "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
                 "wait_ns": wait_stats,
                 "lane": lane,
+                "num_sms": self._num_sms(shape),
             }
             if finish.return_recv_hook:
                 self._streams.follow(lane)
@@ -221,6 +232,7 @@ class LowLatencyMode:
             "wait_ns": wait_stats,
             "out": written,
             "lane": lane,
+            "num_sms": self._num_sms(shape),
         }
 
         def hand_out(combined: Any, given: Optional[torch.Tensor] = out) -> torch.Tensor:
@@ -251,7 +263,7 @@ class LowLatencyMode:
         num_bytes = 2 * shape[0] * shape[1] * shape[2]
         bank: torch.Tensor = self._zero_copy[handle.bank]
         if num_bytes > bank.numel():
-            needed = sizes.low_latency_hint(*handle[2:4], self._group.num_ranks, handle.num_experts)
+            needed = sizes.low_latency_hint(*handle[2:4], self._nodes, handle.num_experts)
             raise tern.OutOfMemoryError(
                 f"get_next_low_latency_combine_buffer: {list(shape)} in bf16 are {num_bytes} bytes, of which a Buffer "
                 f"with num_rdma_bytes "
@@ -312,11 +324,11 @@ class LowLatencyMode:
     def _whole(
         self, lane: int, finish: Finish, operation: Callable[[], Any], inputs: tuple[Any, ...]
     ) -> tuple[Any, EventOverlap]:
-        """Both halves at once: on the current stream, or with async_finish on the communication stream."""
+        """Both halves at once: on the current stream, or with async_finish on the lane's communication stream."""
         if not finish.async_finish:
             self._streams.follow(lane)
             return operation(), EventOverlap()
-        with self._streams.run(Order(async_finish=True)) as work:
+        with self._streams.run(Order(async_finish=True), lane) as work:
             self._streams.follow(lane)
             result = operation()
             work.inputs += inputs
@@ -334,6 +346,7 @@ class LowLatencyMode:
             if not kept:
                 raise tern.InvalidStateError("the hook has run already")
             with self._lane_locks[lane], self._streams.on(stream):
+                self._streams.follow(lane)
                 _, redo, finish = kept.pop()
                 finish(self._persistently(pending.receive, redo))
 
@@ -383,13 +396,38 @@ class LowLatencyMode:
         if self._asked_mode != "auto":
             return self._asked_mode
         # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each
-        # entry.
-        return "exact" if finish.return_recv_hook and self._fits_exact(shape, num_topk) else "hierarchical"
+        # entry. Between nodes a send waits for the node's ranks anyway, and those rows would cross the network.
+        waits_for_nobody = finish.return_recv_hook and self._nodes.num_nodes == 1
+        return "exact" if waits_for_nobody and self._fits_exact(shape, num_topk) else "hierarchical"
 
     def _fits_exact(self, shape: Shape, num_topk: int) -> bool:
         rows = sizes.whole_chunks(shape.num_max_tokens) * num_topk
-        needed = sizes.bank_bytes(rows, 2 * shape.hidden, shape.num_experts, self._group.num_ranks)
-        return needed <= self._shares.bank_bytes
+        return self._shares.has_room_for(rows, 2 * shape.hidden, shape.num_experts)
+
+    def _num_sms(self, shape: Shape) -> int:
+        """0: a block for each token and one more. Lanes may run at the same time, and wait for each other by way of other
+        ranks: all their blocks must find room on the GPU."""
+        return 0 if shape.num_max_tokens < self._sms_of_lane else self._sms_of_lane
+
+    def _check_fits(self, shape: Shape) -> None:
+        """The same bound on every device. Less may do for a GPU's dispatch, but not for its combine, nor for speed."""
+        if shape in self._fitting:
+            return
+        if self._needed_bytes(shape) > self._num_bytes:
+            raise tern.OutOfMemoryError(self._too_small("low_latency_dispatch", shape))
+        self._fitting.add(shape)
+
+    def _needed_bytes(self, shape: Shape, rows_per_token: int = 1) -> int:
+        return sizes.low_latency_hint(
+            shape.num_max_tokens, shape.hidden, self._nodes, shape.num_experts, rows_per_token
+        )
+
+    def _too_small(self, operation: str, shape: Shape, rows_per_token: int = 1) -> str:
+        return (
+            f"{operation}: {shape.num_max_tokens} tokens of each rank, hidden {shape.hidden}, {shape.num_experts} "
+            f"experts do not fit a Buffer with num_rdma_bytes {self._num_bytes}; make it with "
+            f"{self._needed_bytes(shape, rows_per_token)} (get_low_latency_rdma_size_hint)"
+        )
 
     def _lease(self, lane: int, shape: Shape, num_topk: int) -> PlanLease:
         return self._plans.lease(
@@ -411,15 +449,7 @@ class LowLatencyMode:
             self._is_masked_out = True
             raise
         except tern.OutOfMemoryError as error:
-            needed = sizes.low_latency_hint(
-                shape.num_max_tokens, shape.hidden, self._group.num_ranks, shape.num_experts, rows_per_token
-            )
-            raise tern.OutOfMemoryError(
-                f"{operation}: {shape.num_max_tokens} tokens of each rank, hidden {shape.hidden}, {shape.num_experts} "
-                f"experts do not fit a "
-                f"Buffer with num_rdma_bytes {self._num_bytes}; make it with {needed} (get_low_latency_rdma_size_hint) "
-                f"[{error}]"
-            ) from error
+            raise tern.OutOfMemoryError(f"{self._too_small(operation, shape, rows_per_token)} [{error}]") from error
 
 
 def _asked_combine_mode() -> str:

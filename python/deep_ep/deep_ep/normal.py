@@ -14,7 +14,8 @@ from tern.exchange import Exchange
 
 from . import layout, sizes
 from .events import EventOverlap
-from .handles import NormalHandle, PlanLease, PlanPool, plan_of
+from .handles import Handle, PlanLease, PlanPool, handle_between_nodes, handle_in_node, plan_of
+from .nodes import Nodes
 from .streams import Order
 
 Rows = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -34,8 +35,9 @@ class Batch:
     num_tokens_per_expert: Optional[torch.Tensor]
     expert_alignment: int
     num_worst_tokens: int
+    num_tokens_per_rdma_rank: Optional[torch.Tensor] = None  # only looked at for mistakes
 
-    def check(self) -> None:
+    def check(self, num_nodes: int) -> None:
         if (self.topk_idx is None) != (self.topk_weights is None):
             raise tern.InvalidArgumentError("dispatch: topk_idx and topk_weights come together; one of them is None")
         if self.num_tokens_per_expert is None:
@@ -55,6 +57,12 @@ class Batch:
                 f"dispatch: expert_alignment is {self.expert_alignment}, num_worst_tokens {self.num_worst_tokens}; "
                 "they must be at least 1 and 0"
             )
+        per_node = self.num_tokens_per_rdma_rank
+        if num_nodes > 1 and per_node is not None and tuple(per_node.shape) != (num_nodes,):
+            raise tern.InvalidArgumentError(
+                f"dispatch: num_tokens_per_rdma_rank has shape {list(per_node.shape)}; there are {num_nodes} nodes, and "
+                f"it must be what get_dispatch_layout returns"
+            )
 
     @property
     def num_topk(self) -> int:
@@ -71,31 +79,48 @@ class Received(NamedTuple):
     topk_idx: Optional[torch.Tensor]
     topk_weights: Optional[torch.Tensor]
     num_tokens_per_expert: Optional[list[int]]
-    handle: Optional[NormalHandle]
+    handle: Optional[Handle]
     event: EventOverlap
 
 
 class NormalMode:
-    """An exchange, and plans for its batches. Making it is collective."""
+    """An exchange, and plans for its batches. Making it is collective.
 
-    def __init__(self, group: tern.Group, streams: Any, device: torch.device, num_bytes: int, timeout_ms: int) -> None:
-        num_ranks = group.num_ranks
-        self._num_ranks, self._rank, self._num_bytes = num_ranks, group.rank, num_bytes
-        least = sizes.least_bytes(num_ranks, 1)
-        if num_bytes < least:
-            raise tern.OutOfMemoryError(
-                f"Buffer: num_nvl_bytes is {num_bytes}; {num_ranks} ranks need at least {least}, "
-                "and Config.get_nvl_buffer_size_hint says with how many they are fast"
-            )
+    num_network_bytes: for what crosses the network; 0: that is in num_bytes too.
+    """
+
+    def __init__(
+        self,
+        group: tern.Group,
+        streams: Any,
+        device: torch.device,
+        num_bytes: int,
+        timeout_ms: int,
+        *,
+        num_network_bytes: int = 0,
+    ) -> None:
+        self._nodes, self._rank = Nodes.of_group(group), group.rank
+        self._num_bytes = num_bytes
+        self._num_network_bytes = num_network_bytes if self._nodes.num_nodes > 1 else 0
+        least = sizes.least_bytes(group.num_ranks, 1)
+        for name, given, hint in (
+            ("num_nvl_bytes", num_bytes, "get_nvl_buffer_size_hint"),
+            ("num_rdma_bytes", self._num_network_bytes or least, "get_rdma_buffer_size_hint"),
+        ):
+            if given < least:
+                raise tern.OutOfMemoryError(
+                    f"Buffer: {name} is {given}; {group.num_ranks} ranks need at least {least}, and Config.{hint} says "
+                    f"with how many they are fast"
+                )
         self._streams, self._device = streams, device
         self._most_tokens = _most_tokens()  # 0: not known
-        options = sizes.Shares.of_normal(num_bytes, num_ranks, device.type == "cuda").exchange_options()
-        self.exchange = Exchange(group, device=device, timeout_ms=timeout_ms, **options)
+        shares = sizes.Shares.of_normal(num_bytes, self._num_network_bytes, self._nodes, device.type == "cuda")
+        self.exchange = Exchange(group, device=device, timeout_ms=timeout_ms, **shares.exchange_options())
         self._plans = PlanPool(self.exchange)
         self._told = _NumTokens(self.exchange, device)
 
     def dispatch(self, x: Rows, batch: Batch, order: Order, num_sms: int) -> Received:
-        batch.check()
+        batch.check(self._nodes.num_nodes)
         tokens, scales = _parts(x)
         with self._streams.run(order) as work:
             work.inputs += [
@@ -108,7 +133,9 @@ class NormalMode:
             ]
             route = self._route_exact if batch.num_worst_tokens == 0 else self._lease_worst
             lease, routing, info = route(tokens, batch, num_sms)
-            outputs = ("topk_idx", "topk_weights", "source_token", "rank_counts")
+            outputs = ["topk_idx", "topk_weights", "source_token", "rank_counts"]
+            if self._nodes.num_nodes > 1:
+                outputs.append("source_rank")
             with self._explains_memory("dispatch", lease.plan, tokens.shape[1] * tokens.element_size()):
                 arrived = lease.plan.dispatch(
                     _aligned(tokens),
@@ -206,43 +233,38 @@ class NormalMode:
                 0, self._streams.is_capturing(), num_experts=batch.num_experts, num_topk=batch.num_topk, **options
             )
         except tern.OutOfMemoryError as error:
-            needed = sizes.normal_bytes(1, max_tokens, 1, batch.num_topk, batch.num_experts, self._num_ranks)
+            needed = sizes.normal_bytes(1, max_tokens, 1, batch.num_topk, batch.num_experts, self._nodes)
             raise self._too_small(
                 "dispatch", f"{max_tokens} tokens with top-{batch.num_topk}", needed, error
             ) from error
 
-    def _handle(self, lease: PlanLease, batch: Batch, arrived: Any) -> NormalHandle:
-        """By torch on the device, so that the host waits for nothing."""
-        num_ranks, device = self._num_ranks, self._device
-        prefix = torch.zeros((num_ranks, num_ranks), dtype=torch.int32, device=device)
-        prefix[:, self._rank] = arrived.rank_counts.cumsum(0, dtype=torch.int32)
+    def _handle(self, lease: PlanLease, batch: Batch, arrived: tern.Dispatched) -> Handle:
         in_rank = batch.is_token_in_rank
         if in_rank is None:
             assert batch.topk_idx is not None
-            in_rank = layout.is_token_in_rank(batch.topk_idx, batch.num_experts, num_ranks)
-        handle = NormalHandle(
-            rank_prefix_matrix=prefix,
-            channel_prefix_matrix=in_rank.sum(dim=0, dtype=torch.int32).unsqueeze(1),
-            recv_channel_prefix_matrix=torch.zeros((num_ranks, 1), dtype=torch.int32, device=device),
-            recv_src_idx=arrived.source_token,
-            is_token_in_rank=in_rank,
-            send_head=in_rank.to(torch.int32) - 1,
-        )
-        handle.lease = lease
-        return handle
+            in_rank = layout.is_token_in_rank(batch.topk_idx, batch.num_experts, self._nodes.num_ranks)
+        if self._nodes.num_nodes > 1:
+            return handle_between_nodes(lease, in_rank, arrived, self._nodes)
+        return handle_in_node(lease, in_rank, arrived, self._rank)
 
     @contextlib.contextmanager
     def _explains_memory(self, operation: str, plan: tern.Plan, row_bytes: int) -> Iterator[None]:
         try:
             yield
         except tern.OutOfMemoryError as error:
-            needed = sizes.normal_bytes(1, plan.max_tokens, row_bytes, plan.num_topk, plan.num_experts, self._num_ranks)
+            needed = sizes.normal_bytes(1, plan.max_tokens, row_bytes, plan.num_topk, plan.num_experts, self._nodes)
             raise self._too_small(operation, f"rows of {row_bytes} bytes", needed, error) from error
 
     def _too_small(self, operation: str, what: str, needed: int, error: tern.OutOfMemoryError) -> tern.OutOfMemoryError:
+        has, enough = f"num_nvl_bytes {self._num_bytes}", f"{needed} are"
+        if self._num_network_bytes > 0:
+            has += f" and num_rdma_bytes {self._num_network_bytes}"
+            enough = f"of each {needed} are"
+        elif self._nodes.num_nodes > 1:
+            enough = f"{2 * needed} are"  # a half of them for the network
         return tern.OutOfMemoryError(
-            f"{operation}: {what} do not fit a Buffer with num_nvl_bytes {self._num_bytes}; {needed} are enough, and "
-            f"Config.get_nvl_buffer_size_hint says with how many it is fast [{error}]"
+            f"{operation}: {what} do not fit a Buffer with {has}; {enough} enough, and Config says with how many it is "
+            f"fast: get_nvl_buffer_size_hint, between nodes get_rdma_buffer_size_hint too [{error}]"
         )
 
 

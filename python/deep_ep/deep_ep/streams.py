@@ -57,9 +57,10 @@ class HostStreams:
 
     def __init__(self) -> None:
         self.comm_stream: Any = torch.cpu.Stream()
+        self.num_sms = 0
 
     @contextlib.contextmanager
-    def run(self, order: Order) -> Iterator[Work]:
+    def run(self, order: Order, lane: int = 0) -> Iterator[Work]:
         order.check()
         work = Work()
         yield work
@@ -85,18 +86,21 @@ class CudaStreams:
     def __init__(self, device: torch.device, num_lanes: int) -> None:
         self._device = device
         cuda: Any = torch.cuda
-        self.comm_stream: Any = cuda.Stream(device)
+        # One for each lane, as the order of lanes may be another on each rank. Normal mode has the first.
+        self._comm_streams: list[Any] = [cuda.Stream(device) for _ in range(num_lanes)]
+        self.comm_stream: Any = self._comm_streams[0]
+        self.num_sms: int = cuda.get_device_properties(device).multi_processor_count
         self._last: list[Any] = [None] * num_lanes
 
     @contextlib.contextmanager
-    def run(self, order: Order) -> Iterator[Work]:
-        """What is done inside runs on the communication stream, behind the order's event or else the caller's stream.
+    def run(self, order: Order, lane: int = 0) -> Iterator[Work]:
+        """What is done inside runs on the lane's communication stream, behind the order's event or the caller's stream.
 
         Behind it the caller's stream waits, or with async_finish work.event is there. Append to work.inputs and
         work.outputs what the operation reads and what it hands out.
         """
         order.check()
-        caller, comm = torch.cuda.current_stream(self._device), self.comm_stream
+        caller, comm = torch.cuda.current_stream(self._device), self._comm_streams[lane]
         awaited = order.awaited
         if awaited is not None and awaited.event is not None:
             comm.wait_event(awaited.event)
