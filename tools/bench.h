@@ -18,6 +18,7 @@ namespace tern::tools {
 struct TrafficBytes {
   int64_t logical = 0;  // the rank's own share included
   int64_t wire = 0;     // from or to other ranks only
+  int64_t link = 0;     // within a node: from or to its other ranks, tokens of other nodes too, which the rails there send on
   int64_t network = 0;  // put to other nodes, as counted in a run: with the metadata
 };
 
@@ -28,6 +29,7 @@ struct BenchRecord {
   std::string mode;     // throughput or latency: the path that was taken
   std::string clock;    // host; on GPUs also stream (between events) or graph (a captured run between events)
   int num_sms = 0;      // that the operation took; 0: CPU
+  int ranks_per_node = 0;
   Times times;
   TrafficBytes bytes;
   double ceiling_us = 0;  // CPU: of a plain copy of the logical bytes; 0: nothing to copy

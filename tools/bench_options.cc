@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "routing/routing_file.h"
+#include "tools/models.h"
 
 namespace tern::tools {
 namespace {
@@ -18,61 +19,15 @@ constexpr const char* kOperations[] = {"plan", "dispatch", "combine", "round_tri
 constexpr int kDefaultRanks = 4;
 constexpr int64_t kDefaultTokens = 1024;
 
-struct Model {
-  const char* name;
-  int64_t hidden;
-  int experts, topk;
-  RoutingKind routing;
-};
-
-constexpr Model kModels[] = {
-    {"deepseek-v3", 7168, 256, 8, RoutingKind::kGroupLimited},
-    {"kimi-k2", 7168, 384, 8, RoutingKind::kUniform},
-    {"qwen3-235b", 4096, 128, 8, RoutingKind::kUniform},
-    {"qwen3-30b", 2048, 128, 8, RoutingKind::kUniform},
-    {"gpt-oss-120b", 2880, 128, 4, RoutingKind::kUniform},
-    {"mixtral", 4096, 8, 2, RoutingKind::kUniform},
-    {"custom", 0, 0, 0, RoutingKind::kUniform},
-};
-
-struct Generator {
-  const char* name;
-  RoutingKind kind;
-};
-
-constexpr Generator kGenerators[] = {{"uniform", RoutingKind::kUniform},
-                                     {"zipf", RoutingKind::kZipf},
-                                     {"group-limited", RoutingKind::kGroupLimited},
-                                     {"one-rank", RoutingKind::kOneRank},
-                                     {"one-expert", RoutingKind::kOneExpert}};
-
-template <typename Table>
-std::vector<std::string> names_of(const Table& table) {
-  std::vector<std::string> names;
-  for (const auto& entry : table) names.emplace_back(entry.name);
-  return names;
-}
-
-const Model& find_model(const std::string& name) {
-  for (const Model& model : kModels) {
-    if (name == model.name) return model;
-  }
-  fail(TERN_INVALID_ARGUMENT, "model \"{}\" is none of: {}", name, fmt::join(names_of(kModels), ", "));
-}
-
 // The generator that is asked for; none if --routing names a file.
-std::optional<RoutingKind> find_generator(const TrafficOptions& options, const Model& model) {
+std::optional<RoutingKind> choose_generator(const TrafficOptions& options, const Model& model) {
   if (options.routing.empty()) return options.skew > 0 ? RoutingKind::kZipf : model.routing;
-  for (const Generator& generator : kGenerators) {
-    if (options.routing == generator.name) return generator.kind;
-  }
-  return std::nullopt;
+  return find_generator(options.routing);
 }
 
 Traffic replay(const TrafficOptions& options, const Model& model) {
   if (!std::filesystem::exists(options.routing))
-    fail(TERN_INVALID_ARGUMENT, "--routing \"{}\" is neither a file nor one of: {}", options.routing,
-         fmt::join(names_of(kGenerators), ", "));
+    fail(TERN_INVALID_ARGUMENT, "--routing \"{}\" is neither a file nor one of: {}", options.routing, fmt::join(generator_names(), ", "));
   Traffic traffic{read_routing(options.routing), "file " + options.routing, model.hidden};
   const auto require_equal = [&](const char* flag, int64_t asked, int64_t found) {
     if (asked != 0 && asked != found)
@@ -85,23 +40,15 @@ Traffic replay(const TrafficOptions& options, const Model& model) {
   return traffic;
 }
 
-std::string describe(RoutingKind kind, const RoutingOptions& options) {
-  if (kind == RoutingKind::kZipf) return fmt::format("zipf {}", options.skew);
-  for (const Generator& generator : kGenerators) {
-    if (generator.kind == kind) return generator.name;
-  }
-  return "";
-}
-
 }  // namespace
 
 void add_traffic_flags(CLI::App& app, TrafficOptions& options) {
-  app.add_option("--model", options.model, "Shape to take: " + fmt::format("{}", fmt::join(names_of(kModels), ", ")))
-      ->check(CLI::IsMember(names_of(kModels)))
+  app.add_option("--model", options.model, "Shape to take: " + fmt::format("{}", fmt::join(model_names(), ", ")))
+      ->check(CLI::IsMember(model_names()))
       ->capture_default_str();
-  app.add_option("--routing", options.routing,
-                 fmt::format("Generator ({}) or a routing file; default: as the model routes, zipf with --skew",
-                             fmt::join(names_of(kGenerators), ", ")));
+  app.add_option(
+      "--routing", options.routing,
+      fmt::format("Generator ({}) or a routing file; default: as the model routes, zipf with --skew", fmt::join(generator_names(), ", ")));
   app.add_option("--ranks", options.ranks, "Ranks; default: one for each GPU, 4 on the CPU, or as many as the launcher started")
       ->check(CLI::Range(1, 1024));
   app.add_option("--tokens", options.tokens, "Tokens on each rank (1024)")->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
@@ -157,14 +104,14 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
 
 Traffic make_traffic(const TrafficOptions& options, int num_ranks) {
   const Model& model = find_model(options.model);
-  const auto kind = find_generator(options, model);
+  const auto kind = choose_generator(options, model);
   if (!kind) return replay(options, model);
 
   const int experts = options.experts != 0 ? options.experts : model.experts, topk = options.topk != 0 ? options.topk : model.topk;
   if (experts == 0 || topk == 0) fail(TERN_INVALID_ARGUMENT, "--model custom needs --experts and --topk");
   const RoutingShape shape{num_ranks, options.tokens != 0 ? options.tokens : kDefaultTokens, topk, experts};
   const RoutingOptions routing{.kind = *kind, .skew = options.skew > 0 ? options.skew : 1.0, .seed = options.seed};
-  return {generate_routing(shape, routing), describe(*kind, routing), model.hidden};
+  return {generate_routing(shape, routing), describe_routing(routing), model.hidden};
 }
 
 LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeout_ms, const ChosenDevice& device) {

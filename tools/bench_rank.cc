@@ -23,22 +23,29 @@ size_t stamps_bytes(const BenchSetting& setting) {
 }
 
 // Rows that rank r receives in a dispatch, and gives back in a combine, are column r of the messages; those it sends are row r.
-// Links carry both directions at once.
-TrafficBytes bytes_of(const BatchShape& shape, int64_t row_bytes) {
+// Links carry both directions at once. Within a node it is the rail of a token's owner that sends it.
+TrafficBytes bytes_of(const BatchShape& shape, int64_t row_bytes, int ranks_per_node) {
   const auto messages = count_messages(shape.routing);
   const int num_ranks = shape.routing.num_ranks();
-  TrafficBytes most;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    TrafficBytes in, out;
-    for (int peer = 0; peer < num_ranks; ++peer) {
-      const int64_t in_bytes = messages[static_cast<size_t>(peer * num_ranks + rank)] * row_bytes;
-      const int64_t out_bytes = messages[static_cast<size_t>(rank * num_ranks + peer)] * row_bytes;
-      in.logical += in_bytes;
-      out.logical += out_bytes;
-      in.wire += peer == rank ? 0 : in_bytes;
-      out.wire += peer == rank ? 0 : out_bytes;
+  std::vector<TrafficBytes> in(static_cast<size_t>(num_ranks)), out(in.size());
+  for (int from = 0; from < num_ranks; ++from) {
+    for (int to = 0; to < num_ranks; ++to) {
+      const int64_t bytes = messages[static_cast<size_t>(from * num_ranks + to)] * row_bytes;
+      const int rail = to / ranks_per_node * ranks_per_node + from % ranks_per_node;
+      TrafficBytes& received = in[static_cast<size_t>(to)];
+      TrafficBytes& sent = out[static_cast<size_t>(from)];
+      received.logical += bytes;
+      sent.logical += bytes;
+      received.wire += from == to ? 0 : bytes;
+      sent.wire += from == to ? 0 : bytes;
+      received.link += rail == to ? 0 : bytes;
+      out[static_cast<size_t>(rail)].link += rail == to ? 0 : bytes;
     }
-    most = {std::max({most.logical, in.logical, out.logical}), std::max({most.wire, in.wire, out.wire})};
+  }
+  TrafficBytes most;
+  for (const auto& of_ranks : {in, out}) {
+    for (const TrafficBytes& of_rank : of_ranks)
+      most = {std::max(most.logical, of_rank.logical), std::max(most.wire, of_rank.wire), std::max(most.link, of_rank.link)};
   }
   return most;
 }
@@ -201,9 +208,11 @@ class BenchRank {
       record.extent = operation.extent;
       record.bytes.logical = operation.bytes.logical;
       record.bytes.wire = operation.bytes.wire;
+      record.bytes.link = operation.bytes.link;
       record.mode = plan.info().latency_path != 0 ? "latency" : "throughput";
       const std::array<double, 1> taken{static_cast<double>(plan.info().num_sms)};
       record.num_sms = static_cast<int>(slowest_of_ranks(context_, taken).front());
+      record.ranks_per_node = ranks_per_node();
       records_.push_back(std::move(record));
     }
   }
@@ -286,13 +295,17 @@ class BenchRank {
     return steps * std::max<int64_t>(1, static_cast<int64_t>(setting_.options.num_sms.size())) + 1;
   }
 
+  // GPU ranks are one domain, whatever their nodes are.
+  int ranks_per_node() const { return on_gpu() ? context_.num_ranks : context_.group.info().ranks_in_node; }
+
   TrafficBytes dispatch_bytes() const {
-    return bytes_of(shape_, shape_.format.arriving_row_bytes(shape_.hidden) + shape_.format.arriving_scale_bytes(shape_.hidden));
+    return bytes_of(shape_, shape_.format.arriving_row_bytes(shape_.hidden) + shape_.format.arriving_scale_bytes(shape_.hidden),
+                    ranks_per_node());
   }
-  TrafficBytes combine_bytes() const { return bytes_of(shape_, shape_.format.combine_row_bytes(shape_.hidden)); }
+  TrafficBytes combine_bytes() const { return bytes_of(shape_, shape_.format.combine_row_bytes(shape_.hidden), ranks_per_node()); }
   TrafficBytes both_bytes() const {
     const TrafficBytes there = dispatch_bytes(), back = combine_bytes();
-    return {there.logical + back.logical, there.wire + back.wire};
+    return {there.logical + back.logical, there.wire + back.wire, there.link + back.link};
   }
 
   const BenchSetting& setting_;

@@ -13,6 +13,7 @@
 #include "tools/doctor.h"
 #include "tools/machine.h"
 #include "tools/memory.h"
+#include "tools/plan.h"
 #include "tools/run_layer.h"
 
 namespace tern::tools {
@@ -40,6 +41,7 @@ int run_command(int argc, char** argv) {
   CheckOptions check_options;
   DoctorOptions doctor_options;
   MemoryOptions memory_options;
+  PlanOptions plan_options;
   RunOptions run_options;
   RoutingOptionsOfCommand routing_options;
   int code = 0;
@@ -60,6 +62,10 @@ int run_command(int argc, char** argv) {
   CLI::App* memory = app.add_subcommand("memory", "Say what exchanges of given shapes take, without allocating anything");
   add_memory_flags(*memory, memory_options);
   memory->callback([&] { code = print_memory(memory_options); });
+  CLI::App* plan =
+      app.add_subcommand("plan", "Predict time, memory and SMs for ranks that are not here, up to 2048, and say how it was computed");
+  add_plan_flags(*plan, plan_options);
+  plan->callback([&] { code = run_plan(plan_options); });
   CLI::App* routing = app.add_subcommand("routing", "Write a routing file for `tern bench --routing FILE`");
   add_traffic_flags(*routing, routing_options.traffic);
   routing->add_option("--out", routing_options.out, "The file to write")->required();

@@ -91,6 +91,7 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.call_hash = call_hash(facts.operation, facts.shape);
   args.operation = facts.operation;
   args.exchange.consumed_lag_before = facts.lag_before;
+  args.follows_closely = plan.exchange().facts().has_bulk_copies;  // sm_90
   args.ticket = facts.epoch_kept;
   args.wait_ns = facts.wait_ns;
   args.words = words_of(plan);

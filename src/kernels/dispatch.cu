@@ -435,18 +435,8 @@ cudaError_t prepare_dispatch(bool bulk_copies) {
 }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {
-  // Its blocks may take their places while the route ends.
-  cudaLaunchAttribute closely;
-  closely.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  closely.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
-  config.blockDim = dim3(static_cast<unsigned>(args.roles.num_threads()));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_layout_of(args, bulk_copies).bytes);
-  config.stream = stream;
-  config.attrs = &closely;
-  config.numAttrs = args.follows_route ? 1 : 0;
-  return cudaLaunchKernelEx(&config, bulk_copies ? dispatch_kernel<true> : dispatch_kernel<false>, args);
+  const LaunchShape shape{num_blocks, args.roles.num_threads(), shared_layout_of(args, bulk_copies).bytes, args.follows_route};
+  return launch(bulk_copies ? dispatch_kernel<true> : dispatch_kernel<false>, shape, stream, args);
 }
 
 }  // namespace tern::kernels

@@ -60,6 +60,7 @@ class LatencyCall {
   // All threads of the block. False: the exchange has failed, and nothing is to be done.
   __device__ bool begin() {
     bool ok = true;
+    if (threadIdx.x == 0) warps_done_waiting() = 0;
 #pragma unroll 1
     for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
       if (is_masked(peer)) continue;
@@ -122,6 +123,12 @@ class LatencyCall {
     return reported(op_.await(row_flag(rank(), source, token), op_.epoch, source));
   }
 
+  // Each warp, at most once: it waits for no other rank any more. When all warps of all blocks have said so (or ended), the next kernel may
+  // take its place on the GPU: this one ends by itself.
+  __device__ void wait_no_more() const {
+    if (device::lane_idx() == 0 && atomicAdd(&warps_done_waiting(), 1u) == kLatencyThreads / kWarpThreads - 1) device::allow_next_kernel();
+  }
+
   // All threads of all blocks, at the end.
   __device__ void finish() const {
     if (threadIdx.x != 0 || !began_last_) return;
@@ -133,6 +140,11 @@ class LatencyCall {
   }
 
  private:
+  __device__ static uint32_t& warps_done_waiting() {
+    __shared__ uint32_t num_warps;
+    return num_warps;
+  }
+
   // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
   __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
     return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) +

@@ -14,12 +14,13 @@ struct LatencyArgs {
   ExchangeView exchange;
   PlanView plan;
   layout::CallShape shape;
-  uint32_t call_hash = 0;      // of operation and shape: compared by the receivers
-  int32_t operation = 0;       // tern_operation
-  bool sends = false;          // pushes this rank's rows
-  bool receives = false;       // takes what has been pushed here
-  uint64_t* ticket = nullptr;  // keeps the epoch from a send to its receive
-  int64_t* wait_ns = nullptr;  // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
+  uint32_t call_hash = 0;        // of operation and shape: compared by the receivers
+  int32_t operation = 0;         // tern_operation
+  bool sends = false;            // pushes this rank's rows
+  bool receives = false;         // takes what has been pushed here
+  bool follows_closely = false;  // the kernel may begin while the one in front ends
+  uint64_t* ticket = nullptr;    // keeps the epoch from a send to its receive
+  int64_t* wait_ns = nullptr;    // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
   layout::LatencyWords words;
   layout::LatencySlot slot;
 

@@ -34,6 +34,7 @@ class Arrivals {
   __device__ bool open() {
     if (is_raising()) {
       if (blockIdx.x == 0) call_.await_calls();
+      call_.wait_no_more();
       device::sync_some_warps(kOpenedBarrier, kLatencyThreads);
       if (args_.routes && *memory_.has_failed() == 0) settle_own();
       return false;

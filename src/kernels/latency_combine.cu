@@ -253,9 +253,12 @@ class OwnerSums {
     const int32_t num_tokens = plan_.num_tokens[call_.rank()];
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     const auto num_warps = static_cast<int32_t>(kRaisingWarp * gridDim.x);
-    for (auto i = static_cast<int32_t>(warp * gridDim.x + blockIdx.x); i < num_tokens * num_parts; i += num_warps) {
+    const auto first = static_cast<int32_t>(warp * gridDim.x + blockIdx.x);
+    if (first >= num_tokens * num_parts) call_.wait_no_more();
+    for (int32_t i = first; i < num_tokens * num_parts; i += num_warps) {
       const int32_t token = i / num_parts, part = i % num_parts;
       if (!await_shares(token)) return;
+      if (i + num_warps >= num_tokens * num_parts) call_.wait_no_more();
       const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
       if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
       std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
@@ -363,6 +366,7 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
 
 template <typename Wire, bool kLog>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(const __grid_constant__ LatencyCombineArgs args) {
+  device::await_kernel_before();
   LatencyCall call(args.call);
   ShareSender<Wire, kLog> sender(args, call);
   if (call.begin()) {
@@ -373,10 +377,12 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
       if (blockIdx.x == 0 && is_raising()) call.announce_to_throughput();
     }
     if (args.call.receives) {
-      if (!is_raising())
+      if (!is_raising()) {
         OwnerSums<Wire, kLog>(args, call).run();
-      else if (blockIdx.x == 0)
-        call.await_calls();
+      } else {
+        if (blockIdx.x == 0) call.await_calls();
+        call.wait_no_more();
+      }
     }
   }
   call.finish();
@@ -397,8 +403,9 @@ auto with_kernel(int32_t dtype, bool is_log, Function function) {
 }  // namespace
 
 cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_blocks, cudaStream_t stream) {
-  with_kernel(args.dtype, args.is_log, [&](auto kernel) { kernel<<<num_blocks, kLatencyThreads, 0, stream>>>(args); });
-  return cudaGetLastError();
+  return with_kernel(args.dtype, args.is_log, [&](auto kernel) {
+    return launch(kernel, {num_blocks, kLatencyThreads, 0, args.call.follows_closely}, stream, args);
+  });
 }
 
 cudaError_t prepare_latency_combine() {

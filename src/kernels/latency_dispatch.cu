@@ -212,23 +212,35 @@ class MessageSpreader {
   __device__ void run() {
     const bool is_alone = gridDim.x == 1;
     const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
-    if (block < 0) return;
-    const int32_t num_groups = kGroups * num_blocks, first = group_ * num_blocks + block, end = arrivals_.num_candidates();
+    const int32_t num_groups = kGroups * num_blocks, first = group_ * num_blocks + block;
+    const int32_t end = block < 0 ? first : arrivals_.num_candidates();
 #pragma unroll 1
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
-      if (arrivals_.candidate(i, message) && !spread(message)) return;
+      if (!arrivals_.candidate(i, message)) continue;
+      if (!await(message)) return;
+      if (i + num_groups >= end) wait_no_more();
+      spread(message);
     }
+    wait_no_more();
   }
 
  private:
   __device__ void sync_group() const { device::sync_some_warps(1 + group_, kThreads); }
 
+  __device__ void wait_no_more() {
+    if (waits_) call_.wait_no_more();
+    waits_ = false;
+  }
+
   // False: the exchange has failed.
-  __device__ bool spread(const ArrivingMessage& message) {
+  __device__ bool await(const ArrivingMessage& message) const {
     if (thread_ == 0) rows_->is_there = call_.await_row(message.source, message.token) ? 1 : 0;
     sync_group();
-    if (rows_->is_there == 0) return false;
+    return rows_->is_there != 0;
+  }
+
+  __device__ void spread(const ArrivingMessage& message) const {
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
@@ -252,7 +264,6 @@ class MessageSpreader {
       }
     }
     write_scales(slot + args_.call.slot.scales());
-    return true;
   }
 
   // One warp: the rows of the message's entries, for the group and for the plan; and what is written once for each of them.
@@ -325,6 +336,7 @@ class MessageSpreader {
   const Arrivals& arrivals_;
   const int group_, thread_;
   GroupRows* const rows_;
+  bool waits_ = true;
 };
 
 __device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
@@ -351,6 +363,7 @@ __device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call
 __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
+  device::await_kernel_before();
   LatencyCall call(args.call);
   if (threadIdx.x == 0) *memory.has_failed() = 0;
   if (call.begin()) {
@@ -365,9 +378,8 @@ __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const
 int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args) { return DispatchMemory(args, nullptr).num_bytes(); }
 
 cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
-  const auto shared_bytes = static_cast<size_t>(latency_dispatch_shared_bytes(args));
-  latency_dispatch_kernel<<<num_blocks, kLatencyThreads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch(latency_dispatch_kernel, {num_blocks, kLatencyThreads, latency_dispatch_shared_bytes(args), args.call.follows_closely},
+                stream, args);
 }
 
 cudaError_t prepare_latency_dispatch() { return allow_shared(latency_dispatch_kernel, kMostLatencyShared); }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared memory of kernels, and their loading.
+// Shared memory of kernels, their loading and launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -40,6 +40,30 @@ cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
   const int64_t left = most - static_cast<int64_t>(attributes.sharedSizeBytes);
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes < left ? bytes : left));
+}
+
+struct LaunchShape {
+  int num_blocks;
+  int num_threads;
+  int64_t shared_bytes;
+  // Blocks may take their places before the kernel in front has ended, if that one allows it; they wait with device::await_kernel_before().
+  // From sm_90 on.
+  bool follows_closely;
+};
+
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), const LaunchShape& shape, cudaStream_t stream, const Args& args) {
+  cudaLaunchAttribute closely;
+  closely.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  closely.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.num_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.num_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = &closely;
+  config.numAttrs = shape.follows_closely ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 }  // namespace tern::kernels

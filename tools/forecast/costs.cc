@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "forecast/costs.h"
+
+namespace tern::tools {
+namespace {
+
+// Sources. H200: 4 or 2 NVIDIA H200 of one host (18 NVLinks between two, driver 580.159, CUDA 13.0), `tern bench`, 2026-11-22, hidden 7168,
+// top-8 of 256 experts, 4096 tokens, throughput path, or top-8 of 288 experts on the latency path. CPU: AMD EPYC (family 26), 2 cores of a
+// virtual machine, gcc 12.2, `tern bench --device cpu`, 2026-11-22, 8 to 2048 tokens of the same shape.
+constexpr const char* kDatasheet = "not measured: data sheet, halved because bytes are read and written";
+constexpr const char* kAssumed = "not measured";
+
+constexpr CostEntry kCosts[] = {
+    {"workers", &Costs::workers, "", "SMs of a GPU; cores that the ranks of a node share", {132, "H200"}, {2, "this machine"}},
+    {"link-gbps",
+     &Costs::link_gbps,
+     "GB/s",
+     "what a rank gets over the link in one direction, all at once",
+     {328, "4 H200: plain copies by 24 SMs that pull, 327 to 329"},
+     {kUnbounded, nullptr}},
+    {"staged-link-share",
+     &Costs::staged_link_share,
+     "",
+     "of the link for a combine that stages its rows",
+     {0.71, "4 H200: bf16 combine from the caller's memory, 24 and 32 SMs, 687.5 and 748.1 us"},
+     {1, nullptr}},
+    {"copy-gbps",
+     &Costs::copy_gbps,
+     "GB/s",
+     "rows of a dispatch that a worker copies",
+     {40, "4 H200: fp8 dispatch of 109.7 MB from windows with 8 SMs, 366.1 us"},
+     {35, "1, 2 and 4 ranks on 2 cores: bf16 dispatch into windows, 64 and 512 tokens (in the caches): 26 to 47"}},
+    {"spread-gbps",
+     &Costs::spread_gbps,
+     "GB/s",
+     "further copies of a row, for further experts, that a worker writes",
+     {62, "2 H200: fp8 dispatch in expert_major with 24 and 32 SMs, 206.0 and 165.1 us"},
+     {35, "as copy-gbps"}},
+    {"stage-gbps",
+     &Costs::stage_gbps,
+     "GB/s",
+     "rows of a dispatch that a worker stages",
+     {220, "4 H200: fp8 dispatch with 8 SMs from the caller's memory and from windows, 412.5 - 366.1 us less stage-us"},
+     {20, "2 and 4 ranks on 2 cores: dispatch and combine in the caller's memory, less those in windows"}},
+    {"sum-gbps",
+     &Costs::sum_gbps,
+     "GB/s",
+     "rows of a combine that a worker reads, to sum or to stage them",
+     {27.8, "4 H200: bf16 combine in expert_major with 24 SMs, 842 MB in 1294 us (a build on the way to this one)"},
+     {12.5, "1 and 2 ranks on 2 cores: bf16 combine from windows, 64 and 512 tokens"}},
+    {"memory-gbps",
+     &Costs::memory_gbps,
+     "GB/s",
+     "rows that a GPU's memory, or a node's, copies",
+     {2400, kDatasheet},
+     {30, "4 ranks: bf16 dispatch into windows, 1024 and 2048 tokens"}},
+    {"cache-mb",
+     &Costs::cache_mb,
+     "MB",
+     "rows of a node that are copied within the caches",
+     {0, nullptr},
+     {64, "2 ranks, 512 tokens (29 MB): at the speed of caches; 4 ranks, 1024 tokens (212 MB): not"}},
+    {"dispatch-us",
+     &Costs::dispatch_us,
+     "us",
+     "launch, calls and end of a dispatch",
+     {22, "4 H200: fp8 and bf16 dispatch from windows with 24 SMs, less their bytes by the link"},
+     {1, "1 rank, 1 token"}},
+    {"stage-us",
+     &Costs::stage_us,
+     "us",
+     "a dispatch from the caller's memory: until the first rows are staged, and what staging takes from pulling",
+     {31, "4 H200: fp8 and bf16 dispatch with 24 SMs, 306.5 - 275.5 and 535.9 - 504.1 us"},
+     {0, nullptr}},
+    {"combine-us",
+     &Costs::combine_us,
+     "us",
+     "launch, calls and end of a combine",
+     {30, "4 H200: bf16 combine from windows with 24 SMs, 515.2 us less its bytes by the link"},
+     {1.5, "1 rank, 1 token"}},
+    {"trip-us",
+     &Costs::trip_us,
+     "us",
+     "flags of one peer, times the ranks that share a core",
+     {0, nullptr},
+     {2, "2 and 4 ranks on 2 cores, 1 token: round trips of 14 and 60 us, less the first operation"}},
+    {"wake-us",
+     &Costs::wake_us,
+     "us",
+     "once for a call or calls in a row: ranks that were idle begin, for each peer, times the ranks that share a core",
+     {0, nullptr},
+     {5, "2 and 4 ranks on 2 cores, 1 token: 8.3 and 41 us alone, 2.9 and 11 us behind another operation"}},
+    {"route-us",
+     &Costs::route_us,
+     "us",
+     "route of an empty batch",
+     {16, "2 and 4 H200: what a new routing (worst) adds to a dispatch, 26 and 35 us"},
+     {1, "1 rank, 1 token"}},
+    {"message-ns",
+     &Costs::message_ns,
+     "ns",
+     "route, for each message (token and rank)",
+     {1.2, "as route-us"},
+     {100, "2 and 4 ranks on 2 cores, 2048 tokens: 439 and 1403 us; of a core's time"}},
+    {"host-us", &Costs::host_us, "us", "the host learns the counts (exact)", {18, "4 H200: plan_dispatch, 358 - 340 us"}, {0, nullptr}},
+    {"small-dispatch-us",
+     &Costs::small_dispatch_us,
+     "us",
+     "latency path: launch, trips and routing of a dispatch",
+     {12.2, "4 H200: bf16, 1 to 128 tokens, 11.7, 14.0, 16.8 and 31.7 us in graphs"},
+     {0, nullptr}},
+    {"small-route-us",
+     &Costs::small_route_us,
+     "us",
+     "latency path: of these, the routing",
+     {3.5, "2 H200: dispatch with and without its routing, 1 to 128 tokens"},
+     {0, nullptr}},
+    {"small-combine-us",
+     &Costs::small_combine_us,
+     "us",
+     "latency path: launch, trip and sums of a combine",
+     {9.5, "4 H200: bf16, 1 to 128 tokens, 8.8, 11.7, 15.5 and 30.7 us in graphs"},
+     {0, nullptr}},
+    {"small-gbps",
+     &Costs::small_gbps,
+     "GB/s",
+     "latency path: rows over the link",
+     {247, "4 H200: as small-dispatch-us and small-combine-us, 128 tokens by 1 token"},
+     {kUnbounded, nullptr}},
+    {"net-gbps",
+     &Costs::net_gbps,
+     "GB/s",
+     "what a rank's network moves in one direction (400 Gb/s are 50 GB/s)",
+     {50, kAssumed},
+     {kUnbounded, "not measured: give that of the network"}},
+    {"worker-net-gbps",
+     &Costs::worker_net_gbps,
+     "GB/s",
+     "what a core sends, and receives too, through tcp",
+     {kUnbounded, nullptr},
+     {1.4, "2 and 4 nodes declared on 2 cores: 1.0 to 1.5 with 512 and 2048 tokens, 2.3 with 64"}},
+    {"net-latency-us",
+     &Costs::net_latency_us,
+     "us",
+     "one trip over the network; CPU: for each rail, times the ranks that share a core, if the bytes take less",
+     {15, kAssumed},
+     {85, "2 and 4 nodes of 1 rank declared on 2 cores, 1 token: 95 to 126 and 366 to 475 us"}},
+};
+
+}  // namespace
+
+std::span<const CostEntry> cost_table() { return kCosts; }
+
+Costs default_costs(tern_device_type device) {
+  Costs costs;
+  for (const CostEntry& entry : kCosts) costs.*entry.member = entry.of(device).value;
+  return costs;
+}
+
+Costs override_costs(Costs costs, const CostOverrides& overrides) {
+  for (size_t i = 0; i < overrides.size(); ++i) {
+    if (overrides[i]) costs.*kCosts[i].member = *overrides[i];
+  }
+  return costs;
+}
+
+}  // namespace tern::tools

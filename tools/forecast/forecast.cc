@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "forecast/forecast.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+
+namespace tern::tools {
+namespace {
+
+constexpr double kMega = 1e6;
+// The library's own: src/cuda/transfer.h, src/cuda/latency.cc, src/layout/device_window.h, src/cpu/rail.cc.
+constexpr int64_t kBytesPerSm = 512 << 10, kTokensPerSm = 64;
+constexpr int kLeastSms = 4, kSaturatingSms = 24;
+constexpr int64_t kMostSmallTokens = 1024, kSmallBytesGpu = 4 << 20, kSmallBytesCpu = 32 << 10;
+constexpr int kMostSmallRanks = 64;
+constexpr double kNetworkPieceBytes = 1 << 20;
+
+double us_of(double bytes, double gbps) { return bytes == 0 ? 0 : bytes * 1e-3 / gbps; }
+
+// Bytes that workers move, kind by kind; each kind takes its own time of them.
+class Work {
+ public:
+  void add(const char* what, double bytes, double gbps) {
+    if (bytes == 0) return;
+    us_ += us_of(bytes, gbps);
+    terms_.push_back(fmt::format("{} {:.2f} MB / {:g} GB/s", what, bytes / kMega, gbps));
+  }
+  Stage stage(const char* name, double num_workers, const char* workers) const {
+    const std::string terms = terms_.empty() ? "nothing" : fmt::format("{}", fmt::join(terms_, " + "));
+    return {name, us_ / num_workers, true, fmt::format("({}) / {:g} {}", terms, num_workers, workers)};
+  }
+
+ private:
+  double us_ = 0;
+  std::vector<std::string> terms_;
+};
+
+Stage transfer(const char* name, double bytes, double gbps) {
+  return {name, us_of(bytes, gbps), true, fmt::format("{:.2f} MB / {:g} GB/s", bytes / kMega, gbps)};
+}
+
+}  // namespace
+
+double Step::us() const {
+  double slowest_us = 0, others_us = 0;
+  for (const Stage& stage : stages) {
+    if (stage.overlaps)
+      slowest_us = std::max(slowest_us, stage.us);
+    else
+      others_us += stage.us;
+  }
+  return slowest_us + others_us;
+}
+
+const Stage& Step::slowest() const {
+  return *std::ranges::max_element(stages, {}, [](const Stage& stage) { return stage.us; });
+}
+
+double OperationForecast::us() const {
+  double sum = 0;
+  for (const Step& step : steps) sum += step.us();
+  return sum;
+}
+
+int64_t Forecaster::row_bytes_of(const std::string& op) const {
+  return op == "combine" ? batch_.combine_row_bytes : batch_.dispatch_row_bytes + batch_.dispatch_scale_bytes;
+}
+
+bool Forecaster::is_small(int64_t row_bytes) const {
+  const int64_t bytes = batch_.num_tokens * row_bytes;
+  if (!on_gpu()) return batch_.places.num_nodes == 1 && bytes <= kSmallBytesCpu;
+  return bytes <= kSmallBytesGpu && batch_.num_tokens <= kMostSmallTokens && batch_.places.ranks_per_node <= kMostSmallRanks;
+}
+
+// CPU: a rank's share of the node's cores.
+double Forecaster::workers(int num_sms) const { return on_gpu() ? num_sms : std::min(1.0, costs_.workers / batch_.places.ranks_per_node); }
+
+double Forecaster::ranks_per_core() const { return std::max(1.0, batch_.places.ranks_per_node / costs_.workers); }
+
+int Forecaster::library_sms(const OperationChoice& choice) const {
+  if (!on_gpu()) return 0;
+  const int64_t row_bytes = row_bytes_of(choice.op);
+  const int most = static_cast<int>(costs_.workers);
+  if (choice.op == "plan")
+    return static_cast<int>(std::min<int64_t>({most, kSaturatingSms, (batch_.num_tokens + kTokensPerSm - 1) / kTokensPerSm}));
+  if (choice.may_be_small && is_small(row_bytes)) return static_cast<int>(std::min<int64_t>(batch_.num_tokens + 1, most));
+  return std::min(most, static_cast<int>(std::clamp<int64_t>(batch_.num_tokens * row_bytes / kBytesPerSm, kLeastSms, kSaturatingSms)));
+}
+
+int Forecaster::best_sms(const OperationChoice& choice) const {
+  if (!on_gpu()) return 0;
+  constexpr double kAlmost = 1.01;
+  const auto us_with = [&](int num_sms) {
+    OperationChoice with = choice;
+    with.num_sms = num_sms;
+    return predict(with).us();
+  };
+  const int most = static_cast<int>(costs_.workers);
+  const double least_us = us_with(most);  // in this model more SMs are never slower
+  int num_sms = 1;
+  while (num_sms < most && us_with(num_sms) > least_us * kAlmost) ++num_sms;
+  return num_sms;
+}
+
+void Forecaster::add_trips(Step& step, double fixed_us, const std::string& how) const {
+  const int num_peers = batch_.places.ranks_per_node - 1;
+  if (on_gpu())
+    step.stages.push_back({"fixed", fixed_us, false, how});
+  else
+    step.stages.push_back(
+        {"fixed", fixed_us + num_peers * costs_.trip_us * ranks_per_core(), false,
+         fmt::format("{} + {} peers x {:g} us x {:g} ranks on a core", how, num_peers, costs_.trip_us, ranks_per_core())});
+}
+
+void Forecaster::add_wake(Step& step) const {
+  const int num_peers = batch_.places.ranks_per_node - 1;
+  step.stages.push_back({"wake", num_peers * costs_.wake_us * ranks_per_core(), false,
+                         fmt::format("{} peers x {:g} us x {:g} ranks on a core", num_peers, costs_.wake_us, ranks_per_core())});
+}
+
+void Forecaster::add_network(Step& step, double bytes) const {
+  const int num_rails = batch_.places.num_nodes - 1;
+  if (num_rails == 0) return;
+  if (on_gpu()) {
+    step.stages.push_back(transfer("network", bytes, costs_.net_gbps));
+    const double piece = std::min(1.0, kNetworkPieceBytes * num_rails / bytes);
+    double sum_us = 0, slowest_us = 0;
+    for (const Stage& stage : step.stages) {
+      if (!stage.overlaps) continue;
+      sum_us += stage.us;
+      slowest_us = std::max(slowest_us, stage.us);
+    }
+    step.stages.push_back(
+        {"fill", costs_.net_latency_us + piece * (sum_us - slowest_us), false,
+         fmt::format("{:g} us trip + the first piece ({:.1f} %) of the faster stages", costs_.net_latency_us, piece * 100)});
+    return;
+  }
+  const double of_cores = workers(0) * costs_.worker_net_gbps, gbps = std::min(costs_.net_gbps, of_cores);
+  const double trips_us = num_rails * costs_.net_latency_us * ranks_per_core();
+  const std::string rate =
+      gbps < of_cores ? fmt::format("{:g} GB/s", gbps) : fmt::format("({:g} cores x {:g} GB/s)", workers(0), costs_.worker_net_gbps);
+  step.stages.push_back({"network", std::max(us_of(bytes, gbps), trips_us), false,
+                         fmt::format("the longer of {:.2f} MB / {} and {} rails x {:g} us x {:g} ranks on a core", bytes / kMega, rate,
+                                     num_rails, costs_.net_latency_us, ranks_per_core())});
+}
+
+// Rows that are copied, by the workers and beside that by the memory. On CPU ranks a staged row is read again while it is in the caches, so
+// staging comes on top.
+void Forecaster::add_rows(Step& step, const RowWork& rows, int num_sms) const {
+  const char* name = on_gpu() ? "SMs" : "cores";
+  Work work, staging;
+  work.add("rows", rows.rows, rows.rows_gbps);
+  (on_gpu() ? work : staging).add("staged", rows.staged, rows.staged_gbps);
+  work.add("rows of experts", rows.entries, rows.entries_gbps);
+  step.stages.push_back(work.stage(name, workers(num_sms), name));
+  const double sharers = on_gpu() ? 1 : batch_.places.ranks_per_node;
+  const double bytes = (rows.rows + rows.entries + (on_gpu() ? rows.staged : 0)) * sharers;
+  if (bytes > costs_.cache_mb * kMega) step.stages.push_back(transfer("memory", bytes, costs_.memory_gbps));
+  if (!on_gpu() && rows.staged > 0) {
+    step.stages.push_back(staging.stage("staging", workers(num_sms), name));
+    step.stages.back().overlaps = false;
+  }
+}
+
+// `with_dispatch`: in the call of a small dispatch.
+Step Forecaster::route(bool exact, bool with_dispatch) const {
+  Step step{.name = "route", .stages = {}};
+  const double messages = static_cast<double>(batch_.num_tokens) * batch_.reach.ranks;
+  const double per_message_ns = costs_.message_ns / (on_gpu() ? 1 : workers(0));
+  step.stages.push_back({"messages", messages * per_message_ns * 1e-3, false, fmt::format("{:.0f} x {:g} ns", messages, per_message_ns)});
+  if (!with_dispatch) add_trips(step, costs_.route_us, fmt::format("{:g} us", costs_.route_us));
+  if (on_gpu() && exact)
+    step.stages.push_back({"host", costs_.host_us, false, fmt::format("{:g} us until it knows the counts", costs_.host_us)});
+  add_network(step, load_of_route(batch_).network);
+  return step;
+}
+
+Step Forecaster::small_step(const std::string& name, double fixed_us, const Load& load) const {
+  Step step{.name = name, .stages = {{"fixed", fixed_us, false, fmt::format("{:g} us launch and trips", fixed_us)}}};
+  step.stages.push_back(transfer("link", load.link, costs_.small_gbps));
+  add_network(step, load.network);
+  return step;
+}
+
+// `routed`: along a plan that has been routed, or routes itself in an operation of its own.
+Step Forecaster::dispatch(const OperationChoice& choice, bool routed) const {
+  const Load load = load_of_dispatch(batch_);
+  if (on_gpu() && choice.may_be_small && is_small(row_bytes_of("dispatch")))
+    return small_step("dispatch", costs_.small_dispatch_us - (routed ? costs_.small_route_us : 0), load);
+
+  // On a GPU a token is staged once, and pulled by all; on a CPU it is pushed into the bank of each other rank.
+  const double staged = choice.in_windows ? 0 : on_gpu() ? load.tokens : load.link;
+  Step step{.name = "dispatch", .stages = {}};
+  add_rows(step,
+           {.rows = load.rows(),
+            .rows_gbps = costs_.copy_gbps,
+            .staged = staged,
+            .staged_gbps = costs_.stage_gbps,
+            .entries = load.entries,
+            .entries_gbps = costs_.spread_gbps},
+           choice.num_sms);
+  if (on_gpu()) step.stages.push_back(transfer("link", load.link, costs_.link_gbps));
+  const double fixed_us = costs_.dispatch_us + (choice.in_windows ? 0 : costs_.stage_us);
+  add_trips(step, fixed_us,
+            fmt::format("{:g} us{}", costs_.dispatch_us, choice.in_windows ? "" : fmt::format(" + {:g} us staging", costs_.stage_us)));
+  add_network(step, load.network);
+  return step;
+}
+
+Step Forecaster::combine(const OperationChoice& choice) const {
+  const Load load = load_of_combine(batch_);
+  if (on_gpu() && choice.may_be_small && is_small(batch_.combine_row_bytes)) return small_step("combine", costs_.small_combine_us, load);
+
+  // Rows of the expert layouts are summed first, and one row of each token goes on.
+  const bool stages = !choice.in_windows || (on_gpu() && batch_.layout != TERN_LAYOUT_RANK_MAJOR);
+  const double staged = stages ? load.link : 0;
+  Step step{.name = "combine", .stages = {}};
+  add_rows(step,
+           {.rows = load.rows(),
+            .rows_gbps = costs_.sum_gbps,
+            .staged = staged,
+            .staged_gbps = on_gpu() ? costs_.sum_gbps : costs_.stage_gbps,
+            .entries = load.entries,
+            .entries_gbps = costs_.sum_gbps},
+           choice.num_sms);
+  if (on_gpu()) step.stages.push_back(transfer("link", load.link, costs_.link_gbps * (stages ? costs_.staged_link_share : 1)));
+  add_trips(step, costs_.combine_us, fmt::format("{:g} us", costs_.combine_us));
+  add_network(step, load.network);
+  return step;
+}
+
+// One operation of a choice that may have several, with the SMs that it takes.
+OperationChoice Forecaster::as(const char* op, const OperationChoice& choice) const {
+  OperationChoice single = choice;
+  single.op = op;
+  const int asked = choice.num_sms > 0 ? choice.num_sms : library_sms(single);
+  single.num_sms = on_gpu() ? std::min(asked, static_cast<int>(costs_.workers)) : 0;
+  return single;
+}
+
+OperationForecast Forecaster::predict(const OperationChoice& choice) const {
+  const std::string& op = choice.op;
+  const bool is_round_trip = op == "round_trip" || op == "round_trip_worst";
+  const bool in_one_call = op == "route_dispatch" || op == "round_trip_worst";
+  const bool routes = is_round_trip || in_one_call || op == "plan" || op == "plan_dispatch";
+  const bool dispatches = is_round_trip || in_one_call || op == "dispatch" || op == "plan_dispatch";
+  const bool combines = is_round_trip || op == "combine";
+  if (!routes && !dispatches && !combines) fail(TERN_INVALID_ARGUMENT, "plan: there is no operation \"{}\"", op);
+
+  OperationForecast forecast{.num_sms = as(op.c_str(), choice).num_sms,
+                             .small = op != "plan" && choice.may_be_small && is_small(row_bytes_of(op))};
+  const bool routes_within = in_one_call && forecast.small && batch_.places.num_nodes == 1;
+  const auto add = [&](Step step, const Load& load) {
+    forecast.steps.push_back(std::move(step));
+    forecast.wire_bytes += load.rows() * (1 - 1.0 / batch_.places.num_ranks());
+    forecast.link_bytes += load.link;
+    forecast.network_bytes += load.network;
+  };
+  if (routes && !(routes_within && on_gpu())) add(route(choice.exact, routes_within), load_of_route(batch_));
+  if (dispatches) add(dispatch(as("dispatch", choice), !routes_within), load_of_dispatch(batch_));
+  if (combines) add(combine(as("combine", choice)), load_of_combine(batch_));
+  if (!on_gpu()) add_wake(forecast.steps.front());
+  return forecast;
+}
+
+}  // namespace tern::tools
