@@ -5,12 +5,12 @@
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
 #include "base/knobs.h"
 #include "tools/cuda_facts.h"
+#include "tools/doctor_network.h"
 #include "tools/gpus.h"
 #include "tools/kernel_features.h"
 #include "tools/launch.h"
@@ -276,20 +276,30 @@ Json findings_json(const Findings& findings) {
 
 void add_doctor_flags(CLI::App& app, DoctorOptions& options) {
   app.add_option("--json", options.json, "Write the findings to this file, or instead of the text to standard output with \"-\"");
+  CLI::Option* network =
+      app.add_flag("--network", options.network,
+                   "Test the paths between nodes instead: latency and bandwidth of every pair of ranks, over what the library would take; "
+                   "with the ranks of a launcher (torchrun, mpirun, srun), else with ranks started here");
+  app.add_option("--ranks", options.num_ranks, "Ranks; default: as many as the launcher started, else 2")
+      ->check(CLI::Range(2, 1024))
+      ->needs(network);
+  app.add_option("--ranks-per-node", options.ranks_per_node,
+                 "Declares nodes of so many ranks; default: TERN_RANKS_PER_NODE, else a host is a node, and so is each rank started here")
+      ->check(CLI::Range(1, 1024))
+      ->needs(network);
+  app.add_flag("--rails", options.rails, "Only pairs of ranks at the same place in their nodes, which are those that tokens take")
+      ->needs(network);
+  app.add_option("--timeout", options.timeout_ms, "Deadline of each pair's test, milliseconds")
+      ->check(CLI::Range(int64_t{1}, int64_t{86400000}))
+      ->capture_default_str()
+      ->needs(network);
 }
 
 int run_doctor(const DoctorOptions& options) {
+  if (options.network) return run_network_doctor(options);
   const Findings findings = examine();
-  if (options.json == "-")
-    fmt::print("{}\n", findings_json(findings).dump(2));
-  else
-    print_findings(findings);
-  if (!options.json.empty() && options.json != "-") {
-    std::ofstream file(options.json);
-    file << findings_json(findings).dump(2) << '\n';
-    file.close();
-    if (!file) fail_errno("write", fmt::format("findings cannot be written to {}", options.json));
-  }
+  if (options.json != "-") print_findings(findings);
+  if (!options.json.empty()) write_findings(options.json, findings_json(findings).dump(2));
   return std::ranges::any_of(findings.paths, &Path::taken) ? 0 : 2;
 }
 

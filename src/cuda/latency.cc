@@ -33,7 +33,8 @@ bool is_small(const CudaPlan& plan, int64_t row_bytes) {
   const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
   const PlanShape& shape = plan.shape();
   if (shape.max_tokens > window.latency_tokens || words_of(plan).num_words() > window.latency_words) return false;
-  if (shape.num_topk == 0 || shape.num_experts > kernels::LatencyArgs::kMostExperts) return false;
+  if (shape.num_topk == 0 || shape.num_topk > layout::kMostLatencyTopk || shape.num_experts > kernels::LatencyArgs::kMostExperts)
+    return false;
   switch (plan.exchange().options().mode) {
     case TERN_MODE_THROUGHPUT: return false;
     case TERN_MODE_LATENCY: return true;
@@ -108,9 +109,10 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   return args;
 }
 
-// A block for each token and one for the routing, or fewer, as the caller or the exchange wants it.
+// A block for each message that may arrive and one for the routing, or fewer, as the caller or the exchange wants it: what a block does one after
+// the other takes its time, since it is code that is fetched and loads that are waited for.
 int latency_sms(const CudaPlan& plan, const tern_launch& launch) {
-  const int64_t blocks = plan.shape().max_tokens + 1;
+  const int64_t blocks = plan.shape().max_messages() + 1;
   const int64_t bytes_for_all = blocks * kBytesPerSm;
   const int asked = launch.num_sms > 0 ? launch.num_sms : plan.exchange().options().num_sms;
   const DeviceFacts& facts = plan.exchange().facts();

@@ -21,7 +21,7 @@ __device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, c
   return args.per_entry ? token : call.slot_idx(rank, token);
 }
 
-// Adds the terms of one batch at bytes `at` of a row of Wire, and one step of the warp further on. kLog: rows are in the 10-bit encoding.
+// Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on. kLog: rows are in the 10-bit encoding.
 template <typename Wire, bool kLog, int kVecs>
 __device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
   if constexpr (!kLog) {
@@ -40,10 +40,9 @@ __device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, f
   }
 }
 
-// A warp's sum of the terms of `for_each_batch(visit)`, which calls visit(terms) for up to 32 terms at a time, over bytes [begin, end) of a row
-// of Wire. All threads call store(at, sum), also beyond the end.
-template <typename Wire, bool kLogTerms, typename Start, typename ForEachBatch, typename Store>
-__device__ __forceinline__ void sum_bytes(int begin, int end, Start start, ForEachBatch for_each_batch, Store store) {
+// A warp's sum of the terms over bytes [begin, end) of a row of Wire. All threads call store(at, sum), also beyond the end.
+template <typename Wire, bool kLogTerms, typename Start, typename Store>
+__device__ __forceinline__ void sum_bytes(const Terms& terms, int begin, int end, Start start, Store store) {
   constexpr int kVecs = kPartBytes / 512;
   constexpr int kStep = 32 * sizeof(Vec16);
 #pragma unroll 1
@@ -53,7 +52,7 @@ __device__ __forceinline__ void sum_bytes(int begin, int end, Start start, ForEa
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
       if (at + v * kStep < end) start(at + v * kStep, sums[v]);
-    for_each_batch([&](const Terms& terms) { add_terms<Wire, kLogTerms, kVecs>(terms, at, end, sums); });
+    add_terms<Wire, kLogTerms, kVecs>(terms, at, end, sums);
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
       if (first + v * kStep < end) store(at + v * kStep, sums[v]);
@@ -86,21 +85,21 @@ class ShareSender {
   }
 
  private:
-  static constexpr int kMostBatches = 2;  // top-k is at most 64
+  static constexpr int kRankBatches = layout::kMostLatencyRanks / kWarpThreads;
   // The workers are ahead of the raising warp by up to so many messages, with a pair of barriers for each.
   static constexpr int kAhead = 4, kDoneBarrier = 1, kFreeBarrier = kDoneBarrier + kAhead;
 
-  // A message, as the plan has it. Of entries lane_idx() and 32 + lane_idx().
+  // A message, as the plan has it, with entry lane_idx().
   struct Share {
     int32_t token;
-    int32_t row[kMostBatches];
-    float weight[kMostBatches];
+    int32_t row;
+    float weight;
   };
 
   // Where each source's messages begin, in the threads of a warp.
   struct Begins {
     __device__ Begins(const LatencyCombineArgs& args, const LatencyCall& call) {
-      for (int b = 0; b < kMostBatches; ++b) {
+      for (int b = 0; b < kRankBatches; ++b) {
         const int source = b * kWarpThreads + static_cast<int>(device::lane_idx());
         end[b] = source < call.num_ranks() ? args.call.plan.received_begin[source + 1] : 0x7fffffff;
       }
@@ -108,10 +107,10 @@ class ShareSender {
     // All threads of a warp.
     __device__ int source_of(int32_t message) const {
       int source = 0;
-      for (int b = 0; b < kMostBatches; ++b) source += __popc(__ballot_sync(~0u, end[b] <= message));
+      for (int b = 0; b < kRankBatches; ++b) source += __popc(__ballot_sync(~0u, end[b] <= message));
       return source;
     }
-    int32_t end[kMostBatches];
+    int32_t end[kRankBatches];
   };
 
   __device__ static int32_t first() { return static_cast<int32_t>(blockIdx.x); }
@@ -122,13 +121,10 @@ class ShareSender {
     Share share = {};
     if (message >= plan_.max_tokens * call_.num_ranks()) return share;
     share.token = plan_.source_token[message];
-#pragma unroll
-    for (int b = 0; b < kMostBatches; ++b) {
-      const int k = b * kWarpThreads + static_cast<int>(device::lane_idx());
-      const int32_t entry = message * plan_.topk_stride + k;
-      share.row[b] = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
-      share.weight[b] = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
-    }
+    const int k = static_cast<int>(device::lane_idx());
+    const int32_t entry = message * plan_.topk_stride + k;
+    share.row = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
+    share.weight = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
     return share;
   }
 
@@ -158,29 +154,21 @@ class ShareSender {
       if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, begin, end);
       return;
     }
-    Terms batches[kMostBatches];
-#pragma unroll
-    for (int b = 0; b < kMostBatches; ++b) {
-      batches[b].valid = __ballot_sync(~0u, share.row[b] >= 0);
-      batches[b].address = args_.rows + int64_t{share.row[b]} * args_.row_bytes;
-      batches[b].weight = share.weight[b];
-      if (args_.sums_owner_weights && share.row[b] >= 0) batches[b].weight = owner_weight(source, share.token, b);
-    }
+    Terms terms;
+    terms.valid = __ballot_sync(~0u, share.row >= 0);
+    terms.address = args_.rows + int64_t{share.row} * args_.row_bytes;
+    terms.weight = share.weight;
+    if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(source, share.token);
     __syncwarp();
     if (args_.per_entry)
-      copy_entries(batches, slot, begin, end);
+      copy_entries(terms, slot, begin, end);
     else
-      sum_into(slot, begin, end, [&](auto visit) {
-#pragma unroll
-        for (int b = 0; b < kMostBatches; ++b)
-          if (batches[b].valid != 0) visit(batches[b]);
-      });
+      sum_into(terms, slot, begin, end);
   }
 
-  template <typename ForEachBatch>
-  __device__ void sum_into(std::byte* row, int begin, int end, ForEachBatch for_each_batch) const {
+  __device__ void sum_into(const Terms& terms, std::byte* row, int begin, int end) const {
     sum_bytes<Wire, false>(
-        begin, end, [](int, auto&) {}, for_each_batch,
+        terms, begin, end, [](int, auto&) {},
         [&](int at, const auto& sum) {
           if constexpr (kLog)
             LogRow<Wire>::store(sum, at < end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
@@ -189,21 +177,19 @@ class ShareSender {
         });
   }
 
-  __device__ float owner_weight(int source, int32_t token, int batch) const {
-    const int k = batch * kWarpThreads + static_cast<int>(device::lane_idx());
+  __device__ float owner_weight(int source, int32_t token) const {
+    const int k = static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
     call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
     return __uint_as_float(bits);
   }
 
-  __device__ void copy_entries(const Terms (&batches)[kMostBatches], std::byte* slot, int begin, int end) const {
-#pragma unroll
-    for (int b = 0; b < kMostBatches; ++b)
-      for (uint32_t left = batches[b].valid; left != 0; left &= left - 1) {
-        const int t = __ffs(static_cast<int>(left)) - 1;
-        const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(batches[b].address), t));
-        copy(address, slot + (b * kWarpThreads + t) * args_.wire_bytes, begin, end);
-      }
+  __device__ void copy_entries(const Terms& terms, std::byte* slot, int begin, int end) const {
+    for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+      const int k = __ffs(static_cast<int>(left)) - 1;
+      const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), k));
+      copy(address, slot + k * args_.wire_bytes, begin, end);
+    }
   }
 
   // The warp's part of a row.
@@ -212,7 +198,7 @@ class ShareSender {
       Terms one;
       one.valid = 1;
       one.address = from;
-      sum_into(to, begin, end, [&](auto visit) { visit(one); });
+      sum_into(one, to, begin, end);
     } else {
       copy_row(from + begin, end - begin, [&](auto visit) { visit(to + begin); });
     }
@@ -257,19 +243,16 @@ class OwnerSums {
     if (first >= num_tokens * num_parts) call_.wait_no_more();
     for (int32_t i = first; i < num_tokens * num_parts; i += num_warps) {
       const int32_t token = i / num_parts, part = i % num_parts;
-      if (!await_shares(token)) return;
+      // Where the terms will be, before they are there.
+      const MessageRef message = message_of(token, static_cast<int>(device::lane_idx()));
+      const Terms terms = args_.per_entry ? terms_of_entries(token) : terms_of_shares(token, message);
+      if (!await_share(token, message)) return;
       if (i + num_warps >= num_tokens * num_parts) call_.wait_no_more();
       const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
       if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
       std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
       sum_bytes<Wire, kLog>(
-          begin, end, [&](int at, auto& sum) { add_biases(token, at, sum); },
-          [&](auto visit) {
-            if (args_.per_entry)
-              for_each_entry_batch(token, visit);
-            else
-              for_each_share_batch(token, visit);
-          },
+          terms, begin, end, [&](int at, auto& sum) { add_biases(token, at, sum); },
           [&](int at, const auto& sum) {
             if (at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
           });
@@ -283,10 +266,8 @@ class OwnerSums {
   }
 
   // Each thread waits for one of the ranks that have a share of the token.
-  __device__ bool await_shares(int32_t token) const {
-    bool ok = true;
-    for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads)
-      if (const MessageRef message = message_of(token, m); message.rank >= 0) ok = ok && call_.await_row(message.rank, token);
+  __device__ bool await_share(int32_t token, const MessageRef& message) const {
+    const bool ok = message.rank < 0 || call_.await_row(message.rank, token);
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what each thread has acquired, all may read
     return all_ok;
@@ -299,31 +280,22 @@ class OwnerSums {
         add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(args_.bias[which] + int64_t{token} * args_.row_bytes + at), 1.0f);
   }
 
-  template <typename Visit>
-  __device__ void for_each_share_batch(int32_t token, Visit visit) const {
-    for (int first = 0; first < plan_.messages_per_token; first += kWarpThreads) {
-      const MessageRef message = message_of(token, first + static_cast<int>(device::lane_idx()));
-      const bool has_row = message.rank >= 0 && message.row >= 0;
-      Terms terms;
-      terms.valid = __ballot_sync(~0u, has_row);
-      if (has_row) terms.address = call_.slot(call_.rank(), slot_idx_of(args_, call_, message.rank, token));
-      if (terms.valid != 0) visit(terms);
-    }
+  __device__ Terms terms_of_shares(int32_t token, const MessageRef& message) const {
+    const bool has_row = message.rank >= 0 && message.row >= 0;
+    Terms terms;
+    terms.valid = __ballot_sync(~0u, has_row);
+    if (has_row) terms.address = call_.slot(call_.rank(), slot_idx_of(args_, call_, message.rank, token));
+    return terms;
   }
-
-  template <typename Visit>
-  __device__ void for_each_entry_batch(int32_t token, Visit visit) const {
-    const std::byte* slot = call_.slot(call_.rank(), token);
-    for (int first = 0; first < plan_.num_topk; first += kWarpThreads) {
-      const int k = first + static_cast<int>(device::lane_idx());
-      const int64_t entry = int64_t{token} * plan_.num_topk + k;
-      const bool has_row = k < plan_.num_topk && plan_.experts[entry] >= 0 && plan_.entry_rows[entry] >= 0;
-      Terms terms;
-      terms.valid = __ballot_sync(~0u, has_row);
-      terms.address = slot + k * args_.wire_bytes;
-      if (has_row && args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
-      if (terms.valid != 0) visit(terms);
-    }
+  __device__ Terms terms_of_entries(int32_t token) const {
+    const int k = static_cast<int>(device::lane_idx());
+    const int64_t entry = int64_t{token} * plan_.num_topk + k;
+    const bool has_row = k < plan_.num_topk && plan_.experts[entry] >= 0 && plan_.entry_rows[entry] >= 0;
+    Terms terms;
+    terms.valid = __ballot_sync(~0u, has_row);
+    terms.address = call_.slot(call_.rank(), token) + k * args_.wire_bytes;
+    if (has_row && args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
+    return terms;
   }
 
   __device__ void sum_weights(int32_t token) const {

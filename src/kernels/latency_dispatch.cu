@@ -31,14 +31,14 @@ class RowSender {
 #pragma unroll 1
     for (int32_t token = first; token < num_tokens_; token += step) {
       Chunk chunk = load(token, 0);
-      OwnRouting::GivenEntries entries = {{-1, -1}};
+      int64_t given = -1;
       if (args_.routes) {
-        if (threadIdx.x < kWarpThreads) entries = routing_.given_entries(token);
+        if (threadIdx.x < kWarpThreads) given = routing_.own_given_expert(token);
         routing_.count(num_counted, token, counters, [](int, int32_t, uint32_t) {});
         num_counted = token;
       }
       __syncthreads();
-      if (threadIdx.x < kWarpThreads) set_destinations(token, entries, counters);
+      if (threadIdx.x < kWarpThreads) set_destinations(token, given, counters);
       stage_sides(token);
       __syncthreads();
       push_row(token, chunk);
@@ -73,7 +73,7 @@ class RowSender {
   }
 
   // One warp: the ranks that the token goes to, and where its entries are among all of this rank's; into the tail and the plan.
-  __device__ void set_destinations(int32_t token, const OwnRouting::GivenEntries& given, const int32_t* counters) const {
+  __device__ void set_destinations(int32_t token, int64_t given, const int32_t* counters) const {
     const int lane = static_cast<int>(device::lane_idx());
     uint64_t ranks = 0;
     if (args_.routes) {
@@ -270,21 +270,17 @@ class MessageSpreader {
   __device__ void find_rows(const ArrivingMessage& message, const std::byte* slot) const {
     const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
     const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
-    int num_rows = 0;
-#pragma unroll 1
-    for (int first = 0; first < max(1, plan_.num_topk); first += kWarpThreads) {
-      const int k = first + static_cast<int>(device::lane_idx());
-      int32_t row = -1;
-      if (k < plan_.num_topk) {
-        const ArrivingEntry entry = arrivals_.entry(message, k, entries);
-        row = plan_.has_expert_rows() ? entry.row : -1;
-        if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
-        write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
-      }
-      const uint32_t valid = __ballot_sync(~0u, row >= 0);
-      if (row >= 0) rows_->row[num_rows + __popc(valid & device::lanes_below())] = row;
-      num_rows += __popc(valid);
+    const int k = static_cast<int>(device::lane_idx());
+    int32_t row = -1;
+    if (k < plan_.num_topk) {
+      const ArrivingEntry entry = arrivals_.entry(message, k, entries);
+      row = plan_.has_expert_rows() ? entry.row : -1;
+      if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
+      write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
     }
+    const uint32_t valid = __ballot_sync(~0u, row >= 0);
+    if (row >= 0) rows_->row[__popc(valid & device::lanes_below())] = row;
+    int num_rows = __popc(valid);
     if (device::lane_idx() != 0) return;
     arrivals_.keep(message);
     if (!plan_.has_expert_rows() && message.index < args_.out.num_rows) {

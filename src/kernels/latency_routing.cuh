@@ -8,11 +8,9 @@
 
 namespace tern::kernels {
 
-inline constexpr int kMostLatencyTopk = 64;
-
 // The rows of a message, of a group of warps.
 struct GroupRows {
-  int32_t row[kMostLatencyTopk];
+  int32_t row[layout::kMostLatencyTopk];
   int32_t num_rows;
   int32_t is_there;
 };
@@ -136,38 +134,24 @@ class OwnRouting {
     }
   }
 
-  // Entries lane_idx() and 32 + lane_idx() of a token, as the caller gives them; -1 beyond the last.
-  struct GivenEntries {
-    int64_t expert[2];
-  };
-  __device__ GivenEntries given_entries(int32_t token) const {
-    const int k = static_cast<int>(device::lane_idx()), first = token * plan_.num_topk;
-    return {{k < plan_.num_topk ? given_expert(first + k) : -1,
-             k + kWarpThreads < plan_.num_topk ? given_expert(first + k + kWarpThreads) : -1}};
+  // Entry lane_idx() of a token, as the caller gives it; -1 beyond the last.
+  __device__ int64_t own_given_expert(int32_t token) const {
+    const int k = static_cast<int>(device::lane_idx());
+    return k < plan_.num_topk ? given_expert(token * plan_.num_topk + k) : -1;
   }
 
   // One warp, with the counters of all tokens before: the token's entries, and where they stand among this rank's. Returns the ranks that it
   // goes to. Rows in the plan are positions until they are settled.
-  __device__ uint64_t place_token(int32_t token, const GivenEntries& given, const int32_t* counters,
-                                  layout::LatencySlot::Entry* entries) const {
+  __device__ uint64_t place_token(int32_t token, int64_t given, const int32_t* counters, layout::LatencySlot::Entry* entries) const {
     const int lane = static_cast<int>(device::lane_idx());
-    uint64_t ranks = 0;
-    int32_t first_experts = -1;
-#pragma unroll
-    for (int first = 0; first < 2 * kWarpThreads; first += kWarpThreads) {
-      if (first >= plan_.num_topk) break;
-      const int k = first + lane;
-      const int32_t expert = checked(given.expert[first / kWarpThreads]);
-      int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
-#pragma unroll 1
-      for (int i = 0; first > 0 && i < kWarpThreads; ++i) before += __shfl_sync(~0u, first_experts, i) == expert ? 1 : 0;
-      if (first == 0) first_experts = expert;
-      if (expert >= 0) ranks |= uint64_t{1} << rank_of(args_.call, expert);
-      if (k >= plan_.num_topk) continue;
+    const int32_t expert = checked(given);
+    const int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
+    uint64_t ranks = expert >= 0 ? uint64_t{1} << rank_of(args_.call, expert) : 0;
+    if (lane < plan_.num_topk) {
       const int32_t position = expert >= 0 ? counters[expert] + before : 0;
-      entries[k] = {expert, position};
-      plan_.experts[token * plan_.num_topk + k] = expert;
-      plan_.entry_rows[token * plan_.num_topk + k] = position;
+      entries[lane] = {expert, position};
+      plan_.experts[token * plan_.num_topk + lane] = expert;
+      plan_.entry_rows[token * plan_.num_topk + lane] = position;
     }
     __syncwarp();
     ranks = device::or_of_warp(ranks);

@@ -61,8 +61,10 @@ struct alignas(kCacheLine) CallCell {
 // Bulk copies between addresses that differ in where they begin in a line of this many bytes take twice the requests.
 inline constexpr int64_t kBulkLine = 128;
 
-// The latency path takes batches of up to this many tokens of a rank, among up to this many ranks.
+// The latency path takes batches of up to this many tokens of a rank, each with up to this many entries (a warp has one in each thread), among
+// up to this many ranks.
 inline constexpr int64_t kMostLatencyTokens = 1024;
+inline constexpr int32_t kMostLatencyTopk = 32;
 inline constexpr int32_t kMostLatencyRanks = 64;
 
 // What a source tells the owner of the window in words of 8 bytes: the value in the lower half, in the upper half the lower half of the epoch.

@@ -2,6 +2,7 @@
 // Kernels that wait for peers, and what may keep a peer from running: other exchanges in another order, ranks on the same GPU, compute that
 // takes all SMs, a runtime that waits for the GPU. Whatever waits in vain ends at its deadline and fails the test.
 #include <atomic>
+#include <chrono>
 #include <tern/tern.hpp>
 #include <thread>
 
@@ -182,6 +183,7 @@ TEST_P(GpuDeadlock, AllocationsBeside) {
     void* memory = nullptr;
     require_cuda(cudaMalloc(&memory, size_t{1} << (12 + (*turn)++ % 15)), "cudaMalloc");
     require_cuda(cudaFree(memory), "cudaFree");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));  // or exchanges that are being made hardly get at the driver
   });
   expect_right_beside(beside);
 }

@@ -221,7 +221,7 @@ TEST(Forecast, LibrarySmsFollowTheDocumentedRule) {
   EXPECT_EQ(sms(100000, {.op = "dispatch"}), 24);
   EXPECT_EQ(sms(5243, {.op = "dispatch"}), 10);  // 5243000 / 524288
   EXPECT_EQ(sms(100, {.op = "dispatch", .may_be_small = false}), 4);
-  EXPECT_EQ(sms(99, {.op = "dispatch"}), 100);    // latency path: a block for each token and one more
+  EXPECT_EQ(sms(40, {.op = "dispatch"}), 81);     // latency path: a block for each message of 2 ranks and one more
   EXPECT_EQ(sms(1000, {.op = "dispatch"}), 100);  // at most the GPU
   EXPECT_EQ(sms(640, {.op = "plan"}), 10);
 }

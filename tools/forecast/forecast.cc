@@ -87,7 +87,9 @@ int Forecaster::library_sms(const OperationChoice& choice) const {
   const int most = static_cast<int>(costs_.workers);
   if (choice.op == "plan")
     return static_cast<int>(std::min<int64_t>({most, kSaturatingSms, (batch_.num_tokens + kTokensPerSm - 1) / kTokensPerSm}));
-  if (choice.may_be_small && is_small(row_bytes)) return static_cast<int>(std::min<int64_t>(batch_.num_tokens + 1, most));
+  // A block for each message that may arrive, and one for the routing.
+  if (choice.may_be_small && is_small(row_bytes))
+    return static_cast<int>(std::min<int64_t>(batch_.num_tokens * batch_.places.num_ranks() + 1, most));
   return std::min(most, static_cast<int>(std::clamp<int64_t>(batch_.num_tokens * row_bytes / kBytesPerSm, kLeastSms, kSaturatingSms)));
 }
 

@@ -405,9 +405,9 @@ class LowLatencyMode:
         return self._shares.has_room_for(rows, 2 * shape.hidden, shape.num_experts)
 
     def _num_sms(self, shape: Shape) -> int:
-        """0: a block for each token and one more. Lanes may run at the same time, and wait for each other by way of other
-        ranks: all their blocks must find room on the GPU."""
-        return 0 if shape.num_max_tokens < self._sms_of_lane else self._sms_of_lane
+        """0: a block for each message that may arrive and one more. Lanes may run at the same time, and wait for each other by
+        way of other ranks: all their blocks must find room on the GPU."""
+        return 0 if shape.num_max_tokens * self._group.num_ranks < self._sms_of_lane else self._sms_of_lane
 
     def _check_fits(self, shape: Shape) -> None:
         """The same bound on every device. Less may do for a GPU's dispatch, but not for its combine, nor for speed."""
