@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_batch(const Terms& terms, int at, int end, f
   }
 }
 
-// Ordinary loads and stores. What bounds them is how much is on its way: a warp keeps 6 KiB of a row's terms under way, few or many. Where
+// Ordinary loads and stores. What bounds them is how much is on its way: a warp keeps 6 KiB of a row's terms under way, few or many terms. Where
 // those at one vector have been added, the ones so much further on are loaded.
 
 constexpr int kMostTermsUnderWay = 8;

@@ -187,16 +187,20 @@ inline Variables torchrun_variables(int rank, int num_ranks, uint16_t master_por
           {"MASTER_PORT", std::to_string(master_port)}};
 }
 
-// A port that was free a moment ago, and so was the next one.
+// A port of this host that is free, and so is the next one as a rule. Below those that the system gives to outgoing connections, one of which could take it before the
+// test does; other test programs that run now begin their search elsewhere.
 inline uint16_t free_port() {
+  constexpr int kFirst = 16384, kNum = 16384, kStep = 61;
   const Fd fd(::socket(AF_INET, SOCK_STREAM, 0));
   sockaddr_in address = {};
   address.sin_family = AF_INET;
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t bytes = sizeof(address);
-  require(::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), bytes) == 0, "bind");
-  require(::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &bytes) == 0, "getsockname");
-  return ntohs(address.sin_port);
+  for (int turn = 0; turn < kNum; ++turn) {
+    const auto port = static_cast<uint16_t>(kFirst + (int64_t{::getpid()} * kStep + turn) % kNum);
+    address.sin_port = htons(port);
+    if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0) return port;
+  }
+  fail(TERN_SYSTEM_ERROR, "no free port");
 }
 
 }  // namespace tern::test
