@@ -33,10 +33,14 @@ struct BatchShape {
   tern_layout layout = TERN_LAYOUT_RANK_MAJOR;
   int64_t hidden = 0;
   uint64_t seed = 0;
-  int32_t expert_alignment = 1;         // expert_major: rows of a group are padded to a multiple of it
+  int32_t expert_alignment = 1;  // expert_major: rows of a group are padded to a multiple of it
+  tern_combine_mode combine_mode = TERN_COMBINE_HIERARCHICAL;
   tern_wire wire = TERN_WIRE_AS_DTYPE;  // of a combine; AS_DTYPE or FP32
 
-  int64_t combine_wire_bytes() const;  // of a row
+  // Does each expert's row travel back, and not one of each rank?
+  bool combines_entries() const { return combine_mode == TERN_COMBINE_EXACT && layout != TERN_LAYOUT_RANK_MAJOR; }
+  // Of a row that is sent back within a node.
+  int64_t combine_wire_bytes() const;
 };
 
 // One row that arrives at a rank.
@@ -99,6 +103,7 @@ class RankBatch {
   std::optional<std::string> check_offsets() const;
   void sum_rank(int64_t token, int destination, std::span<float> sum) const;
   void sum_token(int64_t token, std::span<std::byte> result) const;
+  void sum_entries(int64_t token, std::span<std::byte> result) const;
   float weight_of(int source_rank, int64_t token, int32_t k) const;
   bool by_rank() const { return shape_.layout == TERN_LAYOUT_RANK_MAJOR; }
   HostRows::Rows arriving_rows_of(const Buffer& buffer, int64_t row_bytes) const;

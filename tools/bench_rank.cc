@@ -20,9 +20,7 @@ namespace {
 
 // Rows that rank r receives in a dispatch, and gives back in a combine, are column r of the messages; those it sends are row r.
 // Links carry both directions at once. Within a node it is the rail of a token's owner that sends it.
-TrafficBytes bytes_of(const BatchShape& shape, int64_t row_bytes, int ranks_per_node) {
-  const auto messages = count_messages(shape.routing);
-  const int num_ranks = shape.routing.num_ranks();
+TrafficBytes bytes_of(const std::vector<int64_t>& messages, int num_ranks, int64_t row_bytes, int ranks_per_node) {
   std::vector<TrafficBytes> in(static_cast<size_t>(num_ranks)), out(in.size());
   for (int from = 0; from < num_ranks; ++from) {
     for (int to = 0; to < num_ranks; ++to) {
@@ -107,12 +105,13 @@ class BenchRank {
     const RowFormat& format = shape.format;
     const std::vector<int>& num_sms = setting.options.num_sms;
     const bool all_given = std::ranges::all_of(num_sms, [](int count) { return count > 0; });
+    const int64_t fp32_bytes = shape.wire == TERN_WIRE_FP32 ? shape.hidden * element_bytes(TERN_DTYPE_FP32) : 0;
     const int64_t arriving = format.arriving_row_bytes(shape.hidden) + format.arriving_scale_bytes(shape.hidden);
     return {.device = device.type(),
             .device_index = device.index(),
             .window_bytes = setting.options.buffers == "caller" ? 0 : window_bytes(shape),
             .max_tokens = std::max<int64_t>(1, shape.routing.max_tokens()),
-            .max_row_bytes = std::max({arriving, format.given_row_bytes(shape.hidden), shape.combine_wire_bytes()}),
+            .max_row_bytes = std::max({arriving, format.given_row_bytes(shape.hidden), format.combine_row_bytes(shape.hidden), fp32_bytes}),
             .max_topk = shape.routing.num_topk,
             .max_experts = shape.routing.num_experts,
             .num_sms = all_given && !num_sms.empty() ? std::ranges::max(num_sms) : 0,
@@ -299,10 +298,14 @@ class BenchRank {
   int ranks_per_node() const { return on_gpu() ? context_.num_ranks : context_.group.info().ranks_in_node; }
 
   TrafficBytes dispatch_bytes() const {
-    return bytes_of(shape_, shape_.format.arriving_row_bytes(shape_.hidden) + shape_.format.arriving_scale_bytes(shape_.hidden),
-                    ranks_per_node());
+    const RowFormat& format = shape_.format;
+    return bytes_of(count_messages(shape_.routing), context_.num_ranks,
+                    format.arriving_row_bytes(shape_.hidden) + format.arriving_scale_bytes(shape_.hidden), ranks_per_node());
   }
-  TrafficBytes combine_bytes() const { return bytes_of(shape_, shape_.combine_wire_bytes(), ranks_per_node()); }
+  TrafficBytes combine_bytes() const {
+    return bytes_of(shape_.combines_entries() ? count_entries(shape_.routing) : count_messages(shape_.routing), context_.num_ranks,
+                    shape_.combine_wire_bytes(), ranks_per_node());
+  }
   TrafficBytes both_bytes() const {
     const TrafficBytes there = dispatch_bytes(), back = combine_bytes();
     return {there.logical + back.logical, there.wire + back.wire, there.link + back.link};
