@@ -77,12 +77,23 @@ void Network::open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dea
   proxy_->start();
 }
 
-Network::~Network() {
+void Network::stop() {
+  const bool failed = recorded_failure(domain_).has_value();
+  if (proxy_ != nullptr && !failed) take_leave(std::min(options_.timeout_ms, kMostTellingMs));
+  proxy_.reset();
+  closing_ = false;
+}
+
+bool Network::take_leave(int64_t timeout_ms) {
   closing_ = true;
+  return proxy_->close(Deadline::in_ms(timeout_ms));
+}
+
+Network::~Network() {
   if (proxy_ == nullptr) return;
   const bool failed = recorded_failure(domain_).has_value();
   if (failed) tell_failure();
-  if (!proxy_->close(Deadline::in_ms(failed ? std::min(options_.timeout_ms, kMostTellingMs) : options_.timeout_ms)) && !failed)
+  if (!take_leave(failed ? std::min(options_.timeout_ms, kMostTellingMs) : options_.timeout_ms) && !failed)
     log_.write(TERN_LOG_WARNING, "rank {}: not all other nodes took leave before its exchange was destroyed; what it sent may be lost",
                domain_.rank_of_group(domain_.rank));
 }

@@ -32,14 +32,16 @@ class Network {
   Network(const Network&) = delete;
   Network& operator=(const Network&) = delete;
 
-  // Ends the generation without taking leave: nobody awaits anything of it any more.
-  void stop() { proxy_.reset(); }
+  // Ends the generation. If it has not failed, ranks that are left out may still be in its last operation: takes leave of them, as the
+  // destructor does, at most for a second.
+  void stop();
 
   // For one lane of the exchange; until the next start.
   std::unique_ptr<Rail> make_rail(Lane& lane) const { return std::make_unique<Rail>(lane, place_); }
 
  private:
   void open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  bool take_leave(int64_t timeout_ms);
   void notice_change(int channel);
   void notice_loss(int peer, const std::string& text);
   void tell_failure();

@@ -27,6 +27,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/deadline.h"
 #include "transport/endpoint.h"
 
 namespace tern {
@@ -102,6 +103,7 @@ class Proxy {
   void give_credits(Line& line);
   void hear_farewell(Peer& peer);
   void say_farewell();
+  void probe_silent_peers();
   bool all_delivered() const;
   template <typename Call>
   void report_problems(Call call);
@@ -114,6 +116,7 @@ class Proxy {
   std::vector<Peer> peers_;
   std::vector<Put> pending_;  // taken from the queue, not yet handed to the endpoint
   bool said_farewell_ = false;
+  Deadline next_probe_ = Deadline::in_ms(0);
 
   std::atomic<bool> closing_ = false;
   std::atomic<bool> stop_ = false;
