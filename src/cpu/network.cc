@@ -80,6 +80,7 @@ void Network::open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dea
 void Network::stop() {
   const bool failed = recorded_failure(domain_).has_value();
   if (proxy_ != nullptr && !failed) take_leave(std::min(options_.timeout_ms, kMostTellingMs));
+  if (proxy_ != nullptr) proxy_->stop();  // it looks at the pointer
   proxy_.reset();
   closing_ = false;
 }

@@ -33,7 +33,9 @@ Proxy::Proxy(std::unique_ptr<Endpoint> endpoint, const ProxyOptions& options)
   }
 }
 
-Proxy::~Proxy() {
+Proxy::~Proxy() { stop(); }
+
+void Proxy::stop() {
   if (!thread_.joinable()) return;
   stop_ = true;
   endpoint_->wake();

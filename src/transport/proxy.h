@@ -71,6 +71,8 @@ class Proxy {
   // Nothing is put or finished any more: waits until everything is with its peers, says goodbye to those that have not done so themselves,
   // and waits for their answers. Their other threads have nothing to do for that. False: the deadline has passed.
   bool close(Deadline deadline);
+  // Ends the thread: when this returns, nothing is called any more. The destructor does it too.
+  void stop();
 
  private:
   struct Peer {
