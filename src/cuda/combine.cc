@@ -168,7 +168,8 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
   divide_rows(args, plan_.most_tokens(), num_sms_);
   args.stage_run = stage_run(args, plan_.most_tokens() * tables.messages_per_token / (int64_t{args.roles.num_stage_warps} * num_sms_));
   kernels::TransferArgs& t = args.transfer;
-  t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
+  t.pushes = true;
+  t.sender_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
   t.in_place = rows_at_ >= 0;
   t.wait_ns = a.wait_ns;
   t.rows = rows_at_ >= 0 ? heap_part(rows_at_, call_.row_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);

@@ -134,7 +134,7 @@ class StagedRows {
   }
 
   __device__ std::byte* slot_of(const SumRow& row) const {
-    return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
+    return transfer_.staging_at(row.rank) + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
 
   template <typename Begun>

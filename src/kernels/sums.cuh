@@ -254,8 +254,8 @@ struct SumCursor {
 template <typename Rows>
 class TermLoader {
  public:
-  __device__ TermLoader(const SumRing& ring, Rows& rows)
-      : ring_(ring), rows_(rows), cursor_{ring.shape.num_slots}, num_free_(ring.shape.num_slots), batch_(rows.num_batches()) {}
+  __device__ TermLoader(const SumRing& ring, Rows& rows, const SumCursor& cursor)
+      : ring_(ring), rows_(rows), cursor_(cursor), num_free_(ring.shape.num_slots), batch_(rows.num_batches()) {}
 
   // Starts loading whatever fits. False: nothing is on its way, and there is nothing left.
   __device__ bool fill() {
@@ -349,9 +349,12 @@ __device__ __forceinline__ void add_group(const SumRing& ring, const SumCursor& 
     const std::byte* const piece = ring.slot(cursor.slot_of(u));
 #pragma unroll
     for (int step = 0; step < kVecs; step += kStepVecs) {
-      if (vec_offset(step) >= size && step > 0) break;
+      if (step * 512 >= size && step > 0) break;
+      Vec16 values[kStepVecs];
 #pragma unroll
-      for (int v = step; v < step + kStepVecs; ++v) add_term<Wire, kWeighted>(sums[v], device::load_vec16(piece + vec_offset(v)), weight);
+      for (int v = 0; v < kStepVecs; ++v) values[v] = device::load_vec16(piece + vec_offset(step + v));
+#pragma unroll
+      for (int v = 0; v < kStepVecs; ++v) add_term<Wire, kWeighted>(sums[step + v], values[v], weight);
     }
   }
 }
@@ -374,12 +377,11 @@ __device__ __forceinline__ void store_sums(std::byte* to, int size, float (&sums
   }
 }
 
-// Sums all rows; the pieces of a row are added up in registers, while the next ones are loaded.
+// Sums all rows; the pieces of a row are added up in registers, while the next ones are loaded. `summing` is where the ring goes on.
 template <typename Wire, typename Rows>
-__device__ void sum_by_ring(const SumRing& ring, Rows& rows) {
+__device__ void sum_by_ring(const SumRing& ring, Rows& rows, SumCursor& summing) {
   constexpr int kVecs = kMostSumPieceBytes / (kWarpThreads * static_cast<int>(sizeof(Vec16)));
-  TermLoader<Rows> loader(ring, rows);
-  SumCursor summing{ring.shape.num_slots};
+  TermLoader<Rows> loader(ring, rows, summing);
   float sums[kVecs][Wire::kElements] = {};
   SumRow done;  // is complete, but not reported
   bool is_done = false, begins = true;
