@@ -7,6 +7,7 @@
 //   pulling warps   take this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
 #include "kernels/combine.h"
 #include "kernels/messages.cuh"
+#include "kernels/ring.cuh"
 #include "kernels/shared_memory.h"
 #include "kernels/sums.cuh"
 #include "kernels/transfer.cuh"
@@ -39,6 +40,13 @@ class StagedRows {
         transfer_(transfer),
         walk_({args.transfer, args.plan, num_warps, args.stage_run}, warp, &args.transfer.exchange.state->runs_taken) {
     look_ahead();
+  }
+
+  // The next row that is copied; `from` is nullptr if it was left out for want of room.
+  __device__ bool next_copy(SumRow& row, const std::byte*& from) {
+    if (!next_row(row)) return false;
+    from = row.index < plan_.row_capacity ? args_.rows + row.index * args_.row_bytes : nullptr;
+    return true;
   }
 
   // Instead of sums: what owners want as it is. Rows are reported when the next one's loads are under way, since reports wait for stores.
@@ -177,6 +185,81 @@ class StagedRows {
   uint32_t num_in_run_ = 0;
 };
 
+// Copies the rows of rank_major to their owners by bulk copies: a flow of ring.cuh. Thread i of the warp knows what is in stage i.
+class CopyFlow {
+ public:
+  static constexpr int kPendingStores = 1;
+
+  __device__ CopyFlow(StagedRows& rows, int32_t row_bytes, const Ring& ring)
+      : rows_(rows), row_bytes_(row_bytes), ring_(ring), at_(row_bytes) {}
+
+  __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool) {
+    if (at_ >= row_bytes_) {
+      if (!rows_.next_copy(row_, from_)) return RingLoad::kNoMore;
+      at_ = 0;
+    }
+    const int32_t num_bytes = from_ == nullptr ? 0 : min(ring_.stage_bytes, row_bytes_ - at_);
+    if (device::lane_idx() == 0) {
+      device::expect_bytes(arrivals, static_cast<uint32_t>(num_bytes));
+      if (num_bytes > 0) device::bulk_load(stage, from_ + at_, static_cast<uint32_t>(num_bytes), arrivals);
+    }
+    std::byte* const to = rows_.out(row_) + at_;
+    at_ = from_ == nullptr ? row_bytes_ : at_ + num_bytes;
+    if (device::lane_idx() == static_cast<uint32_t>(load_idx_))
+      staged_ = {to, num_bytes, row_.rank, row_.token, at_ >= row_bytes_ ? row_.run : 0};
+    load_idx_ = load_idx_ + 1 < ring_.num_stages ? load_idx_ + 1 : 0;
+    return RingLoad::kStarted;
+  }
+
+  __device__ void store(std::byte* stage) {
+    report();
+    const int i = store_idx_;
+    store_idx_ = i + 1 < ring_.num_stages ? i + 1 : 0;
+    auto* const to = reinterpret_cast<std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(staged_.to), i));
+    const int32_t num_bytes = __shfl_sync(~0u, staged_.num_bytes, i);
+    done_.rank = __shfl_sync(~0u, staged_.rank, i);
+    done_.token = __shfl_sync(~0u, staged_.token, i);
+    done_.run = __shfl_sync(~0u, staged_.run, i);
+    if (device::lane_idx() == 0 && num_bytes > 0) device::bulk_store(to, stage, static_cast<uint32_t>(num_bytes));
+  }
+
+  // Of a run that is complete. Here and not with its last piece, so that other pieces arrive meanwhile.
+  __device__ void report() {
+    if (done_.run == 0) return;
+    device::await_stored<0>();
+    device::fence_async_proxy();
+    rows_.row_done(done_);
+    done_.run = 0;
+  }
+
+ private:
+  struct Piece {
+    std::byte* to;
+    int32_t num_bytes, rank, token;
+    uint32_t run;
+  };
+
+  StagedRows& rows_;
+  const int32_t row_bytes_;
+  const Ring& ring_;
+  SumRow row_ = {}, done_ = {};
+  const std::byte* from_ = nullptr;
+  int32_t at_;
+  int load_idx_ = 0, store_idx_ = 0;
+  Piece staged_ = {};
+};
+
+// Copies all rows through the memory of the warp's ring for sums.
+__device__ void copy_by_bulk(StagedRows& rows, int32_t row_bytes, int32_t stage_bytes, const SumRing& memory) {
+  const int num_stages = min(min(32, memory.shape.num_slots), static_cast<int>(memory.shape.tags()) / stage_bytes);
+  const Ring ring{memory.memory, memory.arrivals(0), num_stages, stage_bytes};
+  device::fence_async_proxy();  // the owners have read what was there before
+  CopyFlow flow(rows, row_bytes, ring);
+  run_ring(ring, flow);
+  flow.report();
+  memory.renew();
+}
+
 // The results of this rank's tokens: the Rows of sums.cuh. The warps of all blocks take the next part of a row when they come to it.
 class OwnedRows {
  public:
@@ -291,18 +374,23 @@ class OwnedRows {
 };
 
 // The part of a staging warp.
-template <typename Wire>
-__device__ void stage(const CombineArgs& args, const Transfer& transfer) {
+template <typename Wire, bool kBulk>
+__device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring, SumCursor& cursor) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
   if (args.slot.stride() == 0) return;
   const auto num_blocks = static_cast<int32_t>(gridDim.x);
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);
-  if (args.copies_rows())
+  if (kBulk && args.copy_stage_bytes > 0) {
+    copy_by_bulk(rows, static_cast<int32_t>(args.row_bytes), args.copy_stage_bytes, ring);
+  } else if (args.copies_rows()) {
     rows.copy();
-  else
+  } else if (kBulk && args.sums_by_ring) {
+    sum_by_ring<Wire>(ring, rows, cursor);
+  } else {
     sum_by_threads<Wire>(rows);
+  }
 }
 
 // The warps that pull from the start: where the sources' rows are.
@@ -320,10 +408,10 @@ __device__ void open_sources(const CombineArgs& args, const Transfer& transfer, 
 }
 
 template <typename Wire, bool kBulk>
-__device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, const SumRing& ring) {
+__device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, const SumRing& ring, SumCursor& cursor) {
   OwnedRows rows(args, transfer, sources);
   if constexpr (kBulk)
-    sum_by_ring<Wire>(ring, rows);
+    sum_by_ring<Wire>(ring, rows, cursor);
   else
     sum_by_threads<Wire>(rows);
 }
@@ -340,15 +428,16 @@ __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_cons
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, nth = warp - args.roles.num_stage_warps;
   const SumRing ring = nth < 0 ? SumRing{shared + layout.stage_rings + warp * args.stage_ring.bytes(), args.stage_ring}
                                : SumRing{shared + layout.pull_rings + nth * args.pull_ring.bytes(), args.pull_ring};
-  if (kBulk && args.transfer.receives) ring.init();
+  SumCursor cursor{ring.shape.num_slots};
+  if (kBulk) ring.init();
   if (nth < 0) {
-    stage<Wire>(args, transfer);
+    stage<Wire, kBulk>(args, transfer, ring, cursor);
     if (args.transfer.receives) device::sync_some_warps(kJoinBarrier, args.roles.num_threads());
   } else if (args.transfer.receives) {
     open_sources(args, transfer, sources, has_failed);
     device::arrive_at_barrier(kJoinBarrier, args.roles.num_threads());
   }
-  if (args.transfer.receives && !has_failed) pull<Wire, kBulk>(args, transfer, sources, ring);
+  if (args.transfer.receives && !has_failed) pull<Wire, kBulk>(args, transfer, sources, ring, cursor);
   transfer.finish();
 }
 

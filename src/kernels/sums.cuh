@@ -232,6 +232,12 @@ struct SumRing {
     }
     __syncwarp();
   }
+  // The same, after another use of the memory and the arrivals.
+  __device__ void renew() const {
+    if (device::lane_idx() == 0)
+      for (int group = 0; group < shape.num_slots; ++group) device::end_arrivals(arrivals(group));
+    init();
+  }
 };
 
 // Goes round and round a ring.
