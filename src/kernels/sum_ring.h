@@ -9,7 +9,7 @@
 namespace tern::kernels {
 
 // A slot holds a piece of one term: up to this many bytes. It is a multiple of what a warp adds at a time.
-inline constexpr int32_t kMostSumPieceBytes = 4096;
+inline constexpr int32_t kMostSumPieceBytes = 3584;
 inline constexpr int32_t kSumStepBytes = 1024;
 // Pieces that arrive together: of so many terms, at the same place of a row.
 inline constexpr int32_t kMostSumGroup = 4;
@@ -34,7 +34,7 @@ constexpr SumRingShape sum_ring_shape(int64_t bytes, int64_t row_bytes, int64_t 
   const int64_t least_slots = 2 * (num_terms < kMostSumGroup ? num_terms : kMostSumGroup);
   SumRingShape shape;
   const int64_t whole_row = layout::align_up(row_bytes, kSumStepBytes);
-  for (int32_t piece = most_piece; piece > 0 && shape.num_slots < least_slots; piece -= kSumStepBytes) {
+  for (int32_t piece = most_piece; piece > 0 && shape.num_slots < least_slots; piece = (piece - 1) / kSumStepBytes * kSumStepBytes) {
     shape.piece_bytes = static_cast<int32_t>(whole_row < piece ? whole_row : piece);
     const int64_t fitting = bytes / (shape.piece_bytes + kSumSlotSideBytes);
     shape.num_slots = static_cast<int32_t>(fitting < kMostSlots ? fitting : kMostSlots);

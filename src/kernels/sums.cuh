@@ -358,9 +358,11 @@ __device__ __forceinline__ void add_group(const SumRing& ring, const SumCursor& 
       if (step * 512 >= size && step > 0) break;
       Vec16 values[kStepVecs];
 #pragma unroll
-      for (int v = 0; v < kStepVecs; ++v) values[v] = device::load_vec16(piece + vec_offset(step + v));
+      for (int v = 0; v < kStepVecs; ++v)
+        if (step + v < kVecs) values[v] = device::load_vec16(piece + vec_offset(step + v));
 #pragma unroll
-      for (int v = 0; v < kStepVecs; ++v) add_term<Wire, kWeighted>(sums[step + v], values[v], weight);
+      for (int v = 0; v < kStepVecs; ++v)
+        if (step + v < kVecs) add_term<Wire, kWeighted>(sums[step + v], values[v], weight);
     }
   }
 }
