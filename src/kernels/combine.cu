@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Combine: the owner of a token pulls one row from each rank that had it (or one for each entry), and sums.
+// Combine: the owner of a token gets one row from each rank that had it (or one for each entry), and sums.
 //
-//   staging warps   make what is pulled, in this rank's window: for each received message one row, summed over its entries and rounded once; or
+//   staging warps   push what is summed into the owners' windows: for each received message one row, summed over its entries and rounded once; or
 //                   copies of rows. They wait for nobody's rows, and when all is staged they pull too. Rows that are in window memory in the
-//                   right form already stay there.
+//                   right form already stay there, and are pulled over the link.
 //   pulling warps   take this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
 #include "kernels/combine.h"
 #include "kernels/messages.cuh"
@@ -21,14 +21,25 @@ constexpr int kCopyUnroll = 14;
 constexpr int kPullBarrier = 1;  // of the warps that pull from the start
 constexpr int kJoinBarrier = 2;  // of all
 
-// The dynamic shared memory of a block: sources, then with bulk copies the rings of its warps.
+// The dynamic shared memory of a block: sources, then with bulk copies the rings of its warps. A staging warp has two, one after the other.
 struct CombineShared {
   int64_t stage_rings, pull_rings, bytes;
 
   __host__ __device__ constexpr CombineShared(const CombineArgs& args, bool bulk_copies)
       : stage_rings(layout::align_up(args.transfer.exchange.num_ranks * kSourceViewBytes, layout::kBulkLine)),
-        pull_rings(stage_rings + (bulk_copies ? args.roles.num_stage_warps * args.stage_ring.bytes() : 0)),
+        pull_rings(stage_rings + (bulk_copies ? args.roles.num_stage_warps * stage_bytes(args) : 0)),
         bytes(pull_rings + (bulk_copies ? args.roles.num_pull_warps * args.pull_ring.bytes() : 0)) {}
+
+  __host__ __device__ static constexpr int64_t stage_bytes(const CombineArgs& args) {
+    return args.stage_ring.bytes() > args.joined_ring.bytes() ? args.stage_ring.bytes() : args.joined_ring.bytes();
+  }
+};
+
+// A row that an owner wants as it is, or none. The last one of a message has its `run`.
+struct RowCopy {
+  SumRow row;
+  const std::byte* from;  // nullptr: the message has no row here
+  std::byte* to;
 };
 
 // What this rank makes for the owners of the messages it received: the Rows of sums.cuh.
@@ -42,27 +53,34 @@ class StagedRows {
     look_ahead();
   }
 
-  // The next row that is copied; `from` is nullptr if it was left out for want of room.
-  __device__ bool next_copy(SumRow& row, const std::byte*& from) {
-    if (!next_row(row)) return false;
-    from = row.index < plan_.row_capacity ? args_.rows + row.index * args_.row_bytes : nullptr;
+  // Instead of sums: the next row that is copied, of this message or of the next one.
+  __device__ bool next_copy(RowCopy& copy) {
+    if (!has_copies_) {
+      if (!next_row(copied_)) return false;
+      copy_ahead_ = copy_from(0);
+    }
+    copy = copy_ahead_;
+    has_copies_ = false;
+    if (copy.from == nullptr) return true;
+    copy_ahead_ = copy_from(entry_ahead_ + 1);
+    has_copies_ = copy_ahead_.from != nullptr;
+    if (has_copies_) copy.row.run = 0;
     return true;
   }
 
-  // Instead of sums: what owners want as it is. Rows are reported when the next one's loads are under way, since reports wait for stores.
+  // Copies by ordinary loads and stores. Rows are reported when the next one's loads are under way, since reports wait for stores.
   __device__ void copy() {
-    SumRow row, done;
-    bool is_done = false;
+    RowCopy copy;
+    SumRow done = {};
     const auto report = [&] {
-      if (is_done) row_done(done);
-      is_done = false;
+      row_done(done);
+      done.run = 0;
     };
-    while (next_row(row)) {
-      copy_terms(row, report);
+    while (next_copy(copy)) {
+      if (copy.from != nullptr) copy_row<kCopyUnroll>(copy.from, args_.row_bytes, [&](auto visit) { visit(copy.to); }, report);
       report();
       __syncwarp();
-      done = row;
-      is_done = true;
+      done = copy.row;
     }
     report();
   }
@@ -145,19 +163,19 @@ class StagedRows {
     return transfer_.staging_at(row.rank) + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
 
-  template <typename Begun>
-  __device__ void copy_terms(const SumRow& row, Begun begun) const {
-    const auto copy_to = [&](int64_t at, std::byte* to) {
-      copy_row<kCopyUnroll>(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(to); }, begun);
-    };
-    if (!plan_.has_expert_rows()) {
-      if (row.index < plan_.row_capacity) copy_to(row.index, out(row));
-      return;
+  // The first of the message's rows from entry `k` on.
+  __device__ RowCopy copy_from(int k) {
+    for (int batch = k / kWarpThreads; batch < num_batches(); ++batch, k = batch * kWarpThreads) {
+      Terms terms;
+      get_terms(copied_, batch, terms);
+      const uint32_t left = terms.valid & ~0u << k % kWarpThreads;
+      if (left == 0) continue;
+      const int t = __ffs(static_cast<int>(left)) - 1;
+      entry_ahead_ = batch * kWarpThreads + t;
+      const auto from = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+      return {copied_, from, out(copied_) + entry_ahead_ * args_.row_bytes};
     }
-    for (int k = 0; k < plan_.num_topk; ++k) {
-      const int32_t at = plan_.received_rows[int64_t{row.index} * plan_.topk_stride + k];
-      if (at >= 0) copy_to(at, out(row) + k * args_.row_bytes);
-    }
+    return {copied_, nullptr, nullptr};
   }
 
   __device__ void stage_weights(const SumRow& row) const {
@@ -183,9 +201,14 @@ class StagedRows {
   bool has_ahead_ = false;
   Term term_, term_ahead_;
   uint32_t num_in_run_ = 0;
+  // Where next_copy() is: the message, and its next row if it has one.
+  SumRow copied_ = {};
+  RowCopy copy_ahead_ = {};
+  int entry_ahead_ = 0;
+  bool has_copies_ = false;
 };
 
-// Copies the rows of rank_major to their owners by bulk copies: a flow of ring.cuh. Thread i of the warp knows what is in stage i.
+// Copies rows to their owners by bulk copies: a flow of ring.cuh. Thread i of the warp knows what is in stage i.
 class CopyFlow {
  public:
   static constexpr int kPendingStores = 1;
@@ -195,18 +218,18 @@ class CopyFlow {
 
   __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool) {
     if (at_ >= row_bytes_) {
-      if (!rows_.next_copy(row_, from_)) return RingLoad::kNoMore;
+      if (!rows_.next_copy(copy_)) return RingLoad::kNoMore;
       at_ = 0;
     }
-    const int32_t num_bytes = from_ == nullptr ? 0 : min(ring_.stage_bytes, row_bytes_ - at_);
+    const int32_t num_bytes = copy_.from == nullptr ? 0 : min(ring_.stage_bytes, row_bytes_ - at_);
     if (device::lane_idx() == 0) {
       device::expect_bytes(arrivals, static_cast<uint32_t>(num_bytes));
-      if (num_bytes > 0) device::bulk_load(stage, from_ + at_, static_cast<uint32_t>(num_bytes), arrivals);
+      if (num_bytes > 0) device::bulk_load(stage, copy_.from + at_, static_cast<uint32_t>(num_bytes), arrivals);
     }
-    std::byte* const to = rows_.out(row_) + at_;
-    at_ = from_ == nullptr ? row_bytes_ : at_ + num_bytes;
+    const bool is_last = num_bytes == 0 || at_ + num_bytes == row_bytes_;
     if (device::lane_idx() == static_cast<uint32_t>(load_idx_))
-      staged_ = {to, num_bytes, row_.rank, row_.token, at_ >= row_bytes_ ? row_.run : 0};
+      staged_ = {copy_.to + at_, num_bytes, copy_.row.rank, copy_.row.token, is_last ? copy_.row.run : 0};
+    at_ = is_last ? row_bytes_ : at_ + num_bytes;
     load_idx_ = load_idx_ + 1 < ring_.num_stages ? load_idx_ + 1 : 0;
     return RingLoad::kStarted;
   }
@@ -242,22 +265,19 @@ class CopyFlow {
   StagedRows& rows_;
   const int32_t row_bytes_;
   const Ring& ring_;
-  SumRow row_ = {}, done_ = {};
-  const std::byte* from_ = nullptr;
-  int32_t at_;
+  RowCopy copy_ = {};
+  SumRow done_ = {};
+  int32_t at_;  // in the row of copy_
   int load_idx_ = 0, store_idx_ = 0;
   Piece staged_ = {};
 };
 
-// Copies all rows through the memory of the warp's ring for sums.
-__device__ void copy_by_bulk(StagedRows& rows, int32_t row_bytes, int32_t stage_bytes, const SumRing& memory) {
-  const int num_stages = min(min(32, memory.shape.num_slots), static_cast<int>(memory.shape.tags()) / stage_bytes);
-  const Ring ring{memory.memory, memory.arrivals(0), num_stages, stage_bytes};
-  device::fence_async_proxy();  // the owners have read what was there before
+// Copies all rows through the slots of the warp's ring for sums.
+__device__ void copy_by_bulk(const SumRing& slots, StagedRows& rows, int32_t row_bytes) {
+  const Ring ring{slots.memory, slots.arrivals(0), min(kWarpThreads, slots.shape.num_slots), slots.shape.piece_bytes};
   CopyFlow flow(rows, row_bytes, ring);
   run_ring(ring, flow);
   flow.report();
-  memory.renew();
 }
 
 // The results of this rank's tokens: the Rows of sums.cuh. The warps of all blocks take the next part of a row when they come to it.
@@ -373,21 +393,25 @@ class OwnedRows {
   MessageRef message_ = {-1, -1}, message_ahead_ = {-1, -1};  // of the current token and the next one: the thread's
 };
 
-// The part of a staging warp.
+// The part of a staging warp; `ring` has the warp's memory.
 template <typename Wire, bool kBulk>
-__device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring, SumCursor& cursor) {
+__device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
   if (args.slot.stride() == 0) return;
   const auto num_blocks = static_cast<int32_t>(gridDim.x);
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);
-  if (kBulk && args.copy_stage_bytes > 0) {
-    copy_by_bulk(rows, static_cast<int32_t>(args.row_bytes), args.copy_stage_bytes, ring);
+  if constexpr (kBulk) {
+    device::fence_async_proxy();  // bulk stores too come after what await_staging() has seen
+    ring.init();
+    if (args.copies_rows())
+      copy_by_bulk(ring, rows, static_cast<int32_t>(args.row_bytes));
+    else
+      sum_by_ring<Wire, kStagePieceBytes>(ring, rows);
+    ring.end();
   } else if (args.copies_rows()) {
     rows.copy();
-  } else if (kBulk && args.sums_by_ring) {
-    sum_by_ring<Wire>(ring, rows, cursor);
   } else {
     sum_by_threads<Wire>(rows);
   }
@@ -408,12 +432,14 @@ __device__ void open_sources(const CombineArgs& args, const Transfer& transfer, 
 }
 
 template <typename Wire, bool kBulk>
-__device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, const SumRing& ring, SumCursor& cursor) {
+__device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, const SumRing& ring) {
   OwnedRows rows(args, transfer, sources);
-  if constexpr (kBulk)
-    sum_by_ring<Wire>(ring, rows, cursor);
-  else
+  if constexpr (kBulk) {
+    ring.init();
+    sum_by_ring<Wire, kPullPieceBytes>(ring, rows);
+  } else {
     sum_by_threads<Wire>(rows);
+  }
 }
 
 template <typename Wire, bool kBulk>
@@ -426,18 +452,16 @@ __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_cons
   if (transfer.operation().is_poisoned()) return;
   const auto sources = reinterpret_cast<SourceView*>(shared);
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, nth = warp - args.roles.num_stage_warps;
-  const SumRing ring = nth < 0 ? SumRing{shared + layout.stage_rings + warp * args.stage_ring.bytes(), args.stage_ring}
-                               : SumRing{shared + layout.pull_rings + nth * args.pull_ring.bytes(), args.pull_ring};
-  SumCursor cursor{ring.shape.num_slots};
-  if (kBulk) ring.init();
+  std::byte* const memory = shared + (nth < 0 ? layout.stage_rings + warp * CombineShared::stage_bytes(args)  //
+                                              : layout.pull_rings + nth * args.pull_ring.bytes());
   if (nth < 0) {
-    stage<Wire, kBulk>(args, transfer, ring, cursor);
+    stage<Wire, kBulk>(args, transfer, {memory, args.stage_ring});
     if (args.transfer.receives) device::sync_some_warps(kJoinBarrier, args.roles.num_threads());
   } else if (args.transfer.receives) {
     open_sources(args, transfer, sources, has_failed);
     device::arrive_at_barrier(kJoinBarrier, args.roles.num_threads());
   }
-  if (args.transfer.receives && !has_failed) pull<Wire, kBulk>(args, transfer, sources, ring, cursor);
+  if (args.transfer.receives && !has_failed) pull<Wire, kBulk>(args, transfer, sources, {memory, nth < 0 ? args.joined_ring : args.pull_ring});
   transfer.finish();
 }
 

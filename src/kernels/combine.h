@@ -40,12 +40,9 @@ struct CombineArgs {
   int32_t num_parts = 1;
   int32_t part_bytes = 0;
 
-  // Bulk copies: rows that are copied go through stages of so many bytes in the staging warps' rings; 0: by ordinary loads.
-  int32_t copy_stage_bytes = 0;
-  // Bulk copies: staging warps sum through their rings; false: by ordinary loads.
-  bool sums_by_ring = false;
-  // Bulk copies: the ring with which each warp pulls, those that stage before and those that pull from the start.
-  SumRingShape stage_ring, pull_ring;
+  // Bulk copies: the ring with which a warp stages, and the one with which it pulls afterwards, in the same memory; and the ring of a warp that
+  // pulls from the start.
+  SumRingShape stage_ring, joined_ring, pull_ring;
 };
 
 // Loads the kernels' code on the current device; `bulk_copies`: also those that use them, which need sm_90.

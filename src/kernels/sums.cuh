@@ -232,11 +232,11 @@ struct SumRing {
     }
     __syncwarp();
   }
-  // The same, after another use of the memory and the arrivals.
-  __device__ void renew() const {
+  // After the last use, before the memory is used otherwise.
+  __device__ void end() const {
     if (device::lane_idx() == 0)
       for (int group = 0; group < shape.num_slots; ++group) device::end_arrivals(arrivals(group));
-    init();
+    __syncwarp();
   }
 };
 
@@ -260,8 +260,8 @@ struct SumCursor {
 template <typename Rows>
 class TermLoader {
  public:
-  __device__ TermLoader(const SumRing& ring, Rows& rows, const SumCursor& cursor)
-      : ring_(ring), rows_(rows), cursor_(cursor), num_free_(ring.shape.num_slots), batch_(rows.num_batches()) {}
+  __device__ TermLoader(const SumRing& ring, Rows& rows)
+      : ring_(ring), rows_(rows), cursor_{ring.shape.num_slots}, num_free_(ring.shape.num_slots), batch_(rows.num_batches()) {}
 
   // Starts loading whatever fits. False: nothing is on its way, and there is nothing left.
   __device__ bool fill() {
@@ -355,7 +355,7 @@ __device__ __forceinline__ void add_group(const SumRing& ring, const SumCursor& 
     const std::byte* const piece = ring.slot(cursor.slot_of(u));
 #pragma unroll
     for (int step = 0; step < kVecs; step += kStepVecs) {
-      if (step * 512 >= size && step > 0) break;
+      if (step > 0 && vec_offset(step) >= size) break;
       Vec16 values[kStepVecs];
 #pragma unroll
       for (int v = 0; v < kStepVecs; ++v)
@@ -385,11 +385,12 @@ __device__ __forceinline__ void store_sums(std::byte* to, int size, float (&sums
   }
 }
 
-// Sums all rows; the pieces of a row are added up in registers, while the next ones are loaded. `summing` is where the ring goes on.
-template <typename Wire, typename Rows>
-__device__ void sum_by_ring(const SumRing& ring, Rows& rows, SumCursor& summing) {
-  constexpr int kVecs = kMostSumPieceBytes / (kWarpThreads * static_cast<int>(sizeof(Vec16)));
-  TermLoader<Rows> loader(ring, rows, summing);
+// Sums all rows; the pieces of a row, of up to kPieceBytes, are added up in registers, while the next ones are loaded.
+template <typename Wire, int kPieceBytes, typename Rows>
+__device__ void sum_by_ring(const SumRing& ring, Rows& rows) {
+  constexpr int kVecs = kPieceBytes / (kWarpThreads * static_cast<int>(sizeof(Vec16)));
+  TermLoader<Rows> loader(ring, rows);
+  SumCursor summing{ring.shape.num_slots};
   float sums[kVecs][Wire::kElements] = {};
   SumRow done;  // is complete, but not reported
   bool is_done = false, begins = true;
