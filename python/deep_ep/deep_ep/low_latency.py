@@ -102,11 +102,6 @@ class LowLatencyMode:
         self, group: tern.Group, streams: Any, device: torch.device, num_bytes: int, timeout_ms: int, *, masks: bool
     ) -> None:
         self._group, self._streams, self._num_bytes, self._masks = group, streams, num_bytes, masks
-        if masks and device.type == "cuda":
-            raise tern.UnsupportedError(
-                "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the "
-                "middle of an operation"
-            )
         if masks and group.num_nodes > 1:
             raise tern.UnsupportedError(
                 f"Buffer: enable_shrink is supported inside one node; the {group.num_ranks} ranks are on "
