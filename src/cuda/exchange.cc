@@ -11,6 +11,7 @@
 #include "base/knobs.h"
 #include "cuda/engine.h"
 #include "cuda/plan.h"
+#include "domain/agreement.h"
 #include "domain/failure.h"
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
@@ -361,6 +362,7 @@ std::optional<tern_failure> CudaExchange::known_failure() const {
 
 void CudaExchange::check_health() const {
   if (const auto failure = known_failure()) throw_recorded(control_, *failure);
+  if (masks_late_ranks()) refuse_if_left_out(control_);  // its GPU would find all others missing
 }
 
 tern_exchange_state CudaExchange::state() const {

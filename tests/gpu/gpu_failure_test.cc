@@ -53,6 +53,7 @@ class GpuMasks : public testing::Test {
 TEST_F(GpuMasks, OfASingleCall) { policy_mask_of_a_single_call(failure_settings(TERN_EXTENT_WORST)); }
 TEST_F(GpuMasks, OfACombine) { policy_mask_of_a_combine(failure_settings(TERN_EXTENT_WORST), TERN_COMBINE_HIERARCHICAL); }
 TEST_F(GpuMasks, OfAnExactCombine) { policy_mask_of_a_combine(failure_settings(TERN_EXTENT_WORST), TERN_COMBINE_EXACT); }
+TEST_F(GpuMasks, OfWhoWasLeftOut) { policy_mask_of_who_was_left_out(failure_settings(TERN_EXTENT_WORST)); }
 
 }  // namespace
 }  // namespace tern::conformance
