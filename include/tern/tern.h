@@ -199,8 +199,9 @@ typedef enum tern_weighting TERN_ENUM_TYPE {
 
 typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
-  /* The operation goes on with a share of zero for the missing rank; the next one starts a generation without it. CPU ranks; with GPU
-   * ranks making the exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
+  /* The operation goes on with a share of zero for the missing rank. CPU ranks: the next one starts a generation without it. GPU ranks: each by
+   * itself waits for it no more, replayed graphs too, until tern_exchange_recover, which leaves it out of the next generation; only on the latency
+   * path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED */
   TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 

@@ -11,6 +11,7 @@
 #include "base/knobs.h"
 #include "cuda/engine.h"
 #include "cuda/plan.h"
+#include "domain/agreement.h"
 #include "domain/failure.h"
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
@@ -59,11 +60,14 @@ T load_from_gpu(const T& word) {
 }
 
 // Before anybody shares anything.
-void require_supported(const tern_exchange_options& options) {
-  if (options.on_timeout == TERN_ON_TIMEOUT_MASK)
+void require_supported(const tern_exchange_options& options, int32_t num_ranks) {
+  if (options.on_timeout != TERN_ON_TIMEOUT_MASK) return;
+  if (options.mode == TERN_MODE_THROUGHPUT || num_ranks > layout::kMostLatencyRanks)
     fail(TERN_UNSUPPORTED,
-         "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which the CUDA engine does not support; use TERN_ON_TIMEOUT_ABORT, and after an "
-         "error tern_exchange_recover with allow_mask");
+         "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which GPU ranks have on the latency path: with at most {} ranks, not {}, and not "
+         "with "
+         "TERN_MODE_THROUGHPUT; use TERN_ON_TIMEOUT_ABORT, and after an error tern_exchange_recover with allow_mask",
+         layout::kMostLatencyRanks, num_ranks);
 }
 
 int choose_device(const tern_exchange_options& options, const Topology& topology) {
@@ -98,7 +102,9 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
     // Batches for decoding: the latency path takes a combine in mode EXACT at once.
     constexpr int64_t kDecodingTokens = 256;
     const int64_t entry_rows = options.max_tokens * layout::align_up(options.max_topk * options.max_row_bytes + weight_bytes + 16, 128);
-    if (options.max_tokens <= kDecodingTokens) per_rank = std::max(per_rank, std::min(entry_rows / num_ranks + 1, most));
+    const int32_t num_sharing =
+        options.on_timeout == TERN_ON_TIMEOUT_MASK ? 1 : num_ranks;  // CombineCall: rows of several ranks in one slot
+    if (options.max_tokens <= kDecodingTokens) per_rank = std::max(per_rank, std::min(entry_rows / num_sharing + 1, most));
   }
   const int64_t latency_tokens = num_ranks <= layout::kMostLatencyRanks ? std::min(options.max_tokens, layout::kMostLatencyTokens) : 0;
   const layout::LatencyWords words{
@@ -145,6 +151,7 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
   heap_pointers_ = {pool_, num_ranks};
   failed_ = {pool_, 1};
   mailbox_ = {facts_.device, 1};
+  if (masks_late_ranks()) attendance_ = {pool_, 1};
   heaps_.resize(num_ranks);
   for (int i = 0; i < options.num_lanes; ++i) lanes_.push_back(std::make_unique<CudaLane>(pool_, topology.num_ranks));
   share_windows(std::vector<uint8_t>(num_ranks), 0, deadline);
@@ -172,6 +179,7 @@ void CudaExchange::abandon_memory() {
   abandon(heap_pointers_);
   abandon(failed_);
   abandon(mailbox_);
+  abandon(attendance_);
   abandon(lanes_);
   abandon(retired_);
 }
@@ -255,6 +263,7 @@ void CudaExchange::reset_lanes() {
     check(cudaMemsetAsync(memory, 0, bytes, pool_->stream().get()), "clearing the state of lanes");
   };
   clear(failed_.data(), sizeof(uint32_t));
+  if (masks_late_ranks()) clear(attendance_.data(), sizeof(kernels::Attendance));
   for (const auto& lane : lanes_) {
     clear(lane->state.data(), sizeof(kernels::LaneState));
     clear(lane->staged_counters.data(), lane->staged_counters.size() * sizeof(uint32_t));
@@ -334,6 +343,7 @@ kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
                              .staged_counters = lane.staged_counters.data(),
                              .failed = failed_.data(),
                              .mailbox = mailbox_.data(),
+                             .attendance = masks_late_ranks() ? attendance_.data() : nullptr,
                              .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
   const auto data = [](const std::shared_ptr<Segment>& segment) { return segment == nullptr ? nullptr : segment->data(); };
   for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) view.inline_windows[r] = data(windows_[r]);
@@ -352,21 +362,31 @@ std::optional<tern_failure> CudaExchange::known_failure() const {
 
 void CudaExchange::check_health() const {
   if (const auto failure = known_failure()) throw_recorded(control_, *failure);
+  if (masks_late_ranks()) refuse_if_left_out(control_);  // its GPU would find all others missing
 }
 
 tern_exchange_state CudaExchange::state() const {
   const std::lock_guard lock(generation_mutex_);
   tern_exchange_state result;
   result.generation = control_.generation;
-  const bool degraded = std::any_of(control_.masked.begin(), control_.masked.end(), [](uint8_t m) { return m != 0; });
-  result.health = degraded ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK;
   std::copy(control_.masked.begin(), control_.masked.end(), result.masked);
+  const std::vector<uint8_t> missed = given_up();
+  for (size_t r = 0; r < missed.size(); ++r) result.masked[r] |= missed[r];
+  const bool degraded = std::any_of(std::begin(result.masked), std::end(result.masked), [](uint8_t m) { return m != 0; });
+  result.health = degraded ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK;
   const layout::FailureRecord& notice = mailbox_.data()->notice;
   if (load_from_gpu(notice.status) != TERN_OK) result.failure = to_failure(notice);
   if (const auto failure = known_failure()) {
     result.failure = *failure;
     result.health = TERN_HEALTH_FAILED;
   }
+  return result;
+}
+
+// Ranks that operations of this generation go on without, by what the GPU has told so far.
+std::vector<uint8_t> CudaExchange::given_up() const {
+  std::vector<uint8_t> result(static_cast<size_t>(num_ranks()));
+  for (size_t r = 0; r < result.size() && masks_late_ranks(); ++r) result[r] = load_from_gpu(mailbox_.data()->given_up[r]) != 0 ? 1 : 0;
   return result;
 }
 
@@ -377,6 +397,8 @@ tern_metrics CudaExchange::metrics() const {
   m.num_combines = counters_.combines;
   m.rounds = counters_.rounds;
   m.received_rows = counters_.received_rows;
+  const std::vector<uint8_t> missed = given_up();
+  m.timeouts = static_cast<uint64_t>(std::count(missed.begin(), missed.end(), 1));
   return m;
 }
 
@@ -384,7 +406,12 @@ void CudaExchange::recover(const tern_recover_options& options) {
   const DeviceGuard guard(facts_.device);
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
   await_idle(Deadline::in_ms(timeout_ms));
-  const NextGeneration next = next_generation(control_, board_, options, timeout_ms);
+  // Whom operations have waited for is not waited for again, unless the caller would let it in.
+  tern_recover_options wanted = options;
+  std::vector<uint8_t> mask = given_up();
+  for (size_t r = 0; r < mask.size() && options.mask != nullptr; ++r) mask[r] |= options.mask[r];
+  if (options.readmit == 0) wanted.mask = mask.data();
+  const NextGeneration next = next_generation(control_, board_, wanted, timeout_ms);
   share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", rank(), control_.generation,
              std::count(next.masked.begin(), next.masked.end(), 1), num_ranks());
@@ -392,7 +419,7 @@ void CudaExchange::recover(const tern_recover_options& options) {
 
 std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
                                               const Log& log, Deadline deadline) {
-  require_supported(options);
+  require_supported(options, topology.num_ranks);
   return std::make_unique<CudaExchange>(topology, bootstrap, options, log, deadline);
 }
 

@@ -78,6 +78,8 @@ class CudaExchange : public DeviceExchange {
   int rank() const { return control_.rank; }
   int num_ranks() const { return control_.num_ranks; }
   uint32_t generation() const { return control_.generation; }
+  // Do operations go on without ranks that they have waited for in vain?
+  bool masks_late_ranks() const { return options_.on_timeout == TERN_ON_TIMEOUT_MASK; }
   CudaLane& lane(int32_t index) { return *lanes_[static_cast<size_t>(index)]; }
   Counters& counters() { return counters_; }
 
@@ -99,6 +101,7 @@ class CudaExchange : public DeviceExchange {
                                                      const std::vector<uint8_t>& member, Deadline deadline);
   void set_pointers();
   void reset_lanes();
+  std::vector<uint8_t> given_up() const;
   bool is_idle() const;
   void await_idle(Deadline deadline) const;
   void free_retired();
@@ -118,6 +121,7 @@ class CudaExchange : public DeviceExchange {
   DeviceBuffer<std::byte*> window_pointers_, heap_pointers_;
   DeviceBuffer<uint32_t> failed_;
   PinnedBuffer<kernels::Mailbox> mailbox_;
+  DeviceBuffer<kernels::Attendance> attendance_;  // with TERN_ON_TIMEOUT_MASK
   mutable std::mutex retired_mutex_;
   std::vector<PlanMemory> retired_;  // guarded by retired_mutex_
   mutable std::mutex heap_mutex_;

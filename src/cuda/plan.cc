@@ -50,6 +50,16 @@ void CudaPlan::check_ready(const char* operation, bool must_be_dispatched) const
          generation_, exchange_.generation());
 }
 
+// Kernels of the throughput path cannot go on without a rank.
+void CudaPlan::check_may_wait(const char* operation) const {
+  if (!exchange_.masks_late_ranks()) return;
+  fail(TERN_UNSUPPORTED,
+       "{}: under TERN_ON_TIMEOUT_MASK GPU ranks have the latency path alone: dispatches that route, of at most {} tokens with {} experts "
+       "each, and "
+       "rows that fit the staging; this operation does not take it",
+       operation, layout::kMostLatencyTokens, layout::kMostLatencyTopk);
+}
+
 void CudaPlan::check_not_under_way(const char* operation) const {
   if (is_under_way(dispatch_ticket_) || is_under_way(combine_ticket_))
     fail(TERN_INVALID_STATE, "{}: a send along this plan has not been received yet", operation);
@@ -113,6 +123,7 @@ void CudaPlan::run(const Operation& operation, const tern_launch& launch, Ticket
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
   const ProfiledRange range("route");
   const DeviceGuard guard(exchange_.facts().device);
+  check_may_wait("route");
   exchange_.check_health();
   check_not_under_way("route");
   check_room(exchange_.lane(launch.lane), TERN_OP_ROUTE, 1);
@@ -190,6 +201,7 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
       if (routes) begin_routing(*call.args.routing);
     });
   } else {
+    check_may_wait("dispatch");
     const DispatchOperation operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
     operation.check(dispatch_ticket_, routes ? 1 : 0);
     run(operation, launch, dispatch_ticket_, [&](cudaStream_t stream) {
@@ -227,6 +239,7 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
     operation.check(combine_ticket_);
     run(operation, launch, combine_ticket_, [](cudaStream_t) {});
   } else {
+    check_may_wait("combine");
     const CombineOperation operation(*this, call, launch);
     operation.check(combine_ticket_);
     run(operation, launch, combine_ticket_, [](cudaStream_t) {});

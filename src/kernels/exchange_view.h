@@ -17,6 +17,16 @@ struct Mailbox {
   layout::FailureRecord failure;  // why the exchange failed; complete once failure_set is 1
   layout::FailureRecord notice;   // what the last incomplete operation left out: TERN_CAPACITY_EXCEEDED, TERN_INVALID_ARGUMENT; status last
   uint64_t failure_set;
+  uint32_t given_up[layout::kMostLatencyRanks];  // 1: as in Attendance
+};
+
+// Under TERN_ON_TIMEOUT_MASK, in this rank's own device memory: who has been missed, and who has a part in an operation. Zero at the start of a
+// generation.
+struct Attendance {
+  uint64_t given_up
+      [layout::kMostLatencyRanks];  // not 0: the epoch in which this rank has waited for that one until the deadline; nobody waits again
+  // Of the last operation whose receiving side has begun: 2 * epoch, + 1 if it goes on without the rank. All blocks go by the first one's word.
+  uint64_t decided[layout::kMostLatencyRanks];
 };
 
 // The state of one lane, in this rank's own device memory. Zero at the start of a generation.
@@ -49,6 +59,7 @@ struct ExchangeView {
   uint32_t* staged_counters = nullptr;  // [num_ranks, kMaxChunks] zero between operations
   uint32_t* failed = nullptr;           // of all lanes: 1: a kernel of this rank has recorded a failure
   Mailbox* mailbox = nullptr;
+  Attendance* attendance = nullptr;  // nullptr: a wait that reaches its deadline ends the generation
   uint64_t timeout_ns = 0;
 
   constexpr std::byte* window(int r) const { return num_ranks <= kInlineRanks ? inline_windows[r] : far_windows[r]; }

@@ -7,7 +7,7 @@
 //   if (op.is_last_block()) op.finish(...)
 //
 // Waits are done by single threads. One that returns false has recorded the failure, or found that somebody has: its caller returns, and what
-// waits elsewhere is stopped by the same abort word.
+// waits elsewhere is stopped by the same abort word. Under TERN_ON_TIMEOUT_MASK it may also have given up the rank that it waits for.
 #pragma once
 
 #include "device/order.cuh"
@@ -67,6 +67,9 @@ struct Operation {
   __device__ bool await_patiently(const uint64_t* word, uint64_t expected, int peer) const {
     return load_acquire_sys(word) >= expected || look_patiently(*this, word, expected, peer);
   }
+
+  // Under TERN_ON_TIMEOUT_MASK: the rank has been waited for in vain.
+  __device__ bool is_given_up(int peer) const { return exchange.attendance != nullptr && given_up_in(peer) != 0; }
 
   // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
   __device__ bool await_bank(int peer) const {
@@ -160,19 +163,59 @@ struct Operation {
   template <typename Look>
   __device__ bool spin(uint64_t expected, int peer, const uint64_t& seen, int64_t* wait_ns, Look look) const {
     const uint64_t start = device::global_timer_ns();
+    const auto count_wait = [&] {
+      if (wait_ns != nullptr) *wait_ns += static_cast<int64_t>(device::global_timer_ns() - start);
+    };
     for (int turn = 0;; ++turn) {
       if (look()) {
-        // Not behind the loop, where the lanes of a warp meet again.
-        if (wait_ns != nullptr) *wait_ns += static_cast<int64_t>(device::global_timer_ns() - start);
+        count_wait();  // not behind the loop, where the lanes of a warp meet again
         return true;
       }
       if (turn % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
-      if (device::global_timer_ns() - start > exchange.timeout_ns) {
+      const uint64_t waited = device::global_timer_ns() - start;
+      if (exchange.attendance == nullptr) {
+        if (waited <= exchange.timeout_ns) continue;
         give_up(TERN_TIMEOUT, peer, expected, seen);
         return false;
       }
+      if (!is_given_up(peer) && (waited <= exchange.timeout_ns || waited <= patience_ns(peer))) continue;
+      go_without(peer);
+      count_wait();
+      return false;
     }
+  }
+
+  // Operations by which `peer` is behind this one, by what it has announced; 0 or less: it has begun this one.
+  __device__ int32_t epochs_behind(int peer) const {
+    auto behind = static_cast<int32_t>(epoch);
+    for (uint64_t bank = 0; bank < layout::kNumBanks; ++bank) {
+      const uint64_t word = load_relaxed_sys(in_window<uint64_t>(exchange.rank, exchange.layout.words(exchange.lane, bank, peer)));
+      behind = min(behind, static_cast<int32_t>(static_cast<uint32_t>(epoch) - static_cast<uint32_t>(word >> 32)));
+    }
+    return behind;
+  }
+  // How long to wait for a rank that may itself be waiting for another one: until that one would have been given up there. So nobody is given up
+  // but who is behind all others.
+  __device__ uint64_t patience_ns(int peer) const {
+    const int32_t behind = epochs_behind(peer);
+    bool is_tied = false;
+    for (int other = 0; other < exchange.num_ranks; ++other) {
+      if (other == peer || other == exchange.rank || is_masked(other)) continue;
+      const uint64_t given_up = given_up_in(other);
+      if (given_up != 0 && given_up < epoch) continue;  // one that was given up just now may be what others wait for still
+      const int32_t others = epochs_behind(other);
+      if (others > behind) return exchange.timeout_ns + exchange.timeout_ns / 2;
+      if (others == behind && behind > 0) is_tied = true;
+    }
+    return exchange.timeout_ns + (is_tied ? exchange.timeout_ns / 4 : 0);
+  }
+  // The epoch; 0: not given up.
+  __device__ uint64_t given_up_in(int peer) const { return *const_cast<const volatile uint64_t*>(&exchange.attendance->given_up[peer]); }
+  __device__ void go_without(int peer) const {
+    using Word = unsigned long long;
+    if (atomicCAS(reinterpret_cast<Word*>(&exchange.attendance->given_up[peer]), Word{0}, static_cast<Word>(epoch)) == 0)
+      *const_cast<volatile uint32_t*>(&exchange.mailbox->given_up[peer]) = 1;
   }
 
   static __device__ __noinline__ void record_failure(Operation op, tern_status status, int awaited, uint64_t expected, uint64_t seen) {
