@@ -104,7 +104,8 @@ void NodeLane::await_gpu(tern_operation operation) {
     looks.pause();
     if (turn % kLooksPerCheck != 0) continue;
     options_.check_health();
-    if (!deadline.passed() && !stop_) continue;
+    const bool ends = deadline.passed() || stop_;
+    if (!ends || has_asked()) continue;  // who stops a lane has waited for its GPU
     const int32_t rank = domain_.rank_of_group(domain_.rank);
     announce_failure(domain_, {TERN_TIMEOUT, rank, rank, options_.index, operation, 0, asked_ + 1, asked_});
     fail(TERN_TIMEOUT, "{}: rank {} waited for its own GPU, lane {}", operation_name(operation), rank, options_.index);
@@ -119,7 +120,8 @@ bool NodeLane::await_command() {
     looks.pause();
     if (turn % kLooksPerCheck != 0) continue;
     options_.check_health();
-    if (stop_) return false;
+    const bool stops = stop_;
+    if (stops && !has_asked()) return false;
   }
   ++asked_;
   return true;
