@@ -105,57 +105,58 @@ void NodePlan::route(NodeLane& lane, const tern_routing& routing, const std::fun
 
 // Every rank of the node learns which messages come to it: their tokens and experts.
 void NodePlan::tell_messages(cpu::Lane& lane) {
-  const PlanShape& s = shape();
   cpu::RoundTrip trip{.operation = TERN_OP_ROUTE,
-                      .shape = call_shape(s),
-                      .bank = {.num_counts = 0, .slot = {.num_experts = s.num_topk}},
+                      .shape = call_shape(shape()),
+                      .bank = {.num_counts = 0, .slot = {.num_experts = shape().num_topk}},
                       .num_tokens = table_.num_tokens()};
-  trip.tokens_per_round = trip.bank.slots_in(lane.domain().layout.bank_bytes) / s.num_nodes;
+  trip.tokens_per_round = trip.bank.slots_in(lane.domain().layout.bank_bytes) / shape().num_nodes;
   trip.shape.tokens_per_round = trip.tokens_per_round;
   trip.num_rounds = std::max<int64_t>(1, (table_.most_tokens_of_any_rank() + trip.tokens_per_round - 1) / trip.tokens_per_round);
-  const layout::SlotLayout& layout = trip.bank.slot;
   const auto fill = [&](int64_t round, uint64_t epoch) {
     const cpu::TokenRange range = tokens_of_round(trip, round);
     for (const SourceBatch& batch : table_.batches()) {
       const int64_t end = batch.first_from(range.end);
       for (int64_t token = batch.first_from(range.begin); token < end; ++token)
-        for (const Message message : batch.messages_of(token)) {
-          std::byte* slot = lane.next_slot(trip, epoch, message.rank - s.first_rank());
-          const int32_t source_rank = batch.source(), source_token = batch.source_token(token);
-          std::memcpy(slot + layout.source_rank(), &source_rank, sizeof(source_rank));
-          std::memcpy(slot + layout.source_token(), &source_token, sizeof(source_token));
-          auto* experts = reinterpret_cast<int32_t*>(slot + layout.experts());
-          for (int32_t k = 0; k < s.num_topk; ++k) {
-            const int32_t expert = batch.expert_of(token, k);
-            experts[k] = expert >= 0 && s.rank_of_expert(expert) == message.rank ? expert % s.local_experts() : -1;
-          }
-        }
+        for (const Message message : batch.messages_of(token))
+          write_message(batch, token, message.rank, trip.bank.slot, lane.next_slot(trip, epoch, message.rank - shape().first_rank()));
     }
   };
-  const kernels::PlanView& v = placed_.plan;
   const auto drain = [&](int64_t, uint64_t epoch) {
     lane.domain().for_each_member([&](int peer) {
       lane.receive_from(trip, epoch, peer, [&](const std::byte* bank) {
         const int32_t num_messages = reinterpret_cast<const layout::MessageHeader*>(bank)->num_messages;
-        for (int32_t i = 0; i < num_messages; ++i) {
-          const std::byte* slot = bank + trip.bank.slot_at(i);
-          int32_t source = 0, token = 0;
-          std::memcpy(&source, slot + layout.source_rank(), sizeof(source));
-          std::memcpy(&token, slot + layout.source_token(), sizeof(token));
-          const auto* experts = reinterpret_cast<const int32_t*>(slot + layout.experts());
-          const int64_t message = table_.place_message(source, token, {experts, static_cast<size_t>(s.num_topk)});
-          v.source_token[message] = token;
-          int32_t* const rows = v.received_rows + message * v.topk_stride;
-          int32_t* const local = v.received_experts + message * v.topk_stride;
-          for (int32_t k = 0; k < v.topk_stride; ++k) {
-            rows[k] = k < s.num_topk ? table_.placed_row(message, k) : -1;
-            local[k] = k < s.num_topk ? experts[k] : -1;
-          }
-        }
+        for (int32_t i = 0; i < num_messages; ++i) place_message(trip.bank.slot, bank + trip.bank.slot_at(i));
       });
     });
   };
   lane.run(trip, fill, drain);
+}
+
+void NodePlan::write_message(const SourceBatch& batch, int64_t token, int32_t rank, const layout::SlotLayout& layout,
+                             std::byte* slot) const {
+  const int32_t source_rank = batch.source(), source_token = batch.source_token(token);
+  std::memcpy(slot + layout.source_rank(), &source_rank, sizeof(source_rank));
+  std::memcpy(slot + layout.source_token(), &source_token, sizeof(source_token));
+  auto* experts = reinterpret_cast<int32_t*>(slot + layout.experts());
+  for (int32_t k = 0; k < shape().num_topk; ++k) {
+    const int32_t expert = batch.expert_of(token, k);
+    experts[k] = expert >= 0 && shape().rank_of_expert(expert) == rank ? expert % shape().local_experts() : -1;
+  }
+}
+
+void NodePlan::place_message(const layout::SlotLayout& layout, const std::byte* slot) {
+  const int32_t num_topk = shape().num_topk;
+  const kernels::PlanView& v = placed_.plan;
+  int32_t source = 0, token = 0;
+  std::memcpy(&source, slot + layout.source_rank(), sizeof(source));
+  std::memcpy(&token, slot + layout.source_token(), sizeof(token));
+  const auto* experts = reinterpret_cast<const int32_t*>(slot + layout.experts());
+  const int64_t message = table_.place_message(source, token, {experts, static_cast<size_t>(num_topk)});
+  v.source_token[message] = token;
+  for (int32_t k = 0; k < v.topk_stride; ++k) {
+    v.received_rows[message * v.topk_stride + k] = k < num_topk ? table_.placed_row(message, k) : -1;
+    v.received_experts[message * v.topk_stride + k] = k < num_topk ? experts[k] : -1;
+  }
 }
 
 // Of what arrives here.

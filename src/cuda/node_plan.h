@@ -44,6 +44,8 @@ class NodePlan {
   int64_t topk_bytes(const tern_routing& routing) const;
   bool drop_invalid(tern_routing& routing) const;
   void tell_messages(cpu::Lane& lane);
+  void write_message(const SourceBatch& batch, int64_t token, int32_t rank, const layout::SlotLayout& layout, std::byte* slot) const;
+  void place_message(const layout::SlotLayout& layout, const std::byte* slot);
   void write_sources() const;
   void write_batch(int32_t node) const;
   void write_own();

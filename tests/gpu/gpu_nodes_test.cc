@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The conformance cases on GPU ranks of several nodes, which are declared on this host and reach each other over the network library: as
 // processes, each with a GPU of its own, and as threads, also several on one GPU.
+#include "engine/node_scenes.h"
 #include "engine/nodes.h"
 #include "gpu/process_cases.h"
 
@@ -70,6 +71,18 @@ TEST_P(GpuNodeProcesses, ReplayedGraphs) {
   expect_right_as_gpu_processes(num_ranks(), on_nodes(graph_cases(num_ranks()), GetParam()), how,
                                 [&](const Group& group, const Case& c, RankDevice& device) { return run_graph_case(group, c, how, device); });
 }
+
+class GpuNodeFailure : public testing::Test {
+ protected:
+  void SetUp() override { TERN_NEED_GPUS(4); }
+  static RunOptions options() {
+    RunOptions options = gpu_options(4);
+    options.timeout_ms = full_scale() ? 3'000 : 10'000;
+    return options;
+  }
+};
+TEST_F(GpuNodeFailure, KilledRankIsNamedOnBothNodes) { strike(SIGKILL, 2, options()); }
+TEST_F(GpuNodeFailure, StoppedRankIsNamedOnBothNodes) { strike(SIGSTOP, 1, options()); }
 
 class GpuNodeThreads : public GpuNodes {
  protected:
