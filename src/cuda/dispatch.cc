@@ -70,10 +70,9 @@ void DispatchOperation::check(const Ticket& ticket, int32_t rounds_before) const
 void DispatchOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
   for (int32_t round = 0; round < num_rounds_; ++round)
-    enqueue_round({.plan = plan_.tables(),
-                   .chunks = chunks_of_round(plan_.tables().num_chunks, chunks_per_round_, round),
-                   .is_first = round == 0},
-                  stream);
+    enqueue_round(
+        {.plan = plan_.tables(), .chunks = chunks_of_round(plan_.tables().num_chunks, chunks_per_round_, round), .is_first = round == 0},
+        stream);
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
 }
 

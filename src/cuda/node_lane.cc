@@ -82,7 +82,8 @@ void NodeLane::forget(const void* owner) {
 NodeLane::Command NodeLane::take(uint64_t number) {
   const std::lock_guard lock(mutex_);
   const auto found = commands_.find(number);
-  if (found == commands_.end()) fail(TERN_INTERNAL_ERROR, "lane {}: the GPU asks for command {}, which is not known", options_.index, number);
+  if (found == commands_.end())
+    fail(TERN_INTERNAL_ERROR, "lane {}: the GPU asks for command {}, which is not known", options_.index, number);
   Command command = found->second.command;
   if (found->second.owner == nullptr) commands_.erase(found);
   return command;

@@ -133,17 +133,20 @@ NodeTrip make_node_trip(const CudaPlan& plan, const NodeTripOptions& options) {
   const int64_t slots_per_chunk = options.slots_per_token * tables.tokens_per_chunk;
   const int64_t most_chunks = std::max<int64_t>(1, (options.most_tokens + tables.tokens_per_chunk - 1) / tables.tokens_per_chunk);
   const bool in_one = options.phase != TERN_PHASE_WHOLE;
-  const int64_t fitting = trip.rail.bank.slots_in(nodes.bank_bytes()) / slots_per_chunk, needed = in_one ? most_chunks : 1;
-  if (fitting < needed) {
-    const auto staging_for = [&](int64_t chunks) {
-      return num_rail_banks(plan.exchange().options(), nodes.num_nodes()) *
-             layout::align_up(trip.rail.bank.bytes(chunks * slots_per_chunk), static_cast<int64_t>(layout::kCacheLine));
+  const int64_t num_slots = trip.rail.bank.slots_in(nodes.bank_bytes());
+  const bool fits_in_one = num_slots >= options.most_tokens * options.slots_per_token;  // the last chunk may be a short one
+  const int64_t fitting = fits_in_one ? most_chunks : num_slots / slots_per_chunk;
+  if (fitting < (in_one ? most_chunks : 1)) {
+    const auto bytes_for = [&](int64_t tokens) {
+      return layout::align_up(trip.rail.bank.bytes(tokens * options.slots_per_token), static_cast<int64_t>(layout::kCacheLine));
     };
+    const int64_t num_banks = num_rail_banks(plan.exchange().options(), nodes.num_nodes());
+    const int64_t needed = in_one ? options.most_tokens : tables.tokens_per_chunk;
     fail(TERN_OUT_OF_MEMORY,
          "{}: {} tokens need {} bytes of a bank for what goes to another node, which has {}; create the exchange with staging_bytes of at "
          "least {}, better {} for {} tokens in one round",
-         operation_name(options.operation), needed * tables.tokens_per_chunk, trip.rail.bank.bytes(needed * slots_per_chunk),
-         nodes.bank_bytes(), staging_for(needed), staging_for(tables.num_chunks), tables.max_tokens);
+         operation_name(options.operation), needed, bytes_for(needed), nodes.bank_bytes(), num_banks * bytes_for(needed),
+         num_banks * bytes_for(tables.max_tokens), tables.max_tokens);
   }
   const int64_t wanted = in_one ? most_chunks : kRailRoundBytes / (slots_per_chunk * options.slot.stride());
   trip.num_chunks = tables.num_chunks;
@@ -198,9 +201,8 @@ void NodeDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
   take_rail(plan_, launch_, trip_.rail.num_rounds, in_node_.shape(), ticket);
   const NodeSteps steps(plan_, launch_, TERN_OP_DISPATCH, stream);
   const RailRounds rounds{trip_, plan_.node_plan()->tables().rails.there_begin};
-  steps.begin([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
-    run_ahead(lane, rounds, phase, plan->dispatch_epoch);
-  });
+  steps.begin(
+      [rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) { run_ahead(lane, rounds, phase, plan->dispatch_epoch); });
   const int32_t num_rounds = trip_.num_rounds();
   if (launch_.phase != TERN_PHASE_RECEIVE)
     for (int32_t round = 0; round < std::min(layout::kNumBanks, num_rounds); ++round) pack(steps, round);
@@ -277,9 +279,8 @@ void NodeCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
   const NodeSteps steps(plan_, launch_, TERN_OP_COMBINE, stream);
   const kernels::RailTables& host = plan_.node_plan()->tables().rails;
   const RailRounds rounds{trip_, in_node_.is_per_entry() ? host.entries_here_begin : host.here_begin};
-  steps.begin([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
-    run_behind(lane, rounds, phase, plan->combine_epoch);
-  });
+  steps.begin(
+      [rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) { run_behind(lane, rounds, phase, plan->combine_epoch); });
   const auto take = [&](int32_t round) {
     steps.await();
     sum_nodes(stream, round);

@@ -26,10 +26,7 @@ void set_chunk_begin(const kernels::PlanView& v, int32_t* chunk_begin, SlotOf sl
 }  // namespace
 
 NodePlan::NodePlan(int device, const PlanShape& shape, NodeLane& any_lane)
-    : table_(shape),
-      scratch_(shape),
-      none_masked_(static_cast<size_t>(shape.num_ranks)),
-      placed_(shape, nullptr) {
+    : table_(shape), scratch_(shape), none_masked_(static_cast<size_t>(shape.num_ranks)), placed_(shape, nullptr) {
   const int64_t routing_bytes = shape.max_tokens * (shape.num_topk > 0 ? shape.num_topk * static_cast<int64_t>(sizeof(int64_t))
                                                                        : static_cast<int64_t>(shape.num_ranks));
   experts_at_ = layout::align_up(routing_bytes, kInputAlignment);
@@ -42,7 +39,8 @@ NodePlan::NodePlan(int device, const PlanShape& shape, NodeLane& any_lane)
   const int64_t bank_bytes = any_lane.lane().domain().layout.bank_bytes;
   if (counts.bytes(shape.num_nodes) > bank_bytes)
     fail(TERN_OUT_OF_MEMORY,
-         "plan: the routing of {} experts, top-{}, on {} nodes needs {} bytes from each rank, the exchange has {}; create it with max_experts "
+         "plan: the routing of {} experts, top-{}, on {} nodes needs {} bytes from each rank, the exchange has {}; create it with "
+         "max_experts "
          "and max_topk of at least these",
          shape.num_experts, shape.num_topk, shape.num_nodes, counts.bytes(shape.num_nodes), bank_bytes);
 }
@@ -60,8 +58,7 @@ tern_routing NodePlan::bring(const tern_routing& routing, cudaStream_t stream) c
     return from == nullptr ? nullptr : inputs_.data() + at;
   };
   brought.topk_idx = copy(routing.topk_idx, 0, topk_bytes(routing));
-  brought.token_in_rank =
-      reinterpret_cast<const uint8_t*>(copy(routing.token_in_rank, 0, routing.num_tokens * int64_t{shape().num_ranks}));
+  brought.token_in_rank = reinterpret_cast<const uint8_t*>(copy(routing.token_in_rank, 0, routing.num_tokens * int64_t{shape().num_ranks}));
   brought.tokens_per_expert = reinterpret_cast<const int32_t*>(
       copy(routing.tokens_per_expert, experts_at_, shape().num_experts * static_cast<int64_t>(sizeof(int32_t))));
   brought.device_num_tokens =
@@ -71,8 +68,7 @@ tern_routing NodePlan::bring(const tern_routing& routing, cudaStream_t stream) c
 
 // Numbers that are no expert count as -1. True: there were some.
 bool NodePlan::drop_invalid(tern_routing& routing) const {
-  if (routing.device_num_tokens != nullptr)
-    routing.num_tokens = std::clamp<int64_t>(*routing.device_num_tokens, 0, routing.num_tokens);
+  if (routing.device_num_tokens != nullptr) routing.num_tokens = std::clamp<int64_t>(*routing.device_num_tokens, 0, routing.num_tokens);
   bool found = false;
   const auto drop = [&]<typename Index>(Index* idx) {
     for (int64_t i = 0; i < routing.num_tokens * shape().num_topk; ++i) {
@@ -211,8 +207,7 @@ void NodePlan::write_batch(int32_t node) const {
       entries_here[token * s.num_topk + k] = num_entries++;
     }
     kernels::MessageRef* message = r.messages + (first_token + token) * v.messages_per_token;
-    for (const Message m : batch.messages_of(i))
-      *message++ = {m.rank - s.first_rank(), s.has_expert_rows() ? 0 : batch.message_row(m)};
+    for (const Message m : batch.messages_of(i)) *message++ = {m.rank - s.first_rank(), s.has_expert_rows() ? 0 : batch.message_row(m)};
     if (!batch.messages_of(i).empty()) here[token] = num_slots++;
   }
   constexpr int64_t kEnds = layout::kMaxChunks + 1;

@@ -72,7 +72,7 @@ struct BatchRound {
   ChunkRange chunks;
   int32_t node = 0;
   kernels::RailSlots slots = {};  // without banks: rows are the caller's
-  bool is_first = true;      // of the operation
+  bool is_first = true;           // of the operation
 };
 
 // What dispatch and combine share in the arguments of a kernel.

@@ -155,7 +155,8 @@ class OutputWriter {
   // ---- counts
 
   __device__ const int32_t* counts_of(int source) const {
-    return plan_.counts + int64_t{source} * plan_.num_counts(args_.transfer.exchange.num_ranks) + int64_t{args_.transfer.exchange.rank} * plan_.local_experts;
+    return plan_.counts + int64_t{source} * plan_.num_counts(args_.transfer.exchange.num_ranks) +
+           int64_t{args_.transfer.exchange.rank} * plan_.local_experts;
   }
   __device__ int32_t entries_of(int e) const {
     int32_t sum = 0;

@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
       const layout::RailSlotLayout& layout = args.slots.layout;
       if (d.row_bytes > 0) source.put_row(token, slot + layout.payload(), slot + layout.scales());
       if (d.scale_bytes > 0) source.put_scales(token, slot + layout.scales());
-      if (d.carries_weights)
-        source.put_weights(token, token + 1, [&](int64_t) { return reinterpret_cast<float*>(slot + layout.words()); });
+      if (d.carries_weights) source.put_weights(token, token + 1, [&](int64_t) { return reinterpret_cast<float*>(slot + layout.words()); });
     }
   }
 }

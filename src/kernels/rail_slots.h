@@ -17,9 +17,9 @@ struct RailSlots {
   int64_t node_bytes = 0;      // from one node's to the next
   int64_t pair_bytes = 0;      // to the second of the pair
   int32_t own_node = 0;
-  int64_t own_bytes = 0;          // from where the own node's would be to where it is
+  int64_t own_bytes = 0;           // from where the own node's would be to where it is
   const uint64_t* pair = nullptr;  // HostTalk::bank
-  int64_t slots_at = 0;           // in a bank
+  int64_t slots_at = 0;            // in a bank
   layout::RailSlotLayout layout;
 
   // Slots of places, which are tokens, or entries of tokens; -1: none. Counted from the batch's first; the round's first follows from its chunk.

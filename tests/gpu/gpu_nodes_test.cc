@@ -68,8 +68,9 @@ TEST_P(GpuNodeProcesses, Rounds) { expect_right(many_rounds(GetParam())); }
 
 TEST_P(GpuNodeProcesses, ReplayedGraphs) {
   const RunOptions how = options();
-  expect_right_as_gpu_processes(num_ranks(), on_nodes(graph_cases(num_ranks()), GetParam()), how,
-                                [&](const Group& group, const Case& c, RankDevice& device) { return run_graph_case(group, c, how, device); });
+  expect_right_as_gpu_processes(
+      num_ranks(), on_nodes(graph_cases(num_ranks()), GetParam()), how,
+      [&](const Group& group, const Case& c, RankDevice& device) { return run_graph_case(group, c, how, device); });
 }
 
 class GpuNodeFailure : public testing::Test {
@@ -94,8 +95,8 @@ class GpuNodeThreads : public GpuNodes {
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(Ranks, GpuNodeThreads, testing::Values(Nodes{2, 1, 2}, Nodes{2, 2, 4}, Nodes{2, 2, 1}, Nodes{4, 1, 2}, Nodes{3, 2, 4}),
-                         nodes_name);
+INSTANTIATE_TEST_SUITE_P(Ranks, GpuNodeThreads,
+                         testing::Values(Nodes{2, 1, 2}, Nodes{2, 2, 4}, Nodes{2, 2, 1}, Nodes{4, 1, 2}, Nodes{3, 2, 4}), nodes_name);
 
 TEST_P(GpuNodeThreads, EveryLayoutExtentEncodingAndOrderOfScales) {
   expect_right(on_nodes(layout_cases_of(num_ranks()), GetParam()), options());
