@@ -82,6 +82,9 @@ struct Operation {
     record_failure(*this, status, awaited, expected, seen);
   }
 
+  // The same for a failure that the host has found.
+  __device__ void give_up_as(const layout::FailureRecord& record) const { publish_failure(*this, record); }
+
   // Passes on to the host what another rank has recorded.
   __device__ void report_abort() const { pass_on_failure(*this); }
 
@@ -219,16 +222,20 @@ struct Operation {
   }
 
   static __device__ __noinline__ void record_failure(Operation op, tern_status status, int awaited, uint64_t expected, uint64_t seen) {
-    const ExchangeView& exchange = op.exchange;
-    if (atomicExch(exchange.failed, 1u) != 0) return;
     layout::FailureRecord record;
     record.status = status;
-    record.waiter = exchange.rank;
-    record.awaited = awaited;
-    record.lane = exchange.lane;
+    record.waiter = op.exchange.first_rank + op.exchange.rank;
+    record.awaited = op.exchange.first_rank + awaited;
+    record.lane = op.exchange.lane;
     record.operation = op.operation;
     record.expected_epoch = expected;
     record.seen_epoch = seen;
+    publish_failure(op, record);
+  }
+
+  static __device__ __noinline__ void publish_failure(Operation op, layout::FailureRecord record) {
+    const ExchangeView& exchange = op.exchange;
+    if (atomicExch(exchange.failed, 1u) != 0) return;
     for (int i = 0; i < exchange.num_ranks; ++i) {
       const int owner = (exchange.rank + i) % exchange.num_ranks;
       if (op.is_masked(owner)) continue;
@@ -246,7 +253,7 @@ struct Operation {
 
   static __device__ __noinline__ void record_notice(Operation op, tern_status status) {
     layout::FailureRecord& notice = op.exchange.mailbox->notice;
-    notice.waiter = notice.awaited = op.exchange.rank;
+    notice.waiter = notice.awaited = op.exchange.first_rank + op.exchange.rank;
     notice.lane = op.exchange.lane;
     notice.operation = op.operation;
     notice.expected_epoch = notice.seen_epoch = op.epoch;
