@@ -6,8 +6,8 @@
 //                   right form already stay there, and are pulled over the link.
 //   pulling warps   take this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
 #include "kernels/combine.h"
+#include "kernels/copies.cuh"
 #include "kernels/messages.cuh"
-#include "kernels/ring.cuh"
 #include "kernels/shared_memory.h"
 #include "kernels/sums.cuh"
 #include "kernels/transfer.cuh"
@@ -16,8 +16,6 @@ namespace tern::kernels {
 namespace {
 
 constexpr int kMostThreads = 512;
-// Half a row of 7168 channels of 2 bytes: few warps copy, so each has much on its way.
-constexpr int kCopyUnroll = 14;
 constexpr int kPullBarrier = 1;  // of the warps that pull from the start
 constexpr int kJoinBarrier = 2;  // of all
 
@@ -33,13 +31,6 @@ struct CombineShared {
   __host__ __device__ static constexpr int64_t stage_bytes(const CombineArgs& args) {
     return args.stage_ring.bytes() > args.joined_ring.bytes() ? args.stage_ring.bytes() : args.joined_ring.bytes();
   }
-};
-
-// A row that an owner wants as it is, or none. The last one of a message has its `run`.
-struct RowCopy {
-  SumRow row;
-  const std::byte* from;  // nullptr: the message has no row here
-  std::byte* to;
 };
 
 // What this rank makes for the owners of the messages it received: the Rows of sums.cuh.
@@ -66,23 +57,6 @@ class StagedRows {
     has_copies_ = copy_ahead_.from != nullptr;
     if (has_copies_) copy.row.run = 0;
     return true;
-  }
-
-  // Copies by ordinary loads and stores. Rows are reported when the next one's loads are under way, since reports wait for stores.
-  __device__ void copy() {
-    RowCopy copy;
-    SumRow done = {};
-    const auto report = [&] {
-      row_done(done);
-      done.run = 0;
-    };
-    while (next_copy(copy)) {
-      if (copy.from != nullptr) copy_row<kCopyUnroll>(copy.from, args_.row_bytes, [&](auto visit) { visit(copy.to); }, report);
-      report();
-      __syncwarp();
-      done = copy.row;
-    }
-    report();
   }
 
   __device__ bool next_row(SumRow& row) {
@@ -119,7 +93,7 @@ class StagedRows {
   __device__ void row_done(const SumRow& row) const {
     if (row.run == 0 || device::lane_idx() != 0) return;
     const int chunk = chunk_of(row.token);
-    const int32_t* chunk_begin = plan_.chunk_begin + row.rank * (layout::kMaxChunks + 1) + chunk;
+    const int32_t* chunk_begin = plan_.chunks_from(row.rank) + chunk;
     if (transfer_.complete(row.rank, chunk, row.run, static_cast<uint32_t>(chunk_begin[1] - chunk_begin[0])))
       transfer_.raise_chunk(row.rank, chunk);
   }
@@ -208,106 +182,42 @@ class StagedRows {
   bool has_copies_ = false;
 };
 
-// Copies rows to their owners by bulk copies: a flow of ring.cuh. Thread i of the warp knows what is in stage i.
-class CopyFlow {
- public:
-  static constexpr int kPendingStores = 1;
-
-  __device__ CopyFlow(StagedRows& rows, int32_t row_bytes, const Ring& ring)
-      : rows_(rows), row_bytes_(row_bytes), ring_(ring), at_(row_bytes) {}
-
-  __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool) {
-    if (at_ >= row_bytes_) {
-      if (!rows_.next_copy(copy_)) return RingLoad::kNoMore;
-      at_ = 0;
-    }
-    const int32_t num_bytes = copy_.from == nullptr ? 0 : min(ring_.stage_bytes, row_bytes_ - at_);
-    if (device::lane_idx() == 0) {
-      device::expect_bytes(arrivals, static_cast<uint32_t>(num_bytes));
-      if (num_bytes > 0) device::bulk_load(stage, copy_.from + at_, static_cast<uint32_t>(num_bytes), arrivals);
-    }
-    const bool is_last = num_bytes == 0 || at_ + num_bytes == row_bytes_;
-    if (device::lane_idx() == static_cast<uint32_t>(load_idx_))
-      staged_ = {copy_.to + at_, num_bytes, copy_.row.rank, copy_.row.token, is_last ? copy_.row.run : 0};
-    at_ = is_last ? row_bytes_ : at_ + num_bytes;
-    load_idx_ = load_idx_ + 1 < ring_.num_stages ? load_idx_ + 1 : 0;
-    return RingLoad::kStarted;
-  }
-
-  __device__ void store(std::byte* stage) {
-    report();
-    const int i = store_idx_;
-    store_idx_ = i + 1 < ring_.num_stages ? i + 1 : 0;
-    auto* const to = reinterpret_cast<std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(staged_.to), i));
-    const int32_t num_bytes = __shfl_sync(~0u, staged_.num_bytes, i);
-    done_.rank = __shfl_sync(~0u, staged_.rank, i);
-    done_.token = __shfl_sync(~0u, staged_.token, i);
-    done_.run = __shfl_sync(~0u, staged_.run, i);
-    if (device::lane_idx() == 0 && num_bytes > 0) device::bulk_store(to, stage, static_cast<uint32_t>(num_bytes));
-  }
-
-  // Of a run that is complete. Here and not with its last piece, so that other pieces arrive meanwhile.
-  __device__ void report() {
-    if (done_.run == 0) return;
-    device::await_stored<0>();
-    device::fence_async_proxy();
-    rows_.row_done(done_);
-    done_.run = 0;
-  }
-
- private:
-  struct Piece {
-    std::byte* to;
-    int32_t num_bytes, rank, token;
-    uint32_t run;
-  };
-
-  StagedRows& rows_;
-  const int32_t row_bytes_;
-  const Ring& ring_;
-  RowCopy copy_ = {};
-  SumRow done_ = {};
-  int32_t at_;  // in the row of copy_
-  int load_idx_ = 0, store_idx_ = 0;
-  Piece staged_ = {};
-};
-
-// Copies all rows through the slots of the warp's ring for sums.
-__device__ void copy_by_bulk(const SumRing& slots, StagedRows& rows, int32_t row_bytes) {
-  const Ring ring{slots.memory, slots.arrivals(0), min(kWarpThreads, slots.shape.num_slots), slots.shape.piece_bytes};
-  CopyFlow flow(rows, row_bytes, ring);
-  run_ring(ring, flow);
-  flow.report();
-}
-
-// The results of this rank's tokens: the Rows of sums.cuh. The warps of all blocks take the next part of a row when they come to it.
+// The results of this rank's tokens, or between nodes what is returned for those of a batch: the Rows of sums.cuh. The warps of all blocks take
+// the next part of a row when they come to it. A row's index is the entry's where each entry has a row of its own.
 class OwnedRows {
  public:
   __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources)
       : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources) {
     const TransferArgs& t = args.transfer;
-    end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+    end_token_ = min(int64_t{args.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
     look_ahead();
   }
 
   __device__ bool next_row(SumRow& row) {
-    const int32_t token = next_ / args_.num_parts;
-    if (token >= end_token_) return false;
-    const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
-    message_ = message_ahead_;
-    look_ahead();
-    row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
-    if (!await_sources(token)) return false;
-    if (begin == 0 && args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
-    return true;
+    const int32_t rows_per_token = args_.rows_per_token();
+    for (;;) {
+      const int32_t nth = next_ / args_.num_parts, token = nth / rows_per_token;
+      if (token >= end_token_) return false;
+      const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
+      message_ = message_ahead_;
+      look_ahead();
+      row = {transfer_.rank(), nth % rows_per_token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
+      if (args_.returns_slots() && slot_of(row) == nullptr) continue;
+      if (!await_sources(token)) return false;
+      if (begin == 0) put_words(row);
+      return true;
+    }
   }
 
   __device__ int num_batches() const {
-    return ((args_.per_entry ? plan_.num_topk : plan_.messages_per_token) + kWarpThreads - 1) / kWarpThreads;
+    const int num_terms = !args_.per_entry ? plan_.messages_per_token : args_.returns_slots() ? 1 : plan_.num_topk;
+    return (num_terms + kWarpThreads - 1) / kWarpThreads;
   }
   __device__ void get_terms(const SumRow& row, int batch, Terms& terms) const {
     const int i = batch * kWarpThreads + static_cast<int>(device::lane_idx());
-    if (args_.per_entry)
+    if (args_.per_entry && args_.returns_slots())
+      get_entry(row.token, i == 0 ? row.index : plan_.num_topk, terms);
+    else if (args_.per_entry)
       get_entry(row.token, i, terms);
     else
       get_message(row.token, i, terms);
@@ -318,10 +228,17 @@ class OwnedRows {
   __device__ const std::byte* bias(const SumRow& row, int which) const {
     return args_.bias[which] == nullptr ? nullptr : args_.bias[which] + row.token * args_.row_bytes;
   }
-  __device__ std::byte* out(const SumRow& row) const { return args_.out_tokens + row.token * args_.row_bytes; }
+  __device__ std::byte* out(const SumRow& row) const {
+    return args_.returns_slots() ? slot_of(row) : args_.out_tokens + row.token * args_.row_bytes;
+  }
   __device__ void row_done(const SumRow&) const {}
 
  private:
+  // nullptr: nothing is returned for it.
+  __device__ std::byte* slot_of(const SumRow& row) const {
+    return args_.slots.of(args_.node, int64_t{row.token} * args_.rows_per_token() + row.index);
+  }
+
   __device__ MessageRef message_of(int32_t token, int m) const {
     if (m >= plan_.messages_per_token) return {-1, -1};
     return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
@@ -330,8 +247,9 @@ class OwnedRows {
   // Takes the next part, and fetches the thread's message of its token while those of this one are loaded.
   __device__ void look_ahead() {
     const uint32_t taken = device::lane_idx() == 0 ? atomicAdd(&args_.transfer.exchange.state->parts_taken, 1u) : 0;
-    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.num_parts + static_cast<int32_t>(__shfl_sync(~0u, taken, 0));
-    const int32_t token = next_ / args_.num_parts;
+    const auto nth = static_cast<int32_t>(__shfl_sync(~0u, taken, 0));
+    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.rows_per_token() * args_.num_parts + nth;
+    const int32_t token = next_ / args_.num_parts / args_.rows_per_token();
     if (token < end_token_) message_ahead_ = message_of(token, static_cast<int>(device::lane_idx()));
   }
 
@@ -371,7 +289,30 @@ class OwnedRows {
     if (args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
   }
 
-  __device__ void sum_weights(int32_t token) const {
+  // What goes with a row: weights that are handed back; with a single entry's first whether it has a row.
+  __device__ void put_words(const SumRow& row) const {
+    if (!args_.returns_slots()) {
+      if (args_.out_topk_weights != nullptr && args_.returns_weights)
+        sum_weights(row.token, args_.out_topk_weights + int64_t{row.token} * plan_.num_topk);
+      return;
+    }
+    auto* words = reinterpret_cast<uint32_t*>(slot_of(row) + args_.slots.layout.words());
+    if (!args_.per_entry) {
+      if (args_.returns_weights) sum_weights(row.token, reinterpret_cast<float*>(words));
+      return;
+    }
+    Terms terms;
+    get_entry(row.token, row.index, terms);
+    if (device::lane_idx() != 0) return;
+    words[0] = terms.address != nullptr ? 1 : 0;
+    if (!args_.returns_weights) return;
+    const int32_t expert = plan_.experts[int64_t{row.token} * plan_.num_topk + row.index];
+    const SourceView& source = sources_[expert / plan_.local_experts];
+    const auto* weights = reinterpret_cast<const float*>(source.weights + row.token * source.weight_stride);
+    reinterpret_cast<float*>(words)[1] = terms.address != nullptr ? weights[row.index] : 0.0f;
+  }
+
+  __device__ void sum_weights(int32_t token, float* out) const {
     for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
       float sum = 0.0f;
       for (int m = 0; m < plan_.messages_per_token; ++m) {
@@ -380,7 +321,7 @@ class OwnedRows {
         const SourceView& source = sources_[message.rank];
         sum = __fadd_rn(sum, reinterpret_cast<const float*>(source.weights + token * source.weight_stride)[k]);
       }
-      args_.out_topk_weights[int64_t{token} * plan_.num_topk + k] = sum;
+      out[k] = sum;
     }
   }
 
@@ -388,7 +329,7 @@ class OwnedRows {
   const PlanView& plan_;
   const Transfer& transfer_;
   const SourceView* const sources_;
-  int32_t next_;  // token * num_parts + part
+  int32_t next_;  // (token * rows_per_token + row) * num_parts + part
   int64_t end_token_;
   MessageRef message_ = {-1, -1}, message_ahead_ = {-1, -1};  // of the current token and the next one: the thread's
 };
@@ -398,7 +339,7 @@ template <typename Wire, bool kBulk>
 __device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-  if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+  if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
   if (args.slot.stride() == 0) return;
   const auto num_blocks = static_cast<int32_t>(gridDim.x);
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);
@@ -411,7 +352,7 @@ __device__ void stage(const CombineArgs& args, const Transfer& transfer, const S
       sum_by_ring<Wire, kStagePieceBytes>(ring, rows);
     ring.end();
   } else if (args.copies_rows()) {
-    rows.copy();
+    copy_by_threads(rows, args.row_bytes);
   } else {
     sum_by_threads<Wire>(rows);
   }
@@ -461,7 +402,8 @@ __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_cons
     open_sources(args, transfer, sources, has_failed);
     device::arrive_at_barrier(kJoinBarrier, args.roles.num_threads());
   }
-  if (args.transfer.receives && !has_failed) pull<Wire, kBulk>(args, transfer, sources, {memory, nth < 0 ? args.joined_ring : args.pull_ring});
+  if (args.transfer.receives && !has_failed)
+    pull<Wire, kBulk>(args, transfer, sources, {memory, nth < 0 ? args.joined_ring : args.pull_ring});
   transfer.finish();
 }
 
