@@ -11,6 +11,9 @@ constexpr int64_t kMostPieceBytes = 8192;
 constexpr int64_t kPartAlignment = 16;
 constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
 constexpr int32_t kMostStageRun = 16;
+constexpr int32_t kPullRun = 4;
+// Beside warps that stage rows: leaves the SM a cache for their loads, which have no ring.
+constexpr int64_t kRingBytesBesideLoads = 160 << 10;
 
 }  // namespace
 
@@ -121,7 +124,9 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
   p.entries = p.weights + (call_.carries_weights ? topk : 0);
   p.stage_bytes = static_cast<int32_t>(layout::align_up(p.entries + topk + kernels::kPieceTagBytes, layout::kBulkLine));
-  p.num_stages = ring_stages(ring_bytes(plan_.exchange().num_ranks()), roles.num_pull_warps, p.stage_bytes, kLeastStages);
+  const int64_t most_bytes = ring_bytes(plan_.exchange().num_ranks());
+  const int64_t bytes = stages_rows() ? std::min(kRingBytesBesideLoads, most_bytes) : most_bytes;
+  p.num_stages = ring_stages(bytes, roles.num_pull_warps, p.stage_bytes, kLeastStages);
   return p;
 }
 
@@ -140,9 +145,10 @@ kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
       make_round(plan_, launch_.lane, {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
   args.transfer.wait_ns = a.wait_ns;
   args.plan = plan_.tables();
-  const bool stages_rows = slot_.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
-  args.roles = {.num_stage_warps = stages_rows ? 12 : 4, .num_pull_warps = 8};
+  args.roles = stages_rows() ? kernels::WarpRoles{.num_stage_warps = 10, .num_pull_warps = 6}
+                             : kernels::WarpRoles{.num_stage_warps = 4, .num_pull_warps = 8};
   args.stage_run = stage_run(args.roles);
+  args.pull_run = kPullRun;
   args.follows_route = a.routing != nullptr && args.transfer.sends && round == 0 && plan_.exchange().facts().has_bulk_copies;  // sm_90
   args.in = dispatch_inputs(call_);
   args.out = dispatch_outputs(plan_, call_);

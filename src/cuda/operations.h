@@ -29,6 +29,7 @@ class DispatchOperation {
 
  private:
   void set_parts();
+  bool stages_rows() const { return slot_.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE; }
   kernels::RowPieces pieces(const kernels::WarpRoles& roles) const;
   int32_t stage_run(const kernels::WarpRoles& roles) const;
   kernels::DispatchArgs round_args(int32_t round) const;

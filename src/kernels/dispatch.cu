@@ -17,7 +17,9 @@
 namespace tern::kernels {
 namespace {
 
-constexpr int kMostThreads = 640;
+constexpr int kMostThreads = 512;
+// A row of 7168 bytes: few warps stage, so each has much on its way.
+constexpr int kStageUnroll = 14;
 constexpr int kPullBarrier = 1;
 
 __host__ __device__ constexpr SharedLayout shared_layout_of(const DispatchArgs& args, bool bulk_copies) {
@@ -115,84 +117,141 @@ class MessageSides {
   const PlanView& plan_;
 };
 
-// Puts this rank's tokens into its staging; one warp.
+// Puts this rank's tokens into its staging; one warp. The warps of all blocks take the next tokens when they come to them: SMs stage at very
+// different speeds, and a chunk is there when the slowest has done its part of it.
 class TokenStager {
  public:
   __device__ TokenStager(const DispatchArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
-      : args_(args), transfer_(transfer), warp_(warp), num_warps_(num_warps) {
+      : args_(args), transfer_(transfer), num_warps_(num_warps), begin_(begin_of(warp)) {
     const TransferArgs& t = args.transfer;
     end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
   }
 
-  // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores.
-  __device__ void run() const {
-    const int32_t run = args_.stage_run;
-    for (int64_t begin = args_.transfer.first_token() + warp_ * run; begin < end_token_; begin += num_warps_ * run) {
-      const int64_t end = min(begin + run, end_token_);
-      for (int64_t token = begin; token < end; ++token) {
-        if (args_.slot.row_bytes > 0) stage_row(token);
-        if (args_.slot.scale_bytes > 0 && args_.in.encoding == TERN_ENCODING_AS_GIVEN)
-          stage_scales(token, slot_of(token) + args_.slot.scales());
-      }
-      if (args_.carries_weights) stage_weights(begin, end);
+  // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores; and when loads of the next ones
+  // are under way.
+  __device__ void run() {
+    while (begin_ < end_token_) {
+      const uint32_t taken = device::lane_idx() == 0 ? atomicAdd(&args_.transfer.exchange.state->runs_taken, 1u) : 0;
+      const int64_t end = min(begin_ + args_.stage_run, end_token_);
+      const Weights weights = load_weights(end);
+      for (int64_t token = begin_; token < end; ++token) stage_token(token);
+      report();
+      store_weights(end, weights);
       __syncwarp();
-      complete(static_cast<int>(begin / args_.transfer.tokens_per_chunk), static_cast<uint32_t>(end - begin));
+      staged_ = {begin_, static_cast<uint32_t>(end - begin_)};
+      begin_ = begin_of(num_warps_ + __shfl_sync(~0u, taken, 0));
     }
+    report();
   }
 
  private:
+  struct Run {
+    int64_t begin;
+    uint32_t num_tokens;
+  };
+  // What a thread has of the first weights of a run; if there are more, they are copied by store_weights().
+  struct Weights {
+    static constexpr int kBatch = 4;
+    float values[kBatch];
+  };
+  // Of the first scales of a token.
+  struct Scales {
+    static constexpr int kBatch = 2;
+    uint32_t words[kBatch];
+  };
+
+  __device__ int64_t begin_of(int64_t run) const { return args_.transfer.first_token() + run * args_.stage_run; }
   __device__ const std::byte* row_of(int64_t token) const { return args_.in.tokens + token * args_.in.token_stride_bytes; }
   __device__ std::byte* slot_of(int64_t token) const {
     return transfer_.staging() + (token - args_.transfer.first_token()) * args_.slot.stride();
   }
-  __device__ void stage_row(int64_t token) const {
-    std::byte* slot = slot_of(token);
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
-      copy_row(row_of(token), args_.row_bytes, [&](auto visit) { visit(slot + args_.slot.row()); });
+
+  __device__ void stage_token(int64_t token) {
+    std::byte* const slot = slot_of(token);
+    if (args_.in.encoding != TERN_ENCODING_AS_GIVEN) {
+      device::with_wire_type(args_.in.dtype, [&](auto wire) {
+        cast_row<decltype(wire)>(row_of(token), args_.in.hidden, args_.in.encoding, slot + args_.slot.row(), slot + args_.slot.scales());
+      });
       return;
     }
-    device::with_wire_type(args_.in.dtype, [&](auto wire) {
-      cast_row<decltype(wire)>(row_of(token), args_.in.hidden, args_.in.encoding, slot + args_.slot.row(), slot + args_.slot.scales());
-    });
+    const bool has_scales = args_.slot.scale_bytes > 0;
+    const Scales scales = has_scales && has_dense_scales() ? load_scales(token, 0) : Scales{};
+    if (args_.slot.row_bytes > 0)
+      copy_row<kStageUnroll>(
+          row_of(token), args_.row_bytes, [&](auto visit) { visit(slot + args_.slot.row()); }, [&] { report(); });
+    if (has_scales) store_scales(token, slot + args_.slot.scales(), scales);
   }
 
-  __device__ void stage_weights(int64_t begin, int64_t end) const {
-    constexpr int kBatch = 4;  // loads that are under way at a time
-    const auto topk = static_cast<uint32_t>(args_.plan.num_topk), num = static_cast<uint32_t>(end - begin) * topk;
-    const float* const weights = args_.in.weights + begin * topk;
-    for (uint32_t first = device::lane_idx(); first < num; first += kBatch * kWarpThreads) {
-      float values[kBatch];
+  __device__ Weights load_weights(int64_t end) const {
+    Weights weights = {};
+    if (!args_.carries_weights) return weights;
+    const auto topk = static_cast<uint32_t>(args_.plan.num_topk), num = static_cast<uint32_t>(end - begin_) * topk;
+    const float* const from = args_.in.weights + begin_ * topk;
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (first + u * kWarpThreads < num) values[u] = weights[first + u * kWarpThreads];
+    for (int u = 0; u < Weights::kBatch; ++u)
+      if (thread_of(u) < num) weights.values[u] = from[thread_of(u)];
+    return weights;
+  }
+
+  __device__ void store_weights(int64_t end, const Weights& weights) const {
+    if (!args_.carries_weights) return;
+    const auto topk = static_cast<uint32_t>(args_.plan.num_topk), num = static_cast<uint32_t>(end - begin_) * topk;
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const uint32_t i = first + u * kWarpThreads;
-        if (i >= num) break;
-        reinterpret_cast<float*>(slot_of(begin + i / topk) + args_.slot.weights())[i % topk] = values[u];
-        if (args_.plan.weights_sent != nullptr) args_.plan.weights_sent[begin * topk + i] = values[u];
+    for (int u = 0; u < Weights::kBatch; ++u)
+      if (thread_of(u) < num) store_weight(thread_of(u), weights.values[u]);
+#pragma unroll 1
+    for (uint32_t i = thread_of(Weights::kBatch); i < num; i += kWarpThreads) store_weight(i, args_.in.weights[begin_ * topk + i]);
+  }
+
+  __device__ void store_weight(uint32_t i, float value) const {
+    const auto topk = static_cast<uint32_t>(args_.plan.num_topk);
+    reinterpret_cast<float*>(slot_of(begin_ + i / topk) + args_.slot.weights())[i % topk] = value;
+    if (args_.plan.weights_sent != nullptr) args_.plan.weights_sent[begin_ * topk + i] = value;
+  }
+
+  __device__ bool has_dense_scales() const {
+    return args_.scale_word_bytes == 4 && args_.in.scale_element_stride_bytes == args_.scale_element_bytes;
+  }
+  __device__ const std::byte* scales_of(int64_t token) const { return args_.in.scales + token * args_.in.scale_token_stride_bytes; }
+
+  // Words from `first` on.
+  __device__ Scales load_scales(int64_t token, uint32_t first) const {
+    Scales scales = {};
+    const auto* const from = reinterpret_cast<const uint32_t*>(scales_of(token));
+#pragma unroll
+    for (int u = 0; u < Scales::kBatch; ++u)
+      if (first + thread_of(u) < num_scale_words()) scales.words[u] = from[first + thread_of(u)];
+    return scales;
+  }
+  __device__ uint32_t num_scale_words() const { return static_cast<uint32_t>(args_.scale_bytes) / 4; }
+
+  __device__ void store_scales(int64_t token, std::byte* to, Scales scales) const {
+    if (has_dense_scales()) {
+      constexpr uint32_t kStep = Scales::kBatch * kWarpThreads;
+      for (uint32_t first = 0; first < num_scale_words(); first += kStep) {
+        if (first > 0) scales = load_scales(token, first);
+#pragma unroll
+        for (int u = 0; u < Scales::kBatch; ++u)
+          if (first + thread_of(u) < num_scale_words()) reinterpret_cast<uint32_t*>(to)[first + thread_of(u)] = scales.words[u];
       }
-    }
-  }
-
-  __device__ void stage_scales(int64_t token, std::byte* to) const {
-    const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
-    const int lane = static_cast<int>(device::lane_idx());
-    if (args_.scale_word_bytes == 4 && args_.in.scale_element_stride_bytes == args_.scale_element_bytes) {
-      for (int64_t at = lane * 4; at < args_.scale_bytes; at += kWarpThreads * 4)
-        *reinterpret_cast<uint32_t*>(to + at) = *reinterpret_cast<const uint32_t*>(from + at);
       return;
     }
-    for (int64_t at = lane; at < args_.scale_bytes; at += kWarpThreads)
+    const std::byte* const from = scales_of(token);
+    for (int64_t at = device::lane_idx(); at < args_.scale_bytes; at += kWarpThreads)
       to[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
   }
 
-  // The warp's writes of `num` tokens of the chunk are done: counts them, and tells everybody when the chunk is complete.
-  __device__ void complete(int chunk, uint32_t num) const {
+  __device__ static uint32_t thread_of(int u) { return device::lane_idx() + static_cast<uint32_t>(u) * kWarpThreads; }
+
+  // What was staged last, and not reported: counts it, and tells everybody when its chunk is complete.
+  __device__ void report() {
+    if (staged_.num_tokens == 0) return;
+    const auto chunk = static_cast<int>(staged_.begin / args_.transfer.tokens_per_chunk);
     const int64_t chunk_begin = int64_t{chunk} * args_.transfer.tokens_per_chunk;
-    const int64_t chunk_end = min(end_token_, chunk_begin + args_.transfer.tokens_per_chunk);
+    const auto total = static_cast<uint32_t>(min(end_token_ - chunk_begin, int64_t{args_.transfer.tokens_per_chunk}));
     int is_complete = 0;
-    if (device::lane_idx() == 0) is_complete = transfer_.complete(0, chunk, num, static_cast<uint32_t>(chunk_end - chunk_begin)) ? 1 : 0;
+    if (device::lane_idx() == 0) is_complete = transfer_.complete(0, chunk, staged_.num_tokens, total) ? 1 : 0;
+    staged_.num_tokens = 0;
     if (__shfl_sync(~0u, is_complete, 0) == 0) return;
     __syncwarp();  // the other threads' releases cover what the first has seen
     for (int peer = static_cast<int>(device::lane_idx()); peer < transfer_.num_ranks(); peer += kWarpThreads)
@@ -201,26 +260,28 @@ class TokenStager {
 
   const DispatchArgs& args_;
   const Transfer& transfer_;
-  const int64_t warp_, num_warps_;
+  const int64_t num_warps_;
+  int64_t begin_;  // of the tokens that are staged now
+  Run staged_ = {};
   int64_t end_token_;
 };
 
 // Pulls the messages of one warp.
 class MessagePuller {
  public:
-  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, int32_t warp, int32_t num_warps)
+  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, int32_t warp, int32_t num_warps)
       : args_(args),
         plan_(args.plan),
         transfer_(transfer),
         sources_(sources),
         sides_(args),
-        walk_(args.transfer, args.plan, warp, num_warps) {}
+        walk_({args.transfer, args.plan, num_warps, args.pull_run}, warp, &args.transfer.exchange.state->parts_taken) {}
 
   // Ordinary loads and stores.
   __device__ void pull_by_threads() {
     Message message;
     while (walk_.next(message)) {
-      if (!await_message(true)) return;
+      if (!transfer_.await_chunk_together(sources_[message.source], message.source, message.token)) return;
       const SourceView& source = sources_[message.source];
       const int32_t* rows = plan_.received_rows + int64_t{message.index} * plan_.topk_stride;
       const std::byte* scales = source.scales + message.token * source.scale_stride;
@@ -245,7 +306,9 @@ class MessagePuller {
     if (!is_begun_) {
       if (!is_visited_ && !walk_.next(loading_)) return RingLoad::kNoMore;
       is_visited_ = true;
-      is_begun_ = await_message(may_wait);
+      SourceView& source = sources_[loading_.source];
+      is_begun_ = may_wait ? transfer_.await_chunk_together(source, loading_.source, loading_.token)
+                           : transfer_.has_chunk(source, loading_.source, loading_.token);
       if (!is_begun_) return may_wait ? RingLoad::kNoMore : RingLoad::kNotYet;
     }
     if (device::lane_idx() == 0) load_piece(stage, arrivals);
@@ -260,18 +323,25 @@ class MessagePuller {
     const RowPieces& p = args_.pieces;
     if (stage == fetched_for_) settle_entries();
     __syncwarp();  // entries and tag were written by other threads
-    const PieceTag tag = *tag_of(stage);
+    const int32_t message = tag_of(stage)->message;
     const auto* entries = reinterpret_cast<const int32_t*>(stage + p.entries);
     const int64_t at = int64_t{store_piece_} * p.piece_bytes;
     if (plan_.has_expert_rows()) {
       for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads)
         if (entries[k] >= 0 && args_.row_bytes > 0)
           device::bulk_store(args_.out.tokens + entries[k] * args_.row_bytes + at, stage, piece_size(store_piece_));
-    } else if (device::lane_idx() == 0 && tag.message < args_.out.num_rows && args_.row_bytes > 0) {
-      device::bulk_store(args_.out.tokens + tag.message * args_.row_bytes + at, stage, piece_size(store_piece_));
+    } else if (device::lane_idx() == 0 && message < args_.out.num_rows && args_.row_bytes > 0) {
+      device::bulk_store(args_.out.tokens + message * args_.row_bytes + at, stage, piece_size(store_piece_));
     }
-    if (++store_piece_ < p.num_pieces) return;
-    store_piece_ = 0;
+    if (++store_piece_ == p.num_pieces) store_piece_ = 0;
+  }
+  // Scales and weights, which came with the last piece.
+  __device__ void settle(std::byte* stage) {
+    if (store_piece_ != 0) return;
+    if (stage == fetched_for_) settle_entries();
+    __syncwarp();
+    const PieceTag tag = *tag_of(stage);
+    const auto* entries = reinterpret_cast<const int32_t*>(stage + args_.pieces.entries);
     const std::byte* scales = stage + tag.scales_at;
     sides_.store(tag.message, entries, entries, scales, sides_.load(scales, reinterpret_cast<const float*>(stage + tag.weights_at)));
   }
@@ -285,25 +355,6 @@ class MessagePuller {
   static_assert(sizeof(PieceTag) == kPieceTagBytes);
   __device__ PieceTag* tag_of(std::byte* stage) const {
     return reinterpret_cast<PieceTag*>(stage + args_.pieces.stage_bytes - kPieceTagBytes);
-  }
-
-  // Is the chunk there of the message that the walk is at? Waits for it if it may; false then: the exchange has failed. A look at a flag takes
-  // long, so all threads look at once, each for its own message of the batch. Nobody waits for those behind this one.
-  __device__ bool await_message(bool may_wait) {
-    const int at = walk_.at();
-    if (walk_.num_batches() != looked_for_batch_) arrived_ = 0;
-    looked_for_batch_ = walk_.num_batches();
-    if ((arrived_ >> at & 1) != 0) return true;
-    const Message& own = walk_.own();
-    const SourceView& source = sources_[own.source];
-    bool is_there = transfer_.has_chunk(source, own.source, own.token);
-    arrived_ = __ballot_sync(~0u, is_there);
-    if (may_wait && (arrived_ >> at & 1) == 0) {
-      if (static_cast<int>(device::lane_idx()) == at) is_there = transfer_.await_chunk(source, own.source, own.token);
-      arrived_ = __ballot_sync(~0u, is_there);
-    }
-    __syncwarp();  // what each thread has acquired, all may read
-    return (arrived_ >> at & 1) != 0;
   }
 
   __device__ uint32_t piece_size(int piece) const {
@@ -361,9 +412,9 @@ class MessagePuller {
   const DispatchArgs& args_;
   const PlanView& plan_;
   const Transfer& transfer_;
-  const SourceView* const sources_;
+  SourceView* const sources_;
   const MessageSides sides_;
-  MessageWalk walk_;
+  DealtWalk walk_;
   Message loading_ = {};
   bool is_visited_ = false;  // the walk is at loading_
   bool is_begun_ = false;    // and its chunk is there
@@ -372,8 +423,6 @@ class MessagePuller {
   static constexpr int kMostEntries = 2;  // of a thread: top-k is at most 64
   int32_t fetched_[kMostEntries] = {};
   std::byte* fetched_for_ = nullptr;
-  uint32_t arrived_ = 0;  // of the walk's batch: threads whose messages may be pulled
-  int looked_for_batch_ = 0;
 };
 
 // The part of a staging warp.
