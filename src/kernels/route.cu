@@ -37,7 +37,8 @@ class Route {
         rows_(plan_, rank_, num_ranks_, workspace + bank_table_size(num_ranks_) + int64_t{args.num_counting_warps} * num_counts_) {}
 
   __device__ void run() {
-    if (!begin() || !exchange()) {
+    open_banks();
+    if (!exchange()) {
       if (threadIdx.x == 0) op_.report_abort();
       return;
     }
@@ -51,27 +52,37 @@ class Route {
   }
 
  private:
-  // False: the exchange has failed. Peers are looked at by other threads than the abort word, at the same time.
-  __device__ bool begin() const {
-    bool ok = threadIdx.x != 0 || !op_.is_aborted();
-#pragma unroll 1
-    for (int peer = kThreads - 1 - static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads)
-      ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
+  __device__ void open_banks() const {
 #pragma unroll 1
     for (int other = static_cast<int>(threadIdx.x); other < num_ranks_; other += kThreads)
       banks_[other] = op_.is_masked(other) ? BankPair{} : BankPair{bank(other, rank_), bank(rank_, other)};
-    return __syncthreads_and(ok ? 1 : 0) != 0;
+    __syncthreads();
   }
 
   // Up to the moment when all ranks' counts and messages are here. False: the exchange has failed.
   __device__ bool exchange() {
-    if (blockIdx.x == 0) announce();
     own_.count();
-    if (!op_.sync_blocks(1)) return false;
+    if (!await_room()) return false;
     own_.add_lower_blocks([&](int c, int32_t count) { push_count(c, count); });
     push();
     publish();
     return await_counts();
+  }
+
+  // Until all blocks have counted, and the peers' banks are free; different threads look at each of these, at the same time. Block 0 describes the
+  // call, long before anybody looks.
+  __device__ bool await_room() const {
+    __syncthreads();
+    const int thread = static_cast<int>(threadIdx.x);
+    bool ok = thread != 0 || op_.await_blocks();
+    if (thread == kWarpThreads) ok = !op_.is_aborted();
+#pragma unroll 1
+    for (int peer = kThreads - 1 - thread; peer < num_ranks_; peer += kThreads) {
+      if (is_masked(peer)) continue;
+      ok = ok && op_.await_bank(peer);
+      if (ok && blockIdx.x == 0) announce(peer);
+    }
+    return __syncthreads_and(ok ? 1 : 0) != 0;
   }
 
   // ---- push
@@ -82,18 +93,13 @@ class Route {
 
   __device__ bool is_masked(int rank) const { return banks_[rank].there == nullptr; }
 
-  // One block describes the call, long before anybody looks.
-  __device__ void announce() const {
-#pragma unroll 1
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads) {
-      if (is_masked(peer)) continue;
-      layout::CallCell* cell = op_.call(peer, rank_);
-      cell->shape = args_.shape;
-      cell->epoch = op_.epoch;
-      cell->operation = TERN_OP_ROUTE;
-      cell->num_tokens = own_.num_tokens();
-      store_release_sys(&op_.progress(peer, rank_)->ready, op_.epoch);
-    }
+  __device__ void announce(int peer) const {
+    layout::CallCell* cell = op_.call(peer, rank_);
+    cell->shape = args_.shape;
+    cell->epoch = op_.epoch;
+    cell->operation = TERN_OP_ROUTE;
+    cell->num_tokens = own_.num_tokens();
+    store_release_sys(&op_.progress(peer, rank_)->ready, op_.epoch);
   }
 
   // Every block knows all counts of this rank: each tells them to some of the peers.
@@ -393,7 +399,7 @@ class Route {
 
   __device__ static int32_t lane() { return static_cast<int32_t>(device::lane_idx()); }
 
-  static constexpr int kBatch = 4, kPushBatch = 2;  // loads that are under way at a time
+  static constexpr int kBatch = 4, kPushBatch = 3;  // loads that are under way at a time
 
   const RouteArgs& args_;
   const PlanView& plan_;
