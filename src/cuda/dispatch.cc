@@ -13,7 +13,7 @@ constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
 constexpr int32_t kMostStageRun = 16;
 constexpr int32_t kPullRun = 4;
 // Beside warps that stage rows: leaves the SM a cache for their loads, which have no ring.
-constexpr int64_t kRingBytesBesideLoads = 160 << 10;
+constexpr int64_t kRingBytesBesideLoads = 124 << 10;
 
 }  // namespace
 
@@ -145,10 +145,9 @@ kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
       make_round(plan_, launch_.lane, {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
   args.transfer.wait_ns = a.wait_ns;
   args.plan = plan_.tables();
-  args.roles = stages_rows() ? kernels::WarpRoles{.num_stage_warps = 10, .num_pull_warps = 6}
-                             : kernels::WarpRoles{.num_stage_warps = 4, .num_pull_warps = 8};
+  args.roles = {.num_stage_warps = stages_rows() ? 8 : 4, .num_pull_warps = 8};
   args.stage_run = stage_run(args.roles);
-  args.pull_run = kPullRun;
+  args.pull_run = stages_rows() ? kPullRun : 0;
   args.follows_route = a.routing != nullptr && args.transfer.sends && round == 0 && plan_.exchange().facts().has_bulk_copies;  // sm_90
   args.in = dispatch_inputs(call_);
   args.out = dispatch_outputs(plan_, call_);

@@ -9,7 +9,8 @@
 // A staging warp waits for nothing that another rank does in this operation, so every chunk is finished some time.
 #include "kernels/dispatch.h"
 #include "kernels/dispatch_outputs.cuh"
-#include "kernels/messages.cuh"
+#include "kernels/message_arrivals.cuh"
+#include "kernels/message_sides.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/shared_memory.h"
 #include "kernels/transfer.cuh"
@@ -25,97 +26,6 @@ constexpr int kPullBarrier = 1;
 __host__ __device__ constexpr SharedLayout shared_layout_of(const DispatchArgs& args, bool bulk_copies) {
   return {args.transfer.exchange.num_ranks, args.roles.num_pull_warps, args.pieces.num_stages, args.pieces.stage_bytes, bulk_copies};
 }
-
-// What arrives with a message besides its row, and where that goes; one warp. It is loaded first and stored later, so that loads of the row can
-// be under way with these.
-class MessageSides {
- public:
-  // A thread's share: of the first scales (if there are more, the rest is copied by store()), and of the weights.
-  struct Share {
-    static constexpr int kScales = 2, kWeights = 2;  // top-k is at most 64
-    uint32_t scales[kScales];
-    float weights[kWeights];
-  };
-
-  __device__ explicit MessageSides(const DispatchArgs& args) : args_(args), plan_(args.plan) {}
-
-  __device__ Share load(const std::byte* scales, const float* weights) const {
-    Share share = {};
-    load_scales(scales, 0, share);
-    if (!args_.carries_weights) return share;
-#pragma unroll
-    for (int i = 0; i < Share::kWeights; ++i)
-      if (entry(i) < plan_.num_topk) share.weights[i] = weights[entry(i)];
-    return share;
-  }
-
-  // rows, experts: of the message's entries; not looked at if the layout or the call has none. scales: as they were loaded.
-  __device__ void store(int32_t message, const int32_t* rows, const int32_t* experts, const std::byte* scales, Share share) const {
-    if (args_.out.scales != nullptr) {
-      for (int32_t first = 0; first < args_.scale_bytes; first += kScaleBytes * args_.scale_word_bytes) {
-        if (first > 0) load_scales(scales, first, share);
-        for_each_row(message, rows, [&](int64_t row) { store_scales(row, first, share); });
-      }
-    }
-    if (!args_.carries_weights) return;
-#pragma unroll
-    for (int i = 0; i < Share::kWeights; ++i) {
-      const int k = entry(i);
-      if (k >= plan_.num_topk) break;
-      args_.out.plan_weights[int64_t{message} * plan_.topk_stride + k] = share.weights[i];
-      if (args_.out.topk_weights == nullptr) continue;
-      if (plan_.has_expert_rows()) {
-        if (rows[k] >= 0) args_.out.topk_weights[rows[k]] = share.weights[i];
-      } else if (message < args_.out.num_rows) {
-        args_.out.topk_weights[int64_t{message} * plan_.num_topk + k] = experts[k] >= 0 ? share.weights[i] : 0.0f;
-      }
-    }
-  }
-
- private:
-  static constexpr int32_t kScaleBytes = Share::kScales * kWarpThreads;  // of a warp's shares, if words were bytes
-
-  __device__ static int entry(int i) { return static_cast<int>(device::lane_idx()) + i * kWarpThreads; }
-
-  template <typename Visitor>
-  __device__ void for_each_row(int32_t message, const int32_t* rows, Visitor visit) const {
-    if (!plan_.has_expert_rows()) {
-      if (message < args_.out.num_rows) visit(message);
-      return;
-    }
-    for (int k = 0; k < plan_.num_topk; ++k)
-      if (rows[k] >= 0) visit(rows[k]);
-  }
-
-  // The thread's words of the scales from byte `first` on.
-  __device__ void load_scales(const std::byte* scales, int32_t first, Share& share) const {
-#pragma unroll
-    for (int i = 0; i < Share::kScales; ++i) {
-      const int32_t at = first + entry(i) * args_.scale_word_bytes;
-      if (at >= args_.scale_bytes) break;
-      share.scales[i] = args_.scale_word_bytes == 4 ? *reinterpret_cast<const uint32_t*>(scales + at) : static_cast<uint32_t>(scales[at]);
-    }
-  }
-
-  __device__ void store_scales(int64_t row, int32_t first, const Share& share) const {
-#pragma unroll
-    for (int i = 0; i < Share::kScales; ++i) {
-      const int32_t at = first + entry(i) * args_.scale_word_bytes;
-      if (at >= args_.scale_bytes) break;
-      std::byte* to = args_.out.scales + row * args_.scale_bytes + at;
-      if (args_.out.scales_by_column)
-        to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, at / args_.scale_element_bytes) +
-             at % args_.scale_element_bytes;
-      if (args_.scale_word_bytes == 4)
-        *reinterpret_cast<uint32_t*>(to) = share.scales[i];
-      else
-        *to = static_cast<std::byte>(share.scales[i]);
-    }
-  }
-
-  const DispatchArgs& args_;
-  const PlanView& plan_;
-};
 
 // Puts this rank's tokens into its staging; one warp. The warps of all blocks take the next tokens when they come to them: SMs stage at very
 // different speeds, and a chunk is there when the slowest has done its part of it.
@@ -266,22 +176,18 @@ class TokenStager {
   int64_t end_token_;
 };
 
-// Pulls the messages of one warp.
+// Pulls the messages of one warp. Arrivals: those that it gets, AheadArrivals or DealtArrivals.
+template <typename Arrivals>
 class MessagePuller {
  public:
-  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, int32_t warp, int32_t num_warps)
-      : args_(args),
-        plan_(args.plan),
-        transfer_(transfer),
-        sources_(sources),
-        sides_(args),
-        walk_({args.transfer, args.plan, num_warps, args.pull_run}, warp, &args.transfer.exchange.state->parts_taken) {}
+  __device__ MessagePuller(const DispatchArgs& args, const SourceView* sources, const Arrivals& arrivals)
+      : args_(args), plan_(args.plan), sources_(sources), sides_(args), arrivals_(arrivals) {}
 
   // Ordinary loads and stores.
   __device__ void pull_by_threads() {
     Message message;
-    while (walk_.next(message)) {
-      if (!transfer_.await_chunk_together(sources_[message.source], message.source, message.token)) return;
+    while (arrivals_.next(message)) {
+      if (!arrivals_.has_come(message, true)) return;
       const SourceView& source = sources_[message.source];
       const int32_t* rows = plan_.received_rows + int64_t{message.index} * plan_.topk_stride;
       const std::byte* scales = source.scales + message.token * source.scale_stride;
@@ -304,11 +210,9 @@ class MessagePuller {
   __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool may_wait) {
     settle_entries();
     if (!is_begun_) {
-      if (!is_visited_ && !walk_.next(loading_)) return RingLoad::kNoMore;
+      if (!is_visited_ && !arrivals_.next(loading_)) return RingLoad::kNoMore;
       is_visited_ = true;
-      SourceView& source = sources_[loading_.source];
-      is_begun_ = may_wait ? transfer_.await_chunk_together(source, loading_.source, loading_.token)
-                           : transfer_.has_chunk(source, loading_.source, loading_.token);
+      is_begun_ = arrivals_.has_come(loading_, may_wait);
       if (!is_begun_) return may_wait ? RingLoad::kNoMore : RingLoad::kNotYet;
     }
     if (device::lane_idx() == 0) load_piece(stage, arrivals);
@@ -323,25 +227,18 @@ class MessagePuller {
     const RowPieces& p = args_.pieces;
     if (stage == fetched_for_) settle_entries();
     __syncwarp();  // entries and tag were written by other threads
-    const int32_t message = tag_of(stage)->message;
+    const PieceTag tag = *tag_of(stage);
     const auto* entries = reinterpret_cast<const int32_t*>(stage + p.entries);
     const int64_t at = int64_t{store_piece_} * p.piece_bytes;
     if (plan_.has_expert_rows()) {
       for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads)
         if (entries[k] >= 0 && args_.row_bytes > 0)
           device::bulk_store(args_.out.tokens + entries[k] * args_.row_bytes + at, stage, piece_size(store_piece_));
-    } else if (device::lane_idx() == 0 && message < args_.out.num_rows && args_.row_bytes > 0) {
-      device::bulk_store(args_.out.tokens + message * args_.row_bytes + at, stage, piece_size(store_piece_));
+    } else if (device::lane_idx() == 0 && tag.message < args_.out.num_rows && args_.row_bytes > 0) {
+      device::bulk_store(args_.out.tokens + tag.message * args_.row_bytes + at, stage, piece_size(store_piece_));
     }
-    if (++store_piece_ == p.num_pieces) store_piece_ = 0;
-  }
-  // Scales and weights, which came with the last piece.
-  __device__ void settle(std::byte* stage) {
-    if (store_piece_ != 0) return;
-    if (stage == fetched_for_) settle_entries();
-    __syncwarp();
-    const PieceTag tag = *tag_of(stage);
-    const auto* entries = reinterpret_cast<const int32_t*>(stage + args_.pieces.entries);
+    if (++store_piece_ < p.num_pieces) return;
+    store_piece_ = 0;
     const std::byte* scales = stage + tag.scales_at;
     sides_.store(tag.message, entries, entries, scales, sides_.load(scales, reinterpret_cast<const float*>(stage + tag.weights_at)));
   }
@@ -374,7 +271,6 @@ class MessagePuller {
     const int32_t scales_at = source.sides_follow ? row_end : p.scales;
     const int32_t weights_at = source.sides_follow ? row_end + static_cast<int32_t>(scale_part) : p.weights;
     *tag_of(stage) = {loading_.index, scales_at, weights_at};
-    device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
     device::expect_bytes(arrivals, row_part + scale_part + weight_part);
     if (source.sides_follow) {
       device::bulk_load(stage, row, row_part + scale_part + weight_part, arrivals);
@@ -411,12 +307,11 @@ class MessagePuller {
 
   const DispatchArgs& args_;
   const PlanView& plan_;
-  const Transfer& transfer_;
-  SourceView* const sources_;
+  const SourceView* const sources_;
   const MessageSides sides_;
-  DealtWalk walk_;
+  Arrivals arrivals_;
   Message loading_ = {};
-  bool is_visited_ = false;  // the walk is at loading_
+  bool is_visited_ = false;  // loading_ is the next one
   bool is_begun_ = false;    // and its chunk is there
   int load_piece_ = 0;
   int store_piece_ = 0;
@@ -436,20 +331,26 @@ __device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
   if (args.writes_outputs) OutputWriter(args).write();
 }
 
-// The part of a pulling warp.
-template <bool kBulk>
-__device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
-  if (!args.transfer.receives) return;
+// All pulling warps of a block: waits for the calls of all sources. False: the exchange has failed.
+__device__ bool open_sources(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, int thread) {
   __shared__ int all_ok;
-  const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
-  const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
   if (thread == 0) all_ok = 1;
-  MessagePuller puller(args, transfer, sources, thread / kWarpThreads * num_blocks + block, args.roles.num_pull_warps * num_blocks);
   device::sync_some_warps(kPullBarrier, num_threads);
   if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
+  device::fence_async_proxy();  // the copy engine reads what lies in place
   device::sync_some_warps(kPullBarrier, num_threads);
-  if (all_ok == 0) return;
+  return all_ok != 0;
+}
+
+// The part of a pulling warp.
+template <bool kBulk, typename Arrivals>
+__device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
+  const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
+  const int32_t warp = thread / kWarpThreads * num_blocks + block, num_warps = args.roles.num_pull_warps * num_blocks;
+  MessagePuller<Arrivals> puller(args, sources, Arrivals(args, transfer, sources, warp, num_warps));
+  if (!open_sources(args, transfer, sources, thread)) return;
   if constexpr (kBulk)
     run_ring(ring, puller);
   else
@@ -463,15 +364,19 @@ __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_con
   const SharedLayout shared_layout = shared_layout_of(args, kBulk);
   const Transfer transfer(args.transfer);
   if (transfer.operation().is_poisoned()) return;
-  const RowPieces& p = args.pieces;
   const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
   if (nth < 0) {
     stage(args, transfer);
-  } else {
+  } else if (args.transfer.receives) {
+    const RowPieces& p = args.pieces;
     const Ring ring{shared + shared_layout.rings + nth * p.num_stages * p.stage_bytes,
                     reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * p.num_stages, p.num_stages, p.stage_bytes};
     if constexpr (kBulk) ring.init();
-    pull<kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
+    auto* const sources = reinterpret_cast<SourceView*>(shared);
+    if (args.pull_run > 0)
+      pull<kBulk, DealtArrivals>(args, transfer, sources, ring);
+    else
+      pull<kBulk, AheadArrivals>(args, transfer, sources, ring);
   }
   transfer.finish();
 }

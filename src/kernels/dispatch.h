@@ -79,7 +79,7 @@ struct DispatchArgs {
   DispatchOutputs out;
   layout::StagedSlot slot;  // parts with bytes are staged
   int32_t stage_run = 1;    // tokens in a row that a warp stages; divides the tokens of a chunk
-  int32_t pull_run = 1;     // messages of a source in a row that a warp pulls: 1, 2, 4, ..., or 32
+  int32_t pull_run = 0;     // messages of a source in a row that a warp takes: 1, 2, 4, ..., or 32; 0: each warp has its messages beforehand
   int64_t row_bytes = 0;    // as it arrives
   int64_t scale_bytes = 0;  // as they arrive
   int32_t scale_element_bytes = 0;

@@ -69,6 +69,49 @@ __device__ __forceinline__ Message message_of_lane(const Message& own, int lane)
   return {__shfl_sync(~0u, own.source, lane), __shfl_sync(~0u, own.index, lane), __shfl_sync(~0u, own.token, lane)};
 }
 
+class MessageWalk {
+ public:
+  // Warp `warp` of `num_warps`. All its threads call this and next().
+  __device__ MessageWalk(const TransferArgs& transfer, const PlanView& plan, int32_t warp, int32_t num_warps, int run = 1)
+      : runs_(transfer, plan, num_warps, run), next_run_(warp) {
+    load_batch();
+  }
+
+  // False: there are no more.
+  __device__ bool next(Message& message) {
+    while (valid_ == 0)
+      if (!load_batch()) return false;
+    at_ = __ffs(static_cast<int>(valid_)) - 1;
+    valid_ &= valid_ - 1;
+    message = message_of_lane(ahead_, at_);
+    return true;
+  }
+
+  // Messages are fetched in batches, each thread has one of the batch. The thread whose message is visited, and this thread's own message;
+  // if it has one: `source` and `token` are never out of bounds.
+  __device__ int at() const { return at_; }
+  __device__ const Message& own() const { return ahead_; }
+  __device__ int num_batches() const { return num_batches_; }  // so far
+
+ private:
+  // Each thread fetches one of the warp's next 32 messages.
+  __device__ bool load_batch() {
+    if (!runs_.has(next_run_)) return false;
+    ++num_batches_;
+    const int lane = static_cast<int>(device::lane_idx());
+    valid_ = __ballot_sync(~0u, runs_.fetch(next_run_ + lane / runs_.run() * runs_.num_warps(), lane % runs_.run(), ahead_));
+    next_run_ += 32 / runs_.run() * runs_.num_warps();
+    return true;
+  }
+
+  const MessageRuns runs_;
+  int32_t next_run_;
+  Message ahead_ = {};
+  uint32_t valid_ = 0;  // threads whose message has not been visited
+  int at_ = 0;
+  int num_batches_ = 0;
+};
+
 class DealtWalk {
  public:
   // The first run of a warp is known; `num_taken` counts the others, which the warps take, in global memory. All threads of the warp call this

@@ -44,15 +44,13 @@ enum class RingLoad { kStarted, kNotYet, kNoMore };
 // Moves everything that `flow` offers. All threads of the warp call, and in each of its functions:
 //   RingLoad flow.load(stage, arrivals, may_wait)   starts loading the next piece into the stage; kNotYet: it would wait, and may not,
 //                                                   because pieces are there that can be stored
-//   void flow.store(stage)                          the piece is there: bulk stores of any thread
-//   void flow.settle(stage)                         the same piece, when the next load is under way: what is left to do with it
+//   void flow.store(stage)                          the piece is there: uses it up by bulk stores of any thread, and otherwise
 // Flow::kPendingStores: so many pieces may still be read by their bulk stores when a load goes on.
 template <typename Flow>
 __device__ void run_ring(const Ring& ring, Flow& flow) {
   RingCursor loading{ring}, storing{ring};
   int num_ahead = 0;  // loaded and not yet stored
   bool more = true;
-  std::byte* stored = nullptr;  // and not settled
   for (;;) {
     while (more && num_ahead < ring.num_stages - Flow::kPendingStores) {
       const RingLoad load = flow.load(loading.stage(), loading.arrivals(), num_ahead == 0);
@@ -61,11 +59,9 @@ __device__ void run_ring(const Ring& ring, Flow& flow) {
       loading.advance();
       ++num_ahead;
     }
-    if (stored != nullptr) flow.settle(stored);
     if (num_ahead == 0) break;
     storing.await();
-    stored = storing.stage();
-    flow.store(stored);
+    flow.store(storing.stage());
     device::close_store_group();
     device::await_read<Flow::kPendingStores>();
     __syncwarp();
