@@ -36,7 +36,8 @@ __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t val
 }
 // Of the block, in shared memory: sets bits, and publishes to those who acquire them what this thread has written and seen.
 __device__ __forceinline__ void or_release_block(uint64_t* word, uint64_t bits) {
-  asm volatile("red.release.cta.shared::cta.or.b64 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))), "l"(bits) : "memory");
+  asm volatile("red.release.cta.shared::cta.or.b64 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))), "l"(bits)
+               : "memory");
 }
 __device__ __forceinline__ uint64_t load_acquire_block(const uint64_t* word) {
   uint64_t value;

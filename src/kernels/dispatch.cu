@@ -13,6 +13,7 @@
 #include "kernels/message_sides.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/shared_memory.h"
+#include "kernels/token_source.cuh"
 #include "kernels/transfer.cuh"
 
 namespace tern::kernels {
@@ -32,9 +33,9 @@ __host__ __device__ constexpr SharedLayout shared_layout_of(const DispatchArgs& 
 class TokenStager {
  public:
   __device__ TokenStager(const DispatchArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
-      : args_(args), transfer_(transfer), num_warps_(num_warps), begin_(begin_of(warp)) {
+      : args_(args), transfer_(transfer), source_(args), num_warps_(num_warps), begin_(begin_of(warp)) {
     const TransferArgs& t = args.transfer;
-    end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+    end_token_ = min(int64_t{args.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
   }
 
   // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores; and when loads of the next ones
@@ -43,10 +44,10 @@ class TokenStager {
     while (begin_ < end_token_) {
       const uint32_t taken = device::lane_idx() == 0 ? atomicAdd(&args_.transfer.exchange.state->runs_taken, 1u) : 0;
       const int64_t end = min(begin_ + args_.stage_run, end_token_);
-      const Weights weights = load_weights(end);
+      const TokenSource::Weights weights = args_.carries_weights ? source_.load_weights(begin_, end) : TokenSource::Weights{};
       for (int64_t token = begin_; token < end; ++token) stage_token(token);
       report();
-      store_weights(end, weights);
+      if (args_.carries_weights) source_.put_weights(begin_, end, [&](int64_t token) { return weights_at(token); }, weights);
       __syncwarp();
       staged_ = {begin_, static_cast<uint32_t>(end - begin_)};
       begin_ = begin_of(num_warps_ + __shfl_sync(~0u, taken, 0));
@@ -59,99 +60,21 @@ class TokenStager {
     int64_t begin;
     uint32_t num_tokens;
   };
-  // What a thread has of the first weights of a run; if there are more, they are copied by store_weights().
-  struct Weights {
-    static constexpr int kBatch = 4;
-    float values[kBatch];
-  };
-  // Of the first scales of a token.
-  struct Scales {
-    static constexpr int kBatch = 2;
-    uint32_t words[kBatch];
-  };
 
   __device__ int64_t begin_of(int64_t run) const { return args_.transfer.first_token() + run * args_.stage_run; }
-  __device__ const std::byte* row_of(int64_t token) const { return args_.in.tokens + token * args_.in.token_stride_bytes; }
   __device__ std::byte* slot_of(int64_t token) const {
     return transfer_.staging() + (token - args_.transfer.first_token()) * args_.slot.stride();
   }
+  __device__ float* weights_at(int64_t token) const { return reinterpret_cast<float*>(slot_of(token) + args_.slot.weights()); }
 
   __device__ void stage_token(int64_t token) {
     std::byte* const slot = slot_of(token);
-    if (args_.in.encoding != TERN_ENCODING_AS_GIVEN) {
-      device::with_wire_type(args_.in.dtype, [&](auto wire) {
-        cast_row<decltype(wire)>(row_of(token), args_.in.hidden, args_.in.encoding, slot + args_.slot.row(), slot + args_.slot.scales());
-      });
-      return;
-    }
+    std::byte* const scales_at = slot + args_.slot.scales();
     const bool has_scales = args_.slot.scale_bytes > 0;
-    const Scales scales = has_scales && has_dense_scales() ? load_scales(token, 0) : Scales{};
-    if (args_.slot.row_bytes > 0)
-      copy_row<kStageUnroll>(
-          row_of(token), args_.row_bytes, [&](auto visit) { visit(slot + args_.slot.row()); }, [&] { report(); });
-    if (has_scales) store_scales(token, slot + args_.slot.scales(), scales);
+    const TokenSource::Scales scales = has_scales ? source_.load_scales(token) : TokenSource::Scales{};
+    if (args_.slot.row_bytes > 0) source_.put_row<kStageUnroll>(token, slot + args_.slot.row(), scales_at, [&] { report(); });
+    if (has_scales) source_.put_scales(token, scales_at, scales);
   }
-
-  __device__ Weights load_weights(int64_t end) const {
-    Weights weights = {};
-    if (!args_.carries_weights) return weights;
-    const auto topk = static_cast<uint32_t>(args_.plan.num_topk), num = static_cast<uint32_t>(end - begin_) * topk;
-    const float* const from = args_.in.weights + begin_ * topk;
-#pragma unroll
-    for (int u = 0; u < Weights::kBatch; ++u)
-      if (thread_of(u) < num) weights.values[u] = from[thread_of(u)];
-    return weights;
-  }
-
-  __device__ void store_weights(int64_t end, const Weights& weights) const {
-    if (!args_.carries_weights) return;
-    const auto topk = static_cast<uint32_t>(args_.plan.num_topk), num = static_cast<uint32_t>(end - begin_) * topk;
-#pragma unroll
-    for (int u = 0; u < Weights::kBatch; ++u)
-      if (thread_of(u) < num) store_weight(thread_of(u), weights.values[u]);
-#pragma unroll 1
-    for (uint32_t i = thread_of(Weights::kBatch); i < num; i += kWarpThreads) store_weight(i, args_.in.weights[begin_ * topk + i]);
-  }
-
-  __device__ void store_weight(uint32_t i, float value) const {
-    const auto topk = static_cast<uint32_t>(args_.plan.num_topk);
-    reinterpret_cast<float*>(slot_of(begin_ + i / topk) + args_.slot.weights())[i % topk] = value;
-    if (args_.plan.weights_sent != nullptr) args_.plan.weights_sent[begin_ * topk + i] = value;
-  }
-
-  __device__ bool has_dense_scales() const {
-    return args_.scale_word_bytes == 4 && args_.in.scale_element_stride_bytes == args_.scale_element_bytes;
-  }
-  __device__ const std::byte* scales_of(int64_t token) const { return args_.in.scales + token * args_.in.scale_token_stride_bytes; }
-
-  // Words from `first` on.
-  __device__ Scales load_scales(int64_t token, uint32_t first) const {
-    Scales scales = {};
-    const auto* const from = reinterpret_cast<const uint32_t*>(scales_of(token));
-#pragma unroll
-    for (int u = 0; u < Scales::kBatch; ++u)
-      if (first + thread_of(u) < num_scale_words()) scales.words[u] = from[first + thread_of(u)];
-    return scales;
-  }
-  __device__ uint32_t num_scale_words() const { return static_cast<uint32_t>(args_.scale_bytes) / 4; }
-
-  __device__ void store_scales(int64_t token, std::byte* to, Scales scales) const {
-    if (has_dense_scales()) {
-      constexpr uint32_t kStep = Scales::kBatch * kWarpThreads;
-      for (uint32_t first = 0; first < num_scale_words(); first += kStep) {
-        if (first > 0) scales = load_scales(token, first);
-#pragma unroll
-        for (int u = 0; u < Scales::kBatch; ++u)
-          if (first + thread_of(u) < num_scale_words()) reinterpret_cast<uint32_t*>(to)[first + thread_of(u)] = scales.words[u];
-      }
-      return;
-    }
-    const std::byte* const from = scales_of(token);
-    for (int64_t at = device::lane_idx(); at < args_.scale_bytes; at += kWarpThreads)
-      to[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
-  }
-
-  __device__ static uint32_t thread_of(int u) { return device::lane_idx() + static_cast<uint32_t>(u) * kWarpThreads; }
 
   // What was staged last, and not reported: counts it, and tells everybody when its chunk is complete.
   __device__ void report() {
@@ -170,6 +93,7 @@ class TokenStager {
 
   const DispatchArgs& args_;
   const Transfer& transfer_;
+  const TokenSource source_;
   const int64_t num_warps_;
   int64_t begin_;  // of the tokens that are staged now
   Run staged_ = {};
@@ -325,7 +249,7 @@ __device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
   const int num_warps = args.roles.num_stage_warps, warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (args.transfer.sends) {
     if (!transfer.await_staging()) return;
-    if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+    if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
     if (args.slot.stride() > 0) TokenStager(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{num_warps} * gridDim.x).run();
   }
   if (args.writes_outputs) OutputWriter(args).write();

@@ -39,8 +39,12 @@ class Arrivals {
       if (args_.routes && *memory_.has_failed() == 0) settle_own();
       return false;
     }
+    if (call_.may_go_on_without()) {
+      settle();
+    } else if (args_.routes && !fetch_words()) {
+      *memory_.has_failed() = 1;
+    }
     if (args_.routes) {
-      if (!fetch_words()) *memory_.has_failed() = 1;
       sync_workers();
       set_received_begin();
       if (blockIdx.x == 0) {
@@ -164,6 +168,39 @@ class Arrivals {
     }
   }
 
+  // Under TERN_ON_TIMEOUT_MASK: who has a part in this dispatch. Of a call that routes, the others send nothing.
+  __device__ __noinline__ void settle() const {
+    call_.settle_attendance([&] {
+      if (args_.routes && !fetch_words()) *memory_.has_failed() = 1;
+      sync_workers();
+      await_all_rows();
+    });
+    const int num_words = num_counts_ + num_presence_;
+    for (int source = 0; args_.routes && source < num_ranks_; ++source) {
+      if (!call_.is_absent(source)) continue;
+      for (int i = static_cast<int>(threadIdx.x); i < num_words; i += kWorkThreads)
+        *(i < num_counts_ ? reinterpret_cast<uint32_t*>(memory_.counts() + source * num_counts_ + i)
+                          : memory_.presence() + source * num_presence_ + i - num_counts_) = 0;
+      if (threadIdx.x == 0) memory_.num_tokens()[source] = 0;
+    }
+  }
+  __device__ void await_all_rows() const {
+    if (!args_.routes) {
+      for (int i = static_cast<int>(threadIdx.x); i < plan_.received_begin[num_ranks_]; i += kWorkThreads) {
+        int source = 0;
+        while (plan_.received_begin[source + 1] <= i) ++source;
+        if (!call_.await_row(source, plan_.source_token[i])) call_.miss(source);
+      }
+      return;
+    }
+    const auto max_tokens = static_cast<int>(plan_.max_tokens);
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * max_tokens; i += kWorkThreads) {
+      const int source = i / max_tokens, token = i % max_tokens;
+      const bool is_sent = (memory_.presence()[source * num_presence_ + token / 32] >> token % 32 & 1) != 0;
+      if (is_sent && !call_.await_row(source, token)) call_.miss(source);
+    }
+  }
+
   // All that the sources tell of their routing. Each thread has the words of several sources under way.
   __device__ bool fetch_words() const {
     constexpr int kAtOnce = 4;
@@ -186,10 +223,13 @@ class Arrivals {
   }
   __device__ bool take_word(int source, int word, uint64_t seen) const {
     auto value = static_cast<uint32_t>(seen);
-    if (call_.is_masked(source))
+    if (call_.is_masked(source)) {
       value = 0;
-    else if (!call_.operation().is_of_epoch(seen) && !call_.await_word(source, word, value))
-      return false;
+    } else if (!call_.operation().is_of_epoch(seen) && !call_.await_word(source, word, value)) {
+      if (!call_.may_go_on_without() || call_.operation().is_aborted()) return false;
+      call_.miss(source);
+      return word == args_.call.words.call() || keep_word(source, word, 0);
+    }
     return keep_word(source, word, value);
   }
   // False: the source calls something else.

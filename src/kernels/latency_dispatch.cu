@@ -86,6 +86,7 @@ class RowSender {
       }
       ranks = device::or_of_warp(ranks);
     }
+    ranks &= ~call_.cut_off();
 #pragma unroll 1
     for (int rank = lane; rank < call_.num_ranks(); rank += kWarpThreads) {
       if ((ranks >> rank & 1) == 0) continue;
@@ -218,9 +219,13 @@ class MessageSpreader {
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
       if (!arrivals_.candidate(i, message)) continue;
-      if (!await(message)) return;
+      const bool is_absent = call_.is_absent(message.source);
+      if (!is_absent && !await(message)) return;
       if (i + num_groups >= end) wait_no_more();
-      spread(message);
+      if (is_absent)
+        clear(message);
+      else
+        spread(message);
     }
     wait_no_more();
   }
@@ -266,7 +271,24 @@ class MessageSpreader {
     write_scales(slot + args_.call.slot.scales());
   }
 
-  // One warp: the rows of the message's entries, for the group and for the plan; and what is written once for each of them.
+  // Zeros in place of what its source has not sent, of a call along a plan.
+  __device__ __noinline__ void clear(const ArrivingMessage& message) const {
+    sync_group();  // the rows of the message before are written
+    if (thread_ < kWarpThreads) find_rows(message, nullptr);
+    sync_group();
+    for (int r = 0; r < rows_->num_rows; ++r)
+      for (int32_t at = thread_ * static_cast<int32_t>(sizeof(Vec16)); at < args_.row_bytes;
+           at += kThreads * static_cast<int32_t>(sizeof(Vec16)))
+        *reinterpret_cast<Vec16*>(args_.out.tokens + int64_t{rows_->row[r]} * args_.row_bytes + at) = Vec16{};
+    if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
+    const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
+    for (int32_t i = thread_; i < rows_->num_rows * num_elements; i += kThreads)
+      for (int b = 0; b < args_.scale_element_bytes; ++b)
+        args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, rows_->row[i / num_elements], i % num_elements)[b] =
+            std::byte{0};
+  }
+
+  // One warp: the rows of the message's entries, for the group and for the plan; and what is written once for each of them. No slot: nothing came.
   __device__ void find_rows(const ArrivingMessage& message, const std::byte* slot) const {
     const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
     const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
@@ -275,8 +297,9 @@ class MessageSpreader {
     if (k < plan_.num_topk) {
       const ArrivingEntry entry = arrivals_.entry(message, k, entries);
       row = plan_.has_expert_rows() ? entry.row : -1;
-      if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
-      write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
+      const float weight = args_.carries_weights && slot != nullptr ? weights[k] : 0.0f;
+      if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weight;
+      write_entry(message, k, entry, weight);
     }
     const uint32_t valid = __ballot_sync(~0u, row >= 0);
     if (row >= 0) rows_->row[__popc(valid & device::lanes_below())] = row;

@@ -116,21 +116,21 @@ class OwnRouting {
     for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) counters[c] = 0;
     __syncthreads();
     count(0, num_tokens, counters, [&](int rank, int i, uint32_t bits) {
-      if (!call.is_masked(rank)) call.put_word(rank, presence + i, bits);
+      if (call.takes(rank)) call.put_word(rank, presence + i, bits);
     });
     const int num_filled = (num_tokens + kWarpThreads - 1) / kWarpThreads;
 #pragma unroll 1
     for (int i = num_filled + static_cast<int>(threadIdx.x); i < num_presence; i += kLatencyThreads)
 #pragma unroll 1
       for (int rank = 0; rank < num_ranks_; ++rank)
-        if (!call.is_masked(rank)) call.put_word(rank, presence + i, 0);
+        if (call.takes(rank)) call.put_word(rank, presence + i, 0);
     __syncthreads();
 #pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) {
       const auto count = static_cast<uint32_t>(counters[c]);
 #pragma unroll 1
       for (int rank = 0; rank < num_ranks_; ++rank)
-        if (!call.is_masked(rank)) call.put_word(rank, counts + c, count);
+        if (call.takes(rank)) call.put_word(rank, counts + c, count);
     }
   }
 

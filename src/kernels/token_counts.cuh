@@ -199,7 +199,7 @@ class TokenCounts {
       }
       if (token < tokens_.end)
 #pragma unroll 1
-      for (; num_messages < plan_.messages_per_token; ++num_messages) messages[num_messages].rank = -1;
+        for (; num_messages < plan_.messages_per_token; ++num_messages) messages[num_messages].rank = -1;
     }
   }
 
