@@ -11,6 +11,10 @@ constexpr int64_t kMostPieceBytes = 8192;
 constexpr int64_t kPartAlignment = 16;
 constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
 constexpr int32_t kMostStageRun = 16;
+constexpr int32_t kPullRun = 4;
+// Beside warps that stage rows: leaves the SM a cache for their loads, which have no ring. With what else a block has it fits the 132 KiB that
+// an SM of sm_90 divides off for shared memory.
+constexpr int64_t kRingBytesBesideLoads = 124 << 10;
 
 }  // namespace
 
@@ -116,7 +120,7 @@ kernels::DispatchOutputs dispatch_outputs(const CudaPlan& plan, const DispatchCa
           .scales_by_column = a.out_scale_order == TERN_SCALES_COLUMN_MAJOR};
 }
 
-kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) const {
+kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles, int64_t most_bytes) const {
   const int64_t row_bytes = call_.wire_bytes;
   kernels::RowPieces p;
   p.num_pieces = static_cast<int32_t>((row_bytes + kMostPieceBytes - 1) / kMostPieceBytes);
@@ -126,7 +130,7 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
   p.entries = p.weights + (call_.carries_weights ? topk : 0);
   p.stage_bytes = static_cast<int32_t>(layout::align_up(p.entries + topk + kernels::kPieceTagBytes, layout::kBulkLine));
-  p.num_stages = ring_stages(ring_bytes(plan_.exchange().num_ranks()), roles.num_pull_warps, p.stage_bytes, kLeastStages);
+  p.num_stages = ring_stages(most_bytes, roles.num_pull_warps, p.stage_bytes, kLeastStages);
   return p;
 }
 
@@ -174,14 +178,16 @@ kernels::DispatchArgs DispatchOperation::round_args(const BatchRound& round) con
   if (a.wait_ns != nullptr) args.transfer.wait_ns = a.wait_ns + plan_.shape().first_rank();
   if (is_packed) args.in = {.encoding = TERN_ENCODING_AS_GIVEN, .slots = round.slots, .node = round.node};
   const bool stages_rows = slot.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
-  args.roles = {.num_stage_warps = stages_rows ? 12 : 4, .num_pull_warps = 8};
+  args.roles = {.num_stage_warps = stages_rows ? 8 : 4, .num_pull_warps = 8};
   args.stage_run = stage_run(args.roles, slot);
+  args.pull_run = stages_rows ? kPullRun : 0;
   const bool is_behind_route = a.routing != nullptr && args.transfer.sends && round.is_first && plan_.shape().num_nodes == 1;
   args.follows_route = is_behind_route && plan_.exchange().facts().has_bulk_copies;  // sm_90
   args.out = dispatch_outputs(plan_, call_);
   args.slot = slot;
   args.writes_outputs = args.transfer.receives && round.is_first;
-  args.pieces = pieces(args.roles);
+  const int64_t most_bytes = ring_bytes(plan_.exchange().num_ranks());
+  args.pieces = pieces(args.roles, stages_rows ? std::min(kRingBytesBesideLoads, most_bytes) : most_bytes);
   kernels::TransferArgs& t = args.transfer;
   t.in_place = rows_at >= 0 || scales_at >= 0;
   t.rows = rows_at >= 0 ? heap_part(rows_at, a.token_stride_bytes) : staged_part(t, slot, slot.row(), slot.row_bytes);

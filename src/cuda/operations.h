@@ -37,7 +37,7 @@ class DispatchOperation {
 
  private:
   void set_parts();
-  kernels::RowPieces pieces(const kernels::WarpRoles& roles) const;
+  kernels::RowPieces pieces(const kernels::WarpRoles& roles, int64_t most_bytes) const;
   int32_t stage_run(const kernels::WarpRoles& roles, const layout::StagedSlot& slot) const;
   kernels::DispatchArgs batch_args(const BatchRound& round) const;
   kernels::DispatchArgs round_args(const BatchRound& round) const;

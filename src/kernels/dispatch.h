@@ -84,7 +84,8 @@ struct DispatchArgs {
   DispatchOutputs out;
   layout::StagedSlot slot;  // parts with bytes are staged
   int32_t stage_run = 1;    // tokens in a row that a warp stages; divides the tokens of a chunk
-  int64_t row_bytes = 0;    // as it arrives
+  int32_t pull_run = 0;   // messages of a source in a row that a warp takes: 1, 2, 4, ..., or 32; 0: each warp has its messages beforehand
+  int64_t row_bytes = 0;  // as it arrives
   int64_t scale_bytes = 0;  // as they arrive
   int32_t scale_element_bytes = 0;
   int32_t scale_word_bytes = 1;  // 4: scales and their places are aligned to it, and elements are multiples of it

@@ -114,13 +114,18 @@ struct Operation {
     return last != 0;
   }
 
-  // All threads of all blocks, `nth` time in this kernel (1, 2, ...): returns when every block has come. All blocks are resident together.
-  __device__ bool sync_blocks(uint32_t nth) const {
-    __shared__ int synced;
-    __syncthreads();
-    if (threadIdx.x == 0) synced = await_blocks(nth * gridDim.x) ? 1 : 0;
-    __syncthreads();
-    return synced != 0;
+  // One thread of each block, once in a kernel: returns when every block has come. All blocks are resident together.
+  __device__ bool await_blocks() const {
+    device::add_acq_rel_gpu(&exchange.state->blocks_synced, 1);
+    const uint64_t start = device::global_timer_ns();
+    for (int turn = 1; device::load_acquire_gpu(&exchange.state->blocks_synced) < gridDim.x; ++turn) {
+      if (turn % kSpinsPerLook != 0) continue;
+      if (is_aborted()) return false;
+      if (device::global_timer_ns() - start <= exchange.timeout_ns) continue;
+      give_up(TERN_TIMEOUT, exchange.rank, epoch, epoch);
+      return false;
+    }
+    return true;
   }
 
   // All threads of the last block, at the end of an operation that receives: nothing of the others' is needed any more.
@@ -264,19 +269,6 @@ struct Operation {
   __device__ void post_failure(const layout::FailureRecord& record) const {
     exchange.mailbox->failure = record;
     store_release_sys(&exchange.mailbox->failure_set, 1);
-  }
-
-  __device__ bool await_blocks(uint32_t target) const {
-    device::add_acq_rel_gpu(&exchange.state->blocks_synced, 1);
-    const uint64_t start = device::global_timer_ns();
-    for (int turn = 1; device::load_acquire_gpu(&exchange.state->blocks_synced) < target; ++turn) {
-      if (turn % kSpinsPerLook != 0) continue;
-      if (is_aborted()) return false;
-      if (device::global_timer_ns() - start <= exchange.timeout_ns) continue;
-      give_up(TERN_TIMEOUT, exchange.rank, epoch, epoch);
-      return false;
-    }
-    return true;
   }
 };
 

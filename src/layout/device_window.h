@@ -54,7 +54,6 @@ struct alignas(kCacheLine) CallCell {
   uint64_t epoch = 0;
   int32_t operation = 0;
   int32_t num_tokens = 0;
-  int32_t num_flags = 0;  // route: so many blocks push, each with a chunk flag of its own
   PulledPart rows, scales, weights;
 };
 
