@@ -8,37 +8,44 @@
 namespace tern::cuda {
 namespace {
 
-// Threads load and store with 16 warps. Where all rows come by bulk copies, fewer warps with longer pieces are faster: from windows, 4 ranks, 24 and
-// 32 SMs, 514 and 542 us with 16 warps and pieces of 1 KiB, 508 and 520 us with 8 and 2 KiB.
-constexpr int32_t kWarps = 16, kBulkWarps = 8;
-// Beside staging warps: leaves the SM a cache for their loads, which have no ring, and keeps enough on its way over the link. Copies of rows, 4 ranks,
-// 32 SMs: 597 us with 160 KiB, 589 with 112, 699 with 80.
-constexpr int64_t kRingBytesBesideLoads = 112 << 10;
+// How a block is divided: its warps, and how the memory of their rings is, by the shares of a warp that stages and of one that pulls from the start.
+struct Division {
+  int32_t num_stage_warps, num_pull_warps;
+  int64_t stage_share = 1, pull_share = 1;
+};
 
-// Divides a block. What is staged must be ahead of what is pulled, so most warps stage first and pull afterwards; the others pull from the start
-// and have the larger rings.
-void divide_block(kernels::CombineArgs& args, const CudaExchange& exchange) {
-  args.roles.num_stage_warps = !args.rows_staged ? 1 : args.copies_rows() ? 10 : 12;
-  const bool only_bulk = !args.rows_staged && exchange.facts().has_bulk_copies;
-  args.roles.num_pull_warps = (only_bulk ? kBulkWarps : kWarps) - args.roles.num_stage_warps;
-
-  const int64_t num_terms = args.per_entry ? args.plan.num_topk : args.plan.messages_per_token;
-  const int64_t most_bytes = ring_bytes(exchange.num_ranks());
-  const int64_t bytes = args.rows_staged ? std::min(kRingBytesBesideLoads, most_bytes) : most_bytes;
-  constexpr int64_t kStageShare = 2, kPullShare = 3;
-  const int64_t share_bytes = bytes / (args.roles.num_stage_warps * kStageShare + args.roles.num_pull_warps * kPullShare);
-  const auto ring = [&](int64_t num_shares) {
-    return kernels::sum_ring_shape(num_shares * share_bytes / layout::kBulkLine * layout::kBulkLine, args.row_bytes, num_terms);
-  };
-  args.stage_ring = ring(kStageShare);
-  args.pull_ring = ring(kPullShare);
+// All times below are of 4 ranks, 4096 tokens of 7168 bf16 channels, in us with 24 / 32 SMs.
+Division division(const kernels::CombineArgs& args, bool bulk_copies, int32_t num_sms) {
+  // Ordinary loads and stores: many warps.
+  if (!bulk_copies) return !args.rows_staged ? Division{1, 15} : args.copies_rows() ? Division{10, 6} : Division{12, 4};
+  // Rows from windows: with 15 pulling warps and pieces of 1 KiB 514 / 542, so 508 / 520.
+  if (!args.rows_staged) return {1, 7, 2, 3};
+  // Sums take an SM's instructions, more than the link: 8 + 4 warps 956 / 738, 10 + 6 860 / 663, so 765 / 585.
+  if (!args.copies_rows()) return {12, 4, 4, 3};
+  // Copies fill the link with about 100 warps of 28 KiB; more of them only keep the slowest chunks waiting: 4 + 6 517 / 553, 2 + 8 555 / 531.
+  constexpr int32_t kCopyWarps = 96;
+  return num_sms * 4 <= kCopyWarps ? Division{4, 6, 5, 3} : Division{3, 8, 5, 3};
 }
 
-// Messages that a staging warp takes and reports together: each report waits for stores, but their chunk must not wait long for it. From the caller's
-// memory, 4 ranks, 24 and 32 SMs: copies 632 and 597 us by two, 600 and 571 by four; sums 966 and 812, 927 and 784.
+void divide_block(kernels::CombineArgs& args, const CudaExchange& exchange, int32_t num_sms) {
+  const Division d = division(args, exchange.facts().has_bulk_copies, num_sms);
+  args.roles = {.num_stage_warps = d.num_stage_warps, .num_pull_warps = d.num_pull_warps};
+
+  const int64_t share_bytes = ring_bytes(exchange.num_ranks()) / (d.num_stage_warps * d.stage_share + d.num_pull_warps * d.pull_share);
+  const auto ring = [&](int64_t num_shares, int32_t piece_bytes) {
+    constexpr int64_t kLeastSlots = 4;
+    return kernels::sum_ring_shape(num_shares * share_bytes / layout::kBulkLine * layout::kBulkLine, args.row_bytes, kLeastSlots,
+                                   piece_bytes);
+  };
+  args.stage_ring = ring(d.stage_share, kernels::kStagePieceBytes);
+  args.joined_ring = ring(d.stage_share, kernels::kPullPieceBytes);
+  args.pull_ring = ring(d.pull_share, kernels::kPullPieceBytes);
+}
+
+// Messages that a staging warp takes and reports together: each report waits for stores, but their chunk must not wait long for it.
 int32_t stage_run(const kernels::CombineArgs& args, int64_t messages_per_warp) {
-  if (messages_per_warp < 16) return 1;
-  return args.rows_staged ? 4 : 8;
+  if (messages_per_warp <= 16) return 1;
+  return !args.rows_staged ? 8 : args.copies_rows() ? 2 : 4;
 }
 
 // Rows are summed in parts if there are few tokens, so that the warps come out even.
@@ -189,11 +196,12 @@ kernels::CombineArgs CombineOperation::round_args(const BatchRound& round) const
     args.out_tokens = static_cast<std::byte*>(a.out_tokens);
     args.out_topk_weights = a.out_topk_weights;
   }
-  divide_block(args, plan_.exchange());
+  divide_block(args, plan_.exchange(), num_sms_);
   divide_rows(args, plan_.most_tokens(), num_sms_);
   args.stage_run = stage_run(args, plan_.most_tokens() * tables.messages_per_token / (int64_t{args.roles.num_stage_warps} * num_sms_));
   kernels::TransferArgs& t = args.transfer;
-  t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
+  t.pushes = true;
+  t.sender_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
   t.in_place = rows_at_ >= 0;
   if (a.wait_ns != nullptr) t.wait_ns = a.wait_ns + plan_.shape().first_rank();
   t.rows = rows_at_ >= 0 ? heap_part(rows_at_, call_.row_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);

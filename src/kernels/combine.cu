@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Combine: the owner of a token pulls one row from each rank that had it (or one for each entry), and sums.
+// Combine: the owner of a token gets one row from each rank that had it (or one for each entry), and sums.
 //
-//   staging warps   make what is pulled, in this rank's window: for each received message one row, summed over its entries and rounded once; or
+//   staging warps   push what is summed into the owners' windows: for each received message one row, summed over its entries and rounded once; or
 //                   copies of rows. They wait for nobody's rows, and when all is staged they pull too. Rows that are in window memory in the
-//                   right form already stay there.
+//                   right form already stay there, and are pulled over the link.
 //   pulling warps   take this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
 #include "kernels/combine.h"
+#include "kernels/copies.cuh"
 #include "kernels/messages.cuh"
 #include "kernels/shared_memory.h"
 #include "kernels/sums.cuh"
@@ -15,19 +16,21 @@ namespace tern::kernels {
 namespace {
 
 constexpr int kMostThreads = 512;
-// Half a row of 7168 channels of 2 bytes: few warps copy, so each has much on its way.
-constexpr int kCopyUnroll = 14;
 constexpr int kPullBarrier = 1;  // of the warps that pull from the start
 constexpr int kJoinBarrier = 2;  // of all
 
-// The dynamic shared memory of a block: sources, then with bulk copies the rings of its warps.
+// The dynamic shared memory of a block: sources, then with bulk copies the rings of its warps. A staging warp has two, one after the other.
 struct CombineShared {
   int64_t stage_rings, pull_rings, bytes;
 
   __host__ __device__ constexpr CombineShared(const CombineArgs& args, bool bulk_copies)
       : stage_rings(layout::align_up(args.transfer.exchange.num_ranks * kSourceViewBytes, layout::kBulkLine)),
-        pull_rings(stage_rings + (bulk_copies ? args.roles.num_stage_warps * args.stage_ring.bytes() : 0)),
+        pull_rings(stage_rings + (bulk_copies ? args.roles.num_stage_warps * stage_bytes(args) : 0)),
         bytes(pull_rings + (bulk_copies ? args.roles.num_pull_warps * args.pull_ring.bytes() : 0)) {}
+
+  __host__ __device__ static constexpr int64_t stage_bytes(const CombineArgs& args) {
+    return args.stage_ring.bytes() > args.joined_ring.bytes() ? args.stage_ring.bytes() : args.joined_ring.bytes();
+  }
 };
 
 // What this rank makes for the owners of the messages it received: the Rows of sums.cuh.
@@ -41,22 +44,19 @@ class StagedRows {
     look_ahead();
   }
 
-  // Instead of sums: what owners want as it is. Rows are reported when the next one's loads are under way, since reports wait for stores.
-  __device__ void copy() {
-    SumRow row, done;
-    bool is_done = false;
-    const auto report = [&] {
-      if (is_done) row_done(done);
-      is_done = false;
-    };
-    while (next_row(row)) {
-      copy_terms(row, report);
-      report();
-      __syncwarp();
-      done = row;
-      is_done = true;
+  // Instead of sums: the next row that is copied, of this message or of the next one.
+  __device__ bool next_copy(RowCopy& copy) {
+    if (!has_copies_) {
+      if (!next_row(copied_)) return false;
+      copy_ahead_ = copy_from(0);
     }
-    report();
+    copy = copy_ahead_;
+    has_copies_ = false;
+    if (copy.from == nullptr) return true;
+    copy_ahead_ = copy_from(entry_ahead_ + 1);
+    has_copies_ = copy_ahead_.from != nullptr;
+    if (has_copies_) copy.row.run = 0;
+    return true;
   }
 
   __device__ bool next_row(SumRow& row) {
@@ -134,22 +134,22 @@ class StagedRows {
   }
 
   __device__ std::byte* slot_of(const SumRow& row) const {
-    return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
+    return transfer_.staging_at(row.rank) + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
 
-  template <typename Begun>
-  __device__ void copy_terms(const SumRow& row, Begun begun) const {
-    const auto copy_to = [&](int64_t at, std::byte* to) {
-      copy_row<kCopyUnroll>(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(to); }, begun);
-    };
-    if (!plan_.has_expert_rows()) {
-      if (row.index < plan_.row_capacity) copy_to(row.index, out(row));
-      return;
+  // The first of the message's rows from entry `k` on.
+  __device__ RowCopy copy_from(int k) {
+    for (int batch = k / kWarpThreads; batch < num_batches(); ++batch, k = batch * kWarpThreads) {
+      Terms terms;
+      get_terms(copied_, batch, terms);
+      const uint32_t left = terms.valid & ~0u << k % kWarpThreads;
+      if (left == 0) continue;
+      const int t = __ffs(static_cast<int>(left)) - 1;
+      entry_ahead_ = batch * kWarpThreads + t;
+      const auto from = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+      return {copied_, from, out(copied_) + entry_ahead_ * args_.row_bytes};
     }
-    for (int k = 0; k < plan_.num_topk; ++k) {
-      const int32_t at = plan_.received_rows[int64_t{row.index} * plan_.topk_stride + k];
-      if (at >= 0) copy_to(at, out(row) + k * args_.row_bytes);
-    }
+    return {copied_, nullptr, nullptr};
   }
 
   __device__ void stage_weights(const SumRow& row) const {
@@ -175,6 +175,11 @@ class StagedRows {
   bool has_ahead_ = false;
   Term term_, term_ahead_;
   uint32_t num_in_run_ = 0;
+  // Where next_copy() is: the message, and its next row if it has one.
+  SumRow copied_ = {};
+  RowCopy copy_ahead_ = {};
+  int entry_ahead_ = 0;
+  bool has_copies_ = false;
 };
 
 // The results of this rank's tokens, or between nodes what is returned for those of a batch: the Rows of sums.cuh. The warps of all blocks take
@@ -329,19 +334,28 @@ class OwnedRows {
   MessageRef message_ = {-1, -1}, message_ahead_ = {-1, -1};  // of the current token and the next one: the thread's
 };
 
-// The part of a staging warp.
-template <typename Wire>
-__device__ void stage(const CombineArgs& args, const Transfer& transfer) {
+// The part of a staging warp; `ring` has the warp's memory.
+template <typename Wire, bool kBulk>
+__device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
   if (args.slot.stride() == 0) return;
   const auto num_blocks = static_cast<int32_t>(gridDim.x);
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);
-  if (args.copies_rows())
-    rows.copy();
-  else
+  if constexpr (kBulk) {
+    device::fence_async_proxy();  // bulk stores too come after what await_staging() has seen
+    ring.init();
+    if (args.copies_rows())
+      copy_by_bulk(ring, rows, static_cast<int32_t>(args.row_bytes));
+    else
+      sum_by_ring<Wire, kStagePieceBytes>(ring, rows);
+    ring.end();
+  } else if (args.copies_rows()) {
+    copy_by_threads(rows, args.row_bytes);
+  } else {
     sum_by_threads<Wire>(rows);
+  }
 }
 
 // The warps that pull from the start: where the sources' rows are.
@@ -361,10 +375,12 @@ __device__ void open_sources(const CombineArgs& args, const Transfer& transfer, 
 template <typename Wire, bool kBulk>
 __device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, const SumRing& ring) {
   OwnedRows rows(args, transfer, sources);
-  if constexpr (kBulk)
-    sum_by_ring<Wire>(ring, rows);
-  else
+  if constexpr (kBulk) {
+    ring.init();
+    sum_by_ring<Wire, kPullPieceBytes>(ring, rows);
+  } else {
     sum_by_threads<Wire>(rows);
+  }
 }
 
 template <typename Wire, bool kBulk>
@@ -377,17 +393,17 @@ __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_cons
   if (transfer.operation().is_poisoned()) return;
   const auto sources = reinterpret_cast<SourceView*>(shared);
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, nth = warp - args.roles.num_stage_warps;
-  const SumRing ring = nth < 0 ? SumRing{shared + layout.stage_rings + warp * args.stage_ring.bytes(), args.stage_ring}
-                               : SumRing{shared + layout.pull_rings + nth * args.pull_ring.bytes(), args.pull_ring};
-  if (kBulk && args.transfer.receives) ring.init();
+  std::byte* const memory = shared + (nth < 0 ? layout.stage_rings + warp * CombineShared::stage_bytes(args)  //
+                                              : layout.pull_rings + nth * args.pull_ring.bytes());
   if (nth < 0) {
-    stage<Wire>(args, transfer);
+    stage<Wire, kBulk>(args, transfer, {memory, args.stage_ring});
     if (args.transfer.receives) device::sync_some_warps(kJoinBarrier, args.roles.num_threads());
   } else if (args.transfer.receives) {
     open_sources(args, transfer, sources, has_failed);
     device::arrive_at_barrier(kJoinBarrier, args.roles.num_threads());
   }
-  if (args.transfer.receives && !has_failed) pull<Wire, kBulk>(args, transfer, sources, ring);
+  if (args.transfer.receives && !has_failed)
+    pull<Wire, kBulk>(args, transfer, sources, {memory, nth < 0 ? args.joined_ring : args.pull_ring});
   transfer.finish();
 }
 

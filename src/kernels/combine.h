@@ -47,8 +47,9 @@ struct CombineArgs {
   int32_t num_parts = 1;
   int32_t part_bytes = 0;
 
-  // Bulk copies: the ring with which each warp pulls, those that stage before and those that pull from the start.
-  SumRingShape stage_ring, pull_ring;
+  // Bulk copies: the ring with which a warp stages, and the one with which it pulls afterwards, in the same memory; and the ring of a warp that
+  // pulls from the start.
+  SumRingShape stage_ring, joined_ring, pull_ring;
 };
 
 // Loads the kernels' code on the current device; `bulk_copies`: also those that use them, which need sm_90.

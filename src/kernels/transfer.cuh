@@ -37,9 +37,11 @@ class Transfer {
   __device__ int rank() const { return args_.exchange.rank; }
   __device__ int num_ranks() const { return args_.exchange.num_ranks; }
 
-  __device__ std::byte* staging() const { return op_.own_window() + args_.exchange.layout.staging(args_.exchange.lane, op_.epoch); }
+  // Where this rank stages what all peers read, or what it pushes to `peer`.
+  __device__ std::byte* staging() const { return op_.own_window() + bank(); }
+  __device__ std::byte* staging_at(int peer) const { return args_.exchange.window(peer) + bank() + rank() * args_.sender_bytes; }
 
-  // One warp. True when all peers have done with what the staging held two epochs ago.
+  // One warp. True when all peers have done with what any rank's staging held two epochs ago.
   __device__ bool await_staging() const {
     bool ok = true;
     for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
@@ -58,9 +60,9 @@ class Transfer {
       cell->epoch = op_.epoch;
       cell->operation = op_.operation;
       cell->num_tokens = num_tokens;
-      cell->rows = offered_to(peer, args_.rows);
-      cell->scales = offered_to(peer, args_.scales);
-      cell->weights = offered_to(peer, args_.weights);
+      cell->rows = offered(args_.rows);
+      cell->scales = offered(args_.scales);
+      cell->weights = offered(args_.weights);
       store_release_sys(&op_.progress(peer, rank())->ready, op_.epoch);
     }
   }
@@ -136,8 +138,10 @@ class Transfer {
   }
 
  private:
-  __device__ layout::PulledPart offered_to(int peer, layout::PulledPart part) const {
-    if (part.in_heap == 0) part.offset += args_.exchange.layout.staging(args_.exchange.lane, op_.epoch) + peer * args_.peer_bytes;
+  __device__ int64_t bank() const { return args_.exchange.layout.staging(args_.exchange.lane, op_.epoch); }
+
+  __device__ layout::PulledPart offered(layout::PulledPart part) const {
+    if (part.in_heap == 0) part.offset += bank() + rank() * args_.sender_bytes;
     return part;
   }
 
@@ -162,7 +166,8 @@ class Transfer {
   }
 
   __device__ const std::byte* address(int source, const layout::PulledPart& part) const {
-    return (part.in_heap != 0 ? args_.exchange.heap(source) : args_.exchange.window(source)) + part.offset;
+    if (part.in_heap != 0) return args_.exchange.heap(source) + part.offset;
+    return args_.exchange.window(args_.pushes ? rank() : source) + part.offset;
   }
 
   __device__ void await_pulled() const {
