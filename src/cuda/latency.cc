@@ -106,6 +106,8 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.words_stride = static_cast<int32_t>(window.latency_words);
   args.slot_stride = static_cast<int32_t>(facts.slot.stride());
   args.experts_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().local_experts());
+  args.topk_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_topk);
+  args.ranks_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_ranks);
   return args;
 }
 

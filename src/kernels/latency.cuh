@@ -14,20 +14,18 @@
 
 namespace tern::kernels {
 
-// The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on: they
-// meet at a barrier of their own, and work in groups of warps.
+// The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on.
 inline constexpr int kRaisingWarp = kLatencyThreads / kWarpThreads - 1;
 inline constexpr int kWorkThreads = kRaisingWarp * kWarpThreads;
-inline constexpr int kGroupThreads = 96;
-inline constexpr int kGroups = kWorkThreads / kGroupThreads;
-static_assert(kGroups * kGroupThreads == kWorkThreads);
 __device__ __forceinline__ bool is_raising() { return threadIdx.x >= kWorkThreads; }
-__device__ __forceinline__ void sync_workers() { device::sync_some_warps(15, kWorkThreads); }
+
+// A number divided by what the reciprocal is of.
+__device__ __forceinline__ int32_t quotient(int32_t number, uint32_t reciprocal) {
+  return reciprocal == 0 ? number : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(number), reciprocal));
+}
 
 // The rank of an expert.
-__device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) {
-  return args.experts_reciprocal == 0 ? expert : static_cast<int>(__umulhi(static_cast<uint32_t>(expert), args.experts_reciprocal));
-}
+__device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) { return quotient(expert, args.experts_reciprocal); }
 
 class LatencyCall {
  public:
@@ -61,9 +59,8 @@ class LatencyCall {
   __device__ bool begin() {
     bool ok = true;
     if (threadIdx.x == 0) warps_done_waiting() = 0;
-#pragma unroll 1
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (is_masked(peer)) continue;
+    // There are never more ranks than threads.
+    if (const int peer = static_cast<int>(threadIdx.x); peer < num_ranks() && !is_masked(peer)) {
       // Asked for before the epoch is known, which comes from memory too.
       const uint64_t consumed = load_acquire_sys(&op_.progress(rank(), peer)->consumed);
       if (blockIdx.x == 0) post_consumed_before(peer);
@@ -79,14 +76,11 @@ class LatencyCall {
     return ok;
   }
 
-  // All threads of one block: says to everybody what this rank calls.
-  __device__ void announce(int32_t num_tokens) const {
-#pragma unroll 1
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (is_masked(peer)) continue;
-      put_word(peer, args_.words.call(), args_.call_hash);
-      put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
-    }
+  // At least as many threads as there may be ranks: says to everybody what this rank calls.
+  __device__ void announce(int peer, int32_t num_tokens) const {
+    if (peer >= num_ranks() || is_masked(peer)) return;
+    put_word(peer, args_.words.call(), args_.call_hash);
+    put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
   }
   // One warp: the same for ranks that run an operation of the throughput path, by mistake.
   __device__ void announce_to_throughput() const {

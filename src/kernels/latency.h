@@ -31,15 +31,19 @@ struct LatencyArgs {
   int32_t words_stride = 0;  // from source to source, in words; so are flags: latency_tokens
   int32_t slot_stride = 0;
   uint32_t experts_reciprocal = 0;  // of local_experts: rank_of()
+  uint32_t topk_reciprocal = 0;
+  uint32_t ranks_reciprocal = 0;
 
-  // num_experts is at most this, so that the product is exact.
+  // For quotient(): of numbers up to this and divisors up to this, so that the product is exact. num_experts is at most this.
   static constexpr int32_t kMostExperts = 65535;
-  static constexpr uint32_t reciprocal(int32_t local_experts) {
-    const auto divisor = static_cast<uint64_t>(local_experts);
+  static constexpr uint32_t reciprocal(int32_t of) {
+    const auto divisor = static_cast<uint64_t>(of);
     return divisor == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor);
   }
 };
 static_assert(std::is_trivially_copyable_v<LatencyArgs>);
+static_assert(layout::kMostLatencyTokens * layout::kMostLatencyTopk <= LatencyArgs::kMostExperts);
+static_assert(layout::kMostLatencyTokens * layout::kMostLatencyRanks - 1 <= LatencyArgs::kMostExperts);
 
 struct LatencyDispatchArgs {
   LatencyArgs call;

@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
   if (call.begin()) {
     if (args.call.sends) {
       if (args.owner_weights != nullptr) push_weights(args, call);
-      if (blockIdx.x == 0) call.announce(0);
+      if (blockIdx.x == 0) call.announce(static_cast<int>(threadIdx.x), 0);
       sender.run();
       if (blockIdx.x == 0 && is_raising()) call.announce_to_throughput();
     }

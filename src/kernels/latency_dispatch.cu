@@ -14,175 +14,170 @@
 namespace tern::kernels {
 namespace {
 
+// How rows travel: as they are given, or cast to fp8 from a type.
+struct AsGiven {
+  using Sent = Vec16;
+  static constexpr int kShrink = 1;  // of 16 bytes that are given
+};
+template <typename Wire>
+struct CastFrom {
+  using Sent = typename CastVector<Wire>::Values;
+  static constexpr int kShrink = 16 / Wire::kElements;
+};
+
 // Pushes this rank's tokens.
+template <typename Travel>
 class RowSender {
  public:
-  __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory, int32_t num_tokens)
-      : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call.operation()), num_tokens_(num_tokens) {}
+  // Asks for what the call gives of the block's first token: before the epoch is known, since that comes from memory too.
+  __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
+      : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call, memory) {
+    if (args.call.sends && !is_opening() && first() >= 0 && first() < args.num_tokens) fetch(first());
+  }
 
-  // All threads of a block, which takes tokens first, first + step, ...
-  __device__ void run(int32_t first, int32_t step) {
-    int32_t* counters = memory_.counts();
-#pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < plan_.num_counts(call_.num_ranks()); c += kLatencyThreads) counters[c] = 0;
-    __syncthreads();
+  // Senders and raising warp of all blocks. Nobody has counted yet.
+  __device__ void run(int32_t num_tokens) {
+    const int32_t step = gridDim.x == 1 ? 1 : static_cast<int32_t>(gridDim.x) - 1;
     int32_t num_counted = 0;
-    const bool casts = args_.in.encoding != TERN_ENCODING_AS_GIVEN;
 #pragma unroll 1
-    for (int32_t token = first; token < num_tokens_; token += step) {
-      Chunk chunk = load(token, 0);
-      int64_t given = -1;
-      if (args_.routes) {
-        if (threadIdx.x < kWarpThreads) given = routing_.own_given_expert(token);
-        routing_.count(num_counted, token, counters, [](int, int32_t, uint32_t) {});
-        num_counted = token;
+    for (int32_t token = first(); token < num_tokens; token += step) {
+      if (token != fetched_) fetch(token);
+      const uint64_t ranks = args_.routes ? routing_.ranks_of(given_) : planned_ranks(token);
+      if (is_raising()) {
+        finish(token, ranks, token + step < num_tokens);
+        continue;
       }
-      __syncthreads();
-      if (threadIdx.x < kWarpThreads) set_destinations(token, given, counters);
+      if (token != first()) device::sync_some_warps(kFreeBarrier, kPushThreads);
+      push_row(token, ranks);
+      if (args_.routes) routing_.count(num_counted, token);
+      num_counted = token;
       stage_sides(token);
-      __syncthreads();
-      push_row(token, chunk);
-      if (casts) __syncthreads();  // its scales are in the tail
-      push_tail();
-      __syncthreads();
-      if (is_raising()) raise(token);
+      device::arrive_at_barrier(kPushedBarrier, kPushThreads);
     }
   }
 
  private:
+  static constexpr int kPushThreads = kSendThreads + kWarpThreads, kPushedBarrier = 1, kFreeBarrier = 2;
   // What a thread has of a row at a time.
-  static constexpr int kVecs = 2;
-  static constexpr int32_t kStep = kLatencyThreads * static_cast<int32_t>(sizeof(Vec16));
-  struct Chunk {
-    Vec16 values[kVecs];
-  };
+  static constexpr int kVecs = 4;
+  static constexpr int32_t kStep = kSendThreads * static_cast<int32_t>(sizeof(Vec16));
 
-  __device__ int32_t row_bytes_given() const {
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) return args_.row_bytes;
-    return static_cast<int32_t>(args_.in.hidden) * (args_.in.dtype == TERN_DTYPE_FP32 ? 4 : 2);
+  // The first token of the block; -1: it has none.
+  __device__ static int32_t first() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
+
+  __device__ int32_t row_bytes_given() const { return args_.row_bytes * Travel::kShrink; }
+
+  __device__ void fetch(int32_t token) {
+    fetched_ = token;
+    if (args_.routes) given_ = routing_.own_given_expert(token);
+    if (!is_raising()) load(token, 0);
   }
-  __device__ Chunk load(int32_t token, int32_t first) const {
-    Chunk chunk = {};
+  __device__ void load(int32_t token, int32_t first) {
     const std::byte* row = args_.in.tokens + token * args_.in.token_stride_bytes;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const int32_t at = first + v * kStep + static_cast<int32_t>(threadIdx.x * sizeof(Vec16));
-      if (at < row_bytes_given()) chunk.values[v] = *reinterpret_cast<const Vec16*>(row + at);
+      const int32_t at = first + v * kStep + sender_idx() * static_cast<int32_t>(sizeof(Vec16));
+      chunk_[v] = at < row_bytes_given() ? device::load_vec16(row + at) : Vec16{};
     }
-    return chunk;
   }
 
-  // One warp: the ranks that the token goes to, and where its entries are among all of this rank's; into the tail and the plan.
-  __device__ void set_destinations(int32_t token, int64_t given, const int32_t* counters) const {
-    const int lane = static_cast<int>(device::lane_idx());
+  // One warp: of a plan that is routed.
+  __device__ uint64_t planned_ranks(int32_t token) const {
     uint64_t ranks = 0;
-    if (args_.routes) {
-      ranks = routing_.place_token(token, given, counters, reinterpret_cast<layout::LatencySlot::Entry*>(tail(args_.call.slot.entries())));
-    } else {
 #pragma unroll 1
-      for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
-        const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
-        if (rank >= 0) ranks |= uint64_t{1} << rank;
-      }
-      ranks = device::or_of_warp(ranks);
+    for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
+      const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
+      if (rank >= 0) ranks |= uint64_t{1} << rank;
     }
-#pragma unroll 1
-    for (int rank = lane; rank < call_.num_ranks(); rank += kWarpThreads) {
-      if ((ranks >> rank & 1) == 0) continue;
-      const int nth = __popcll(ranks & ((uint64_t{1} << rank) - 1));
-      memory_.destination_ranks()[nth] = rank;
-      memory_.destinations()[nth] = call_.slot(rank, call_.slot_idx(call_.rank(), token));
-    }
-    if (lane == 0) memory_.set_num_destinations(__popcll(ranks));
+    return device::or_of_warp(ranks);
   }
 
-  // One warp: the token's row is in its slots.
-  __device__ void raise(int32_t token) const {
+  // Calls visit(slot) for the token's slot at each of the ranks.
+  template <typename Visit>
+  __device__ void for_each_slot(int32_t token, uint64_t ranks, Visit visit) const {
+    const int32_t slot_idx = call_.slot_idx(call_.rank(), token);
 #pragma unroll 1
-    for (int i = static_cast<int>(device::lane_idx()); i < memory_.num_destinations(); i += kWarpThreads)
-      call_.raise_row(memory_.destination_ranks()[i], token);
+    for (uint64_t left = ranks; left != 0; left &= left - 1) visit(call_.slot(__ffsll(static_cast<int64_t>(left)) - 1, slot_idx));
+  }
+
+  // The raising warp: when the senders have pushed the row, what stands behind it; then the flags. `more`: the senders wait for the tail.
+  __device__ void finish(int32_t token, uint64_t ranks, bool more) const {
+    const layout::LatencySlot& slot = args_.call.slot;
+    device::sync_some_warps(kPushedBarrier, kPushThreads);
+    if (args_.routes) routing_.place_token(token, given_, ranks, reinterpret_cast<layout::LatencySlot::Entry*>(tail(slot.entries())));
+    __syncwarp();
+    const auto begin = static_cast<int32_t>(slot.scales()), end = static_cast<int32_t>(slot.end());
+#pragma unroll 1
+    for (int32_t at = begin + static_cast<int32_t>(device::lane_idx() * sizeof(Vec16)); at < end; at += kWarpThreads * 16) {
+      const Vec16 value = device::load_vec16(tail(at));
+      for_each_slot(token, ranks, [&](std::byte* to) { *reinterpret_cast<Vec16*>(to + at) = value; });
+    }
+    __syncwarp();
+    if (more) device::arrive_at_barrier(kFreeBarrier, kPushThreads);
+#pragma unroll 1
+    for (int rank = static_cast<int>(device::lane_idx()); rank < call_.num_ranks(); rank += kWarpThreads)
+      if ((ranks >> rank & 1) != 0) call_.raise_row(rank, token);
+    __syncwarp();
   }
 
   // `offset` in the slot, of what stands behind the row.
   __device__ std::byte* tail(int64_t offset) const { return memory_.tail() + (offset - args_.call.slot.scales()); }
 
-  // Scales as given, and weights, into the tail; by the threads that set_destinations() leaves.
+  // Scales as given, and weights, into the tail.
   __device__ void stage_sides(int32_t token) const {
-    const int thread = static_cast<int>(threadIdx.x) - kWarpThreads, num_threads = kLatencyThreads - kWarpThreads;
-    if (thread < 0) return;
     const layout::LatencySlot& slot = args_.call.slot;
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN && args_.scale_bytes > 0) {
+    if (std::is_same_v<Travel, AsGiven> && args_.scale_bytes > 0) {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
-      for (int64_t at = thread; at < args_.scale_bytes; at += num_threads)
+      for (int64_t at = sender_idx(); at < args_.scale_bytes; at += kSendThreads)
         tail(slot.scales())[at] =
             from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
     }
     if (!args_.carries_weights) return;
 #pragma unroll 1
-    for (int k = thread; k < plan_.num_topk; k += num_threads) {
+    for (int k = sender_idx(); k < plan_.num_topk; k += kSendThreads) {
       const float weight = args_.in.weights[int64_t{token} * plan_.num_topk + k];
       reinterpret_cast<float*>(tail(slot.weights()))[k] = weight;
       plan_.weights_sent[int64_t{token} * plan_.num_topk + k] = weight;
     }
   }
 
-  __device__ void push_row(int32_t token, Chunk& chunk) const {
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
-      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) {
-        if (at < args_.row_bytes) to_all<Vec16>(value, at);
-      });
-    } else if (args_.in.dtype == TERN_DTYPE_BF16) {
-      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::Bf16>(value, at); });
-    } else if (args_.in.dtype == TERN_DTYPE_FP16) {
-      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::F16>(value, at); });
-    } else {
-      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::F32>(value, at); });
-    }
-  }
-
-  // Calls push(16 bytes of the row as given, where they are) in all threads alike, also beyond the row's end. The first chunk is there already.
-  template <typename Push>
-  __device__ void push_chunks(int32_t token, Chunk& chunk, Push push) const {
+  // The first chunk is there already.
+  __device__ void push_row(int32_t token, uint64_t ranks) {
     const int32_t end = row_bytes_given();
 #pragma unroll 1
     for (int32_t first = 0; first < end; first += kVecs * kStep) {
-      if (first > 0) chunk = load(token, first);
+      if (first > 0) load(token, first);
+      const int32_t begin = first + sender_idx() * static_cast<int32_t>(sizeof(Vec16));
+      typename Travel::Sent values[kVecs];
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
-        if (first + v * kStep < end) push(chunk.values[v], first + v * kStep + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)));
+        if (first + v * kStep < end) values[v] = as_sent(Travel(), chunk_[v], begin + v * kStep);
+      for_each_slot(token, ranks, [&](std::byte* to) {
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v)
+          if (begin + v * kStep < end)
+            *reinterpret_cast<typename Travel::Sent*>(to + (begin + v * kStep) / Travel::kShrink) = values[v];
+      });
     }
   }
 
-  template <typename T>
-  __device__ void to_all(const T& value, int32_t at) const {
-#pragma unroll 1
-    for (int i = 0; i < memory_.num_destinations(); ++i) *reinterpret_cast<T*>(memory_.destinations()[i] + at) = value;
-  }
-
-  // 16 bytes of a row of Wire become fp8. The last block's scale is followed by zeros where scales are bytes.
+  // 16 bytes at `at` of a row as given, also beyond its end. All threads of a warp.
+  __device__ Vec16 as_sent(AsGiven, const Vec16& value, int32_t /*at*/) const { return value; }
+  // The last block's scale is followed by zeros where scales are bytes.
   template <typename Wire>
-  __device__ void cast(const Vec16& value, int32_t at) const {
+  __device__ typename CastVector<Wire>::Values as_sent(CastFrom<Wire>, const Vec16& value, int32_t at) const {
     constexpr int kBlock = CastVector<Wire>::kBlock;
-    const auto hidden = static_cast<int32_t>(args_.in.hidden), channel = at / (16 / Wire::kElements);
+    const auto hidden = static_cast<int32_t>(args_.in.hidden), channel = at / CastFrom<Wire>::kShrink;
     const CastVector<Wire> cast = cast_channels<Wire>(value, args_.in.encoding);
-    if (channel >= hidden) return;
-    to_all(cast.values, channel);
-    if (channel % kBlock != 0) return;
+    if (channel >= hidden || channel % kBlock != 0) return cast.values;
     std::byte* scales = tail(args_.call.slot.scales());
     store_scale(cast.scale, channel / kBlock, args_.in.encoding, scales);
-    if (args_.in.encoding != TERN_ENCODING_FP8_UE8M0 || channel + kBlock < hidden) return;
+    if (args_.in.encoding != TERN_ENCODING_FP8_UE8M0 || channel + kBlock < hidden) return cast.values;
     const int num_blocks = channel / kBlock + 1;
 #pragma unroll 1
     for (int pad = num_blocks; pad < layout::align_up(num_blocks, 4); ++pad) scales[pad] = std::byte{0};
-  }
-
-  __device__ void push_tail() const {
-    const layout::LatencySlot& slot = args_.call.slot;
-    const auto begin = static_cast<int32_t>(slot.scales()), end = static_cast<int32_t>(slot.end());
-#pragma unroll 1
-    for (int32_t at = begin + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)); at < end; at += kStep)
-      to_all<Vec16>(*reinterpret_cast<const Vec16*>(tail(at)), at);
+    return cast.values;
   }
 
   const LatencyDispatchArgs& args_;
@@ -190,25 +185,24 @@ class RowSender {
   const LatencyCall& call_;
   const DispatchMemory& memory_;
   const OwnRouting routing_;
-  const int32_t num_tokens_;
+  int32_t fetched_ = -1;  // the token that is in
+  int64_t given_ = -1;    // an entry in each thread of a warp
+  Vec16 chunk_[kVecs];
 };
 
 // Spreads the messages that arrive; a group of warps takes one at a time.
 class MessageSpreader {
  public:
-  static constexpr int kThreads = kGroupThreads;
-
-  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals,
-                             const DispatchMemory& memory)
+  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
         arrivals_(arrivals),
         group_(static_cast<int>(threadIdx.x) / kThreads),
-        thread_(static_cast<int>(threadIdx.x) % kThreads),
-        rows_(memory.rows(group_)) {}
+        thread_(static_cast<int>(threadIdx.x) % kThreads) {}
 
-  // The workers of all blocks, but for the routing block. Groups take messages in turn, those of all sources side by side.
+  // The workers of all blocks, but for the routing block. Groups take messages in turn, those of all sources side by side; a block's first
+  // ones are openers.
   __device__ void run() {
     const bool is_alone = gridDim.x == 1;
     const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
@@ -226,24 +220,39 @@ class MessageSpreader {
   }
 
  private:
-  __device__ void sync_group() const { device::sync_some_warps(1 + group_, kThreads); }
+  static constexpr int kThreads = 96, kGroups = kWorkThreads / kThreads;
+  static_assert(kGroups * kThreads == kWorkThreads);
+
+  // The rows of a message: in each thread of a warp, one.
+  struct Rows {
+    int32_t row;
+    uint32_t valid;
+
+    template <typename Visit>
+    __device__ void for_each(Visit visit) const {
+#pragma unroll 1
+      for (uint32_t left = valid; left != 0; left &= left - 1) visit(__shfl_sync(~0u, row, __ffs(static_cast<int>(left)) - 1));
+    }
+  };
 
   __device__ void wait_no_more() {
     if (waits_) call_.wait_no_more();
     waits_ = false;
   }
 
-  // False: the exchange has failed.
+  // Each warp by itself. False: the exchange has failed.
   __device__ bool await(const ArrivingMessage& message) const {
-    if (thread_ == 0) rows_->is_there = call_.await_row(message.source, message.token) ? 1 : 0;
-    sync_group();
-    return rows_->is_there != 0;
+    const bool ok = device::lane_idx() != 0 || call_.await_row(message.source, message.token);
+    const bool all_ok = __all_sync(~0u, ok) != 0;
+    __syncwarp();  // what one thread has acquired, all may read
+    return all_ok;
   }
 
   __device__ void spread(const ArrivingMessage& message) const {
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
+    Rows rows = {};
 #pragma unroll 1
     for (int32_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
       Vec16 values[kVecs];
@@ -251,43 +260,38 @@ class MessageSpreader {
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
         if (begin + v * kStep < args_.row_bytes) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
-      if (first == 0) {  // while the row is on its way
-        if (thread_ < kWarpThreads) find_rows(message, slot);
-        sync_group();
-      }
-#pragma unroll 1
-      for (int r = 0; r < rows_->num_rows; ++r) {
-        std::byte* to = args_.out.tokens + int64_t{rows_->row[r]} * args_.row_bytes;
+      if (first == 0) rows = find_rows(message, slot);  // while the row is on its way
+      rows.for_each([&](int32_t row) {
+        std::byte* to = args_.out.tokens + int64_t{row} * args_.row_bytes;
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
           if (begin + v * kStep < args_.row_bytes) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
-      }
+      });
     }
-    write_scales(slot + args_.call.slot.scales());
+    if (args_.out.scales != nullptr && args_.scale_bytes > 0) write_scales(rows, slot + args_.call.slot.scales());
   }
 
-  // One warp: the rows of the message's entries, for the group and for the plan; and what is written once for each of them.
-  __device__ void find_rows(const ArrivingMessage& message, const std::byte* slot) const {
+  // Each warp of the group: the rows of the message's entries. The first one keeps them in the plan, and writes what there is once for each.
+  __device__ Rows find_rows(const ArrivingMessage& message, const std::byte* slot) const {
     const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
     const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
+    const bool writes = thread_ < kWarpThreads;
     const int k = static_cast<int>(device::lane_idx());
-    int32_t row = -1;
+    Rows rows;
+    rows.row = -1;
     if (k < plan_.num_topk) {
-      const ArrivingEntry entry = arrivals_.entry(message, k, entries);
-      row = plan_.has_expert_rows() ? entry.row : -1;
-      if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
-      write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
+      const ArrivingEntry entry = arrivals_.entry(message, k, entries, writes);
+      if (plan_.has_expert_rows()) rows.row = entry.row;
+      if (writes && args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
+      if (writes) write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
     }
-    const uint32_t valid = __ballot_sync(~0u, row >= 0);
-    if (row >= 0) rows_->row[__popc(valid & device::lanes_below())] = row;
-    int num_rows = __popc(valid);
-    if (device::lane_idx() != 0) return;
-    arrivals_.keep(message);
-    if (!plan_.has_expert_rows() && message.index < args_.out.num_rows) {
-      rows_->row[num_rows++] = message.index;
-      write_source(message.index, message);
+    if (k == 0 && writes) arrivals_.keep(message);
+    if (k == 0 && !plan_.has_expert_rows() && message.index < args_.out.num_rows) {
+      rows.row = message.index;
+      if (writes) write_source(message.index, message);
     }
-    rows_->num_rows = num_rows;
+    rows.valid = __ballot_sync(~0u, rows.row >= 0);
+    return rows;
   }
 
   __device__ void write_entry(const ArrivingMessage& message, int k, const ArrivingEntry& entry, float weight) const {
@@ -310,20 +314,21 @@ class MessageSpreader {
     if (args_.out.source_rank != nullptr) args_.out.source_rank[row] = message.source;
   }
 
-  __device__ void write_scales(const std::byte* scales) const {
-    if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
+  // Each thread of the group, of every row; the same bytes for each.
+  __device__ void write_scales(const Rows& rows, const std::byte* scales) const {
     const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
+    rows.for_each([&](int32_t row) {
 #pragma unroll 1
-    for (int32_t i = thread_; i < rows_->num_rows * num_elements; i += kThreads) {
-      const int32_t element = i % num_elements;
-      std::byte* to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, rows_->row[i / num_elements], element);
-      const std::byte* from = scales + element * args_.scale_element_bytes;
-      if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
-        *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
-      else
+      for (int32_t element = thread_; element < num_elements; element += kThreads) {
+        std::byte* to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, element);
+        const std::byte* from = scales + element * args_.scale_element_bytes;
+        if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
+          *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+        else
 #pragma unroll 1
-        for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = from[b];
-    }
+          for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = from[b];
+      }
+    });
   }
 
   const LatencyDispatchArgs& args_;
@@ -331,42 +336,66 @@ class MessageSpreader {
   const LatencyCall& call_;
   const Arrivals& arrivals_;
   const int group_, thread_;
-  GroupRows* const rows_;
   bool waits_ = true;
 };
 
-__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
-  const int32_t num_tokens = args.routes ? OwnRouting::num_tokens(args) : args.call.plan.num_tokens[call.rank()];
-  const bool is_alone = gridDim.x == 1;
+// Senders of the routing block.
+__device__ void publish(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory, int32_t num_tokens) {
+  const OwnRouting routing(args, call, memory);
+  routing.publish(num_tokens);
+  if (gridDim.x > 1) return;
+  // The same block goes on with the rows, and counts again.
+  sync_senders();
+  routing.clear(sender_idx(), kSendThreads);
+  sync_senders();
+}
+
+// Senders and raising warp.
+template <typename Travel>
+__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory, RowSender<Travel>& rows) {
+  const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
   if (blockIdx.x == 0) {
-    call.announce(num_tokens);
-    if (args.routes) OwnRouting(args, call.operation()).publish(call, num_tokens, memory.counts());
-    __syncthreads();
-    if (is_raising()) call.announce_to_throughput();
-    if (!is_alone) return;
+    if (is_raising()) {
+      call.announce_to_throughput();
+    } else {
+      call.announce(sender_idx(), num_tokens);
+      if (args.routes) publish(args, call, memory, num_tokens);
+    }
+    if (gridDim.x > 1) return;
   }
-  RowSender(args, call, memory, num_tokens)
-      .run(is_alone ? 0 : static_cast<int32_t>(blockIdx.x) - 1, is_alone ? 1 : static_cast<int32_t>(gridDim.x) - 1);
+  rows.run(num_tokens);
 }
 
 __device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
   Arrivals arrivals(args, call, memory);
   if (!arrivals.open()) return;
-  arrivals.write_outputs();
-  MessageSpreader(args, call, arrivals, memory).run();
+  if (is_opening()) arrivals.write_outputs();
+  MessageSpreader(args, call, arrivals).run();
 }
 
-__global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
+template <typename Travel>
+__global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
   device::await_kernel_before();
   LatencyCall call(args.call);
+  RowSender<Travel> rows(args, call, memory);
   if (threadIdx.x == 0) *memory.has_failed() = 0;
+  if (args.routes) OwnRouting(args, call, memory).clear(static_cast<int>(threadIdx.x), kLatencyThreads);
   if (call.begin()) {
-    if (args.call.sends) send(args, call, memory);
+    if (args.call.sends && !is_opening()) send(args, call, memory, rows);
     if (args.call.receives) receive(args, call, memory);
   }
   call.finish();
+}
+
+// Calls function(kernel) for how rows travel.
+template <typename Function>
+auto with_kernel(const DispatchInputs& in, Function function) {
+  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven>);
+  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>>);
+  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>>);
+  return function(latency_dispatch_kernel<CastFrom<device::F32>>);
 }
 
 }  // namespace
@@ -374,10 +403,19 @@ __global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const
 int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args) { return DispatchMemory(args, nullptr).num_bytes(); }
 
 cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
-  return launch(latency_dispatch_kernel, {num_blocks, kLatencyThreads, latency_dispatch_shared_bytes(args), args.call.follows_closely},
-                stream, args);
+  return with_kernel(args.in, [&](auto kernel) {
+    return launch(kernel, {num_blocks, kLatencyThreads, latency_dispatch_shared_bytes(args), args.call.follows_closely}, stream, args);
+  });
 }
 
-cudaError_t prepare_latency_dispatch() { return allow_shared(latency_dispatch_kernel, kMostLatencyShared); }
+cudaError_t prepare_latency_dispatch() {
+  cudaError_t error = allow_shared(latency_dispatch_kernel<AsGiven>, kMostLatencyShared);
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
+    if (error != cudaSuccess) return error;
+    error = with_kernel({.dtype = dtype, .encoding = TERN_ENCODING_FP8_F32},
+                        [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
+  }
+  return error;
+}
 
 }  // namespace tern::kernels
