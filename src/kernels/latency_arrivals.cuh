@@ -141,7 +141,7 @@ class Arrivals {
   // One warp: where this rank's messages and entries come to lie, into the plan. Of the tokens that this block has placed.
   __device__ void settle_own() const {
     const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
-    const int32_t first = gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1;
+    const int32_t first = first_token();
     if (first < 0) return;
     const int lane = static_cast<int>(device::lane_idx());
 #pragma unroll 1

@@ -6,6 +6,9 @@
 //                   weights, and where among this rank's entries those of the token are
 //   all blocks      learn from the counts where everything comes to lie, and spread the messages to their rows, one group of warps each
 //
+// In a block these go on side by side, since what one warp does after the other is code that is fetched and loads that are waited for: openers
+// count, and then learn; senders push rows; the raising warp does the rest of a token.
+//
 // Positions are those of a walk in token order, so they are the same on every run, for any number of blocks.
 #include "kernels/latency.cuh"
 #include "kernels/latency_arrivals.cuh"
@@ -32,38 +35,37 @@ class RowSender {
   // Asks for what the call gives of the block's first token: before the epoch is known, since that comes from memory too.
   __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
       : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call, memory) {
-    if (args.call.sends && !is_opening() && first() >= 0 && first() < args.num_tokens) fetch(first());
+    if (args.call.sends && !is_opening() && first_token() >= 0 && first_token() < args.num_tokens) fetch(first_token());
   }
 
-  // Senders and raising warp of all blocks. Nobody has counted yet.
+  // All threads of all blocks. The openers have counted the tokens before the first.
   __device__ void run(int32_t num_tokens) {
-    const int32_t step = gridDim.x == 1 ? 1 : static_cast<int32_t>(gridDim.x) - 1;
-    int32_t num_counted = 0;
+    const int32_t first = first_token(), step = gridDim.x == 1 ? 1 : static_cast<int32_t>(gridDim.x) - 1;
 #pragma unroll 1
-    for (int32_t token = first(); token < num_tokens; token += step) {
-      if (token != fetched_) fetch(token);
-      const uint64_t ranks = args_.routes ? routing_.ranks_of(given_) : planned_ranks(token);
+    for (int32_t token = first; token < num_tokens; token += step) {
       if (is_raising()) {
-        finish(token, ranks, token + step < num_tokens);
+        finish(token, token > first, token + step < num_tokens);
         continue;
       }
-      if (token != first()) device::sync_some_warps(kFreeBarrier, kPushThreads);
-      push_row(token, ranks);
-      if (args_.routes) routing_.count(num_counted, token);
-      num_counted = token;
-      stage_sides(token);
-      device::arrive_at_barrier(kPushedBarrier, kPushThreads);
+      if (token > first) device::sync_some_warps(kFreeBarrier, kLatencyThreads);
+      if (!is_opening()) {
+        push(token);
+      } else if (token > first) {
+        if (args_.routes) routing_.count(token - step, token);
+        device::arrive_at_barrier(kCountedBarrier, kCountThreads);
+      }
     }
   }
 
  private:
-  static constexpr int kPushThreads = kSendThreads + kWarpThreads, kPushedBarrier = 1, kFreeBarrier = 2;
+  // The raising warp waits until the senders have pushed a row, and until the openers have counted what is before it; they all wait until it has
+  // done with the shared memory of the token before.
+  static constexpr int kPushedBarrier = 1, kPushThreads = kSendThreads + kWarpThreads;
+  static constexpr int kCountedBarrier = 2, kCountThreads = kOpenThreads + kWarpThreads;
+  static constexpr int kFreeBarrier = 3;
   // What a thread has of a row at a time.
   static constexpr int kVecs = 4;
   static constexpr int32_t kStep = kSendThreads * static_cast<int32_t>(sizeof(Vec16));
-
-  // The first token of the block; -1: it has none.
-  __device__ static int32_t first() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
 
   __device__ int32_t row_bytes_given() const { return args_.row_bytes * Travel::kShrink; }
 
@@ -81,8 +83,10 @@ class RowSender {
     }
   }
 
-  // One warp: of a plan that is routed.
-  __device__ uint64_t planned_ranks(int32_t token) const {
+  // All threads of a warp.
+  __device__ uint64_t ranks_of(int32_t token) {
+    if (token != fetched_) fetch(token);
+    if (args_.routes) return routing_.ranks_of(given_);
     uint64_t ranks = 0;
 #pragma unroll 1
     for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
@@ -100,49 +104,56 @@ class RowSender {
     for (uint64_t left = ranks; left != 0; left &= left - 1) visit(call_.slot(__ffsll(static_cast<int64_t>(left)) - 1, slot_idx));
   }
 
-  // The raising warp: when the senders have pushed the row, what stands behind it; then the flags. `more`: the senders wait for the tail.
-  __device__ void finish(int32_t token, uint64_t ranks, bool more) const {
+  // The raising warp: what stands behind the row; then the flags.
+  __device__ void finish(int32_t token, bool awaits_counts, bool more) {
     const layout::LatencySlot& slot = args_.call.slot;
-    device::sync_some_warps(kPushedBarrier, kPushThreads);
+    const uint64_t ranks = ranks_of(token);
+    if (awaits_counts) device::sync_some_warps(kCountedBarrier, kCountThreads);
     if (args_.routes) routing_.place_token(token, given_, ranks, reinterpret_cast<layout::LatencySlot::Entry*>(tail(slot.entries())));
+    if (args_.carries_weights) stage_weights(token);
     __syncwarp();
-    const auto begin = static_cast<int32_t>(slot.scales()), end = static_cast<int32_t>(slot.end());
-#pragma unroll 1
-    for (int32_t at = begin + static_cast<int32_t>(device::lane_idx() * sizeof(Vec16)); at < end; at += kWarpThreads * 16) {
-      const Vec16 value = device::load_vec16(tail(at));
-      for_each_slot(token, ranks, [&](std::byte* to) { *reinterpret_cast<Vec16*>(to + at) = value; });
-    }
+    push_tail(token, ranks, slot.weights(), slot.end());
+    device::sync_some_warps(kPushedBarrier, kPushThreads);
+    if (args_.scale_bytes > 0) push_tail(token, ranks, slot.scales(), slot.weights());
     __syncwarp();
-    if (more) device::arrive_at_barrier(kFreeBarrier, kPushThreads);
+    if (more) device::arrive_at_barrier(kFreeBarrier, kLatencyThreads);
 #pragma unroll 1
     for (int rank = static_cast<int>(device::lane_idx()); rank < call_.num_ranks(); rank += kWarpThreads)
       if ((ranks >> rank & 1) != 0) call_.raise_row(rank, token);
     __syncwarp();
   }
+  __device__ void stage_weights(int32_t token) const {
+    const int k = static_cast<int>(device::lane_idx());
+    if (k >= plan_.num_topk) return;
+    const float weight = args_.in.weights[int64_t{token} * plan_.num_topk + k];
+    reinterpret_cast<float*>(tail(args_.call.slot.weights()))[k] = weight;
+    plan_.weights_sent[int64_t{token} * plan_.num_topk + k] = weight;
+  }
+  __device__ void push_tail(int32_t token, uint64_t ranks, int64_t begin, int64_t end) const {
+#pragma unroll 1
+    for (auto at = static_cast<int32_t>(begin + device::lane_idx() * sizeof(Vec16)); at < end; at += kWarpThreads * sizeof(Vec16)) {
+      const Vec16 value = device::load_vec16(tail(at));
+      for_each_slot(token, ranks, [&](std::byte* to) { *reinterpret_cast<Vec16*>(to + at) = value; });
+    }
+  }
 
   // `offset` in the slot, of what stands behind the row.
   __device__ std::byte* tail(int64_t offset) const { return memory_.tail() + (offset - args_.call.slot.scales()); }
 
-  // Scales as given, and weights, into the tail.
-  __device__ void stage_sides(int32_t token) const {
-    const layout::LatencySlot& slot = args_.call.slot;
+  // Senders: the row into its slots, scales into the tail.
+  __device__ void push(int32_t token) {
+    push_row(token, ranks_of(token));
     if (std::is_same_v<Travel, AsGiven> && args_.scale_bytes > 0) {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
       for (int64_t at = sender_idx(); at < args_.scale_bytes; at += kSendThreads)
-        tail(slot.scales())[at] =
+        tail(args_.call.slot.scales())[at] =
             from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
     }
-    if (!args_.carries_weights) return;
-#pragma unroll 1
-    for (int k = sender_idx(); k < plan_.num_topk; k += kSendThreads) {
-      const float weight = args_.in.weights[int64_t{token} * plan_.num_topk + k];
-      reinterpret_cast<float*>(tail(slot.weights()))[k] = weight;
-      plan_.weights_sent[int64_t{token} * plan_.num_topk + k] = weight;
-    }
+    device::arrive_at_barrier(kPushedBarrier, kPushThreads);
   }
 
-  // The first chunk is there already.
+  // Its first chunk is there already.
   __device__ void push_row(int32_t token, uint64_t ranks) {
     const int32_t end = row_bytes_given();
 #pragma unroll 1
@@ -339,29 +350,29 @@ class MessageSpreader {
   bool waits_ = true;
 };
 
-// Senders of the routing block.
-__device__ void publish(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory, int32_t num_tokens) {
-  const OwnRouting routing(args, call, memory);
-  routing.publish(num_tokens);
-  if (gridDim.x > 1) return;
-  // The same block goes on with the rows, and counts again.
-  sync_senders();
-  routing.clear(sender_idx(), kSendThreads);
-  sync_senders();
+// Openers: of the routing block all tokens, of the others those before their first.
+__device__ void count_tokens(const LatencyDispatchArgs& args, const OwnRouting& routing) {
+  routing.clear(static_cast<int>(threadIdx.x), kOpenThreads);
+  sync_openers();
+  const int32_t num_tokens = num_tokens_given(args);
+  routing.count(0, blockIdx.x == 0 ? num_tokens : min(first_token(), num_tokens));
 }
 
-// Senders and raising warp.
 template <typename Travel>
-__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory, RowSender<Travel>& rows) {
+__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const OwnRouting& routing, RowSender<Travel>& rows) {
   const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
   if (blockIdx.x == 0) {
     if (is_raising()) {
       call.announce_to_throughput();
-    } else {
+    } else if (!is_opening()) {
       call.announce(sender_idx(), num_tokens);
-      if (args.routes) publish(args, call, memory, num_tokens);
+      if (args.routes) routing.publish();
     }
     if (gridDim.x > 1) return;
+    // The same block goes on with the rows, and counts again.
+    __syncthreads();
+    if (args.routes) routing.clear(static_cast<int>(threadIdx.x), kLatencyThreads);
+    __syncthreads();
   }
   rows.run(num_tokens);
 }
@@ -379,11 +390,12 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
   const DispatchMemory memory(args, shared);
   device::await_kernel_before();
   LatencyCall call(args.call);
+  const OwnRouting routing(args, call, memory);
   RowSender<Travel> rows(args, call, memory);
   if (threadIdx.x == 0) *memory.has_failed() = 0;
-  if (args.routes) OwnRouting(args, call, memory).clear(static_cast<int>(threadIdx.x), kLatencyThreads);
+  if (args.call.sends && args.routes && is_opening()) count_tokens(args, routing);
   if (call.begin()) {
-    if (args.call.sends && !is_opening()) send(args, call, memory, rows);
+    if (args.call.sends) send(args, call, routing, rows);
     if (args.call.receives) receive(args, call, memory);
   }
   call.finish();

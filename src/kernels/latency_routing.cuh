@@ -8,14 +8,16 @@
 
 namespace tern::kernels {
 
-// Warps of a block that dispatches: the first ones, openers, learn what arrives here, while senders push this rank's tokens, and the raising
-// warp follows the senders. When they are done, openers and senders alike spread what arrives.
+// Warps of a block that dispatches: the first ones, openers, count this rank's entries and learn what arrives here; meanwhile senders push this
+// rank's rows, followed by the raising warp. When they are done, openers and senders alike spread what arrives.
 inline constexpr int kOpenThreads = 8 * kWarpThreads;
 inline constexpr int kSendThreads = kWorkThreads - kOpenThreads;
 __device__ __forceinline__ bool is_opening() { return threadIdx.x < kOpenThreads; }
 __device__ __forceinline__ int sender_idx() { return static_cast<int>(threadIdx.x) - kOpenThreads; }
 __device__ __forceinline__ void sync_openers() { device::sync_some_warps(15, kOpenThreads); }
-__device__ __forceinline__ void sync_senders() { device::sync_some_warps(13, kSendThreads); }
+
+// That the block sends: blocks but the first, which routes, take tokens in turn; a block that is alone does both. -1: none.
+__device__ __forceinline__ int32_t first_token() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
 
 // Shared memory of a block.
 class DispatchMemory {
@@ -81,18 +83,18 @@ class OwnRouting {
     for (int i = thread; i < plan_.num_experts + num_ranks_ * num_presence_; i += num_threads) memory_.entries_sent()[i] = 0;
   }
 
-  // Senders: adds the entries of tokens [begin, end), and for which ranks these have messages.
+  // Openers: adds the entries of tokens [begin, end), and for which ranks these have messages.
   __device__ void count(int32_t begin, int32_t end) const {
     constexpr int kAtOnce = 4;  // of a thread's entries are asked for together; then they go round
     const int32_t end_entry = end * plan_.num_topk;
 #pragma unroll 1
-    for (int32_t entry = begin * plan_.num_topk + sender_idx(); entry < end_entry;) {
+    for (int32_t entry = begin * plan_.num_topk + static_cast<int32_t>(threadIdx.x); entry < end_entry;) {
       int64_t given[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u)
-        given[u] = entry + u * kSendThreads < end_entry ? given_expert(entry + u * kSendThreads) : -1;
+        given[u] = entry + u * kOpenThreads < end_entry ? given_expert(entry + u * kOpenThreads) : -1;
 #pragma unroll 1
-      for (int u = 0; u < kAtOnce && entry < end_entry; ++u, entry += kSendThreads) {
+      for (int u = 0; u < kAtOnce && entry < end_entry; ++u, entry += kOpenThreads) {
         count_entry(entry, usable(given[0]));
 #pragma unroll
         for (int next = 1; next < kAtOnce; ++next) given[next - 1] = given[next];
@@ -100,12 +102,10 @@ class OwnRouting {
     }
   }
 
-  // Senders of one block: tells every rank all counts, and which tokens have a message for it.
-  __device__ void publish(int32_t num_tokens) const {
+  // Senders of a block whose openers have counted all tokens: tells every rank all counts, and which tokens have a message for it.
+  __device__ void publish() const {
     const layout::LatencyWords& words = args_.call.words;
     const auto counts = static_cast<int32_t>(words.counts()), presence = static_cast<int32_t>(words.presence());
-    count(0, num_tokens);
-    sync_senders();
 #pragma unroll 1
     for (int c = sender_idx(); c < plan_.num_counts(num_ranks_); c += kSendThreads)
       put_everywhere(counts + c, c < plan_.num_experts ? memory_.entries_sent()[c] : messages_to(c - plan_.num_experts));
