@@ -43,6 +43,9 @@ class LatencyCall {
   __device__ bool is_masked(int rank) const { return window(rank) == nullptr; }
 
   // What `source` writes to `owner`.
+  __device__ layout::ProgressCell* progress(int owner, int source) const {
+    return reinterpret_cast<layout::ProgressCell*>(window(owner) + args_.progress_at) + source;
+  }
   __device__ std::byte* slot(int owner, int32_t slot_idx) const {
     return window(owner) + args_.slots_at[op_.epoch % layout::kNumBanks] + int64_t{slot_idx} * args_.slot_stride;
   }
@@ -62,9 +65,9 @@ class LatencyCall {
     // There are never more ranks than threads.
     if (const int peer = static_cast<int>(threadIdx.x); peer < num_ranks() && !is_masked(peer)) {
       // Asked for before the epoch is known, which comes from memory too.
-      const uint64_t consumed = load_acquire_sys(&op_.progress(rank(), peer)->consumed);
+      const uint64_t consumed = load_acquire_sys(&progress(rank(), peer)->consumed);
       if (blockIdx.x == 0) post_consumed_before(peer);
-      if (args_.sends && consumed + layout::kNumBanks < op_.epoch) ok = op_.await_bank(peer) && ok;
+      if (args_.sends && consumed + layout::kNumBanks < op_.epoch) ok = op_.await_bank(peer);
     }
     if (threadIdx.x == kLatencyThreads - 1) ok = !op_.is_aborted();
     // All have the epoch now: when all blocks have come here it may be advanced.
@@ -91,7 +94,7 @@ class LatencyCall {
       cell->shape = args_.shape;
       cell->epoch = op_.epoch;
       cell->operation = op_.operation;
-      store_release_sys(&op_.progress(peer, rank())->ready, op_.epoch);
+      store_release_sys(&progress(peer, rank())->ready, op_.epoch);
     }
   }
 
@@ -155,7 +158,7 @@ class LatencyCall {
 
   // What earlier kernels took is read: they have ended.
   __device__ void post_consumed_before(int peer) const {
-    device::store_relaxed_sys(&op_.progress(peer, rank())->consumed,
+    device::store_relaxed_sys(&progress(peer, rank())->consumed,
                               last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
   }
 

@@ -412,11 +412,9 @@ auto with_kernel(const DispatchInputs& in, Function function) {
 
 }  // namespace
 
-int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args) { return DispatchMemory(args, nullptr).num_bytes(); }
-
 cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
   return with_kernel(args.in, [&](auto kernel) {
-    return launch(kernel, {num_blocks, kLatencyThreads, latency_dispatch_shared_bytes(args), args.call.follows_closely}, stream, args);
+    return launch(kernel, {num_blocks, kLatencyThreads, args.memory.num_bytes, args.call.follows_closely}, stream, args);
   });
 }
 

@@ -22,48 +22,33 @@ __device__ __forceinline__ int32_t first_token() { return gridDim.x == 1 ? 0 : s
 // Shared memory of a block.
 class DispatchMemory {
  public:
-  __host__ __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base) : base_(base) {
-    const PlanView& plan = args.call.plan;
-    const int64_t num_ranks = args.call.exchange.num_ranks, num_presence = args.call.words.num_presence();
-    tail_ = place(args.call.slot.end() - args.call.slot.scales(), 1);
-    has_failed_ = place(1, sizeof(int32_t));
-    entries_sent_ = place(plan.num_experts + num_ranks * num_presence, sizeof(int32_t));
-    words_ = place(num_ranks * args.call.words.num_routing_words(), sizeof(uint32_t));
-    first_row_ = place(plan.num_experts, sizeof(int32_t));
-    num_entries_ = place(plan.local_experts + 1, sizeof(int32_t));
-    num_experts_ = plan.num_experts;
-    local_experts_ = plan.local_experts;
-  }
-  __host__ __device__ int64_t num_bytes() const { return num_bytes_; }
+  __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base)
+      : base_(base), layout_(args.memory), num_experts_(args.call.plan.num_experts), local_experts_(args.call.plan.local_experts) {}
 
   // Of a token that is sent: what stands behind its row.
-  __device__ std::byte* tail() const { return at<std::byte>(tail_); }
+  __device__ std::byte* tail() const { return base_; }
   // 1: a wait for words has failed.
-  __device__ int32_t* has_failed() const { return at<int32_t>(has_failed_); }
+  __device__ int32_t* has_failed() const { return at<int32_t>(layout_.has_failed); }
   // Of this rank's tokens so far: entries of each expert, and behind them [num_ranks, num_presence] which of them have a message for the rank.
-  __device__ int32_t* entries_sent() const { return at<int32_t>(entries_sent_); }
+  __device__ int32_t* entries_sent() const { return at<int32_t>(layout_.entries_sent); }
   __device__ uint32_t* presence_sent() const { return reinterpret_cast<uint32_t*>(entries_sent() + num_experts_); }
   // [num_ranks, num_routing_words] what the sources say.
-  __device__ uint32_t* words() const { return at<uint32_t>(words_); }
-  __device__ int32_t* first_row() const { return at<int32_t>(first_row_); }      // [num_experts] of the expert's group at its rank
-  __device__ int32_t* num_entries() const { return at<int32_t>(num_entries_); }  // [local_experts] of all sources
+  __device__ uint32_t* words() const { return at<uint32_t>(layout_.words); }
+  // [num_experts] of the expert's group at its rank.
+  __device__ int32_t* first_row() const { return at<int32_t>(layout_.first_row); }
+  // [local_experts] of all sources.
+  __device__ int32_t* num_entries() const { return at<int32_t>(layout_.num_entries); }
   __device__ int32_t* groups_end() const { return num_entries() + local_experts_; }
 
  private:
-  __host__ __device__ int32_t place(int64_t num, int64_t element_bytes) {
-    const auto offset = static_cast<int32_t>(num_bytes_);
-    num_bytes_ = layout::align_up(num_bytes_ + num * element_bytes, 16);
-    return offset;
-  }
   template <typename T>
   __device__ T* at(int32_t offset) const {
     return reinterpret_cast<T*>(base_ + offset);
   }
 
-  std::byte* base_;
-  int64_t num_bytes_ = 0;
-  int32_t num_experts_, local_experts_;
-  int32_t tail_, has_failed_, entries_sent_, words_, first_row_, num_entries_;
+  std::byte* const base_;
+  const LatencyDispatchMemory& layout_;
+  const int32_t num_experts_, local_experts_;
 };
 
 // This rank's tokens, as the call routes them.
