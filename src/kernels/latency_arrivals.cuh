@@ -81,23 +81,24 @@ class Arrivals {
     return true;
   }
 
-  // One thread: entry k of a message, whose entries are `sent`; `keeps`: into the plan too if the call routes.
-  __device__ ArrivingEntry entry(const ArrivingMessage& message, int k, const layout::LatencySlot::Entry* sent, bool keeps) const {
+  // One thread: entry k of a message, whose entries are `sent`.
+  __device__ ArrivingEntry entry(const ArrivingMessage& message, int k, const layout::LatencySlot::Entry* sent) const {
     const int32_t at = message.index * plan_.topk_stride + k;
     if (!args_.routes) return {plan_.received_experts[at], plan_.received_rows[at]};
     const layout::LatencySlot::Entry entry = sent[k];
-    ArrivingEntry here{-1, -1};
-    if (entry.expert >= 0 && rank_of(args_.call, entry.expert) == rank_) {
-      here.expert = entry.expert - rank_ * plan_.local_experts;
-      here.row = plan_.has_expert_rows() ? row_of(message.source, entry.expert, entry.position) : bounded_row(0, message.index);
-    }
-    if (!keeps) return here;
-    plan_.received_experts[at] = here.expert;
-    plan_.received_rows[at] = here.row;
-    return here;
+    if (entry.expert < 0 || rank_of(args_.call, entry.expert) != rank_) return {-1, -1};
+    const int32_t row =
+        plan_.has_expert_rows() ? row_of(message.source, entry.expert, entry.position) : bounded_row(0, message.index);
+    return {entry.expert - rank_ * plan_.local_experts, row};
   }
+  // Into the plan, if the call routes.
   __device__ void keep(const ArrivingMessage& message) const {
     if (args_.routes) plan_.source_token[message.index] = message.token;
+  }
+  __device__ void keep(const ArrivingMessage& message, int k, const ArrivingEntry& entry) const {
+    if (!args_.routes) return;
+    plan_.received_experts[message.index * plan_.topk_stride + k] = entry.expert;
+    plan_.received_rows[message.index * plan_.topk_stride + k] = entry.row;
   }
 
   // The openers of all blocks: what follows from the routing alone.

@@ -40,22 +40,40 @@ __device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, f
   }
 }
 
-// A warp's sum of the terms over bytes [begin, end) of a row of Wire. All threads call store(at, sum), also beyond the end.
-template <typename Wire, bool kLogTerms, typename Start, typename Store>
-__device__ __forceinline__ void sum_bytes(const Terms& terms, int begin, int end, Start start, Store store) {
+// What a warp sums of a row, and where to.
+struct SumPart {
+  int begin, end;  // bytes of the row
+  std::byte* out;  // the row
+  const std::byte* bias[2] = {nullptr, nullptr};
+};
+
+// The sum of the terms, whose rows are of Wire, or in the 10-bit encoding, as a row that is of Wire, or in the encoding. Not inlined: the code is
+// there for a rank's own tokens when shares of others' tokens have been summed by it.
+template <typename Wire, bool kLogTerms, bool kLogOut>
+__device__ __noinline__ void sum_part(Terms terms, SumPart part) {
   constexpr int kVecs = kPartBytes / 512;
   constexpr int kStep = 32 * sizeof(Vec16);
 #pragma unroll 1
-  for (int first = begin; first < end; first += kVecs * kStep) {
+  for (int first = part.begin; first < part.end; first += kVecs * kStep) {
     const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
     float sums[kVecs][Wire::kElements] = {};
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v)
-      if (at + v * kStep < end) start(at + v * kStep, sums[v]);
-    add_terms<Wire, kLogTerms, kVecs>(terms, at, end, sums);
+    for (int which = 0; which < 2; ++which) {
+      if (part.bias[which] == nullptr) continue;
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v)
-      if (first + v * kStep < end) store(at + v * kStep, sums[v]);
+      for (int v = 0; v < kVecs; ++v)
+        if (at + v * kStep < part.end) add_term<Wire>(sums[v], device::load_vec16(part.bias[which] + at + v * kStep), 1.0f);
+    }
+    add_terms<Wire, kLogTerms, kVecs>(terms, at, part.end, sums);
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      const int here = at + v * kStep;
+      if (first + v * kStep >= part.end) continue;
+      if constexpr (kLogOut)
+        LogRow<Wire>::store(sums[v], here < part.end, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements, part.out);
+      else if (here < part.end)
+        *reinterpret_cast<Vec16*>(part.out + here) = Wire::narrow(sums[v]);
+    }
   }
 }
 
@@ -66,7 +84,8 @@ class ShareSender {
   // Asks for what the plan says of the first message.
   __device__ ShareSender(const LatencyCombineArgs& args, const LatencyCall& call)
       : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
-    if (!is_raising()) ahead_ = fetch(first());
+    if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
+    if (!is_raising()) ahead_ = fetch(message_at(first()));
   }
 
   // All threads of all blocks. The workers of a block take a message at a time, each warp a part of it; the raising warp follows them.
@@ -78,8 +97,8 @@ class ShareSender {
     for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
       if (nth >= kAhead) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
       const Share share = ahead_;
-      ahead_ = fetch(i + step());
-      push(share, i);
+      ahead_ = fetch(message_at(i + step()));
+      push(share, message_at(i));
       device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
     }
   }
@@ -116,6 +135,15 @@ class ShareSender {
   __device__ static int32_t first() { return static_cast<int32_t>(blockIdx.x); }
   __device__ static int32_t step() { return static_cast<int32_t>(gridDim.x); }
 
+  // Where blocks have several messages, a rank begins with those of the next rank: not all of them send to the same one at a time.
+  __device__ bool goes_round() const { return plan_.max_tokens * call_.num_ranks() > step(); }
+  // The i-th message to be pushed.
+  __device__ int32_t message_at(int32_t i) const {
+    if (!goes_round()) return i;
+    i += first_message_;
+    return i < num_messages_ ? i : i - num_messages_;
+  }
+
   // May be asked for beyond the last message.
   __device__ Share fetch(int32_t message) const {
     Share share = {};
@@ -131,8 +159,8 @@ class ShareSender {
   // One warp: raises the flag of each message that the workers have pushed.
   __device__ void raise() const {
     for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
-      const int source = begins_.source_of(i);
-      const int32_t token = plan_.source_token[i];
+      const int source = begins_.source_of(message_at(i));
+      const int32_t token = plan_.source_token[message_at(i)];
       device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
       // Without the owner's weights, because the exchange has failed, the row is not right.
       const bool is_right = !args_.sums_owner_weights || !call_.operation().is_aborted();
@@ -163,18 +191,7 @@ class ShareSender {
     if (args_.per_entry)
       copy_entries(terms, slot, begin, end);
     else
-      sum_into(terms, slot, begin, end);
-  }
-
-  __device__ void sum_into(const Terms& terms, std::byte* row, int begin, int end) const {
-    sum_bytes<Wire, false>(
-        terms, begin, end, [](int, auto&) {},
-        [&](int at, const auto& sum) {
-          if constexpr (kLog)
-            LogRow<Wire>::store(sum, at < end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
-          else if (at < end)
-            *reinterpret_cast<Vec16*>(row + at) = Wire::narrow(sum);
-        });
+      sum_part<Wire, false, kLog>(terms, {begin, end, slot});
   }
 
   __device__ float owner_weight(int source, int32_t token) const {
@@ -198,7 +215,7 @@ class ShareSender {
       Terms one;
       one.valid = 1;
       one.address = from;
-      sum_into(one, to, begin, end);
+      sum_part<Wire, false, true>(one, {begin, end, to});
     } else {
       copy_row(from + begin, end - begin, [&](auto visit) { visit(to + begin); });
     }
@@ -224,6 +241,7 @@ class ShareSender {
   const LatencyCall& call_;
   const int32_t num_messages_;
   const Begins begins_;
+  int32_t first_message_ = 0;
   Share ahead_ = {};
 };
 
@@ -248,14 +266,14 @@ class OwnerSums {
       const Terms terms = args_.per_entry ? terms_of_entries(token) : terms_of_shares(token, message);
       if (!await_share(token, message)) return;
       if (i + num_warps >= num_tokens * num_parts) call_.wait_no_more();
-      const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
       if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
-      std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
-      sum_bytes<Wire, kLog>(
-          terms, begin, end, [&](int at, auto& sum) { add_biases(token, at, sum); },
-          [&](int at, const auto& sum) {
-            if (at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
-          });
+      const int64_t row_at = int64_t{token} * args_.row_bytes;
+      const int begin = part * kPartBytes;
+      SumPart sum{begin, min(begin + kPartBytes, args_.row_bytes), args_.out_tokens + row_at};
+#pragma unroll
+      for (int which = 0; which < 2; ++which)
+        if (args_.bias[which] != nullptr) sum.bias[which] = args_.bias[which] + row_at;
+      sum_part<Wire, kLog, false>(terms, sum);
     }
   }
 
@@ -271,13 +289,6 @@ class OwnerSums {
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what each thread has acquired, all may read
     return all_ok;
-  }
-
-  __device__ void add_biases(int32_t token, int at, float (&sum)[Wire::kElements]) const {
-#pragma unroll
-    for (int which = 0; which < 2; ++which)
-      if (args_.bias[which] != nullptr)
-        add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(args_.bias[which] + int64_t{token} * args_.row_bytes + at), 1.0f);
   }
 
   __device__ Terms terms_of_shares(int32_t token, const MessageRef& message) const {

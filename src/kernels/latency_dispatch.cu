@@ -96,12 +96,15 @@ class RowSender {
     return device::or_of_warp(ranks);
   }
 
-  // Calls visit(slot) for the token's slot at each of the ranks.
+  // Calls visit(slot) for the token's slot at each of the ranks; beginning with one after the other, so that not all send to the same at a time.
   template <typename Visit>
   __device__ void for_each_slot(int32_t token, uint64_t ranks, Visit visit) const {
-    const int32_t slot_idx = call_.slot_idx(call_.rank(), token);
+    const int32_t slot_idx = call_.slot_idx(call_.rank(), token), num_ranks = call_.num_ranks();
+    int32_t rank = call_.rank() + 1 + token;
+    rank -= quotient(rank, args_.call.ranks_reciprocal) * num_ranks;
 #pragma unroll 1
-    for (uint64_t left = ranks; left != 0; left &= left - 1) visit(call_.slot(__ffsll(static_cast<int64_t>(left)) - 1, slot_idx));
+    for (int n = 0; n < num_ranks; ++n, rank = rank + 1 < num_ranks ? rank + 1 : 0)
+      if ((ranks >> rank & 1) != 0) visit(call_.slot(rank, slot_idx));
   }
 
   // The raising warp: what stands behind the row; then the flags.
@@ -209,11 +212,11 @@ class MessageSpreader {
         plan_(args.call.plan),
         call_(call),
         arrivals_(arrivals),
-        group_(static_cast<int>(threadIdx.x) / kThreads),
+        group_(kGroups - 1 - static_cast<int>(threadIdx.x) / kThreads),
         thread_(static_cast<int>(threadIdx.x) % kThreads) {}
 
-  // The workers of all blocks, but for the routing block. Groups take messages in turn, those of all sources side by side; a block's first
-  // ones are openers.
+  // The workers of all blocks, but for the routing block. Groups take messages in turn, those of all sources side by side; first those of
+  // a block that do not write outputs meanwhile.
   __device__ void run() {
     const bool is_alone = gridDim.x == 1;
     const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
@@ -263,7 +266,10 @@ class MessageSpreader {
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
-    Rows rows = {};
+    const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
+    const int k = static_cast<int>(device::lane_idx());
+    ArrivingEntry entry{-1, -1};
+    Rows rows;
 #pragma unroll 1
     for (int32_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
       Vec16 values[kVecs];
@@ -271,7 +277,10 @@ class MessageSpreader {
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
         if (begin + v * kStep < args_.row_bytes) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
-      if (first == 0) rows = find_rows(message, slot);  // while the row is on its way
+      if (first == 0) {  // while the row is on its way
+        if (k < plan_.num_topk) entry = arrivals_.entry(message, k, entries);
+        rows = rows_of(message, entry);
+      }
       rows.for_each([&](int32_t row) {
         std::byte* to = args_.out.tokens + int64_t{row} * args_.row_bytes;
 #pragma unroll
@@ -280,29 +289,28 @@ class MessageSpreader {
       });
     }
     if (args_.out.scales != nullptr && args_.scale_bytes > 0) write_scales(rows, slot + args_.call.slot.scales());
+    if (thread_ < kWarpThreads) keep(message, entry, slot);
   }
 
-  // Each warp of the group: the rows of the message's entries. The first one keeps them in the plan, and writes what there is once for each.
-  __device__ Rows find_rows(const ArrivingMessage& message, const std::byte* slot) const {
-    const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
-    const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
-    const bool writes = thread_ < kWarpThreads;
-    const int k = static_cast<int>(device::lane_idx());
+  // Each warp, with its entries.
+  __device__ Rows rows_of(const ArrivingMessage& message, const ArrivingEntry& entry) const {
     Rows rows;
-    rows.row = -1;
-    if (k < plan_.num_topk) {
-      const ArrivingEntry entry = arrivals_.entry(message, k, entries, writes);
-      if (plan_.has_expert_rows()) rows.row = entry.row;
-      if (writes && args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
-      if (writes) write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
-    }
-    if (k == 0 && writes) arrivals_.keep(message);
-    if (k == 0 && !plan_.has_expert_rows() && message.index < args_.out.num_rows) {
-      rows.row = message.index;
-      if (writes) write_source(message.index, message);
-    }
+    rows.row = entry.row;
+    if (!plan_.has_expert_rows()) rows.row = device::lane_idx() == 0 && message.index < args_.out.num_rows ? message.index : -1;
     rows.valid = __ballot_sync(~0u, rows.row >= 0);
     return rows;
+  }
+
+  // One warp of the group: what there is once for a message and its entries, in the plan and in the outputs.
+  __device__ void keep(const ArrivingMessage& message, const ArrivingEntry& entry, const std::byte* slot) const {
+    const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
+    const int k = static_cast<int>(device::lane_idx());
+    if (k == 0) arrivals_.keep(message);
+    if (k == 0 && !plan_.has_expert_rows() && message.index < args_.out.num_rows) write_source(message.index, message);
+    if (k >= plan_.num_topk) return;
+    arrivals_.keep(message, k, entry);
+    if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
+    write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
   }
 
   __device__ void write_entry(const ArrivingMessage& message, int k, const ArrivingEntry& entry, float weight) const {
