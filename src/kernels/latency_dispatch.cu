@@ -72,7 +72,12 @@ class RowSender {
   __device__ void fetch(int32_t token) {
     fetched_ = token;
     if (args_.routes) given_ = routing_.own_given_expert(token);
-    if (!is_raising()) load(token, 0);
+    if (!is_raising()) {
+      load(token, 0);
+      return;
+    }
+    const int k = static_cast<int>(device::lane_idx());
+    if (args_.carries_weights && k < plan_.num_topk) weight_ = args_.in.weights[token * plan_.num_topk + k];
   }
   __device__ void load(int32_t token, int32_t first) {
     const std::byte* row = args_.in.tokens + token * args_.in.token_stride_bytes;
@@ -107,30 +112,39 @@ class RowSender {
       if ((ranks >> rank & 1) != 0) visit(call_.slot(rank, slot_idx));
   }
 
-  // The raising warp: what stands behind the row; then the flags.
+  // The raising warp: what stands behind the row; then the flags. What nobody waits for comes last, unless the senders go on.
   __device__ void finish(int32_t token, bool awaits_counts, bool more) {
+    using Entry = layout::LatencySlot::Entry;
     const layout::LatencySlot& slot = args_.call.slot;
     const uint64_t ranks = ranks_of(token);
+    const int k = static_cast<int>(device::lane_idx());
     if (awaits_counts) device::sync_some_warps(kCountedBarrier, kCountThreads);
-    if (args_.routes) routing_.place_token(token, given_, ranks, reinterpret_cast<layout::LatencySlot::Entry*>(tail(slot.entries())));
-    if (args_.carries_weights) stage_weights(token);
+    Entry entry{-1, 0};
+    if (args_.routes) entry = routing_.place(given_);
+    if (k < plan_.num_topk) {
+      reinterpret_cast<Entry*>(tail(slot.entries()))[k] = entry;
+      if (args_.carries_weights) reinterpret_cast<float*>(tail(slot.weights()))[k] = weight_;
+    }
     __syncwarp();
     push_tail(token, ranks, slot.weights(), slot.end());
     device::sync_some_warps(kPushedBarrier, kPushThreads);
     if (args_.scale_bytes > 0) push_tail(token, ranks, slot.scales(), slot.weights());
     __syncwarp();
-    if (more) device::arrive_at_barrier(kFreeBarrier, kLatencyThreads);
+    if (more) {
+      keep(token, entry, ranks);
+      device::arrive_at_barrier(kFreeBarrier, kLatencyThreads);
+    }
 #pragma unroll 1
-    for (int rank = static_cast<int>(device::lane_idx()); rank < call_.num_ranks(); rank += kWarpThreads)
+    for (int rank = k; rank < call_.num_ranks(); rank += kWarpThreads)
       if ((ranks >> rank & 1) != 0) call_.raise_row(rank, token);
     __syncwarp();
+    if (!more) keep(token, entry, ranks);
   }
-  __device__ void stage_weights(int32_t token) const {
+  // Into the plan.
+  __device__ void keep(int32_t token, const layout::LatencySlot::Entry& entry, uint64_t ranks) const {
     const int k = static_cast<int>(device::lane_idx());
-    if (k >= plan_.num_topk) return;
-    const float weight = args_.in.weights[int64_t{token} * plan_.num_topk + k];
-    reinterpret_cast<float*>(tail(args_.call.slot.weights()))[k] = weight;
-    plan_.weights_sent[int64_t{token} * plan_.num_topk + k] = weight;
+    if (args_.routes) routing_.keep(token, given_, entry, ranks);
+    if (args_.carries_weights && k < plan_.num_topk) plan_.weights_sent[token * plan_.num_topk + k] = weight_;
   }
   __device__ void push_tail(int32_t token, uint64_t ranks, int64_t begin, int64_t end) const {
 #pragma unroll 1
@@ -200,7 +214,9 @@ class RowSender {
   const DispatchMemory& memory_;
   const OwnRouting routing_;
   int32_t fetched_ = -1;  // the token that is in
-  int64_t given_ = -1;    // an entry in each thread of a warp
+  // Of the token: an entry in each thread of a warp, with its weight in the raising one; and what a sender has of its row.
+  int64_t given_ = -1;
+  float weight_ = 0.0f;
   Vec16 chunk_[kVecs];
 };
 

@@ -112,18 +112,20 @@ class OwnRouting {
     return device::or_of_warp(expert >= 0 ? uint64_t{1} << rank_of(args_.call, expert) : 0);
   }
 
-  // One warp, when all tokens before are counted: the token's entries, which go to `ranks`, and where they stand among this rank's. Rows in the
-  // plan are positions until they are settled.
-  __device__ void place_token(int32_t token, int64_t given, uint64_t ranks, layout::LatencySlot::Entry* entries) const {
-    const int lane = static_cast<int>(device::lane_idx());
+  // All threads of a warp, when all tokens before are counted: each has its entry of a token, and where that stands among this rank's.
+  __device__ layout::LatencySlot::Entry place(int64_t given) const {
     const int32_t expert = usable(given);
-    if (given < -1 || given >= plan_.num_experts) call_.operation().post_notice(TERN_INVALID_ARGUMENT);
     const int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
+    return {expert, expert >= 0 ? memory_.entries_sent()[expert] + before : 0};
+  }
+
+  // The same warp, before other tokens are counted: the token, which goes to `ranks`, into the plan. Rows are positions until they are settled.
+  __device__ void keep(int32_t token, int64_t given, const layout::LatencySlot::Entry& entry, uint64_t ranks) const {
+    const int lane = static_cast<int>(device::lane_idx());
+    if (given < -1 || given >= plan_.num_experts) call_.operation().post_notice(TERN_INVALID_ARGUMENT);
     if (lane < plan_.num_topk) {
-      const int32_t position = expert >= 0 ? memory_.entries_sent()[expert] + before : 0;
-      entries[lane] = {expert, position};
-      plan_.experts[token * plan_.num_topk + lane] = expert;
-      plan_.entry_rows[token * plan_.num_topk + lane] = position;
+      plan_.experts[token * plan_.num_topk + lane] = entry.expert;
+      plan_.entry_rows[token * plan_.num_topk + lane] = entry.position;
     }
     MessageRef* messages = plan_.messages + token * plan_.messages_per_token;
 #pragma unroll 1
