@@ -158,8 +158,7 @@ class LatencyCall {
 
   // What earlier kernels took is read: they have ended.
   __device__ void post_consumed_before(int peer) const {
-    device::store_relaxed_sys(&progress(peer, rank())->consumed,
-                              last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
+    device::store_relaxed_sys(&progress(peer, rank())->consumed, last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
   }
 
   const LatencyArgs& args_;

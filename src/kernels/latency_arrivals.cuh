@@ -87,8 +87,7 @@ class Arrivals {
     if (!args_.routes) return {plan_.received_experts[at], plan_.received_rows[at]};
     const layout::LatencySlot::Entry entry = sent[k];
     if (entry.expert < 0 || rank_of(args_.call, entry.expert) != rank_) return {-1, -1};
-    const int32_t row =
-        plan_.has_expert_rows() ? row_of(message.source, entry.expert, entry.position) : bounded_row(0, message.index);
+    const int32_t row = plan_.has_expert_rows() ? row_of(message.source, entry.expert, entry.position) : bounded_row(0, message.index);
     return {entry.expert - rank_ * plan_.local_experts, row};
   }
   // Into the plan, if the call routes.
@@ -122,7 +121,9 @@ class Arrivals {
   // What the source says.
   __device__ uint32_t* words(int source) const { return memory_.words() + source * num_words_; }
   __device__ int32_t num_tokens(int source) const { return static_cast<int32_t>(words(source)[args_.call.words.num_tokens()]); }
-  __device__ int32_t count(int source, int counter) const { return static_cast<int32_t>(words(source)[args_.call.words.counts() + counter]); }
+  __device__ int32_t count(int source, int counter) const {
+    return static_cast<int32_t>(words(source)[args_.call.words.counts() + counter]);
+  }
   __device__ int32_t num_messages(int source) const { return count(source, plan_.num_experts + rank_); }  // to this rank
   __device__ const uint32_t* presence(int source) const { return words(source) + args_.call.words.presence(); }
 

@@ -184,8 +184,7 @@ class RowSender {
       for_each_slot(token, ranks, [&](std::byte* to) {
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-          if (begin + v * kStep < end)
-            *reinterpret_cast<typename Travel::Sent*>(to + (begin + v * kStep) / Travel::kShrink) = values[v];
+          if (begin + v * kStep < end) *reinterpret_cast<typename Travel::Sent*>(to + (begin + v * kStep) / Travel::kShrink) = values[v];
       });
     }
   }

@@ -76,8 +76,7 @@ class OwnRouting {
     for (int32_t entry = begin * plan_.num_topk + static_cast<int32_t>(threadIdx.x); entry < end_entry;) {
       int64_t given[kAtOnce];
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u)
-        given[u] = entry + u * kOpenThreads < end_entry ? given_expert(entry + u * kOpenThreads) : -1;
+      for (int u = 0; u < kAtOnce; ++u) given[u] = entry + u * kOpenThreads < end_entry ? given_expert(entry + u * kOpenThreads) : -1;
 #pragma unroll 1
       for (int u = 0; u < kAtOnce && entry < end_entry; ++u, entry += kOpenThreads) {
         count_entry(entry, usable(given[0]));
