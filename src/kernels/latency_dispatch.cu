@@ -35,7 +35,7 @@ class RowSender {
   // Asks for what the call gives of the block's first token: before the epoch is known, since that comes from memory too.
   __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
       : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call, memory) {
-    if (args.call.sends && !is_opening() && first_token() >= 0 && first_token() < args.num_tokens) fetch(first_token());
+    if (args.call.sends && !is_opening() && first_token() >= 0 && first_token() < num_tokens_given(args)) fetch(first_token());
   }
 
   // All threads of all blocks. The openers have counted the tokens before the first.
