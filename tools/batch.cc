@@ -132,6 +132,7 @@ tern_dispatch_args RankBatch::dispatch_args() const {
 tern_combine_args RankBatch::combine_args() const {
   return {.rows = expert_rows_.data(),
           .dtype = shape_.format.combine_dtype,
+          .mode = shape_.combine_mode,
           .hidden = shape_.hidden,
           .weighting = by_rank() ? TERN_WEIGHTS_NONE : TERN_WEIGHTS_DISPATCH,
           .out_tokens = results_.data()};

@@ -34,6 +34,10 @@ struct BatchShape {
   int64_t hidden = 0;
   uint64_t seed = 0;
   int32_t expert_alignment = 1;  // expert_major: rows of a group are padded to a multiple of it
+  tern_combine_mode combine_mode = TERN_COMBINE_HIERARCHICAL;
+
+  // Does each expert's row travel back, and not one of each rank?
+  bool combines_entries() const { return combine_mode == TERN_COMBINE_EXACT && layout != TERN_LAYOUT_RANK_MAJOR; }
 };
 
 // One row that arrives at a rank.
@@ -96,6 +100,7 @@ class RankBatch {
   std::optional<std::string> check_offsets() const;
   void sum_rank(int64_t token, int destination, std::span<float> sum) const;
   void sum_token(int64_t token, std::span<std::byte> result) const;
+  void sum_entries(int64_t token, std::span<std::byte> result) const;
   float weight_of(int source_rank, int64_t token, int32_t k) const;
   bool by_rank() const { return shape_.layout == TERN_LAYOUT_RANK_MAJOR; }
   HostRows::Rows arriving_rows_of(const Buffer& buffer, int64_t row_bytes) const;

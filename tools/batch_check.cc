@@ -131,8 +131,9 @@ void RankBatch::sum_rank(int64_t token, int destination, std::span<float> sum) c
   }
 }
 
-// The order of sums is that of tern_combine, TERN_COMBINE_HIERARCHICAL.
+// The order of sums is that of tern_combine.
 void RankBatch::sum_token(int64_t token, std::span<std::byte> result) const {
+  if (shape_.combines_entries()) return sum_entries(token, result);
   const int num_ranks = shape_.routing.num_ranks();
   const tern_dtype dtype = shape_.format.combine_dtype;
   const auto hidden = static_cast<size_t>(shape_.hidden);
@@ -151,6 +152,17 @@ void RankBatch::sum_token(int64_t token, std::span<std::byte> result) const {
     if (ranks_per_node_ != num_ranks && (destination + 1) % ranks_per_node_ == 0) add_rounded(total, on_node);
   }
   store_elements(total, dtype, result.data());
+}
+
+// TERN_COMBINE_EXACT of expert rows.
+void RankBatch::sum_entries(int64_t token, std::span<std::byte> result) const {
+  std::vector<float> total(static_cast<size_t>(shape_.hidden), 0.0f);
+  const int32_t* entries = shape_.routing.entries(rank_, token);
+  ExpertAnswers answers(shape_, rank_, token);
+  for (int32_t k = 0; k < shape_.routing.num_topk; ++k) {
+    if (entries[k] >= 0) answers.add_to(total, entries[k], weight_of(rank_, token, k));
+  }
+  store_elements(total, shape_.format.combine_dtype, result.data());
 }
 
 std::optional<std::string> RankBatch::check_combine() {

@@ -68,7 +68,13 @@ double BenchRecord::share_of_ceiling() const {
 BatchShape batch_shape(const BenchOptions& options, const Traffic& traffic) {
   const int64_t hidden = options.hidden != 0 ? options.hidden : traffic.model_hidden;
   if (hidden == 0) fail(TERN_INVALID_ARGUMENT, "--model custom needs --hidden");
-  return {traffic.routing, parse_row_format(options.dtype), parse_layout(options.layout), hidden, options.traffic.seed, options.alignment};
+  return {.routing = traffic.routing,
+          .format = parse_row_format(options.dtype),
+          .layout = parse_layout(options.layout),
+          .hidden = hidden,
+          .seed = options.traffic.seed,
+          .expert_alignment = options.alignment,
+          .combine_mode = options.combine == "exact" ? TERN_COMBINE_EXACT : TERN_COMBINE_HIERARCHICAL};
 }
 
 std::vector<LinkRates> measure_links(LinkCeiling& ceiling, const std::vector<int>& num_sms) {

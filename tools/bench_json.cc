@@ -58,6 +58,7 @@ Json record_json(const BenchSetting& setting, const BenchRecord& record) {
             {"share_of_ceiling", record.share_of_ceiling()},
             {"verified", record.wrong.empty()},
             {"buffers", record.buffers},
+            {"combine_mode", setting.options.combine},
             {"extent", record.extent},
             {"routing", setting.traffic.description},
             {"seed", setting.options.traffic.seed},

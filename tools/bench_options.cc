@@ -81,6 +81,10 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
   app.add_option("--alignment", options.alignment, "expert_major: rows of each expert are padded to a multiple of this")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
+  app.add_option("--combine", options.combine,
+                 "What is summed where: hierarchical (a rank's rows there) or exact (all at the token's owner)")
+      ->check(CLI::IsMember({"hierarchical", "exact"}))
+      ->capture_default_str();
   app.add_option("--ops", options.ops, fmt::format("Operations to measure, of: {}; default: all", fmt::join(kOperations, ", ")))
       ->delimiter(',')
       ->check(CLI::IsMember(std::vector<std::string>(std::begin(kOperations), std::end(kOperations))));

@@ -39,6 +39,7 @@ struct BenchOptions {
   std::string mode = "auto";
   std::string buffers = "both";
   std::string json;
+  std::string combine = "hierarchical";
   int64_t hidden = 0;
   int64_t iters = 0;  // 0: 30, on GPUs 100
   int64_t timeout_ms = 30000;

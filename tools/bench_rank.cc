@@ -24,9 +24,7 @@ size_t stamps_bytes(const BenchSetting& setting) {
 
 // Rows that rank r receives in a dispatch, and gives back in a combine, are column r of the messages; those it sends are row r.
 // Links carry both directions at once. Within a node it is the rail of a token's owner that sends it.
-TrafficBytes bytes_of(const BatchShape& shape, int64_t row_bytes, int ranks_per_node) {
-  const auto messages = count_messages(shape.routing);
-  const int num_ranks = shape.routing.num_ranks();
+TrafficBytes bytes_of(const std::vector<int64_t>& messages, int num_ranks, int64_t row_bytes, int ranks_per_node) {
   std::vector<TrafficBytes> in(static_cast<size_t>(num_ranks)), out(in.size());
   for (int from = 0; from < num_ranks; ++from) {
     for (int to = 0; to < num_ranks; ++to) {
@@ -299,10 +297,14 @@ class BenchRank {
   int ranks_per_node() const { return on_gpu() ? context_.num_ranks : context_.group.info().ranks_in_node; }
 
   TrafficBytes dispatch_bytes() const {
-    return bytes_of(shape_, shape_.format.arriving_row_bytes(shape_.hidden) + shape_.format.arriving_scale_bytes(shape_.hidden),
-                    ranks_per_node());
+    const RowFormat& format = shape_.format;
+    return bytes_of(count_messages(shape_.routing), context_.num_ranks,
+                    format.arriving_row_bytes(shape_.hidden) + format.arriving_scale_bytes(shape_.hidden), ranks_per_node());
   }
-  TrafficBytes combine_bytes() const { return bytes_of(shape_, shape_.format.combine_row_bytes(shape_.hidden), ranks_per_node()); }
+  TrafficBytes combine_bytes() const {
+    return bytes_of(shape_.combines_entries() ? count_entries(shape_.routing) : count_messages(shape_.routing), context_.num_ranks,
+                    shape_.format.combine_row_bytes(shape_.hidden), ranks_per_node());
+  }
   TrafficBytes both_bytes() const {
     const TrafficBytes there = dispatch_bytes(), back = combine_bytes();
     return {there.logical + back.logical, there.wire + back.wire, there.link + back.link};

@@ -11,9 +11,9 @@ namespace {
 // Threads load and store with 16 warps. Where all rows come by bulk copies, fewer warps with longer pieces are faster: from windows, 4 ranks, 24 and
 // 32 SMs, 514 and 542 us with 16 warps and pieces of 1 KiB, 508 and 520 us with 8 and 2 KiB.
 constexpr int32_t kWarps = 16, kBulkWarps = 8;
-// Beside staging warps: leaves the SM a cache for their loads, which have no ring. Copies of rows, 4 ranks, 32 SMs: 597 us with 160 KiB, 589 with 112,
-// 699 with 80.
-constexpr int64_t kRingBytesBesideLoads = 160 << 10;
+// Beside staging warps: leaves the SM a cache for their loads, which have no ring, and keeps enough on its way over the link. Copies of rows, 4 ranks,
+// 32 SMs: 597 us with 160 KiB, 589 with 112, 699 with 80.
+constexpr int64_t kRingBytesBesideLoads = 112 << 10;
 
 // Divides a block. What is staged must be ahead of what is pulled, so most warps stage first and pull afterwards; the others pull from the start
 // and have the larger rings.
@@ -34,8 +34,8 @@ void divide_block(kernels::CombineArgs& args, const CudaExchange& exchange) {
   args.pull_ring = ring(kPullShare);
 }
 
-// Messages that a staging warp reports together: each report waits for stores, but their chunk must not wait long for it. From the caller's memory,
-// 4 ranks, 24 and 32 SMs: copies 632 and 597 us by two, 600 and 571 by four; sums 966 and 812, 927 and 784.
+// Messages that a staging warp takes and reports together: each report waits for stores, but their chunk must not wait long for it. From the caller's
+// memory, 4 ranks, 24 and 32 SMs: copies 632 and 597 us by two, 600 and 571 by four; sums 966 and 812, 927 and 784.
 int32_t stage_run(const kernels::CombineArgs& args, int64_t messages_per_warp) {
   if (messages_per_warp < 16) return 1;
   return args.rows_staged ? 4 : 8;
@@ -43,7 +43,7 @@ int32_t stage_run(const kernels::CombineArgs& args, int64_t messages_per_warp) {
 
 // Rows are summed in parts if there are few tokens, so that the warps come out even.
 void divide_rows(kernels::CombineArgs& args, int64_t most_tokens, int32_t num_sms) {
-  constexpr int64_t kItemsPerWarp = 4;
+  constexpr int64_t kItemsPerWarp = 16;
   const int64_t piece_bytes = args.pull_ring.piece_bytes;
   const int64_t parts_wanted = std::max<int64_t>(
       1, kItemsPerWarp * (args.roles.num_stage_warps + args.roles.num_pull_warps) * num_sms / std::max<int64_t>(1, most_tokens));

@@ -34,7 +34,10 @@ struct CombineShared {
 class StagedRows {
  public:
   __device__ StagedRows(const CombineArgs& args, const Transfer& transfer, int32_t warp, int32_t num_warps)
-      : args_(args), plan_(args.plan), transfer_(transfer), walk_(args.transfer, args.plan, warp, num_warps, args.stage_run) {
+      : args_(args),
+        plan_(args.plan),
+        transfer_(transfer),
+        walk_({args.transfer, args.plan, num_warps, args.stage_run}, warp, &args.transfer.exchange.state->runs_taken) {
     look_ahead();
   }
 
@@ -167,19 +170,18 @@ class StagedRows {
   const CombineArgs& args_;
   const PlanView& plan_;
   const Transfer& transfer_;
-  MessageWalk walk_;
+  DealtWalk walk_;
   Message ahead_ = {};
   bool has_ahead_ = false;
   Term term_, term_ahead_;
   uint32_t num_in_run_ = 0;
 };
 
-// The results of this rank's tokens: the Rows of sums.cuh. A block has every gridDim.x-th part of a row; its warps take them in turn.
+// The results of this rank's tokens: the Rows of sums.cuh. The warps of all blocks take the next part of a row when they come to it.
 class OwnedRows {
  public:
-  // `num_taken`: by all warps of the block, in shared memory.
-  __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, int* num_taken)
-      : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources), num_taken_(num_taken) {
+  __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources)
+      : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources) {
     const TransferArgs& t = args.transfer;
     end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
     look_ahead();
@@ -224,9 +226,8 @@ class OwnedRows {
 
   // Takes the next part, and fetches the thread's message of its token while those of this one are loaded.
   __device__ void look_ahead() {
-    const int taken = device::lane_idx() == 0 ? atomicAdd(num_taken_, 1) : 0;
-    const int nth = __shfl_sync(~0u, taken, 0) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.num_parts + nth;
+    const uint32_t taken = device::lane_idx() == 0 ? atomicAdd(&args_.transfer.exchange.state->parts_taken, 1u) : 0;
+    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.num_parts + static_cast<int32_t>(__shfl_sync(~0u, taken, 0));
     const int32_t token = next_ / args_.num_parts;
     if (token < end_token_) message_ahead_ = message_of(token, static_cast<int>(device::lane_idx()));
   }
@@ -284,7 +285,6 @@ class OwnedRows {
   const PlanView& plan_;
   const Transfer& transfer_;
   const SourceView* const sources_;
-  int* const num_taken_;
   int32_t next_;  // token * num_parts + part
   int64_t end_token_;
   MessageRef message_ = {-1, -1}, message_ahead_ = {-1, -1};  // of the current token and the next one: the thread's
@@ -305,17 +305,11 @@ __device__ void stage(const CombineArgs& args, const Transfer& transfer) {
     sum_by_threads<Wire>(rows);
 }
 
-// What the warps of a block share.
-struct PullState {
-  int num_taken;  // of the block's parts
-  int has_failed;
-};
-
 // The warps that pull from the start: where the sources' rows are.
-__device__ void open_sources(const CombineArgs& args, const Transfer& transfer, SourceView* sources, PullState& state) {
+__device__ void open_sources(const CombineArgs& args, const Transfer& transfer, SourceView* sources, bool& has_failed) {
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
   const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
-  if (!transfer.open_sources(sources, thread, num_threads)) state.has_failed = 1;
+  if (!transfer.open_sources(sources, thread, num_threads)) has_failed = true;
   if (args.own_rows_direct && thread == transfer.rank() % num_threads) {
     SourceView& own = sources[transfer.rank()];
     own.rows = args.rows;
@@ -326,9 +320,8 @@ __device__ void open_sources(const CombineArgs& args, const Transfer& transfer, 
 }
 
 template <typename Wire, bool kBulk>
-__device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, PullState& state, const SumRing& ring) {
-  if (state.has_failed != 0) return;
-  OwnedRows rows(args, transfer, sources, &state.num_taken);
+__device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, const SumRing& ring) {
+  OwnedRows rows(args, transfer, sources);
   if constexpr (kBulk)
     sum_by_ring<Wire>(ring, rows);
   else
@@ -338,10 +331,10 @@ __device__ void pull(const CombineArgs& args, const Transfer& transfer, const So
 template <typename Wire, bool kBulk>
 __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
-  __shared__ PullState state;
+  __shared__ bool has_failed;  // to open the sources
   const CombineShared layout(args, kBulk);
   const Transfer transfer(args.transfer);
-  if (threadIdx.x == 0) state = {};
+  if (threadIdx.x == 0) has_failed = false;
   if (transfer.operation().is_poisoned()) return;
   const auto sources = reinterpret_cast<SourceView*>(shared);
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, nth = warp - args.roles.num_stage_warps;
@@ -352,10 +345,10 @@ __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_cons
     stage<Wire>(args, transfer);
     if (args.transfer.receives) device::sync_some_warps(kJoinBarrier, args.roles.num_threads());
   } else if (args.transfer.receives) {
-    open_sources(args, transfer, sources, state);
+    open_sources(args, transfer, sources, has_failed);
     device::arrive_at_barrier(kJoinBarrier, args.roles.num_threads());
   }
-  if (args.transfer.receives) pull<Wire, kBulk>(args, transfer, sources, state, ring);
+  if (args.transfer.receives && !has_failed) pull<Wire, kBulk>(args, transfer, sources, ring);
   transfer.finish();
 }
 

@@ -26,6 +26,8 @@ struct LaneState {
   uint32_t blocks_synced;  // at its grid barriers
   uint32_t blocks_sent;
   uint32_t blocks_begun;
+  uint32_t runs_taken;   // of a combine, by the staging warps of all blocks
+  uint32_t parts_taken;  // of a combine, by its pulling warps
 };
 
 struct ExchangeView {

@@ -105,7 +105,9 @@ class Transfer {
     if (op_.is_aborted() && threadIdx.x == 0) op_.report_abort();
     if (args_.in_place) await_pulled();
     __syncthreads();
-    if (threadIdx.x != 0 || !args_.sends) return;
+    if (threadIdx.x != 0) return;
+    state->runs_taken = state->parts_taken = 0;
+    if (!args_.sends) return;
     state->epoch = op_.epoch;
     if (!args_.receives) *args_.ticket = op_.epoch;
   }

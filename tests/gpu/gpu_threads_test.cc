@@ -74,11 +74,15 @@ TEST_P(GpuThreads, ReplayedGraphsOfRandomCases) {
 TEST_P(GpuThreads, ThousandsOfReplays) {
   RunOptions how = options();
   how.num_replays = static_cast<int>(scaled(2000));
-  Case c = ordinary_case(num_ranks(), TERN_LAYOUT_EXPERT_MAJOR);
-  c.extent = TERN_EXTENT_WORST;
-  c.spread = Spread::kRandom;
-  c.fused = true;
-  expect_right_on_gpus({c.normalized()}, how);
+  std::vector<Case> cases;
+  for (const tern_layout layout : {TERN_LAYOUT_EXPERT_MAJOR, TERN_LAYOUT_EXPERT_PADDED}) {
+    Case c = ordinary_case(num_ranks(), layout);
+    c.extent = TERN_EXTENT_WORST;
+    c.spread = Spread::kRandom;
+    c.fused = true;
+    cases.push_back(c.normalized());
+  }
+  expect_right_on_gpus(cases, how);
 }
 
 // Odd multiples of 16 bytes, and rows that no tile of a kernel divides.

@@ -10,13 +10,14 @@ namespace {
 struct Shape {
   tern_layout layout;
   const char* format;
+  tern_combine_mode combine_mode = TERN_COMBINE_HIERARCHICAL;
 };
 
 class BatchCheck : public testing::TestWithParam<Shape> {
  protected:
   BatchCheck()
       : routing_(generate_routing({.num_ranks = 1, .num_tokens = 20, .num_topk = 3, .num_experts = 8}, {.seed = 3})),
-        shape_{routing_, parse_row_format(GetParam().format), GetParam().layout, 256, 5, 4},
+        shape_{routing_, parse_row_format(GetParam().format), GetParam().layout, 256, 5, 4, GetParam().combine_mode},
         groups_(Group::local(1)),
         exchange_(groups_.front(), {.device = TERN_DEVICE_CPU, .window_bytes = window_bytes(shape_), .max_row_bytes = 2048}),
         batch_(shape_, {0, exchange_, host_device(), true}),
@@ -44,10 +45,12 @@ class BatchCheck : public testing::TestWithParam<Shape> {
 INSTANTIATE_TEST_SUITE_P(Shapes, BatchCheck,
                          testing::Values(Shape{TERN_LAYOUT_RANK_MAJOR, "bf16"}, Shape{TERN_LAYOUT_RANK_MAJOR, "fp8"},
                                          Shape{TERN_LAYOUT_EXPERT_MAJOR, "fp8"}, Shape{TERN_LAYOUT_EXPERT_MAJOR, "fp8-cast"},
-                                         Shape{TERN_LAYOUT_EXPERT_PADDED, "fp16"}),
+                                         Shape{TERN_LAYOUT_EXPERT_PADDED, "fp16"},
+                                         Shape{TERN_LAYOUT_EXPERT_PADDED, "bf16", TERN_COMBINE_EXACT}),
                          [](const auto& shape) {
                            std::string name = std::string(layout_name(shape.param.layout)) + "_" + shape.param.format;
                            std::erase(name, '-');
+                           if (shape.param.combine_mode == TERN_COMBINE_EXACT) name += "_exact";
                            return name;
                          });
 

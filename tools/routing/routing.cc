@@ -163,4 +163,17 @@ std::vector<int64_t> count_messages(const Routing& routing) {
   return counts;
 }
 
+std::vector<int64_t> count_entries(const Routing& routing) {
+  const int num_ranks = routing.num_ranks();
+  std::vector<int64_t> counts(static_cast<size_t>(num_ranks) * static_cast<size_t>(num_ranks), 0);
+  for (int source = 0; source < num_ranks; ++source) {
+    for (int64_t token = 0; token < routing.num_tokens(source); ++token) {
+      const int32_t* entries = routing.entries(source, token);
+      for (int32_t k = 0; k < routing.num_topk; ++k)
+        if (entries[k] >= 0) ++counts[static_cast<size_t>(source * num_ranks + entries[k] / routing.experts_per_rank())];
+    }
+  }
+  return counts;
+}
+
 }  // namespace tern::tools

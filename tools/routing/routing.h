@@ -57,5 +57,7 @@ void validate_routing(const Routing& routing);
 
 // [num_ranks, num_ranks] tokens that row rank sends to column rank, each counted once per destination.
 std::vector<int64_t> count_messages(const Routing& routing);
+// The same of entries: a token counts for each of its experts there.
+std::vector<int64_t> count_entries(const Routing& routing);
 
 }  // namespace tern::tools
