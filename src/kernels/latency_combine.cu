@@ -40,40 +40,24 @@ __device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, f
   }
 }
 
-// What a warp sums of a row, and where to.
-struct SumPart {
-  int begin, end;  // bytes of the row
-  std::byte* out;  // the row
-  const std::byte* bias[2] = {nullptr, nullptr};
-};
+// What a warp sums at once: of each thread two times 16 bytes.
+constexpr int kSumVecs = kPartBytes / 512;
+template <typename Wire>
+using PartSums = float[kSumVecs][Wire::kElements];
 
-// The sum of the terms, whose rows are of Wire, or in the 10-bit encoding, as a row that is of Wire, or in the encoding. Not inlined: the code is
-// there for a rank's own tokens when shares of others' tokens have been summed by it.
-template <typename Wire, bool kLogTerms, bool kLogOut>
-__device__ __noinline__ void sum_part(Terms terms, SumPart part) {
-  constexpr int kVecs = kPartBytes / 512;
+// Sums over bytes [begin, end) of a row of Wire, as one warp makes them: make(at, sums) adds to zeros what there is for the thread at bytes `at`, and
+// one step of the warp further on. All threads call store(at, sum), also beyond the end.
+template <typename Wire, typename Make, typename Store>
+__device__ __forceinline__ void sum_bytes(int begin, int end, Make make, Store store) {
   constexpr int kStep = 32 * sizeof(Vec16);
 #pragma unroll 1
-  for (int first = part.begin; first < part.end; first += kVecs * kStep) {
+  for (int first = begin; first < end; first += kPartBytes) {
     const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
-    float sums[kVecs][Wire::kElements] = {};
+    PartSums<Wire> sums = {};
+    make(at, sums);
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      if (part.bias[which] == nullptr) continue;
-#pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (at + v * kStep < part.end) add_term<Wire>(sums[v], device::load_vec16(part.bias[which] + at + v * kStep), 1.0f);
-    }
-    add_terms<Wire, kLogTerms, kVecs>(terms, at, part.end, sums);
-#pragma unroll
-    for (int v = 0; v < kVecs; ++v) {
-      const int here = at + v * kStep;
-      if (first + v * kStep >= part.end) continue;
-      if constexpr (kLogOut)
-        LogRow<Wire>::store(sums[v], here < part.end, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements, part.out);
-      else if (here < part.end)
-        *reinterpret_cast<Vec16*>(part.out + here) = Wire::narrow(sums[v]);
-    }
+    for (int v = 0; v < kSumVecs; ++v)
+      if (first + v * kStep < end) store(at + v * kStep, sums[v]);
   }
 }
 
@@ -81,11 +65,13 @@ __device__ __noinline__ void sum_part(Terms terms, SumPart part) {
 template <typename Wire, bool kLog>
 class ShareSender {
  public:
-  // Asks for what the plan says of the first message.
+  // Sums the block's first message, if it can: before the epoch is known, since that comes from memory too.
   __device__ ShareSender(const LatencyCombineArgs& args, const LatencyCall& call)
       : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
     if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
-    if (!is_raising()) ahead_ = fetch(message_at(first()));
+    if (is_raising() || !args.call.sends) return;
+    ahead_ = fetch(message_at(first()));
+    sum_first();
   }
 
   // All threads of all blocks. The workers of a block take a message at a time, each warp a part of it; the raising warp follows them.
@@ -98,7 +84,7 @@ class ShareSender {
       if (nth >= kAhead) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
       const Share share = ahead_;
       ahead_ = fetch(message_at(i + step()));
-      push(share, message_at(i));
+      push(share, message_at(i), nth == 0 && has_sums_);
       device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
     }
   }
@@ -144,6 +130,34 @@ class ShareSender {
     return i < num_messages_ ? i : i - num_messages_;
   }
 
+  // Bytes of a row that a warp takes.
+  struct Part {
+    int begin, end;
+  };
+  __device__ Part part() const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    const auto size = static_cast<int>(layout::align_up((args_.row_bytes + kRaisingWarp - 1) / kRaisingWarp, 512));
+    const int begin = min(warp * size, args_.row_bytes);
+    return {begin, min(begin + size, args_.row_bytes)};
+  }
+
+  __device__ Terms terms_of(const Share& share) const {
+    Terms terms;
+    terms.valid = __ballot_sync(~0u, share.row >= 0);
+    terms.address = args_.rows + int64_t{share.row} * args_.row_bytes;
+    terms.weight = share.weight;
+    return terms;
+  }
+
+  // Of the first message, the first bytes of the warp's part. The plan of a failed exchange may say anything, so that no row is read by it.
+  __device__ void sum_first() {
+    const bool can = plan_.has_expert_rows() && !args_.per_entry && !args_.sums_owner_weights && first() < num_messages_;
+    has_sums_ = __all_sync(~0u, can && !call_.operation().is_aborted()) != 0;
+    const Part mine = part();
+    if (has_sums_)
+      add_terms<Wire, false, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end, sums_);
+  }
+
   // May be asked for beyond the last message.
   __device__ Share fetch(int32_t message) const {
     Share share = {};
@@ -171,27 +185,46 @@ class ShareSender {
     }
   }
 
-  __device__ void push(const Share& share, int32_t message) const {
+  // has_sums: sums_ are of this message.
+  __device__ void push(const Share& share, int32_t message, bool has_sums) const {
     const int source = begins_.source_of(message);
     std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
     if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
-    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-    const auto part = static_cast<int>(layout::align_up((args_.row_bytes + kRaisingWarp - 1) / kRaisingWarp, 512));
-    const int begin = min(warp * part, args_.row_bytes), end = min(begin + part, args_.row_bytes);
+    const Part mine = part();
     if (!plan_.has_expert_rows()) {
-      if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, begin, end);
+      if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, mine);
       return;
     }
-    Terms terms;
-    terms.valid = __ballot_sync(~0u, share.row >= 0);
-    terms.address = args_.rows + int64_t{share.row} * args_.row_bytes;
-    terms.weight = share.weight;
+    Terms terms = terms_of(share);
     if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(source, share.token);
     __syncwarp();
     if (args_.per_entry)
-      copy_entries(terms, slot, begin, end);
+      copy_entries(terms, slot, mine);
     else
-      sum_part<Wire, false, kLog>(terms, {begin, end, slot});
+      sum_into(terms, slot, mine, has_sums);
+  }
+
+  __device__ void sum_into(const Terms& terms, std::byte* row, const Part& mine, bool has_sums) const {
+    sum_bytes<Wire>(
+        mine.begin, mine.end,
+        [&](int at, PartSums<Wire>& sums) {
+          if (has_sums && at < mine.begin + kPartBytes)
+            take_sums(sums);
+          else
+            add_terms<Wire, false, kSumVecs>(terms, at, mine.end, sums);
+        },
+        [&](int at, const auto& sum) {
+          if constexpr (kLog)
+            LogRow<Wire>::store(sum, at < mine.end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
+          else if (at < mine.end)
+            *reinterpret_cast<Vec16*>(row + at) = Wire::narrow(sum);
+        });
+  }
+  __device__ void take_sums(PartSums<Wire>& sums) const {
+#pragma unroll
+    for (int v = 0; v < kSumVecs; ++v)
+#pragma unroll
+      for (int i = 0; i < Wire::kElements; ++i) sums[v][i] = sums_[v][i];
   }
 
   __device__ float owner_weight(int source, int32_t token) const {
@@ -201,23 +234,60 @@ class ShareSender {
     return __uint_as_float(bits);
   }
 
-  __device__ void copy_entries(const Terms& terms, std::byte* slot, int begin, int end) const {
-    for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
-      const int k = __ffs(static_cast<int>(left)) - 1;
-      const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), k));
-      copy(address, slot + k * args_.wire_bytes, begin, end);
+  __device__ void copy_entries(const Terms& terms, std::byte* slot, const Part& mine) const {
+    if constexpr (kLog) {
+      for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+        const int k = __ffs(static_cast<int>(left)) - 1;
+        copy(address_of(terms, k), slot + k * args_.wire_bytes, mine);
+      }
+    } else {
+      for (uint32_t left = terms.valid; left != 0;) left = copy_some(terms, left, slot, mine);
     }
+  }
+  __device__ static const std::byte* address_of(const Terms& terms, int k) {
+    return reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), k));
+  }
+
+  // The first few entries of those that are left, with all their loads under way together; returns the others.
+  __device__ uint32_t copy_some(const Terms& terms, uint32_t left, std::byte* slot, const Part& mine) const {
+    constexpr int kAtOnce = 4, kStep = 32 * sizeof(Vec16);
+    const std::byte* from[kAtOnce];
+    std::byte* to[kAtOnce];
+    const int num = min(kAtOnce, __popc(left));
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (u >= num) break;
+      const int k = __ffs(static_cast<int>(left)) - 1;
+      left &= left - 1;
+      from[u] = address_of(terms, k);
+      to[u] = slot + k * args_.wire_bytes;
+    }
+#pragma unroll 1
+    for (int at = mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)); at < mine.end; at += kPartBytes) {
+      Vec16 values[kAtOnce][kSumVecs];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+#pragma unroll
+        for (int v = 0; v < kSumVecs; ++v)
+          if (u < num && at + v * kStep < mine.end) values[u][v] = device::load_vec16(from[u] + at + v * kStep);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+#pragma unroll
+        for (int v = 0; v < kSumVecs; ++v)
+          if (u < num && at + v * kStep < mine.end) *reinterpret_cast<Vec16*>(to[u] + at + v * kStep) = values[u][v];
+    }
+    return left;
   }
 
   // The warp's part of a row.
-  __device__ void copy(const std::byte* from, std::byte* to, int begin, int end) const {
+  __device__ void copy(const std::byte* from, std::byte* to, const Part& mine) const {
     if constexpr (kLog) {
       Terms one;
       one.valid = 1;
       one.address = from;
-      sum_part<Wire, false, true>(one, {begin, end, to});
+      sum_into(one, to, mine, false);
     } else {
-      copy_row(from + begin, end - begin, [&](auto visit) { visit(to + begin); });
+      copy_row(from + mine.begin, mine.end - mine.begin, [&](auto visit) { visit(to + mine.begin); });
     }
   }
 
@@ -243,6 +313,8 @@ class ShareSender {
   const Begins begins_;
   int32_t first_message_ = 0;
   Share ahead_ = {};
+  bool has_sums_ = false;  // of the block's first message
+  PartSums<Wire> sums_ = {};
 };
 
 // Sums the results of this rank's tokens.
@@ -266,14 +338,18 @@ class OwnerSums {
       const Terms terms = args_.per_entry ? terms_of_entries(token) : terms_of_shares(token, message);
       if (!await_share(token, message)) return;
       if (i + num_warps >= num_tokens * num_parts) call_.wait_no_more();
+      const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
       if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
-      const int64_t row_at = int64_t{token} * args_.row_bytes;
-      const int begin = part * kPartBytes;
-      SumPart sum{begin, min(begin + kPartBytes, args_.row_bytes), args_.out_tokens + row_at};
-#pragma unroll
-      for (int which = 0; which < 2; ++which)
-        if (args_.bias[which] != nullptr) sum.bias[which] = args_.bias[which] + row_at;
-      sum_part<Wire, kLog, false>(terms, sum);
+      std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
+      sum_bytes<Wire>(
+          begin, end,
+          [&](int at, PartSums<Wire>& sums) {
+            add_biases(token, at, end, sums);
+            add_terms<Wire, kLog, kSumVecs>(terms, at, end, sums);
+          },
+          [&](int at, const auto& sum) {
+            if (at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
+          });
     }
   }
 
@@ -289,6 +365,18 @@ class OwnerSums {
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what each thread has acquired, all may read
     return all_ok;
+  }
+
+  __device__ void add_biases(int32_t token, int at, int end, PartSums<Wire>& sums) const {
+    constexpr int kStep = 32 * sizeof(Vec16);
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      if (args_.bias[which] == nullptr) continue;
+      const std::byte* bias = args_.bias[which] + int64_t{token} * args_.row_bytes + at;
+#pragma unroll
+      for (int v = 0; v < kSumVecs; ++v)
+        if (at + v * kStep < end) add_term<Wire>(sums[v], device::load_vec16(bias + v * kStep), 1.0f);
+    }
   }
 
   __device__ Terms terms_of_shares(int32_t token, const MessageRef& message) const {
