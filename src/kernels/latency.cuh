@@ -62,14 +62,13 @@ class LatencyCall {
   __device__ bool begin() {
     bool ok = true;
     if (threadIdx.x == 0) warps_done_waiting() = 0;
-    // There are never more ranks than threads.
-    if (const int peer = static_cast<int>(threadIdx.x); peer < num_ranks() && !is_masked(peer)) {
-      // Asked for before the epoch is known, which comes from memory too.
-      const uint64_t consumed = load_acquire_sys(&progress(rank(), peer)->consumed);
-      if (blockIdx.x == 0) post_consumed_before(peer);
-      if (args_.sends && consumed + layout::kNumBanks < op_.epoch) ok = op_.await_bank(peer);
+    // By a warp that comes here at once: the others ask for something first, or sum it.
+    if (is_raising()) {
+      ok = !op_.is_aborted();
+#pragma unroll 1
+      for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
+        if (!is_masked(peer)) ok = begin(peer) && ok;
     }
-    if (threadIdx.x == kLatencyThreads - 1) ok = !op_.is_aborted();
     // All have the epoch now: when all blocks have come here it may be advanced.
     ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
     if (threadIdx.x == 0) {
@@ -154,6 +153,14 @@ class LatencyCall {
   __device__ bool reported(bool ok) const {
     if (!ok) op_.report_abort();
     return ok;
+  }
+
+  // One thread: has the peer used up what was pushed two epochs ago?
+  __device__ bool begin(int peer) const {
+    // Asked for before the epoch is known, which comes from memory too.
+    const uint64_t consumed = load_acquire_sys(&progress(rank(), peer)->consumed);
+    if (blockIdx.x == 0) post_consumed_before(peer);
+    return !args_.sends || consumed + layout::kNumBanks >= op_.epoch || op_.await_bank(peer);
   }
 
   // What earlier kernels took is read: they have ended.

@@ -155,7 +155,8 @@ class ShareSender {
     has_sums_ = __all_sync(~0u, can && !call_.operation().is_aborted()) != 0;
     const Part mine = part();
     if (has_sums_)
-      add_terms<Wire, false, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end, sums_);
+      add_terms<Wire, false, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end,
+                                       sums_);
   }
 
   // May be asked for beyond the last message.
