@@ -29,7 +29,7 @@
  *   bytes. Matrices are dense and row-major unless a stride is given.
  * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
- * - Ranks may be on several nodes (CPU ranks): see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
+ * - Ranks may be on several nodes: see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
  *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK and tern_exchange_recover are TERN_UNSUPPORTED there.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
@@ -199,8 +199,9 @@ typedef enum tern_weighting TERN_ENUM_TYPE {
 
 typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
-  /* The operation goes on with a share of zero for the missing rank; the next one starts a generation without it. CPU ranks; with GPU
-   * ranks making the exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
+  /* The operation goes on with a share of zero for the missing rank. CPU ranks: the next one starts a generation without it. GPU ranks: each by
+   * itself waits for it no more, replayed graphs too, until tern_exchange_recover, which leaves it out of the next generation; only on the latency
+   * path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED */
   TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 
@@ -277,7 +278,7 @@ TERN_API void tern_group_destroy(tern_group* group);
 typedef struct tern_exchange_options {
   size_t struct_size TERN_SIZE_OF(tern_exchange_options);
   tern_device_type device TERN_ZERO;
-  /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices. Processes that share a GPU are TERN_UNSUPPORTED,
+  /* CUDA device; -1 or 0 with AUTO: the rank's index on its host, modulo the devices. Processes that share a GPU are TERN_UNSUPPORTED,
    * and so are GPUs that do not reach each other's memory */
   int32_t device_index TERN_ZERO;
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
@@ -610,7 +611,7 @@ typedef struct tern_combine_args {
  *   out[t] = round(bias[0][t] + bias[1][t] + sum over ranks r, ascending, of wire(sum over k on r, ascending, of w[t,k] * row[t,k]))
  * in FP32, products and sums rounded separately, sums starting at +0, wire() rounding once as tern_combine_args.wire says, also for the rows
  * that stay on their rank.
- * With several nodes (CPU ranks) the sum is over nodes, ascending, of wire(sum over the ranks of the node, ascending, of wire(...)).
+ * With several nodes the sum is over nodes, ascending, of wire(sum over the ranks of the node, ascending, of wire(...)).
  * EXACT: one sum over all k in ascending order; rows travel as they are, so that there is no rounding but with LOG10BIT, where each row is
  * encoded: w[t,k] * wire(row[t,k]); on rank_major the same as HIERARCHICAL. Tokens without any entry get the bias,
  * or zeros. The plan must have been dispatched once. Collective. */

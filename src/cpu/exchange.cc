@@ -62,7 +62,9 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
   log_.write(TERN_LOG_INFO, "rank {} of {}: CPU exchange, window {} bytes, {} lanes with {} bytes a bank, heap {} bytes", topology.rank,
              topology.num_ranks, domain_.layout.total_bytes(), options.num_lanes, domain_.layout.bank_bytes, options.window_bytes);
   if (topology.num_nodes == 1) return;
-  network_ = std::make_unique<Network>(domain_, bootstrap, options, log, deadline);
+  const auto rail_bytes = static_cast<size_t>(Network::memory_layout(topology, options).total_bytes());
+  rail_memory_ = HostSegment::create(rail_bytes, SharedBy::kThreads);
+  network_ = std::make_unique<Network>(domain_, rail_memory_->data(), bootstrap, options, log, deadline);
   for (const auto& lane : lanes_) rails_.push_back(network_->make_rail(*lane));
 }
 

@@ -7,7 +7,6 @@
 #include "base/error.h"
 #include "domain/doorbell.h"
 #include "domain/failure.h"
-#include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 
 namespace tern::cpu {
@@ -17,20 +16,24 @@ constexpr int64_t kMostTellingMs = 1000;  // for the error record to leave; peer
 
 }  // namespace
 
-Network::Network(const Domain& domain, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log, Deadline deadline)
-    : domain_(domain), timeout_ms_(options.timeout_ms), log_(log) {
+layout::RailMemoryLayout Network::memory_layout(const Topology& topology, const tern_exchange_options& options) {
+  return {.num_nodes = topology.num_nodes,
+          .num_lanes = options.num_lanes,
+          .bank_bytes = rail_bank_bytes(options, topology.num_ranks, topology.num_nodes)};
+}
+
+Network::Network(const Domain& domain, std::byte* memory, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
+                 Deadline deadline)
+    : domain_(domain), timeout_ms_(options.timeout_ms), log_(log), memory_(memory) {
   const Topology& topology = domain.topology;
   place_.node = topology.node[static_cast<size_t>(topology.rank)];
   for (int node = 0; node < topology.num_nodes; ++node) place_.ranks.push_back(node * domain.num_ranks + domain.rank);
-  place_.layout = {.num_nodes = topology.num_nodes,
-                   .num_lanes = options.num_lanes,
-                   .bank_bytes = rail_bank_bytes(options, topology.num_ranks, topology.num_nodes)};
+  place_.layout = memory_layout(topology, options);
   EndpointOptions endpoint_options;
   endpoint_options.num_channels = Proxy::channels_for(options.num_lanes + 1);
   auto endpoint = make_endpoint(bootstrap, endpoint_options, deadline);
   const auto num_bytes = static_cast<size_t>(place_.layout.total_bytes());
-  memory_ = HostSegment::create(num_bytes, SharedBy::kThreads);
-  region_ = std::make_unique<Region>(endpoint->register_memory(memory_->data(), num_bytes));
+  region_ = std::make_unique<Region>(endpoint->register_memory(memory_, num_bytes));
   place_.memory = region_.get();
   std::vector<RemoteRegion> all(static_cast<size_t>(topology.num_ranks));
   bootstrap.allgather(&region_->remote(), all.data(), sizeof(RemoteRegion), deadline);
@@ -69,7 +72,7 @@ void Network::notice_change(int channel) {
   for (int node = 0; node < place_.layout.num_nodes; ++node) {
     if (node == place_.node || load_acquire(proxy_->arrived(place_.ranks[static_cast<size_t>(node)], channel)) == 0) continue;
     tern_failure failure;
-    std::memcpy(&failure, memory_->data() + place_.layout.failure(node), sizeof(failure));
+    std::memcpy(&failure, memory_ + place_.layout.failure(node), sizeof(failure));
     announce_failure(domain_, failure);
   }
 }
@@ -84,7 +87,7 @@ void Network::notice_loss(int peer, const std::string& text) {
 void Network::tell_failure() {
   const auto failure = recorded_failure(domain_);
   if (!failure || failure_told_.exchange(true)) return;
-  std::memcpy(memory_->data() + place_.layout.own_failure(), &*failure, sizeof(*failure));
+  std::memcpy(memory_ + place_.layout.own_failure(), &*failure, sizeof(*failure));
   for (int node = 0; node < place_.layout.num_nodes; ++node) {
     if (node == place_.node) continue;
     place_.proxy->put({.peer = place_.ranks[static_cast<size_t>(node)],

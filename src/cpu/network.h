@@ -14,7 +14,6 @@
 #include "base/log.h"
 #include "cpu/rail.h"
 #include "domain/domain.h"
-#include "memory/segment.h"
 #include "topology/bootstrap.h"
 #include "transport/proxy.h"
 
@@ -22,8 +21,12 @@ namespace tern::cpu {
 
 class Network {
  public:
-  // Collective. `domain` is the node's, and stays.
-  Network(const Domain& domain, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log, Deadline deadline);
+  // What the network writes to and reads from.
+  static layout::RailMemoryLayout memory_layout(const Topology& topology, const tern_exchange_options& options);
+
+  // Collective. `domain` is the node's, and stays; so does `memory`, of memory_layout() and zeroed.
+  Network(const Domain& domain, std::byte* memory, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
+          Deadline deadline);
   ~Network();
   Network(const Network&) = delete;
   Network& operator=(const Network&) = delete;
@@ -42,7 +45,7 @@ class Network {
   Log log_;
   std::atomic<bool> closing_ = false;
   std::atomic<bool> failure_told_ = false;
-  std::shared_ptr<Segment> memory_;
+  std::byte* memory_;
   std::unique_ptr<Region> region_;
   RailPlace place_;
   std::unique_ptr<Proxy> proxy_;

@@ -61,6 +61,8 @@ class Rail {
   std::byte* next_slot(const RailTrip& trip, uint64_t epoch, int node) {
     return out(epoch, node) + trip.bank.slot_at(num_slots_[static_cast<size_t>(node)]++);
   }
+  // Instead: somebody else has filled so many, and the counts.
+  void set_num_slots(int node, int32_t num_slots) { num_slots_[static_cast<size_t>(node)] = num_slots; }
   // Returns the bytes of the round, to all other nodes.
   int64_t send_round(const RailTrip& trip, uint64_t epoch);
   // The bank of that node's slots.

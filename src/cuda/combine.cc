@@ -74,10 +74,10 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
   slot_ = {rows_at_ >= 0 ? 0 : all.row_bytes, 0, weight_bytes};
   shape_ = combine_shape(plan, call);
   const int64_t staging_bytes = exchange.window_layout().staging_bytes;
-  chunks_per_round_ = chunks_per_round(plan, staging_bytes / exchange.num_ranks(), all.stride(), "combine");
+  chunks_per_round_ = tern::cuda::chunks_per_round(plan, staging_bytes / exchange.num_ranks(), all.stride(), "combine");
   num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, plan.most_tokens(), "combine");
   if (sends_weights_ahead()) {
-    weight_chunks_per_round_ = chunks_per_round(plan, staging_bytes, weight_slot().stride(), "combine");
+    weight_chunks_per_round_ = tern::cuda::chunks_per_round(plan, staging_bytes, weight_slot().stride(), "combine");
     num_weight_rounds_ = tern::cuda::num_rounds(plan, weight_chunks_per_round_, TERN_PHASE_WHOLE, plan.most_tokens(), "combine");
   }
   num_sms_ = choose_num_sms(exchange, launch, plan.most_tokens() * call.row_bytes);
@@ -108,45 +108,66 @@ void CombineOperation::check(const Ticket& ticket) const {
 
 void CombineOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
-  if (sends_weights_ahead()) enqueue_weights(stream);
-  const bool bulk = plan_.exchange().facts().has_bulk_copies;
+  for (int32_t round = 0; round < num_weight_rounds_; ++round)
+    enqueue_weights_round({.plan = plan_.tables(), .chunks = chunks_of_round(plan_.tables().num_chunks, weight_chunks_per_round_, round)},
+                          stream);
+  const int32_t num_chunks = plan_.tables().num_chunks;
   for (int32_t round = 0; round < num_rounds_; ++round)
-    tern::cuda::check(kernels::launch_combine(round_args(round), bulk, num_sms_, stream), "launching the kernel of combine");
+    enqueue_round({.plan = plan_.tables(), .chunks = chunks_of_round(num_chunks, chunks_per_round_, round)}, stream);
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
 }
 
-// The owner's weights go to the experts' ranks: a dispatch of rows that are empty.
-void CombineOperation::enqueue_weights(cudaStream_t stream) const {
-  const kernels::PlanView& tables = plan_.tables();
-  const bool bulk = false;
-  layout::CallShape shape = call_shape(plan_.shape());
-  const layout::StagedSlot slot = weight_slot();
-  for (int32_t round = 0; round < num_weight_rounds_; ++round) {
-    kernels::DispatchArgs args;
-    args.transfer = make_round(plan_, launch_.lane, {TERN_OP_WEIGHTS, TERN_PHASE_WHOLE, shape, weight_chunks_per_round_, nullptr}, round);
-    args.transfer.weights = staged_part(args.transfer, slot, slot.weights(), slot.weight_bytes);
-    args.plan = tables;
-    args.plan.weights_sent = nullptr;  // those of the dispatch stay
-    args.roles = {.num_stage_warps = 4, .num_pull_warps = 8};
-    args.stage_run = tables.tokens_per_chunk;
-    args.in.weights = call_.args.topk_weights;
-    args.out.plan_weights = tables.weights_from_owner;
-    args.out.num_rows = plan_.num_rows();
-    args.slot = slot;
-    args.scale_element_bytes = 1;
-    args.carries_weights = true;
-    tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel that sends weights");
-  }
+void CombineOperation::enqueue_round(const BatchRound& round, cudaStream_t stream) const {
+  tern::cuda::check(kernels::launch_combine(round_args(round), plan_.exchange().facts().has_bulk_copies, num_sms_, stream),
+                    "launching the kernel of combine");
 }
 
-kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
+// The owner's weights go to the experts' ranks: a dispatch of rows that are empty.
+void CombineOperation::enqueue_weights_round(const BatchRound& round, cudaStream_t stream) const {
+  const layout::StagedSlot slot = weight_slot();
+  const layout::CallShape shape = call_shape(plan_.shape());
+  kernels::DispatchArgs args = weights_args(round);
+  args.transfer = make_round(plan_, launch_.lane, {TERN_OP_WEIGHTS, TERN_PHASE_WHOLE, shape, round.chunks, nullptr});
+  args.transfer.weights = staged_part(args.transfer, slot, slot.weights(), slot.weight_bytes);
+  args.roles = {.num_stage_warps = 4, .num_pull_warps = 8};
+  args.stage_run = round.plan.tokens_per_chunk;
+  args.out.plan_weights = plan_.tables().weights_from_owner;
+  args.out.num_rows = plan_.num_rows();
+  args.slot = slot;
+  const bool bulk = false;
+  tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel that sends weights");
+}
+
+// What goes out of it.
+kernels::DispatchArgs CombineOperation::weights_args(const BatchRound& round) const {
+  kernels::DispatchArgs args;
+  args.transfer.exchange = plan_.exchange().view(launch_.lane);
+  args.transfer.operation = TERN_OP_WEIGHTS;
+  args.transfer.tokens_per_chunk = round.plan.tokens_per_chunk;
+  args.transfer.first_chunk = round.chunks.begin;
+  args.transfer.end_chunk = round.chunks.end;
+  args.plan = round.plan;
+  args.plan.weights_sent = nullptr;  // those of the dispatch stay
+  args.in.weights = call_.args.topk_weights;
+  args.in.slots = round.slots;
+  args.in.node = round.node;
+  args.scale_element_bytes = 1;
+  args.carries_weights = true;
+  return args;
+}
+
+const float* CombineOperation::token_weights() const {
+  if (!per_entry_ || call_.args.weighting == TERN_WEIGHTS_NONE) return nullptr;
+  return call_.args.weighting == TERN_WEIGHTS_OWNER ? call_.args.topk_weights : plan_.tables().weights_sent;
+}
+
+kernels::CombineArgs CombineOperation::round_args(const BatchRound& round) const {
   const tern_combine_args& a = call_.args;
   const kernels::PlanView& tables = plan_.tables();
   const bool whole = launch_.phase == TERN_PHASE_WHOLE;
   kernels::CombineArgs args;
-  args.transfer =
-      make_round(plan_, launch_.lane, {TERN_OP_COMBINE, launch_.phase, shape_, chunks_per_round_, tables.combine_ticket}, round);
-  args.plan = tables;
+  args.transfer = make_round(plan_, launch_.lane, {TERN_OP_COMBINE, launch_.phase, shape_, round.chunks, tables.combine_ticket});
+  args.plan = round.plan;
   args.dtype = a.dtype;
   args.row_bytes = call_.row_bytes;
   args.per_entry = per_entry_;
@@ -158,19 +179,23 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
     args.entry_weights = a.weighting == TERN_WEIGHTS_OWNER ? tables.weights_from_owner : tables.weights_received;
   args.returned_weights = a.row_weights;
   args.returns_weights = call_.carries_weights;
-  if (per_entry_ && a.weighting != TERN_WEIGHTS_NONE)
-    args.token_weights = a.weighting == TERN_WEIGHTS_OWNER ? a.topk_weights : tables.weights_sent;
-  args.bias[0] = static_cast<const std::byte*>(a.bias[0]);
-  args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
-  args.out_tokens = static_cast<std::byte*>(a.out_tokens);
-  args.out_topk_weights = a.out_topk_weights;
+  if (round.slots.banks != nullptr) {
+    args.slots = round.slots;
+    args.node = round.node;
+  } else {
+    args.token_weights = token_weights();
+    args.bias[0] = static_cast<const std::byte*>(a.bias[0]);
+    args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
+    args.out_tokens = static_cast<std::byte*>(a.out_tokens);
+    args.out_topk_weights = a.out_topk_weights;
+  }
   divide_block(args, plan_.exchange());
   divide_rows(args, plan_.most_tokens(), num_sms_);
   args.stage_run = stage_run(args, plan_.most_tokens() * tables.messages_per_token / (int64_t{args.roles.num_stage_warps} * num_sms_));
   kernels::TransferArgs& t = args.transfer;
   t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
   t.in_place = rows_at_ >= 0;
-  t.wait_ns = a.wait_ns;
+  if (a.wait_ns != nullptr) t.wait_ns = a.wait_ns + plan_.shape().first_rank();
   t.rows = rows_at_ >= 0 ? heap_part(rows_at_, call_.row_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);
   t.weights = staged_part(t, slot_, slot_.weights(), slot_.weight_bytes);
   return args;

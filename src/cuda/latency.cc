@@ -40,6 +40,7 @@ bool is_small(const CudaPlan& plan, int64_t row_bytes) {
     case TERN_MODE_LATENCY: return true;
     case TERN_MODE_AUTO: break;
   }
+  if (plan.exchange().masks_late_ranks()) return true;
   return shape.max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kLatencyKb) << 10;
 }
 
@@ -62,6 +63,9 @@ layout::LatencySlot combine_slot(const CudaPlan& plan, const CombineCall& call) 
   const int64_t num_rows = is_per_entry(plan, call) ? plan.shape().num_topk : 1;
   return {.row_bytes = num_rows * call.wire_bytes, .weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0};
 }
+
+// See LatencyCombineArgs.
+bool shares_slots(const CudaPlan& plan, const CombineCall& call) { return is_per_entry(plan, call) && !plan.exchange().masks_late_ranks(); }
 
 bool fits_staging(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t num_slots) {
   constexpr int64_t kMostSlotBytes = 1 << 30;  // offsets in a slot, and rows, are int32_t
@@ -136,7 +140,7 @@ bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call) {
 }
 
 bool takes_latency_path(const CudaPlan& plan, const CombineCall& call) {
-  const int64_t num_slots = is_per_entry(plan, call) ? plan.shape().max_tokens : plan.shape().max_messages();
+  const int64_t num_slots = shares_slots(plan, call) ? plan.shape().max_tokens : plan.shape().max_messages();
   return is_small(plan, call.row_bytes) && fits_staging(plan, combine_slot(plan, call), num_slots);
 }
 
@@ -225,6 +229,7 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   args.wire_bytes = static_cast<int32_t>(call_.wire_bytes);
   args.is_log = a.wire == TERN_WIRE_LOG10BIT;
   args.per_entry = is_per_entry(plan_, call_);
+  args.shares_slots = shares_slots(plan_, call_);
   args.returns_weights = call_.carries_weights;
   args.rows = static_cast<const std::byte*>(a.rows);
   args.returned_weights = a.row_weights;

@@ -15,6 +15,20 @@ void publish(const Domain& domain, const Proposal& proposal) {
   domain.for_each_member([&](int peer) { ring(domain.doorbell(peer, 0)); });
 }
 
+[[noreturn]] void refuse(int rank, uint64_t generation) {
+  fail(TERN_MASKED_OUT,
+       "the other ranks go on without rank {} in generation {}; to join again, all ranks call tern_exchange_recover with readmit, or make "
+       "a new "
+       "exchange",
+       rank, generation);
+}
+
+// Has rank r gone on to the generation without this one?
+bool has_left_behind(const Domain& domain, int r, uint64_t generation) {
+  const auto theirs = read_proposal(domain.proposal(r), domain.num_ranks);
+  return theirs && theirs->generation == generation && theirs->committed && theirs->mask[static_cast<size_t>(domain.rank)] != 0;
+}
+
 class Agreement {
  public:
   Agreement(const Domain& domain, const AgreementOptions& options)
@@ -97,20 +111,11 @@ class Agreement {
 
   // A rank that this one wants to go on without may have gone on without this one long ago: then there is a new generation already.
   void refuse_if_left_behind_by(int r) const {
-    const auto theirs = read_proposal(domain_.proposal(r), domain_.num_ranks);
-    if (theirs && theirs->generation == own_.generation && theirs->committed && theirs->mask[static_cast<size_t>(domain_.rank)] != 0)
-      refuse();
+    if (has_left_behind(domain_, r, own_.generation)) refuse(domain_.rank, own_.generation);
   }
 
   void refuse_if_masked() const {
-    if (!goes_on(domain_.rank)) refuse();
-  }
-
-  [[noreturn]] void refuse() const {
-    fail(TERN_MASKED_OUT,
-         "recover: the other ranks go on without rank {} in generation {}; to join again, all ranks call tern_exchange_recover with "
-         "readmit, or make a new exchange",
-         domain_.rank, own_.generation);
+    if (!goes_on(domain_.rank)) refuse(domain_.rank, own_.generation);
   }
 
   const Domain& domain_;
@@ -122,6 +127,13 @@ class Agreement {
 };
 
 }  // namespace
+
+void refuse_if_left_out(const Domain& domain) {
+  const uint64_t next = domain.generation + 1;
+  domain.for_each_member([&](int r) {
+    if (has_left_behind(domain, r, next)) refuse(domain.rank, next);
+  });
+}
 
 std::vector<uint8_t> agree_on_mask(const Domain& domain, const AgreementOptions& options) { return Agreement(domain, options).run(); }
 

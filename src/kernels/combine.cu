@@ -93,7 +93,7 @@ class StagedRows {
   __device__ void row_done(const SumRow& row) const {
     if (row.run == 0 || device::lane_idx() != 0) return;
     const int chunk = chunk_of(row.token);
-    const int32_t* chunk_begin = plan_.chunk_begin + row.rank * (layout::kMaxChunks + 1) + chunk;
+    const int32_t* chunk_begin = plan_.chunks_from(row.rank) + chunk;
     if (transfer_.complete(row.rank, chunk, row.run, static_cast<uint32_t>(chunk_begin[1] - chunk_begin[0])))
       transfer_.raise_chunk(row.rank, chunk);
   }
@@ -177,34 +177,42 @@ class StagedRows {
   uint32_t num_in_run_ = 0;
 };
 
-// The results of this rank's tokens: the Rows of sums.cuh. The warps of all blocks take the next part of a row when they come to it.
+// The results of this rank's tokens, or between nodes what is returned for those of a batch: the Rows of sums.cuh. The warps of all blocks take
+// the next part of a row when they come to it. A row's index is the entry's where each entry has a row of its own.
 class OwnedRows {
  public:
   __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources)
       : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources) {
     const TransferArgs& t = args.transfer;
-    end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+    end_token_ = min(int64_t{args.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
     look_ahead();
   }
 
   __device__ bool next_row(SumRow& row) {
-    const int32_t token = next_ / args_.num_parts;
-    if (token >= end_token_) return false;
-    const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
-    message_ = message_ahead_;
-    look_ahead();
-    row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
-    if (!await_sources(token)) return false;
-    if (begin == 0 && args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
-    return true;
+    const int32_t rows_per_token = args_.rows_per_token();
+    for (;;) {
+      const int32_t nth = next_ / args_.num_parts, token = nth / rows_per_token;
+      if (token >= end_token_) return false;
+      const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
+      message_ = message_ahead_;
+      look_ahead();
+      row = {transfer_.rank(), nth % rows_per_token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
+      if (args_.returns_slots() && slot_of(row) == nullptr) continue;
+      if (!await_sources(token)) return false;
+      if (begin == 0) put_words(row);
+      return true;
+    }
   }
 
   __device__ int num_batches() const {
-    return ((args_.per_entry ? plan_.num_topk : plan_.messages_per_token) + kWarpThreads - 1) / kWarpThreads;
+    const int num_terms = !args_.per_entry ? plan_.messages_per_token : args_.returns_slots() ? 1 : plan_.num_topk;
+    return (num_terms + kWarpThreads - 1) / kWarpThreads;
   }
   __device__ void get_terms(const SumRow& row, int batch, Terms& terms) const {
     const int i = batch * kWarpThreads + static_cast<int>(device::lane_idx());
-    if (args_.per_entry)
+    if (args_.per_entry && args_.returns_slots())
+      get_entry(row.token, i == 0 ? row.index : plan_.num_topk, terms);
+    else if (args_.per_entry)
       get_entry(row.token, i, terms);
     else
       get_message(row.token, i, terms);
@@ -215,10 +223,17 @@ class OwnedRows {
   __device__ const std::byte* bias(const SumRow& row, int which) const {
     return args_.bias[which] == nullptr ? nullptr : args_.bias[which] + row.token * args_.row_bytes;
   }
-  __device__ std::byte* out(const SumRow& row) const { return args_.out_tokens + row.token * args_.row_bytes; }
+  __device__ std::byte* out(const SumRow& row) const {
+    return args_.returns_slots() ? slot_of(row) : args_.out_tokens + row.token * args_.row_bytes;
+  }
   __device__ void row_done(const SumRow&) const {}
 
  private:
+  // nullptr: nothing is returned for it.
+  __device__ std::byte* slot_of(const SumRow& row) const {
+    return args_.slots.of(args_.node, int64_t{row.token} * args_.rows_per_token() + row.index);
+  }
+
   __device__ MessageRef message_of(int32_t token, int m) const {
     if (m >= plan_.messages_per_token) return {-1, -1};
     return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
@@ -227,8 +242,9 @@ class OwnedRows {
   // Takes the next part, and fetches the thread's message of its token while those of this one are loaded.
   __device__ void look_ahead() {
     const uint32_t taken = device::lane_idx() == 0 ? atomicAdd(&args_.transfer.exchange.state->parts_taken, 1u) : 0;
-    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.num_parts + static_cast<int32_t>(__shfl_sync(~0u, taken, 0));
-    const int32_t token = next_ / args_.num_parts;
+    const auto nth = static_cast<int32_t>(__shfl_sync(~0u, taken, 0));
+    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.rows_per_token() * args_.num_parts + nth;
+    const int32_t token = next_ / args_.num_parts / args_.rows_per_token();
     if (token < end_token_) message_ahead_ = message_of(token, static_cast<int>(device::lane_idx()));
   }
 
@@ -268,7 +284,30 @@ class OwnedRows {
     if (args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
   }
 
-  __device__ void sum_weights(int32_t token) const {
+  // What goes with a row: weights that are handed back; with a single entry's first whether it has a row.
+  __device__ void put_words(const SumRow& row) const {
+    if (!args_.returns_slots()) {
+      if (args_.out_topk_weights != nullptr && args_.returns_weights)
+        sum_weights(row.token, args_.out_topk_weights + int64_t{row.token} * plan_.num_topk);
+      return;
+    }
+    auto* words = reinterpret_cast<uint32_t*>(slot_of(row) + args_.slots.layout.words());
+    if (!args_.per_entry) {
+      if (args_.returns_weights) sum_weights(row.token, reinterpret_cast<float*>(words));
+      return;
+    }
+    Terms terms;
+    get_entry(row.token, row.index, terms);
+    if (device::lane_idx() != 0) return;
+    words[0] = terms.address != nullptr ? 1 : 0;
+    if (!args_.returns_weights) return;
+    const int32_t expert = plan_.experts[int64_t{row.token} * plan_.num_topk + row.index];
+    const SourceView& source = sources_[expert / plan_.local_experts];
+    const auto* weights = reinterpret_cast<const float*>(source.weights + row.token * source.weight_stride);
+    reinterpret_cast<float*>(words)[1] = terms.address != nullptr ? weights[row.index] : 0.0f;
+  }
+
+  __device__ void sum_weights(int32_t token, float* out) const {
     for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
       float sum = 0.0f;
       for (int m = 0; m < plan_.messages_per_token; ++m) {
@@ -277,7 +316,7 @@ class OwnedRows {
         const SourceView& source = sources_[message.rank];
         sum = __fadd_rn(sum, reinterpret_cast<const float*>(source.weights + token * source.weight_stride)[k]);
       }
-      args_.out_topk_weights[int64_t{token} * plan_.num_topk + k] = sum;
+      out[k] = sum;
     }
   }
 
@@ -285,7 +324,7 @@ class OwnedRows {
   const PlanView& plan_;
   const Transfer& transfer_;
   const SourceView* const sources_;
-  int32_t next_;  // token * num_parts + part
+  int32_t next_;  // (token * rows_per_token + row) * num_parts + part
   int64_t end_token_;
   MessageRef message_ = {-1, -1}, message_ahead_ = {-1, -1};  // of the current token and the next one: the thread's
 };
@@ -295,7 +334,7 @@ template <typename Wire>
 __device__ void stage(const CombineArgs& args, const Transfer& transfer) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-  if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+  if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
   if (args.slot.stride() == 0) return;
   const auto num_blocks = static_cast<int32_t>(gridDim.x);
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);

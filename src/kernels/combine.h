@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/rail_slots.h"
 #include "kernels/sum_ring.h"
 #include "kernels/transfer.h"
 
@@ -32,6 +33,12 @@ struct CombineArgs {
   const std::byte* bias[2] = {nullptr, nullptr};
   std::byte* out_tokens = nullptr;
   float* out_topk_weights = nullptr;
+
+  // Between nodes: the sums of a batch, or with per_entry all its entries' rows, go into its slots, and not to the outputs.
+  RailSlots slots;
+  int32_t node = 0;
+  constexpr bool returns_slots() const { return slots.banks != nullptr; }
+  constexpr int32_t rows_per_token() const { return returns_slots() && per_entry ? plan.num_topk : 1; }
 
   // Rows go through the staging as they are: there is nothing to sum.
   constexpr bool copies_rows() const { return per_entry || !plan.has_expert_rows(); }

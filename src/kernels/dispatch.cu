@@ -12,6 +12,7 @@
 #include "kernels/messages.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/shared_memory.h"
+#include "kernels/token_source.cuh"
 #include "kernels/transfer.cuh"
 
 namespace tern::kernels {
@@ -121,70 +122,30 @@ class TokenStager {
   __device__ TokenStager(const DispatchArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
       : args_(args), transfer_(transfer), warp_(warp), num_warps_(num_warps) {
     const TransferArgs& t = args.transfer;
-    end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+    end_token_ = min(int64_t{args.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
   }
 
   // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores.
   __device__ void run() const {
     const int32_t run = args_.stage_run;
+    const TokenSource source(args_);
     for (int64_t begin = args_.transfer.first_token() + warp_ * run; begin < end_token_; begin += num_warps_ * run) {
       const int64_t end = min(begin + run, end_token_);
       for (int64_t token = begin; token < end; ++token) {
-        if (args_.slot.row_bytes > 0) stage_row(token);
-        if (args_.slot.scale_bytes > 0 && args_.in.encoding == TERN_ENCODING_AS_GIVEN)
-          stage_scales(token, slot_of(token) + args_.slot.scales());
+        std::byte* slot = slot_of(token);
+        if (args_.slot.row_bytes > 0) source.put_row(token, slot + args_.slot.row(), slot + args_.slot.scales());
+        if (args_.slot.scale_bytes > 0) source.put_scales(token, slot + args_.slot.scales());
       }
-      if (args_.carries_weights) stage_weights(begin, end);
+      if (args_.carries_weights)
+        source.put_weights(begin, end, [&](int64_t token) { return reinterpret_cast<float*>(slot_of(token) + args_.slot.weights()); });
       __syncwarp();
       complete(static_cast<int>(begin / args_.transfer.tokens_per_chunk), static_cast<uint32_t>(end - begin));
     }
   }
 
  private:
-  __device__ const std::byte* row_of(int64_t token) const { return args_.in.tokens + token * args_.in.token_stride_bytes; }
   __device__ std::byte* slot_of(int64_t token) const {
     return transfer_.staging() + (token - args_.transfer.first_token()) * args_.slot.stride();
-  }
-  __device__ void stage_row(int64_t token) const {
-    std::byte* slot = slot_of(token);
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
-      copy_row(row_of(token), args_.row_bytes, [&](auto visit) { visit(slot + args_.slot.row()); });
-      return;
-    }
-    device::with_wire_type(args_.in.dtype, [&](auto wire) {
-      cast_row<decltype(wire)>(row_of(token), args_.in.hidden, args_.in.encoding, slot + args_.slot.row(), slot + args_.slot.scales());
-    });
-  }
-
-  __device__ void stage_weights(int64_t begin, int64_t end) const {
-    constexpr int kBatch = 4;  // loads that are under way at a time
-    const auto topk = static_cast<uint32_t>(args_.plan.num_topk), num = static_cast<uint32_t>(end - begin) * topk;
-    const float* const weights = args_.in.weights + begin * topk;
-    for (uint32_t first = device::lane_idx(); first < num; first += kBatch * kWarpThreads) {
-      float values[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (first + u * kWarpThreads < num) values[u] = weights[first + u * kWarpThreads];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const uint32_t i = first + u * kWarpThreads;
-        if (i >= num) break;
-        reinterpret_cast<float*>(slot_of(begin + i / topk) + args_.slot.weights())[i % topk] = values[u];
-        if (args_.plan.weights_sent != nullptr) args_.plan.weights_sent[begin * topk + i] = values[u];
-      }
-    }
-  }
-
-  __device__ void stage_scales(int64_t token, std::byte* to) const {
-    const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
-    const int lane = static_cast<int>(device::lane_idx());
-    if (args_.scale_word_bytes == 4 && args_.in.scale_element_stride_bytes == args_.scale_element_bytes) {
-      for (int64_t at = lane * 4; at < args_.scale_bytes; at += kWarpThreads * 4)
-        *reinterpret_cast<uint32_t*>(to + at) = *reinterpret_cast<const uint32_t*>(from + at);
-      return;
-    }
-    for (int64_t at = lane; at < args_.scale_bytes; at += kWarpThreads)
-      to[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
   }
 
   // The warp's writes of `num` tokens of the chunk are done: counts them, and tells everybody when the chunk is complete.
@@ -381,7 +342,7 @@ __device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
   const int num_warps = args.roles.num_stage_warps, warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (args.transfer.sends) {
     if (!transfer.await_staging()) return;
-    if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+    if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
     if (args.slot.stride() > 0) TokenStager(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{num_warps} * gridDim.x).run();
   }
   if (args.writes_outputs) OutputWriter(args).write();

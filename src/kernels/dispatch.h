@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/rail_slots.h"
 #include "kernels/transfer.h"
 
 namespace tern::kernels {
@@ -19,6 +20,10 @@ struct DispatchInputs {
   int64_t scale_token_stride_bytes = 0;
   int64_t scale_element_stride_bytes = 0;
   const float* weights = nullptr;
+  // Between nodes: rows, scales and weights as they arrive, in the slots of the batch of a node; instead of all above.
+  RailSlots slots = {};
+  int32_t node = 0;
+  constexpr bool is_packed() const { return slots.banks != nullptr; }
 };
 
 // What comes in; names as in tern_dispatch_args.

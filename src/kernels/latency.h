@@ -98,6 +98,8 @@ struct LatencyCombineArgs {
   int32_t wire_bytes = 0;  // of a row on its way
   bool is_log = false;     // on their way rows are in the 10-bit encoding (base/log_rows.h)
   bool per_entry = false;  // every entry's row goes to the owner
+  // Rows of a token's entries lie in one slot, whichever ranks they come from. Not where a rank that was given up may still write.
+  bool shares_slots = false;
   bool returns_weights = false;
 
   // At the ranks of the experts.

@@ -32,7 +32,10 @@ class Arrivals {
   // All threads of the block. False: the exchange has failed, or this is the raising warp, which has no further part in it.
   __device__ bool open() {
     if (is_opening()) {
-      if (args_.routes && !fetch_words()) *memory_.has_failed() = 1;
+      if (call_.may_go_on_without())
+        settle();
+      else if (args_.routes && !fetch_words())
+        *memory_.has_failed() = 1;
       if (args_.routes && plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) {
         sync_openers();
         set_first_rows();
@@ -163,6 +166,34 @@ class Arrivals {
     }
   }
 
+  // Openers, under TERN_ON_TIMEOUT_MASK: who has a part in this dispatch. Of a call that routes, the others send nothing.
+  __device__ __noinline__ void settle() const {
+    call_.settle_attendance<kOpenThreads>([&] {
+      if (args_.routes && !fetch_words()) *memory_.has_failed() = 1;
+      sync_openers();
+      await_all_rows();
+    });
+    for (int source = 0; args_.routes && source < num_ranks_; ++source)
+      for (int i = static_cast<int>(threadIdx.x); i < num_words_ && call_.is_absent(source); i += kOpenThreads) words(source)[i] = 0;
+    sync_openers();
+  }
+  __device__ void await_all_rows() const {
+    if (!args_.routes) {
+      for (int i = static_cast<int>(threadIdx.x); i < plan_.received_begin[num_ranks_]; i += kOpenThreads) {
+        int source = 0;
+        while (plan_.received_begin[source + 1] <= i) ++source;
+        if (!call_.await_row(source, plan_.source_token[i])) call_.miss(source);
+      }
+      return;
+    }
+    const auto max_tokens = static_cast<int>(plan_.max_tokens);
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * max_tokens; i += kOpenThreads) {
+      const int source = i / max_tokens, token = i % max_tokens;
+      const bool is_sent = (presence(source)[token / 32] >> token % 32 & 1) != 0;
+      if (is_sent && !call_.await_row(source, token)) call_.miss(source);
+    }
+  }
+
   // All that the sources tell of their routing; a warp takes a source at a time, with many words under way.
   __device__ bool fetch_words() const {
     bool ok = true;
@@ -175,6 +206,7 @@ class Arrivals {
     constexpr int kAtOnce = 10;
     const int lane = static_cast<int>(device::lane_idx());
     const uint64_t* from = call_.words(rank_, source);
+    bool has_call = lane == args_.call.words.call() && !call_.is_masked(source);
 #pragma unroll 1
     for (int first = lane; first < num_words_; first += kAtOnce * kWarpThreads) {
       uint64_t seen[kAtOnce] = {};  // of a source that is masked
@@ -188,14 +220,21 @@ class Arrivals {
         for (int u = 0; u < kAtOnce; ++u)
           if (first + u * kWarpThreads < num_words_ && !call_.operation().is_of_epoch(seen[u])) missing = first + u * kWarpThreads;
         uint32_t value;
-        if (missing >= 0 && !call_.await_word(source, missing, value)) return false;
+        if (missing < 0 || call_.await_word(source, missing, value)) continue;
+        if (!call_.may_go_on_without() || call_.operation().is_aborted()) return false;
+        // What has not come says nothing.
+        call_.miss(source);
+        has_call = false;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+          if (!call_.operation().is_of_epoch(seen[u])) seen[u] = 0;
+        break;
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u)
         if (first + u * kWarpThreads < num_words_) words(source)[first + u * kWarpThreads] = static_cast<uint32_t>(seen[u]);
     }
-    const bool has_call = lane == args_.call.words.call();
-    return call_.is_masked(source) || !has_call || call_.check_call(source, words(source)[lane]);
+    return !has_call || call_.check_call(source, words(source)[lane]);
   }
 
   // expert_major: groups follow each other within a rank; a warp for each rank adds up their sizes.

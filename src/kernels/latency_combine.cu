@@ -18,7 +18,7 @@ constexpr int kPartBytes = 1024;  // of a row that a warp sums at once
 
 // Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
 __device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const LatencyCall& call, int rank, int32_t token) {
-  return args.per_entry ? token : call.slot_idx(rank, token);
+  return args.shares_slots ? token : call.slot_idx(rank, token);
 }
 
 // Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on. kLog: rows are in the 10-bit encoding.
@@ -179,7 +179,7 @@ class ShareSender {
       device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
       // Without the owner's weights, because the exchange has failed, the row is not right.
       const bool is_right = !args_.sums_owner_weights || !call_.operation().is_aborted();
-      if (device::lane_idx() == 0 && is_right) call_.raise_row(source, token);
+      if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> source & 1) == 0) call_.raise_row(source, token);
       __syncwarp();
       // Without waiting for the workers, who come here some messages later.
       if (i + kAhead * step() < num_messages_) device::arrive_at_barrier(kFreeBarrier + nth % kAhead, kLatencyThreads);
@@ -189,6 +189,7 @@ class ShareSender {
   // has_sums: sums_ are of this message.
   __device__ void push(const Share& share, int32_t message, bool has_sums) const {
     const int source = begins_.source_of(message);
+    if (is_cut_off(source)) return;
     std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
     if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
     const Part mine = part();
@@ -203,6 +204,11 @@ class ShareSender {
       copy_entries(terms, slot, mine);
     else
       sum_into(terms, slot, mine, has_sums);
+  }
+
+  // All threads of a warp alike, though other warps may add to the set meanwhile.
+  __device__ bool is_cut_off(int owner) const {
+    return call_.may_go_on_without() && __shfl_sync(~0u, static_cast<int>(call_.cut_off() >> owner & 1), 0) != 0;
   }
 
   __device__ void sum_into(const Terms& terms, std::byte* row, const Part& mine, bool has_sums) const {
@@ -231,7 +237,8 @@ class ShareSender {
   __device__ float owner_weight(int source, int32_t token) const {
     const int k = static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
-    call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
+    const bool is_there = call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
+    if (!is_there && call_.may_go_on_without()) call_.cut_off(source);
     return __uint_as_float(bits);
   }
 
@@ -331,6 +338,7 @@ class OwnerSums {
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     const auto num_warps = static_cast<int32_t>(kRaisingWarp * gridDim.x);
     const auto first = static_cast<int32_t>(warp * gridDim.x + blockIdx.x);
+    if (call_.may_go_on_without()) settle(num_tokens);
     if (first >= num_tokens * num_parts) call_.wait_no_more();
     for (int32_t i = first; i < num_tokens * num_parts; i += num_warps) {
       const int32_t token = i / num_parts, part = i % num_parts;
@@ -355,6 +363,16 @@ class OwnerSums {
   }
 
  private:
+  // Under TERN_ON_TIMEOUT_MASK: who has a share in the sums.
+  __device__ __noinline__ void settle(int32_t num_tokens) const {
+    call_.settle_attendance<kWorkThreads>([&] {
+      for (auto i = static_cast<int32_t>(threadIdx.x); i < num_tokens * plan_.messages_per_token; i += kWorkThreads) {
+        const int32_t rank = plan_.messages[i].rank;
+        if (rank >= 0 && !call_.await_row(rank, i / plan_.messages_per_token)) call_.miss(rank);
+      }
+    });
+  }
+
   __device__ MessageRef message_of(int32_t token, int m) const {
     if (m >= plan_.messages_per_token) return {-1, -1};
     return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
@@ -362,7 +380,7 @@ class OwnerSums {
 
   // Each thread waits for one of the ranks that have a share of the token.
   __device__ bool await_share(int32_t token, const MessageRef& message) const {
-    const bool ok = message.rank < 0 || call_.await_row(message.rank, token);
+    const bool ok = message.rank < 0 || call_.is_absent(message.rank) || call_.await_row(message.rank, token);
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what each thread has acquired, all may read
     return all_ok;
@@ -381,7 +399,7 @@ class OwnerSums {
   }
 
   __device__ Terms terms_of_shares(int32_t token, const MessageRef& message) const {
-    const bool has_row = message.rank >= 0 && message.row >= 0;
+    const bool has_row = message.rank >= 0 && message.row >= 0 && !call_.is_absent(message.rank);
     Terms terms;
     terms.valid = __ballot_sync(~0u, has_row);
     if (has_row) terms.address = call_.slot(call_.rank(), slot_idx_of(args_, call_, message.rank, token));
@@ -390,10 +408,12 @@ class OwnerSums {
   __device__ Terms terms_of_entries(int32_t token) const {
     const int k = static_cast<int>(device::lane_idx());
     const int64_t entry = int64_t{token} * plan_.num_topk + k;
-    const bool has_row = k < plan_.num_topk && plan_.experts[entry] >= 0 && plan_.entry_rows[entry] >= 0;
+    const int32_t expert = k < plan_.num_topk ? plan_.experts[entry] : -1;
+    const int rank = expert >= 0 ? rank_of(args_.call, expert) : 0;
+    const bool has_row = expert >= 0 && plan_.entry_rows[entry] >= 0 && !call_.is_absent(rank);
     Terms terms;
     terms.valid = __ballot_sync(~0u, has_row);
-    terms.address = call_.slot(call_.rank(), token) + k * args_.wire_bytes;
+    terms.address = call_.slot(call_.rank(), slot_idx_of(args_, call_, rank, token)) + k * args_.wire_bytes;
     if (has_row && args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
     return terms;
   }
@@ -403,11 +423,14 @@ class OwnerSums {
       const int64_t entry = int64_t{token} * plan_.num_topk + k;
       float sum = 0.0f;
       if (args_.per_entry) {
-        if (plan_.experts[entry] >= 0) sum = __fadd_rn(sum, returned(call_.rank(), token)[k]);
+        const int32_t expert = plan_.experts[entry];
+        const int rank = expert >= 0 ? rank_of(args_.call, expert) : 0;
+        if (expert >= 0 && !call_.is_absent(rank)) sum = __fadd_rn(sum, returned(rank, token)[k]);
       } else {
         for (int m = 0; m < plan_.messages_per_token; ++m) {
           const MessageRef message = message_of(token, m);
           if (message.rank < 0) break;
+          if (call_.is_absent(message.rank)) continue;
           sum = __fadd_rn(sum, returned(message.rank, token)[k]);
         }
       }
@@ -430,9 +453,9 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
   for (auto i = static_cast<int32_t>(blockIdx.x * kLatencyThreads + threadIdx.x); i < num_entries;
        i += static_cast<int32_t>(gridDim.x * kLatencyThreads)) {
     const int32_t expert = plan.experts[i];
-    if (expert >= 0)
-      call.put_word(rank_of(args.call, expert), static_cast<int32_t>(args.call.words.weights()) + i,
-                    __float_as_uint(args.owner_weights[i]));
+    if (expert < 0) continue;
+    const int rank = rank_of(args.call, expert);
+    if (call.takes(rank)) call.put_word(rank, static_cast<int32_t>(args.call.words.weights()) + i, __float_as_uint(args.owner_weights[i]));
   }
 }
 

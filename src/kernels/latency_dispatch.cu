@@ -116,7 +116,7 @@ class RowSender {
   __device__ void finish(int32_t token, bool awaits_counts, bool more) {
     using Entry = layout::LatencySlot::Entry;
     const layout::LatencySlot& slot = args_.call.slot;
-    const uint64_t ranks = ranks_of(token);
+    const uint64_t ranks = ranks_of(token), takers = ranks & ~call_.cut_off();
     const int k = static_cast<int>(device::lane_idx());
     if (awaits_counts) device::sync_some_warps(kCountedBarrier, kCountThreads);
     Entry entry{-1, 0};
@@ -126,9 +126,9 @@ class RowSender {
       if (args_.carries_weights) reinterpret_cast<float*>(tail(slot.weights()))[k] = weight_;
     }
     __syncwarp();
-    push_tail(token, ranks, slot.weights(), slot.end());
+    push_tail(token, takers, slot.weights(), slot.end());
     device::sync_some_warps(kPushedBarrier, kPushThreads);
-    if (args_.scale_bytes > 0) push_tail(token, ranks, slot.scales(), slot.weights());
+    if (args_.scale_bytes > 0) push_tail(token, takers, slot.scales(), slot.weights());
     __syncwarp();
     if (more) {
       keep(token, entry, ranks);
@@ -136,7 +136,7 @@ class RowSender {
     }
 #pragma unroll 1
     for (int rank = k; rank < call_.num_ranks(); rank += kWarpThreads)
-      if ((ranks >> rank & 1) != 0) call_.raise_row(rank, token);
+      if ((takers >> rank & 1) != 0) call_.raise_row(rank, token);
     __syncwarp();
     if (!more) keep(token, entry, ranks);
   }
@@ -159,7 +159,7 @@ class RowSender {
 
   // Senders: the row into its slots, scales into the tail.
   __device__ void push(int32_t token) {
-    push_row(token, ranks_of(token));
+    push_row(token, ranks_of(token) & ~call_.cut_off());
     if (std::is_same_v<Travel, AsGiven> && args_.scale_bytes > 0) {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
@@ -241,9 +241,13 @@ class MessageSpreader {
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
       if (!arrivals_.candidate(i, message)) continue;
-      if (!await(message)) return;
+      const bool is_absent = call_.is_absent(message.source);
+      if (!is_absent && !await(message)) return;
       if (i + num_groups >= end) wait_no_more();
-      spread(message);
+      if (is_absent)
+        clear(message);
+      else
+        spread(message);
     }
     wait_no_more();
   }
@@ -316,7 +320,24 @@ class MessageSpreader {
     return rows;
   }
 
-  // One warp of the group: what there is once for a message and its entries, in the plan and in the outputs.
+  // Zeros in place of what its source has not sent, of a call along a plan.
+  __device__ __noinline__ void clear(const ArrivingMessage& message) const {
+    const int k = static_cast<int>(device::lane_idx());
+    const ArrivingEntry entry = k < plan_.num_topk ? arrivals_.entry(message, k, nullptr) : ArrivingEntry{-1, -1};
+    rows_of(message, entry).for_each([&](int32_t row) {
+      for (int32_t at = thread_ * static_cast<int32_t>(sizeof(Vec16)); at < args_.row_bytes;
+           at += kThreads * static_cast<int32_t>(sizeof(Vec16)))
+        *reinterpret_cast<Vec16*>(args_.out.tokens + int64_t{row} * args_.row_bytes + at) = Vec16{};
+      if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
+      const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
+      for (int32_t i = thread_; i < num_elements; i += kThreads)
+        for (int b = 0; b < args_.scale_element_bytes; ++b)
+          args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, i)[b] = std::byte{0};
+    });
+    if (thread_ < kWarpThreads) keep(message, entry, nullptr);
+  }
+
+  // One warp of the group: what there is once for a message and its entries, in the plan and in the outputs. No slot: nothing came.
   __device__ void keep(const ArrivingMessage& message, const ArrivingEntry& entry, const std::byte* slot) const {
     const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
     const int k = static_cast<int>(device::lane_idx());
@@ -324,8 +345,9 @@ class MessageSpreader {
     if (k == 0 && !plan_.has_expert_rows() && message.index < args_.out.num_rows) write_source(message.index, message);
     if (k >= plan_.num_topk) return;
     arrivals_.keep(message, k, entry);
-    if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
-    write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
+    const float weight = args_.carries_weights && slot != nullptr ? weights[k] : 0.0f;
+    if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weight;
+    write_entry(message, k, entry, weight);
   }
 
   __device__ void write_entry(const ArrivingMessage& message, int k, const ArrivingEntry& entry, float weight) const {

@@ -14,7 +14,7 @@ inline constexpr int kOpenThreads = 8 * kWarpThreads;
 inline constexpr int kSendThreads = kWorkThreads - kOpenThreads;
 __device__ __forceinline__ bool is_opening() { return threadIdx.x < kOpenThreads; }
 __device__ __forceinline__ int sender_idx() { return static_cast<int>(threadIdx.x) - kOpenThreads; }
-__device__ __forceinline__ void sync_openers() { device::sync_some_warps(15, kOpenThreads); }
+__device__ __forceinline__ void sync_openers() { sync_first<kOpenThreads>(); }
 
 // That the block sends: blocks but the first, which routes, take tokens in turn; a block that is alone does both. -1: none.
 __device__ __forceinline__ int32_t first_token() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
@@ -97,7 +97,7 @@ class OwnRouting {
     for (int rank = 0; rank < num_ranks_; ++rank)
 #pragma unroll 1
       for (int i = sender_idx(); i < num_presence_; i += kSendThreads)
-        if (!call_.is_masked(rank)) call_.put_word(rank, presence + i, memory_.presence_sent()[rank * num_presence_ + i]);
+        if (call_.takes(rank)) call_.put_word(rank, presence + i, memory_.presence_sent()[rank * num_presence_ + i]);
   }
 
   // Entry lane_idx() of a token, as the caller gives it; -1 beyond the last.
@@ -164,7 +164,7 @@ class OwnRouting {
   __device__ void put_everywhere(int32_t word, int32_t value) const {
 #pragma unroll 1
     for (int rank = 0; rank < num_ranks_; ++rank)
-      if (!call_.is_masked(rank)) call_.put_word(rank, word, static_cast<uint32_t>(value));
+      if (call_.takes(rank)) call_.put_word(rank, word, static_cast<uint32_t>(value));
   }
 
   const LatencyDispatchArgs& args_;
