@@ -159,10 +159,10 @@ class ShareSender {
                                        sums_);
   }
 
-  // May be asked for beyond the last message.
+  // May be asked for beyond the last message, and in a failed exchange, where the plan may say anything, for any.
   __device__ Share fetch(int32_t message) const {
     Share share = {};
-    if (message >= plan_.max_tokens * call_.num_ranks()) return share;
+    if (static_cast<uint32_t>(message) >= static_cast<uint32_t>(plan_.max_tokens * call_.num_ranks())) return share;
     share.token = plan_.source_token[message];
     const int k = static_cast<int>(device::lane_idx());
     const int32_t entry = message * plan_.topk_stride + k;
