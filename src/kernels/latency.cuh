@@ -17,20 +17,23 @@
 
 namespace tern::kernels {
 
-// The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on: they
-// meet at a barrier of their own, and work in groups of warps.
+// The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on.
 inline constexpr int kRaisingWarp = kLatencyThreads / kWarpThreads - 1;
 inline constexpr int kWorkThreads = kRaisingWarp * kWarpThreads;
-inline constexpr int kGroupThreads = 96;
-inline constexpr int kGroups = kWorkThreads / kGroupThreads;
-static_assert(kGroups * kGroupThreads == kWorkThreads);
 __device__ __forceinline__ bool is_raising() { return threadIdx.x >= kWorkThreads; }
-__device__ __forceinline__ void sync_workers() { device::sync_some_warps(15, kWorkThreads); }
+// The first kThreads of a block.
+template <int kThreads>
+__device__ __forceinline__ void sync_first() {
+  device::sync_some_warps(15, kThreads);
+}
+
+// A number divided by what the reciprocal is of.
+__device__ __forceinline__ int32_t quotient(int32_t number, uint32_t reciprocal) {
+  return reciprocal == 0 ? number : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(number), reciprocal));
+}
 
 // The rank of an expert.
-__device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) {
-  return args.experts_reciprocal == 0 ? expert : static_cast<int>(__umulhi(static_cast<uint32_t>(expert), args.experts_reciprocal));
-}
+__device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) { return quotient(expert, args.experts_reciprocal); }
 
 class LatencyCall {
  public:
@@ -59,6 +62,9 @@ class LatencyCall {
   __device__ void cut_off(int owner) const { add_rank(kCutOff, owner); }
 
   // What `source` writes to `owner`.
+  __device__ layout::ProgressCell* progress(int owner, int source) const {
+    return reinterpret_cast<layout::ProgressCell*>(window(owner) + args_.progress_at) + source;
+  }
   __device__ std::byte* slot(int owner, int32_t slot_idx) const {
     return window(owner) + args_.slots_at[op_.epoch % layout::kNumBanks] + int64_t{slot_idx} * args_.slot_stride;
   }
@@ -75,22 +81,14 @@ class LatencyCall {
   __device__ bool begin() {
     bool ok = true;
     if (threadIdx.x == 0) warps_done_waiting() = 0;
-    if (may_go_on_without()) {
-      if (threadIdx.x < kNumShared) *shared_ranks(static_cast<int>(threadIdx.x)) = 0;
-      __syncthreads();
-    }
+    // By a warp that comes here at once: the others ask for something first, or sum it.
+    if (is_raising()) {
+      ok = !op_.is_aborted();
+      if (may_go_on_without()) clear_shared_ranks();
 #pragma unroll 1
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (is_masked(peer)) continue;
-      // Asked for before the epoch is known, which comes from memory too.
-      const uint64_t consumed = load_acquire_sys(&op_.progress(rank(), peer)->consumed);
-      if (blockIdx.x == 0) post_consumed_before(peer);
-      if (may_go_on_without())
-        await_bank_or_cut_off(peer);
-      else if (args_.sends && consumed + layout::kNumBanks < op_.epoch)
-        ok = op_.await_bank(peer) && ok;
+      for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
+        if (!is_masked(peer)) ok = begin(peer) && ok;
     }
-    if (threadIdx.x == kLatencyThreads - 1) ok = !op_.is_aborted();
     // All have the epoch now: when all blocks have come here it may be advanced.
     ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
     if (threadIdx.x == 0) {
@@ -100,14 +98,11 @@ class LatencyCall {
     return ok;
   }
 
-  // All threads of one block: says to everybody what this rank calls.
-  __device__ void announce(int32_t num_tokens) const {
-#pragma unroll 1
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (!takes(peer)) continue;
-      put_word(peer, args_.words.call(), args_.call_hash);
-      put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
-    }
+  // At least as many threads as there may be ranks: says to everybody what this rank calls.
+  __device__ void announce(int peer, int32_t num_tokens) const {
+    if (peer >= num_ranks() || !takes(peer)) return;
+    put_word(peer, args_.words.call(), args_.call_hash);
+    put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
   }
   // One warp: the same for ranks that run an operation of the throughput path, by mistake.
   __device__ void announce_to_throughput() const {
@@ -118,7 +113,7 @@ class LatencyCall {
       cell->shape = args_.shape;
       cell->epoch = op_.epoch;
       cell->operation = op_.operation;
-      store_release_sys(&op_.progress(peer, rank())->ready, op_.epoch);
+      store_release_sys(&progress(peer, rank())->ready, op_.epoch);
     }
   }
 
@@ -144,24 +139,24 @@ class LatencyCall {
     return reported(op_.await(row_flag(rank(), source, token), op_.epoch, source));
   }
 
-  // The workers of a block, under TERN_ON_TIMEOUT_MASK, when they have called await_all(), which waits for all that this block will use of others
+  // The first kThreads of a block, under TERN_ON_TIMEOUT_MASK, when they have called await_all(), which waits for all that this block will use of others
   // and calls miss() for what does not come: who has a part in the operation.
-  template <typename AwaitAll>
+  template <int kThreads, typename AwaitAll>
   __device__ void settle_attendance(AwaitAll await_all) const {
     do {
-      sync_workers();
+      sync_first<kThreads>();
       if (threadIdx.x < kNumShared && threadIdx.x != kCutOff) *shared_ranks(static_cast<int>(threadIdx.x)) = 0;
-      sync_workers();
+      sync_first<kThreads>();
       await_all();
-      sync_workers();
+      sync_first<kThreads>();
 #pragma unroll 1
-      for (int source = static_cast<int>(threadIdx.x); source < num_ranks(); source += kWorkThreads) {
+      for (int source = static_cast<int>(threadIdx.x); source < num_ranks(); source += kThreads) {
         if (is_masked(source)) continue;
         const bool misses = (*shared_ranks(kMissing) >> source & 1) != 0, takes_part = decide(source, !misses);
         if (!takes_part) add_rank(kAbsent, source);
         if (takes_part && misses) add_rank(kAgain, source);  // another block has seen all of it in time
       }
-      sync_workers();
+      sync_first<kThreads>();
     } while (*shared_ranks(kAgain) != 0 && !op_.is_aborted());
   }
 
@@ -207,6 +202,11 @@ class LatencyCall {
     __shared__ uint64_t ranks[kNumShared];
     return ranks + which;
   }
+  // One warp.
+  __device__ static void clear_shared_ranks() {
+    if (device::lane_idx() < kNumShared) *shared_ranks(static_cast<int>(device::lane_idx())) = 0;
+    __syncwarp();
+  }
   __device__ static void add_rank(int which, int rank) {
     atomicOr(reinterpret_cast<unsigned long long*>(const_cast<uint64_t*>(shared_ranks(which))), 1ull << rank);
   }
@@ -230,10 +230,18 @@ class LatencyCall {
     return seen % 2 == 0;
   }
 
+  // One thread: has the peer used up what was pushed two epochs ago?
+  __device__ bool begin(int peer) const {
+    // Asked for before the epoch is known, which comes from memory too.
+    const uint64_t consumed = load_acquire_sys(&progress(rank(), peer)->consumed);
+    if (blockIdx.x == 0) post_consumed_before(peer);
+    if (may_go_on_without()) await_bank_or_cut_off(peer);
+    return may_go_on_without() || !args_.sends || consumed + layout::kNumBanks >= op_.epoch || op_.await_bank(peer);
+  }
+
   // What earlier kernels took is read: they have ended.
   __device__ void post_consumed_before(int peer) const {
-    device::store_relaxed_sys(&op_.progress(peer, rank())->consumed,
-                              last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
+    device::store_relaxed_sys(&progress(peer, rank())->consumed, last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
   }
 
   const LatencyArgs& args_;
