@@ -123,9 +123,8 @@ class BenchRank {
 
   // On the CPU. Several times in a run, because the machine may not be equally busy all the time: the fastest counts.
   void measure_copy() {
-    if (on_gpu()) return;
     if (network_) network_gbps_ = std::max(network_gbps_, network_->measure());
-    if (!context_.board.is_shared()) return;
+    if (on_gpu() || !context_.board.is_shared()) return;
     progress_.show("plain copy", static_cast<int64_t>(records_.size()), num_steps());
     const CopyCeiling ceiling(shape_, context_);
     push_us_ = std::min(push_us_, ceiling.push(meter_).median_us());
@@ -140,8 +139,7 @@ class BenchRank {
   }
 
   void measure_buffers(bool in_windows) {
-    const int ranks_per_node = on_gpu() ? 0 : context_.group.info().ranks_in_node;
-    RankBatch batch(shape_, {context_.rank, exchange_, seat_.device, in_windows, ranks_per_node});
+    RankBatch batch(shape_, {context_.rank, exchange_, seat_.device, in_windows, ranks_per_node()});
     const std::string buffers = in_windows ? "window" : "caller";
     measure_exact(batch, buffers);
     if (on_gpu() || small_batch()) measure_worst(batch, buffers);
@@ -227,12 +225,17 @@ class BenchRank {
     record.clock = "host";
     const uint64_t before = exchange_.metrics().network_bytes;
     auto wrong = run_checked();
-    const std::array<double, 1> network{static_cast<double>(exchange_.metrics().network_bytes - before)};
-    record.bytes.network = static_cast<int64_t>(slowest_of_ranks(context_, network).front());
+    record.bytes.network = network_bytes_since(before, 1);
     record.times = meter_.measure([&] { operation.run({}); });
     if (auto wrong_now = run_checked(); !wrong) wrong = std::move(wrong_now);
     record.wrong = gather_wrong(context_, wrong);
     return record;
+  }
+
+  // Of each of `num_runs`, on the rank that puts most.
+  int64_t network_bytes_since(uint64_t before, int64_t num_runs) {
+    const std::array<double, 1> network{static_cast<double>(exchange_.metrics().network_bytes - before)};
+    return static_cast<int64_t>(slowest_of_ranks(context_, network).front()) / num_runs;
   }
 
   // Outputs are poisoned after the warm-up, and what the timed runs left there is checked.
@@ -243,14 +246,17 @@ class BenchRank {
     const auto run = [&] {
       for (int32_t i = 0; i < num_chained; ++i) operation.run(launch);
     };
+    const uint64_t before = exchange_.metrics().network_bytes;
     for (int i = 0; i < kNumWarmUps; ++i) run();
     device.synchronise();
     require_healthy(operation);
+    const int64_t network_bytes = network_bytes_since(before, int64_t{kNumWarmUps} * num_chained);
     const bool as_graph = setting_.options.graph && !operation.reads_counts;
     const std::unique_ptr<DeviceGraph> graph = as_graph ? device.capture(run) : nullptr;
     batch.poison();
     context_.align();
     BenchRecord record;
+    record.bytes.network = network_bytes;
     if (operation.reads_counts) {
       record.clock = "host";
       record.times = meter_.measure([&] {
@@ -294,8 +300,7 @@ class BenchRank {
     return steps * std::max<int64_t>(1, static_cast<int64_t>(setting_.options.num_sms.size())) + 1;
   }
 
-  // GPU ranks are one domain, whatever their nodes are.
-  int ranks_per_node() const { return on_gpu() ? context_.num_ranks : context_.group.info().ranks_in_node; }
+  int ranks_per_node() const { return context_.group.info().ranks_in_node; }
 
   TrafficBytes dispatch_bytes() const {
     const RowFormat& format = shape_.format;

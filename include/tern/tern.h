@@ -29,8 +29,8 @@
  *   bytes. Matrices are dense and row-major unless a stride is given.
  * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
- * - Ranks may be on several nodes (CPU ranks): see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
- *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover works.
+ * - Ranks may be on several nodes: see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
+ *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover works on CPU ranks.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
  *
@@ -203,9 +203,10 @@ typedef enum tern_weighting TERN_ENUM_TYPE {
 
 typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
-  /* The operation goes on with a share of zero for the missing rank; the next one starts a generation without it. CPU ranks of one node;
-   * with GPU ranks, or several nodes, making the exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it
-   * between operations */
+  /* The operation goes on with a share of zero for the missing rank. CPU ranks: the next one starts a generation without it. GPU ranks: each by
+   * itself waits for it no more, replayed graphs too, until tern_exchange_recover, which leaves it out of the next generation; only on the latency
+   * path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED. With several nodes making the exchange is
+   * TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
   TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 
@@ -282,7 +283,7 @@ TERN_API void tern_group_destroy(tern_group* group);
 typedef struct tern_exchange_options {
   size_t struct_size TERN_SIZE_OF(tern_exchange_options);
   tern_device_type device TERN_ZERO;
-  /* CUDA device; -1 or 0 with AUTO: the rank's index in its node, modulo the devices. Processes that share a GPU are TERN_UNSUPPORTED,
+  /* CUDA device; -1 or 0 with AUTO: the rank's index on its host, modulo the devices. Processes that share a GPU are TERN_UNSUPPORTED,
    * and so are GPUs that do not reach each other's memory */
   int32_t device_index TERN_ZERO;
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
@@ -495,7 +496,8 @@ typedef struct tern_plan_info {
   const int32_t* pair_counts TERN_ZERO;         /* [num_ranks, num_ranks] messages from row rank to column rank */
   int32_t num_sms TERN_ZERO;                    /* GPU: of the last operation; 0: CPU */
   int32_t reserved TERN_ZERO;
-  /* Several nodes, what this rank passes on within its node: its own tokens, and those of its rail in every other node. NULL with one node */
+  /* Several nodes, what this rank passes on within its node: its own tokens, and those of its rail in every other node. NULL with one node, and on GPU
+   * ranks */
   const int32_t* rail_tokens TERN_ZERO; /* [num_nodes] tokens that have a message to this rank's node, by their owner's node */
   /* [sum of rail_tokens, ranks of the node] 1: the token goes to that rank of the node. By owner's node, then by token */
   const uint8_t* rail_token_in_rank TERN_ZERO;
@@ -622,7 +624,7 @@ typedef struct tern_combine_args {
  *   out[t] = round(bias[0][t] + bias[1][t] + sum over ranks r, ascending, of wire(sum over k on r, ascending, of w[t,k] * row[t,k]))
  * in FP32, products and sums rounded separately, sums starting at +0, wire() rounding once as tern_combine_args.wire says, also for the rows
  * that stay on their rank.
- * With several nodes (CPU ranks) the sum is over nodes, ascending, of wire(sum over the ranks of the node, ascending, of wire(...)).
+ * With several nodes the sum is over nodes, ascending, of wire(sum over the ranks of the node, ascending, of wire(...)).
  * EXACT: one sum over all k in ascending order; rows travel as they are, so that there is no rounding but with LOG10BIT, where each row is
  * encoded: w[t,k] * wire(row[t,k]); on rank_major the same as HIERARCHICAL. Tokens without any entry get the bias,
  * or zeros. The plan must have been dispatched once. Collective. */

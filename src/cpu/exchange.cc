@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <thread>
+#include <utility>
 
 #include "base/error.h"
 #include "base/knobs.h"
@@ -72,7 +73,9 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
 }
 
 void CpuExchange::start_network(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
-  network_->start(bootstrap, masked, deadline);
+  const auto rail_bytes = static_cast<size_t>(Network::memory_layout(domain_.topology, options_).total_bytes());
+  const auto old_memory = std::exchange(rail_memory_, HostSegment::create(rail_bytes, SharedBy::kThreads));  // registered until the start
+  network_->start(rail_memory_->data(), bootstrap, masked, deadline);
   rails_.clear();
   for (const auto& lane : lanes_) rails_.push_back(network_->make_rail(*lane));
   unreachable_ = masked;

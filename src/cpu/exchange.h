@@ -70,6 +70,7 @@ class CpuExchange : public DeviceExchange {
   OffsetAllocator heap_allocator_;
   Trace trace_;
   std::vector<std::unique_ptr<Lane>> lanes_;
+  std::shared_ptr<Segment> rail_memory_;
   std::unique_ptr<Network> network_;  // nullptr: one node
   std::vector<std::unique_ptr<Rail>> rails_;
   std::vector<uint8_t> unreachable_;

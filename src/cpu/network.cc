@@ -7,7 +7,6 @@
 #include "base/error.h"
 #include "domain/doorbell.h"
 #include "domain/failure.h"
-#include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 
 namespace tern::cpu {
@@ -25,25 +24,30 @@ bool any_rail_serves(const Topology& topology, const std::vector<uint8_t>& maske
 
 }  // namespace
 
+layout::RailMemoryLayout Network::memory_layout(const Topology& topology, const tern_exchange_options& options) {
+  return {.num_nodes = topology.num_nodes,
+          .num_lanes = options.num_lanes,
+          .bank_bytes = rail_bank_bytes(options, topology.num_ranks, topology.num_nodes)};
+}
+
 Network::Network(const Domain& domain, const tern_exchange_options& options, const Log& log)
     : domain_(domain), options_(options), log_(log) {}
 
-void Network::start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
+void Network::start(std::byte* memory, Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
   const Topology& topology = domain_.topology;
+  const auto is_masked = [&](int rank) { return !masked.empty() && masked[static_cast<size_t>(rank)] != 0; };
   place_ = {};
   place_.node = topology.node[static_cast<size_t>(topology.rank)];
   for (int node = 0; node < topology.num_nodes; ++node) {
     place_.ranks.push_back(node * domain_.num_ranks + domain_.rank);
-    place_.serves.push_back(masked[static_cast<size_t>(place_.ranks.back())] == 0 ? 1 : 0);
+    place_.serves.push_back(is_masked(place_.ranks.back()) ? 0 : 1);
   }
-  place_.layout = {.num_nodes = topology.num_nodes,
-                   .num_lanes = options_.num_lanes,
-                   .bank_bytes = rail_bank_bytes(options_, topology.num_ranks, topology.num_nodes)};
+  place_.layout = memory_layout(topology, options_);
   failure_told_ = false;
   region_.reset();
-  memory_ = HostSegment::create(static_cast<size_t>(place_.layout.total_bytes()), SharedBy::kThreads);
-  if (any_rail_serves(topology, masked)) return open(bootstrap, masked, deadline);
-  region_ = std::make_unique<Region>(memory_->data(), RemoteRegion{}, nullptr, nullptr);
+  memory_ = memory;
+  if (masked.empty() || any_rail_serves(topology, masked)) return open(bootstrap, masked, deadline);
+  region_ = std::make_unique<Region>(memory_, RemoteRegion{}, nullptr, nullptr);
   place_.memory = region_.get();
 }
 
@@ -54,7 +58,7 @@ void Network::open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dea
   endpoint_options.absent = masked;
   auto endpoint = make_endpoint(bootstrap, endpoint_options, deadline);
   const auto num_bytes = static_cast<size_t>(place_.layout.total_bytes());
-  region_ = std::make_unique<Region>(endpoint->register_memory(memory_->data(), num_bytes));
+  region_ = std::make_unique<Region>(endpoint->register_memory(memory_, num_bytes));
   place_.memory = region_.get();
   std::vector<RemoteRegion> all(static_cast<size_t>(topology.num_ranks));
   bootstrap.allgather(&region_->remote(), all.data(), sizeof(RemoteRegion), deadline);
@@ -105,7 +109,7 @@ void Network::notice_change(int channel) {
   for (int node = 0; node < place_.layout.num_nodes; ++node) {
     if (!is_peer(node) || load_acquire(proxy_->arrived(place_.ranks[static_cast<size_t>(node)], channel)) == 0) continue;
     tern_failure failure;
-    std::memcpy(&failure, memory_->data() + place_.layout.failure(node), sizeof(failure));
+    std::memcpy(&failure, memory_ + place_.layout.failure(node), sizeof(failure));
     announce_failure(domain_, failure);
   }
 }
@@ -120,7 +124,7 @@ void Network::notice_loss(int peer, const std::string& text) {
 void Network::tell_failure() {
   const auto failure = recorded_failure(domain_);
   if (!failure || failure_told_.exchange(true)) return;
-  std::memcpy(memory_->data() + place_.layout.own_failure(), &*failure, sizeof(*failure));
+  std::memcpy(memory_ + place_.layout.own_failure(), &*failure, sizeof(*failure));
   for (int node = 0; node < place_.layout.num_nodes; ++node) {
     if (!is_peer(node)) continue;
     place_.proxy->put({.peer = place_.ranks[static_cast<size_t>(node)],

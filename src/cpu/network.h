@@ -15,7 +15,6 @@
 #include "base/log.h"
 #include "cpu/rail.h"
 #include "domain/domain.h"
-#include "memory/segment.h"
 #include "topology/bootstrap.h"
 #include "transport/proxy.h"
 
@@ -23,11 +22,15 @@ namespace tern::cpu {
 
 class Network {
  public:
+  // What the network writes to and reads from.
+  static layout::RailMemoryLayout memory_layout(const Topology& topology, const tern_exchange_options& options);
+
   // `domain` is the node's, and stays.
   Network(const Domain& domain, const tern_exchange_options& options, const Log& log);
-  // Collective among those who are not masked out, [num_ranks of the group]. If none of them has another one in its rail, as when this node
-  // is all that is left, there is no network, and none is needed.
-  void start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  // Collective among those who are not masked out, [num_ranks of the group]; empty: nobody is. `memory`, of memory_layout() and zeroed, stays
+  // until the next start. If no rank has another one in its rail, as when this node is all that is left, there is no network, and none is
+  // needed.
+  void start(std::byte* memory, Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
   ~Network();
   Network(const Network&) = delete;
   Network& operator=(const Network&) = delete;
@@ -53,7 +56,7 @@ class Network {
   Log log_;
   std::atomic<bool> closing_ = false;
   std::atomic<bool> failure_told_ = false;
-  std::shared_ptr<Segment> memory_;
+  std::byte* memory_;
   std::unique_ptr<Region> region_;
   RailPlace place_;
   std::unique_ptr<Proxy> proxy_;

@@ -40,16 +40,20 @@ struct PlanScratch {
   std::vector<int64_t> rail_slots;                              // [num_nodes] combine: next slot in it
 };
 
-// Everything that an operation works on.
-struct PlanContext {
-  CpuExchange& exchange;
+// What a route works on; also that of GPU ranks between nodes.
+struct RouteContext {
   Lane& lane;
   Rail* rail;  // nullptr: all ranks are on one node
   RoutingTable& table;
-  PlanWeights& weights;
   PlanScratch& scratch;
   const Domain& domain() const { return lane.domain(); }
   const PlanShape& shape() const { return table.shape(); }
+};
+
+// Everything that an operation works on.
+struct PlanContext : RouteContext {
+  CpuExchange& exchange;
+  PlanWeights& weights;
 };
 
 // Parts of the operations that concern all of them.
@@ -89,9 +93,9 @@ void set_rail_rounds(const PlanContext& context, RailTrip& rail_trip, RoundTrip&
 // A send phase must fit one bank.
 void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase);
 
-void run_route(const PlanContext& context);
+void run_route(const RouteContext& context);
 // Between nodes: what a route takes of the rail.
-int64_t num_rail_rounds_of_route(const PlanContext& context);
+int64_t num_rail_rounds_of_route(const RouteContext& context);
 
 // A send that has not been received.
 struct Ticket {
@@ -138,7 +142,7 @@ class CpuPlan : public DevicePlan {
     Ticket combine;
   };
 
-  PlanContext context(Lane& lane) { return {exchange_, lane, exchange_.rail(lane.index()), table_, weights_, scratch_}; }
+  PlanContext context(Lane& lane) { return {{lane, exchange_.rail(lane.index()), table_, scratch_}, exchange_, weights_}; }
   void check_ready(const char* operation, bool must_be_dispatched) const;
   // Must the ticket's receive come first? What was sent in an earlier generation is gone.
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.domain().generation; }

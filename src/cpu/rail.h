@@ -64,6 +64,8 @@ class Rail {
   }
   // Can anything go to that node, and come from there? The own node's rail always serves.
   bool serves(int node) const { return place_.serves[static_cast<size_t>(node)] != 0; }
+  // Instead: somebody else has filled so many, and the counts.
+  void set_num_slots(int node, int32_t num_slots) { num_slots_[static_cast<size_t>(node)] = num_slots; }
   // Returns the bytes of the round, to all other nodes.
   int64_t send_round(const RailTrip& trip, uint64_t epoch);
   // The bank of that node's slots.

@@ -11,7 +11,7 @@ namespace tern::cpu {
 namespace {
 
 // A slot: the token, then its words.
-RailTrip rail_trip_of_route(const PlanContext& ctx) {
+RailTrip rail_trip_of_route(const RouteContext& ctx) {
   const PlanShape& shape = ctx.shape();
   RailTrip trip{.operation = TERN_OP_ROUTE,
                 .shape = call_shape(shape),
@@ -28,7 +28,7 @@ RailTrip rail_trip_of_route(const PlanContext& ctx) {
 }
 
 // The counts go with every round, since each has room for them.
-void send_tokens(const PlanContext& ctx, const RailTrip& trip, uint64_t epoch, int64_t begin) {
+void send_tokens(const RouteContext& ctx, const RailTrip& trip, uint64_t epoch, int64_t begin) {
   std::vector<size_t>& next_to = ctx.scratch.next_to;
   ctx.rail->start_round(trip, epoch);
   ctx.rail->for_each_other_node([&](int node) {
@@ -44,7 +44,7 @@ void send_tokens(const PlanContext& ctx, const RailTrip& trip, uint64_t epoch, i
   ctx.rail->send_round(trip, epoch);
 }
 
-void receive_tokens(const PlanContext& ctx, const RailTrip& trip, uint64_t epoch) {
+void receive_tokens(const RouteContext& ctx, const RailTrip& trip, uint64_t epoch) {
   ctx.rail->for_each_other_node([&](int node) {
     const std::byte* bank = ctx.rail->await_arrived(trip, epoch, node);
     SourceBatch& batch = ctx.table.batch(node);
@@ -59,7 +59,7 @@ void receive_tokens(const PlanContext& ctx, const RailTrip& trip, uint64_t epoch
   ctx.rail->finish_round(epoch);
 }
 
-void exchange_between_nodes(const PlanContext& ctx) {
+void exchange_between_nodes(const RouteContext& ctx) {
   const RailTrip trip = rail_trip_of_route(ctx);
   const uint64_t first = ctx.rail->begin(trip.operation, trip.num_rounds);
   std::fill(ctx.scratch.next_to.begin(), ctx.scratch.next_to.end(), 0);
@@ -72,9 +72,9 @@ void exchange_between_nodes(const PlanContext& ctx) {
 
 }  // namespace
 
-int64_t num_rail_rounds_of_route(const PlanContext& ctx) { return rail_trip_of_route(ctx).num_rounds; }
+int64_t num_rail_rounds_of_route(const RouteContext& ctx) { return rail_trip_of_route(ctx).num_rounds; }
 
-void run_route(const PlanContext& ctx) {
+void run_route(const RouteContext& ctx) {
   RoundTrip trip{.operation = TERN_OP_ROUTE,
                  .shape = call_shape(ctx.shape()),
                  .bank = {.num_counts = ctx.shape().num_nodes * ctx.table.num_counts(), .slot = {}},

@@ -8,37 +8,44 @@
 namespace tern::cuda {
 namespace {
 
-// Threads load and store with 16 warps. Where all rows come by bulk copies, fewer warps with longer pieces are faster: from windows, 4 ranks, 24 and
-// 32 SMs, 514 and 542 us with 16 warps and pieces of 1 KiB, 508 and 520 us with 8 and 2 KiB.
-constexpr int32_t kWarps = 16, kBulkWarps = 8;
-// Beside staging warps: leaves the SM a cache for their loads, which have no ring, and keeps enough on its way over the link. Copies of rows, 4 ranks,
-// 32 SMs: 597 us with 160 KiB, 589 with 112, 699 with 80.
-constexpr int64_t kRingBytesBesideLoads = 112 << 10;
+// How a block is divided: its warps, and how the memory of their rings is, by the shares of a warp that stages and of one that pulls from the start.
+struct Division {
+  int32_t num_stage_warps, num_pull_warps;
+  int64_t stage_share = 1, pull_share = 1;
+};
 
-// Divides a block. What is staged must be ahead of what is pulled, so most warps stage first and pull afterwards; the others pull from the start
-// and have the larger rings.
-void divide_block(kernels::CombineArgs& args, const CudaExchange& exchange) {
-  args.roles.num_stage_warps = !args.rows_staged ? 1 : args.copies_rows() ? 10 : 12;
-  const bool only_bulk = !args.rows_staged && exchange.facts().has_bulk_copies;
-  args.roles.num_pull_warps = (only_bulk ? kBulkWarps : kWarps) - args.roles.num_stage_warps;
-
-  const int64_t num_terms = args.per_entry ? args.plan.num_topk : args.plan.messages_per_token;
-  const int64_t most_bytes = ring_bytes(exchange.num_ranks());
-  const int64_t bytes = args.rows_staged ? std::min(kRingBytesBesideLoads, most_bytes) : most_bytes;
-  constexpr int64_t kStageShare = 2, kPullShare = 3;
-  const int64_t share_bytes = bytes / (args.roles.num_stage_warps * kStageShare + args.roles.num_pull_warps * kPullShare);
-  const auto ring = [&](int64_t num_shares) {
-    return kernels::sum_ring_shape(num_shares * share_bytes / layout::kBulkLine * layout::kBulkLine, args.row_bytes, num_terms);
-  };
-  args.stage_ring = ring(kStageShare);
-  args.pull_ring = ring(kPullShare);
+// All times below are of 4 ranks, 4096 tokens of 7168 bf16 channels, in us with 24 / 32 SMs.
+Division division(const kernels::CombineArgs& args, bool bulk_copies, int32_t num_sms) {
+  // Ordinary loads and stores: many warps.
+  if (!bulk_copies) return !args.rows_staged ? Division{1, 15} : args.copies_rows() ? Division{10, 6} : Division{12, 4};
+  // Rows from windows: with 15 pulling warps and pieces of 1 KiB 514 / 542, so 508 / 520.
+  if (!args.rows_staged) return {1, 7, 2, 3};
+  // Sums take an SM's instructions, more than the link: 8 + 4 warps 956 / 738, 10 + 6 860 / 663, so 765 / 585.
+  if (!args.copies_rows()) return {12, 4, 4, 3};
+  // Copies fill the link with about 100 warps of 28 KiB; more of them only keep the slowest chunks waiting: 4 + 6 517 / 553, 2 + 8 555 / 531.
+  constexpr int32_t kCopyWarps = 96;
+  return num_sms * 4 <= kCopyWarps ? Division{4, 6, 5, 3} : Division{3, 8, 5, 3};
 }
 
-// Messages that a staging warp takes and reports together: each report waits for stores, but their chunk must not wait long for it. From the caller's
-// memory, 4 ranks, 24 and 32 SMs: copies 632 and 597 us by two, 600 and 571 by four; sums 966 and 812, 927 and 784.
+void divide_block(kernels::CombineArgs& args, const CudaExchange& exchange, int32_t num_sms) {
+  const Division d = division(args, exchange.facts().has_bulk_copies, num_sms);
+  args.roles = {.num_stage_warps = d.num_stage_warps, .num_pull_warps = d.num_pull_warps};
+
+  const int64_t share_bytes = ring_bytes(exchange.num_ranks()) / (d.num_stage_warps * d.stage_share + d.num_pull_warps * d.pull_share);
+  const auto ring = [&](int64_t num_shares, int32_t piece_bytes) {
+    constexpr int64_t kLeastSlots = 4;
+    return kernels::sum_ring_shape(num_shares * share_bytes / layout::kBulkLine * layout::kBulkLine, args.row_bytes, kLeastSlots,
+                                   piece_bytes);
+  };
+  args.stage_ring = ring(d.stage_share, kernels::kStagePieceBytes);
+  args.joined_ring = ring(d.stage_share, kernels::kPullPieceBytes);
+  args.pull_ring = ring(d.pull_share, kernels::kPullPieceBytes);
+}
+
+// Messages that a staging warp takes and reports together: each report waits for stores, but their chunk must not wait long for it.
 int32_t stage_run(const kernels::CombineArgs& args, int64_t messages_per_warp) {
-  if (messages_per_warp < 16) return 1;
-  return args.rows_staged ? 4 : 8;
+  if (messages_per_warp <= 16) return 1;
+  return !args.rows_staged ? 8 : args.copies_rows() ? 2 : 4;
 }
 
 // Rows are summed in parts if there are few tokens, so that the warps come out even.
@@ -74,10 +81,10 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
   slot_ = {rows_at_ >= 0 ? 0 : all.row_bytes, 0, weight_bytes};
   shape_ = combine_shape(plan, call);
   const int64_t staging_bytes = exchange.window_layout().staging_bytes;
-  chunks_per_round_ = chunks_per_round(plan, staging_bytes / exchange.num_ranks(), all.stride(), "combine");
+  chunks_per_round_ = tern::cuda::chunks_per_round(plan, staging_bytes / exchange.num_ranks(), all.stride(), "combine");
   num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, plan.most_tokens(), "combine");
   if (sends_weights_ahead()) {
-    weight_chunks_per_round_ = chunks_per_round(plan, staging_bytes, weight_slot().stride(), "combine");
+    weight_chunks_per_round_ = tern::cuda::chunks_per_round(plan, staging_bytes, weight_slot().stride(), "combine");
     num_weight_rounds_ = tern::cuda::num_rounds(plan, weight_chunks_per_round_, TERN_PHASE_WHOLE, plan.most_tokens(), "combine");
   }
   num_sms_ = choose_num_sms(exchange, launch, plan.most_tokens() * call.row_bytes);
@@ -108,45 +115,66 @@ void CombineOperation::check(const Ticket& ticket) const {
 
 void CombineOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
-  if (sends_weights_ahead()) enqueue_weights(stream);
-  const bool bulk = plan_.exchange().facts().has_bulk_copies;
+  for (int32_t round = 0; round < num_weight_rounds_; ++round)
+    enqueue_weights_round({.plan = plan_.tables(), .chunks = chunks_of_round(plan_.tables().num_chunks, weight_chunks_per_round_, round)},
+                          stream);
+  const int32_t num_chunks = plan_.tables().num_chunks;
   for (int32_t round = 0; round < num_rounds_; ++round)
-    tern::cuda::check(kernels::launch_combine(round_args(round), bulk, num_sms_, stream), "launching the kernel of combine");
+    enqueue_round({.plan = plan_.tables(), .chunks = chunks_of_round(num_chunks, chunks_per_round_, round)}, stream);
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
 }
 
-// The owner's weights go to the experts' ranks: a dispatch of rows that are empty.
-void CombineOperation::enqueue_weights(cudaStream_t stream) const {
-  const kernels::PlanView& tables = plan_.tables();
-  const bool bulk = false;
-  layout::CallShape shape = call_shape(plan_.shape());
-  const layout::StagedSlot slot = weight_slot();
-  for (int32_t round = 0; round < num_weight_rounds_; ++round) {
-    kernels::DispatchArgs args;
-    args.transfer = make_round(plan_, launch_.lane, {TERN_OP_WEIGHTS, TERN_PHASE_WHOLE, shape, weight_chunks_per_round_, nullptr}, round);
-    args.transfer.weights = staged_part(args.transfer, slot, slot.weights(), slot.weight_bytes);
-    args.plan = tables;
-    args.plan.weights_sent = nullptr;  // those of the dispatch stay
-    args.roles = {.num_stage_warps = 4, .num_pull_warps = 8};
-    args.stage_run = tables.tokens_per_chunk;
-    args.in.weights = call_.args.topk_weights;
-    args.out.plan_weights = tables.weights_from_owner;
-    args.out.num_rows = plan_.num_rows();
-    args.slot = slot;
-    args.scale_element_bytes = 1;
-    args.carries_weights = true;
-    tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel that sends weights");
-  }
+void CombineOperation::enqueue_round(const BatchRound& round, cudaStream_t stream) const {
+  tern::cuda::check(kernels::launch_combine(round_args(round), plan_.exchange().facts().has_bulk_copies, num_sms_, stream),
+                    "launching the kernel of combine");
 }
 
-kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
+// The owner's weights go to the experts' ranks: a dispatch of rows that are empty.
+void CombineOperation::enqueue_weights_round(const BatchRound& round, cudaStream_t stream) const {
+  const layout::StagedSlot slot = weight_slot();
+  const layout::CallShape shape = call_shape(plan_.shape());
+  kernels::DispatchArgs args = weights_args(round);
+  args.transfer = make_round(plan_, launch_.lane, {TERN_OP_WEIGHTS, TERN_PHASE_WHOLE, shape, round.chunks, nullptr});
+  args.transfer.weights = staged_part(args.transfer, slot, slot.weights(), slot.weight_bytes);
+  args.roles = {.num_stage_warps = 4, .num_pull_warps = 8};
+  args.stage_run = round.plan.tokens_per_chunk;
+  args.out.plan_weights = plan_.tables().weights_from_owner;
+  args.out.num_rows = plan_.num_rows();
+  args.slot = slot;
+  const bool bulk = false;
+  tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel that sends weights");
+}
+
+// What goes out of it.
+kernels::DispatchArgs CombineOperation::weights_args(const BatchRound& round) const {
+  kernels::DispatchArgs args;
+  args.transfer.exchange = plan_.exchange().view(launch_.lane);
+  args.transfer.operation = TERN_OP_WEIGHTS;
+  args.transfer.tokens_per_chunk = round.plan.tokens_per_chunk;
+  args.transfer.first_chunk = round.chunks.begin;
+  args.transfer.end_chunk = round.chunks.end;
+  args.plan = round.plan;
+  args.plan.weights_sent = nullptr;  // those of the dispatch stay
+  args.in.weights = call_.args.topk_weights;
+  args.in.slots = round.slots;
+  args.in.node = round.node;
+  args.scale_element_bytes = 1;
+  args.carries_weights = true;
+  return args;
+}
+
+const float* CombineOperation::token_weights() const {
+  if (!per_entry_ || call_.args.weighting == TERN_WEIGHTS_NONE) return nullptr;
+  return call_.args.weighting == TERN_WEIGHTS_OWNER ? call_.args.topk_weights : plan_.tables().weights_sent;
+}
+
+kernels::CombineArgs CombineOperation::round_args(const BatchRound& round) const {
   const tern_combine_args& a = call_.args;
   const kernels::PlanView& tables = plan_.tables();
   const bool whole = launch_.phase == TERN_PHASE_WHOLE;
   kernels::CombineArgs args;
-  args.transfer =
-      make_round(plan_, launch_.lane, {TERN_OP_COMBINE, launch_.phase, shape_, chunks_per_round_, tables.combine_ticket}, round);
-  args.plan = tables;
+  args.transfer = make_round(plan_, launch_.lane, {TERN_OP_COMBINE, launch_.phase, shape_, round.chunks, tables.combine_ticket});
+  args.plan = round.plan;
   args.dtype = a.dtype;
   args.row_bytes = call_.row_bytes;
   args.per_entry = per_entry_;
@@ -158,19 +186,24 @@ kernels::CombineArgs CombineOperation::round_args(int32_t round) const {
     args.entry_weights = a.weighting == TERN_WEIGHTS_OWNER ? tables.weights_from_owner : tables.weights_received;
   args.returned_weights = a.row_weights;
   args.returns_weights = call_.carries_weights;
-  if (per_entry_ && a.weighting != TERN_WEIGHTS_NONE)
-    args.token_weights = a.weighting == TERN_WEIGHTS_OWNER ? a.topk_weights : tables.weights_sent;
-  args.bias[0] = static_cast<const std::byte*>(a.bias[0]);
-  args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
-  args.out_tokens = static_cast<std::byte*>(a.out_tokens);
-  args.out_topk_weights = a.out_topk_weights;
-  divide_block(args, plan_.exchange());
+  if (round.slots.banks != nullptr) {
+    args.slots = round.slots;
+    args.node = round.node;
+  } else {
+    args.token_weights = token_weights();
+    args.bias[0] = static_cast<const std::byte*>(a.bias[0]);
+    args.bias[1] = static_cast<const std::byte*>(a.bias[1]);
+    args.out_tokens = static_cast<std::byte*>(a.out_tokens);
+    args.out_topk_weights = a.out_topk_weights;
+  }
+  divide_block(args, plan_.exchange(), num_sms_);
   divide_rows(args, plan_.most_tokens(), num_sms_);
   args.stage_run = stage_run(args, plan_.most_tokens() * tables.messages_per_token / (int64_t{args.roles.num_stage_warps} * num_sms_));
   kernels::TransferArgs& t = args.transfer;
-  t.peer_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
+  t.pushes = true;
+  t.sender_bytes = plan_.exchange().window_layout().staging_bytes / plan_.exchange().num_ranks();
   t.in_place = rows_at_ >= 0;
-  t.wait_ns = a.wait_ns;
+  if (a.wait_ns != nullptr) t.wait_ns = a.wait_ns + plan_.shape().first_rank();
   t.rows = rows_at_ >= 0 ? heap_part(rows_at_, call_.row_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);
   t.weights = staged_part(t, slot_, slot_.weights(), slot_.weight_bytes);
   return args;

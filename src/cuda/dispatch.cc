@@ -11,6 +11,10 @@ constexpr int64_t kMostPieceBytes = 8192;
 constexpr int64_t kPartAlignment = 16;
 constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
 constexpr int32_t kMostStageRun = 16;
+constexpr int32_t kPullRun = 4;
+// Beside warps that stage rows: leaves the SM a cache for their loads, which have no ring. With what else a block has it fits the 132 KiB that
+// an SM of sm_90 divides off for shared memory.
+constexpr int64_t kRingBytesBesideLoads = 124 << 10;
 
 }  // namespace
 
@@ -23,11 +27,11 @@ DispatchOperation::DispatchOperation(const CudaPlan& plan, const DispatchCall& c
   check_alignment("dispatch", "tokens", a.tokens, a.token_stride_bytes);
   check_alignment("dispatch", "out_tokens", a.out_tokens);
   check_zero_copy(plan, "dispatch", a.out_tokens, call.wire_bytes, a.zero_copy != 0);
+  // Staging is counted as if everything went through it: every rank must come to the same rounds, wherever its rows lie.
+  all_ = {call.wire_bytes, call.scale_bytes, call.carries_weights ? plan.tables().topk_bytes() : 0};
   set_parts();
   shape_ = dispatch_shape(plan, call);
-  // Staging is counted as if everything went through it: every rank must come to the same rounds, wherever its rows lie.
-  const layout::StagedSlot all{call.wire_bytes, call.scale_bytes, call.carries_weights ? plan.tables().topk_bytes() : 0};
-  chunks_per_round_ = chunks_per_round(plan, plan.exchange().window_layout().staging_bytes, all.stride(), "dispatch");
+  chunks_per_round_ = tern::cuda::chunks_per_round(plan, plan.exchange().window_layout().staging_bytes, all_.stride(), "dispatch");
   num_rounds_ = tern::cuda::num_rounds(plan, chunks_per_round_, launch.phase, most_tokens, "dispatch");
   num_sms_ = choose_num_sms(plan.exchange(), launch, most_tokens * call.wire_bytes);
 }
@@ -46,9 +50,9 @@ void DispatchOperation::set_parts() {
     if (call_.scale_bytes > 0 && dense_scales)
       scales_at_ = exchange.heap_offset(a.scales, (num_tokens_ - 1) * a.scale_token_stride_bytes + call_.scale_bytes);
   }
-  slot_ = {.row_bytes = rows_at_ >= 0 ? 0 : call_.wire_bytes,
-           .scale_bytes = scales_at_ >= 0 ? 0 : call_.scale_bytes,
-           .weight_bytes = call_.carries_weights ? plan_.tables().topk_bytes() : 0};
+  slot_ = all_;
+  if (rows_at_ >= 0) slot_.row_bytes = 0;
+  if (scales_at_ >= 0) slot_.scale_bytes = 0;
 }
 
 layout::CallShape dispatch_shape(const CudaPlan& plan, const DispatchCall& call) {
@@ -69,14 +73,19 @@ void DispatchOperation::check(const Ticket& ticket, int32_t rounds_before) const
 
 void DispatchOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
-  for (int32_t round = 0; round < num_rounds_; ++round) {
-    const kernels::DispatchArgs args = round_args(round);
-    // Scales of many KiB leave no room for rings.
-    const int64_t least_bytes = int64_t{kLeastStages} * args.roles.num_pull_warps * args.pieces.stage_bytes;
-    const bool bulk = plan_.exchange().facts().has_bulk_copies && least_bytes <= ring_bytes(plan_.exchange().num_ranks());
-    tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel of dispatch");
-  }
+  for (int32_t round = 0; round < num_rounds_; ++round)
+    enqueue_round(
+        {.plan = plan_.tables(), .chunks = chunks_of_round(plan_.tables().num_chunks, chunks_per_round_, round), .is_first = round == 0},
+        stream);
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
+}
+
+void DispatchOperation::enqueue_round(const BatchRound& round, cudaStream_t stream) const {
+  const kernels::DispatchArgs args = round_args(round);
+  // Scales of many KiB leave no room for rings.
+  const int64_t least_bytes = int64_t{kLeastStages} * args.roles.num_pull_warps * args.pieces.stage_bytes;
+  const bool bulk = plan_.exchange().facts().has_bulk_copies && least_bytes <= ring_bytes(plan_.exchange().num_ranks());
+  tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel of dispatch");
 }
 
 kernels::DispatchInputs dispatch_inputs(const DispatchCall& call) {
@@ -111,7 +120,7 @@ kernels::DispatchOutputs dispatch_outputs(const CudaPlan& plan, const DispatchCa
           .scales_by_column = a.out_scale_order == TERN_SCALES_COLUMN_MAJOR};
 }
 
-kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) const {
+kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles, int64_t most_bytes) const {
   const int64_t row_bytes = call_.wire_bytes;
   kernels::RowPieces p;
   p.num_pieces = static_cast<int32_t>((row_bytes + kMostPieceBytes - 1) / kMostPieceBytes);
@@ -121,32 +130,24 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles) co
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
   p.entries = p.weights + (call_.carries_weights ? topk : 0);
   p.stage_bytes = static_cast<int32_t>(layout::align_up(p.entries + topk + kernels::kPieceTagBytes, layout::kBulkLine));
-  p.num_stages = ring_stages(ring_bytes(plan_.exchange().num_ranks()), roles.num_pull_warps, p.stage_bytes, kLeastStages);
+  p.num_stages = ring_stages(most_bytes, roles.num_pull_warps, p.stage_bytes, kLeastStages);
   return p;
 }
 
 // Rows are worth a report for each two of them; where they stay in place, there is little to do for a token.
-int32_t DispatchOperation::stage_run(const kernels::WarpRoles& roles) const {
+int32_t DispatchOperation::stage_run(const kernels::WarpRoles& roles, const layout::StagedSlot& slot) const {
   const int64_t tokens_per_warp = num_tokens_ / (int64_t{roles.num_stage_warps} * num_sms_);
-  int32_t run = slot_.row_bytes > 0 ? (tokens_per_warp >= 4 ? 2 : 1) : kMostStageRun;
+  int32_t run = slot.row_bytes > 0 ? (tokens_per_warp >= 4 ? 2 : 1) : kMostStageRun;
   while (plan_.tables().tokens_per_chunk % run != 0) --run;
   return run;
 }
 
-kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
+// What a batch is, without how it moves.
+kernels::DispatchArgs DispatchOperation::batch_args(const BatchRound& round) const {
   const tern_dispatch_args& a = call_.args;
   kernels::DispatchArgs args;
-  args.transfer =
-      make_round(plan_, launch_.lane, {TERN_OP_DISPATCH, launch_.phase, shape_, chunks_per_round_, plan_.tables().dispatch_ticket}, round);
-  args.transfer.wait_ns = a.wait_ns;
-  args.plan = plan_.tables();
-  const bool stages_rows = slot_.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
-  args.roles = {.num_stage_warps = stages_rows ? 12 : 4, .num_pull_warps = 8};
-  args.stage_run = stage_run(args.roles);
-  args.follows_route = a.routing != nullptr && args.transfer.sends && round == 0 && plan_.exchange().facts().has_bulk_copies;  // sm_90
+  args.plan = round.plan;
   args.in = dispatch_inputs(call_);
-  args.out = dispatch_outputs(plan_, call_);
-  args.slot = slot_;
   args.row_bytes = call_.wire_bytes;
   args.scale_bytes = call_.scale_bytes;
   args.scale_element_bytes = static_cast<int32_t>(call_.scale_bytes > 0 ? call_.scale_element_bytes : 1);
@@ -154,13 +155,44 @@ kernels::DispatchArgs DispatchOperation::round_args(int32_t round) const {
                               static_cast<uintptr_t>(args.scale_element_bytes | a.scale_token_stride_bytes | a.scale_element_stride_bytes);
   args.scale_word_bytes = addresses % 4 == 0 ? 4 : 1;
   args.carries_weights = call_.carries_weights;
-  args.writes_outputs = args.transfer.receives && round == 0;
-  args.pieces = pieces(args.roles);
+  return args;
+}
+
+kernels::DispatchArgs DispatchOperation::packing_args(const BatchRound& round) const {
+  kernels::DispatchArgs args = batch_args(round);
+  args.transfer.exchange = plan_.exchange().view(launch_.lane);
+  args.transfer.operation = TERN_OP_DISPATCH;
+  args.transfer.tokens_per_chunk = round.plan.tokens_per_chunk;
+  args.transfer.first_chunk = round.chunks.begin;
+  args.transfer.end_chunk = round.chunks.end;
+  return args;
+}
+
+kernels::DispatchArgs DispatchOperation::round_args(const BatchRound& round) const {
+  const tern_dispatch_args& a = call_.args;
+  const bool is_packed = round.slots.banks != nullptr;
+  const int64_t rows_at = is_packed ? -1 : rows_at_, scales_at = is_packed ? -1 : scales_at_;
+  const layout::StagedSlot slot = is_packed ? all_ : slot_;
+  kernels::DispatchArgs args = batch_args(round);
+  args.transfer = make_round(plan_, launch_.lane, {TERN_OP_DISPATCH, launch_.phase, shape_, round.chunks, plan_.tables().dispatch_ticket});
+  if (a.wait_ns != nullptr) args.transfer.wait_ns = a.wait_ns + plan_.shape().first_rank();
+  if (is_packed) args.in = {.encoding = TERN_ENCODING_AS_GIVEN, .slots = round.slots, .node = round.node};
+  const bool stages_rows = slot.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
+  args.roles = {.num_stage_warps = stages_rows ? 8 : 4, .num_pull_warps = 8};
+  args.stage_run = stage_run(args.roles, slot);
+  args.pull_run = stages_rows ? kPullRun : 0;
+  const bool is_behind_route = a.routing != nullptr && args.transfer.sends && round.is_first && plan_.shape().num_nodes == 1;
+  args.follows_route = is_behind_route && plan_.exchange().facts().has_bulk_copies;  // sm_90
+  args.out = dispatch_outputs(plan_, call_);
+  args.slot = slot;
+  args.writes_outputs = args.transfer.receives && round.is_first;
+  const int64_t most_bytes = ring_bytes(plan_.exchange().num_ranks());
+  args.pieces = pieces(args.roles, stages_rows ? std::min(kRingBytesBesideLoads, most_bytes) : most_bytes);
   kernels::TransferArgs& t = args.transfer;
-  t.in_place = rows_at_ >= 0 || scales_at_ >= 0;
-  t.rows = rows_at_ >= 0 ? heap_part(rows_at_, a.token_stride_bytes) : staged_part(t, slot_, slot_.row(), slot_.row_bytes);
-  t.scales = scales_at_ >= 0 ? heap_part(scales_at_, a.scale_token_stride_bytes) : staged_part(t, slot_, slot_.scales(), slot_.scale_bytes);
-  t.weights = staged_part(t, slot_, slot_.weights(), slot_.weight_bytes);
+  t.in_place = rows_at >= 0 || scales_at >= 0;
+  t.rows = rows_at >= 0 ? heap_part(rows_at, a.token_stride_bytes) : staged_part(t, slot, slot.row(), slot.row_bytes);
+  t.scales = scales_at >= 0 ? heap_part(scales_at, a.scale_token_stride_bytes) : staged_part(t, slot, slot.scales(), slot.scale_bytes);
+  t.weights = staged_part(t, slot, slot.weights(), slot.weight_bytes);
   return args;
 }
 

@@ -14,7 +14,7 @@
 namespace tern::cuda {
 
 // Where things lie in the window of an exchange with these options, which are complete.
-layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& options, int32_t num_ranks);
+layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& options, int32_t num_group_ranks, int32_t num_nodes);
 
 // Collective.
 std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,

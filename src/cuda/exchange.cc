@@ -11,13 +11,16 @@
 #include "base/knobs.h"
 #include "cuda/engine.h"
 #include "cuda/plan.h"
+#include "domain/agreement.h"
 #include "domain/failure.h"
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
 #include "kernels/latency.h"
+#include "kernels/rail.h"
 #include "kernels/route.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"
+#include "topology/nodes.h"
 
 namespace tern::cuda {
 namespace {
@@ -59,16 +62,21 @@ T load_from_gpu(const T& word) {
 }
 
 // Before anybody shares anything.
-void require_supported(const tern_exchange_options& options) {
-  if (options.on_timeout == TERN_ON_TIMEOUT_MASK)
+void require_supported(const tern_exchange_options& options, const Topology& topology) {
+  if (options.on_timeout != TERN_ON_TIMEOUT_MASK) return;
+  if (options.mode == TERN_MODE_THROUGHPUT || topology.num_nodes > 1 || topology.num_ranks > layout::kMostLatencyRanks)
     fail(TERN_UNSUPPORTED,
-         "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which the CUDA engine does not support; use TERN_ON_TIMEOUT_ABORT, and after an "
-         "error tern_exchange_recover with allow_mask");
+         "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which GPU ranks have on the latency path: on one node, not {}, with at most {} "
+         "ranks, not {}, "
+         "and not with TERN_MODE_THROUGHPUT; use TERN_ON_TIMEOUT_ABORT, and after an error tern_exchange_recover with allow_mask",
+         topology.num_nodes, layout::kMostLatencyRanks, topology.num_ranks);
 }
 
+// By default the rank's place among those of its host, of which several nodes may be declared.
 int choose_device(const tern_exchange_options& options, const Topology& topology) {
-  const int device = options.device_index >= 0 ? options.device_index
-                                               : topology.rank_in_node[static_cast<size_t>(topology.rank)] % std::max(1, num_devices());
+  int place = 0;
+  for (int r = 0; r < topology.rank; ++r) place += topology.same_host(r) ? 1 : 0;
+  const int device = options.device_index >= 0 ? options.device_index : place % std::max(1, num_devices());
   require_device(device);
   return device;
 }
@@ -80,13 +88,20 @@ void load_kernels(bool bulk_copies) {
   check(kernels::prepare_combine(bulk_copies), "loading the kernels of combine");
   check(kernels::prepare_latency_dispatch(), "loading the kernel of dispatch for small batches");
   check(kernels::prepare_latency_combine(), "loading the kernels of combine for small batches");
+  check(kernels::prepare_rail(), "loading the kernels between nodes");
+}
+
+std::unique_ptr<SegmentSharer> make_node_sharer(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
+  NodeBootstrap node(bootstrap, topology);
+  return make_segment_sharer(own_node(topology), node, deadline);
 }
 
 }  // namespace
 
 // Staging as asked for, or what one round of the expected shapes takes, bounded: per owner of tokens that combine stages for, and as much for
 // all of dispatch together.
-layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& options, int32_t num_ranks) {
+layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& options, int32_t num_group_ranks, int32_t num_nodes) {
+  const int32_t num_ranks = num_group_ranks / num_nodes;
   const layout::RoutingBankLayout routing{.num_counts = int64_t{options.max_experts} + num_ranks, .num_topk = options.max_topk};
   int64_t per_rank = make_window_layout(options, num_ranks).bank_bytes;
   if (options.staging_bytes == 0) {
@@ -98,9 +113,12 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
     // Batches for decoding: the latency path takes a combine in mode EXACT at once.
     constexpr int64_t kDecodingTokens = 256;
     const int64_t entry_rows = options.max_tokens * layout::align_up(options.max_topk * options.max_row_bytes + weight_bytes + 16, 128);
-    if (options.max_tokens <= kDecodingTokens) per_rank = std::max(per_rank, std::min(entry_rows / num_ranks + 1, most));
+    // As a rule rows of several ranks share a slot: LatencyCombineArgs.shares_slots.
+    const int32_t num_sharing = options.on_timeout == TERN_ON_TIMEOUT_MASK ? 1 : num_ranks;
+    if (options.max_tokens <= kDecodingTokens) per_rank = std::max(per_rank, std::min(entry_rows / num_sharing + 1, most));
   }
-  const int64_t latency_tokens = num_ranks <= layout::kMostLatencyRanks ? std::min(options.max_tokens, layout::kMostLatencyTokens) : 0;
+  const bool has_latency_path = num_nodes == 1 && num_ranks <= layout::kMostLatencyRanks;
+  const int64_t latency_tokens = has_latency_path ? std::min(options.max_tokens, layout::kMostLatencyTokens) : 0;
   const layout::LatencyWords words{
       .num_counts = int64_t{options.max_experts} + num_ranks, .max_tokens = latency_tokens, .num_topk = options.max_topk};
   return {.num_ranks = num_ranks,
@@ -123,8 +141,8 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
                            Deadline deadline)
     : options_(options),
       log_(log),
-      sharer_(make_segment_sharer(topology, bootstrap, deadline)),
-      board_(topology, *sharer_, deadline),
+      sharer_(make_node_sharer(topology, bootstrap, deadline)),
+      board_(own_node(topology), *sharer_, deadline),
       heap_allocator_(options.window_bytes),
       trace_(options.num_lanes) {
   if (topology.num_ranks > layout::kMaxRanks)
@@ -133,24 +151,28 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
   const DeviceGuard guard(facts_.device);
   find_devices(topology, bootstrap, deadline);
   load_kernels(facts_.has_bulk_copies);
-  const auto num_ranks = static_cast<size_t>(topology.num_ranks);
-  control_.rank = topology.rank;
-  control_.num_ranks = topology.num_ranks;
+  control_.first_rank = first_rank_of_node(topology);
+  control_.rank = topology.rank - control_.first_rank;
+  control_.num_ranks = ranks_of_node(topology);
   control_.topology = topology;
-  control_.layout = {.num_ranks = topology.num_ranks, .num_lanes = 1, .bank_bytes = static_cast<int64_t>(layout::kCacheLine)};
+  control_.layout = make_host_layout(options, topology);
+  const auto num_ranks = static_cast<size_t>(control_.num_ranks);
   control_.heaps.resize(num_ranks);
-  layout_ = make_device_layout(options, topology.num_ranks);
+  layout_ = make_device_layout(options, topology.num_ranks, topology.num_nodes);
   pool_ = std::make_shared<DevicePool>(facts_.device);
   window_pointers_ = {pool_, num_ranks};
   heap_pointers_ = {pool_, num_ranks};
   failed_ = {pool_, 1};
   mailbox_ = {facts_.device, 1};
+  if (masks_late_ranks()) attendance_ = {pool_, 1};
   heaps_.resize(num_ranks);
-  for (int i = 0; i < options.num_lanes; ++i) lanes_.push_back(std::make_unique<CudaLane>(pool_, topology.num_ranks));
+  for (int i = 0; i < options.num_lanes; ++i) lanes_.push_back(std::make_unique<CudaLane>(pool_, control_.num_ranks));
   share_windows(std::vector<uint8_t>(num_ranks), 0, deadline);
   log_.write(TERN_LOG_INFO, "rank {} of {}: CUDA exchange on {}, window {} bytes, {} lanes, heap {} bytes, {} bulk copies", topology.rank,
              topology.num_ranks, device_name(facts_.device), layout_.total_bytes(), options.num_lanes, options.window_bytes,
              facts_.has_bulk_copies ? "with" : "without");
+  if (topology.num_nodes > 1)
+    nodes_ = std::make_unique<Nodes>(pool_, control_, bootstrap, options, [this] { check_health(); }, log, deadline);
 }
 
 CudaExchange::~CudaExchange() {
@@ -172,8 +194,10 @@ void CudaExchange::abandon_memory() {
   abandon(heap_pointers_);
   abandon(failed_);
   abandon(mailbox_);
+  abandon(attendance_);
   abandon(lanes_);
   abandon(retired_);
+  if (nodes_ != nullptr) nodes_->abandon_memory();
 }
 
 void CudaExchange::find_devices(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
@@ -255,6 +279,7 @@ void CudaExchange::reset_lanes() {
     check(cudaMemsetAsync(memory, 0, bytes, pool_->stream().get()), "clearing the state of lanes");
   };
   clear(failed_.data(), sizeof(uint32_t));
+  if (masks_late_ranks()) clear(attendance_.data(), sizeof(kernels::Attendance));
   for (const auto& lane : lanes_) {
     clear(lane->state.data(), sizeof(kernels::LaneState));
     clear(lane->staged_counters.data(), lane->staged_counters.size() * sizeof(uint32_t));
@@ -281,7 +306,9 @@ void CudaExchange::await_idle(Deadline deadline) const {
 
 std::unique_ptr<DevicePlan> CudaExchange::create_plan(const PlanShape& shape) {
   free_retired();
-  return std::make_unique<CudaPlan>(*this, shape);
+  PlanShape with_nodes = shape;
+  with_nodes.num_nodes = control_.topology.num_nodes;
+  return std::make_unique<CudaPlan>(*this, with_nodes);
 }
 
 void CudaExchange::retire(PlanMemory memory) noexcept {
@@ -326,6 +353,7 @@ kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
   const CudaLane& lane = *lanes_[static_cast<size_t>(lane_idx)];
   kernels::ExchangeView view{.rank = rank(),
                              .num_ranks = num_ranks(),
+                             .first_rank = control_.first_rank,
                              .lane = lane_idx,
                              .layout = layout_,
                              .far_windows = window_pointers_.data(),
@@ -334,7 +362,10 @@ kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
                              .staged_counters = lane.staged_counters.data(),
                              .failed = failed_.data(),
                              .mailbox = mailbox_.data(),
+                             .attendance = masks_late_ranks() ? attendance_.data() : nullptr,
                              .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
+  // Ranks wait for ranks whose hosts wait for other nodes: those shall find out first who is missing.
+  if (nodes_ != nullptr) view.timeout_ns += view.timeout_ns / 2;
   const auto data = [](const std::shared_ptr<Segment>& segment) { return segment == nullptr ? nullptr : segment->data(); };
   for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) view.inline_windows[r] = data(windows_[r]);
   for (size_t r = 0; r < heaps_.size() && r < kernels::ExchangeView::kInlineHeaps; ++r) view.inline_heaps[r] = data(heaps_[r]);
@@ -350,23 +381,41 @@ std::optional<tern_failure> CudaExchange::known_failure() const {
   return recorded_failure(control_);
 }
 
+void CudaExchange::note(tern_status status, int32_t lane_idx, tern_operation operation) const {
+  layout::FailureRecord& notice = mailbox_.data()->notice;
+  notice.waiter = notice.awaited = control_.rank_of_group(rank());
+  notice.lane = lane_idx;
+  notice.operation = operation;
+  std::atomic_ref<int32_t>(notice.status).store(status, std::memory_order_release);
+}
+
 void CudaExchange::check_health() const {
   if (const auto failure = known_failure()) throw_recorded(control_, *failure);
+  if (masks_late_ranks()) refuse_if_left_out(control_);  // its GPU would find all others missing
 }
 
 tern_exchange_state CudaExchange::state() const {
   const std::lock_guard lock(generation_mutex_);
   tern_exchange_state result;
   result.generation = control_.generation;
-  const bool degraded = std::any_of(control_.masked.begin(), control_.masked.end(), [](uint8_t m) { return m != 0; });
+  std::copy(control_.masked.begin(), control_.masked.end(), result.masked + control_.first_rank);
+  const std::vector<uint8_t> missed = given_up();
+  for (size_t r = 0; r < missed.size(); ++r) result.masked[r] |= missed[r];
+  const bool degraded = std::any_of(std::begin(result.masked), std::end(result.masked), [](uint8_t m) { return m != 0; });
   result.health = degraded ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK;
-  std::copy(control_.masked.begin(), control_.masked.end(), result.masked);
   const layout::FailureRecord& notice = mailbox_.data()->notice;
   if (load_from_gpu(notice.status) != TERN_OK) result.failure = to_failure(notice);
   if (const auto failure = known_failure()) {
     result.failure = *failure;
     result.health = TERN_HEALTH_FAILED;
   }
+  return result;
+}
+
+// Ranks that operations of this generation go on without, by what the GPU has told so far.
+std::vector<uint8_t> CudaExchange::given_up() const {
+  std::vector<uint8_t> result(static_cast<size_t>(num_ranks()));
+  for (size_t r = 0; r < result.size() && masks_late_ranks(); ++r) result[r] = load_from_gpu(mailbox_.data()->given_up[r]) != 0 ? 1 : 0;
   return result;
 }
 
@@ -377,14 +426,25 @@ tern_metrics CudaExchange::metrics() const {
   m.num_combines = counters_.combines;
   m.rounds = counters_.rounds;
   m.received_rows = counters_.received_rows;
+  const std::vector<uint8_t> missed = given_up();
+  m.timeouts = static_cast<uint64_t>(std::count(missed.begin(), missed.end(), 1));
+  if (nodes_ != nullptr) m.network_bytes = nodes_->network_bytes();
   return m;
 }
 
 void CudaExchange::recover(const tern_recover_options& options) {
+  if (nodes_ != nullptr)
+    fail(TERN_UNSUPPORTED, "recover: GPU ranks on {} nodes do not recover; make a new group and exchange of the ranks that go on",
+         nodes_->num_nodes());
   const DeviceGuard guard(facts_.device);
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
   await_idle(Deadline::in_ms(timeout_ms));
-  const NextGeneration next = next_generation(control_, board_, options, timeout_ms);
+  // Whom operations have waited for is not waited for again, unless the caller would let it in.
+  tern_recover_options wanted = options;
+  std::vector<uint8_t> mask = given_up();
+  for (size_t r = 0; r < mask.size() && options.mask != nullptr; ++r) mask[r] |= options.mask[r];
+  if (options.readmit == 0) wanted.mask = mask.data();
+  const NextGeneration next = next_generation(control_, board_, wanted, timeout_ms);
   share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", rank(), control_.generation,
              std::count(next.masked.begin(), next.masked.end(), 1), num_ranks());
@@ -392,7 +452,7 @@ void CudaExchange::recover(const tern_recover_options& options) {
 
 std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
                                               const Log& log, Deadline deadline) {
-  require_supported(options);
+  require_supported(options, topology);
   return std::make_unique<CudaExchange>(topology, bootstrap, options, log, deadline);
 }
 

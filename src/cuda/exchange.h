@@ -13,6 +13,7 @@
 
 #include "base/log.h"
 #include "cuda/device_segment.h"
+#include "cuda/nodes.h"
 #include "cuda/plan_memory.h"
 #include "domain/admission.h"
 #include "domain/domain.h"
@@ -75,11 +76,16 @@ class CudaExchange : public DeviceExchange {
   const DeviceFacts& facts() const { return facts_; }
   const tern_exchange_options& options() const { return options_; }
   const layout::DeviceWindowLayout& window_layout() const { return layout_; }
+  // Within the node.
   int rank() const { return control_.rank; }
   int num_ranks() const { return control_.num_ranks; }
   uint32_t generation() const { return control_.generation; }
+  // Do operations go on without ranks that they have waited for in vain?
+  bool masks_late_ranks() const { return options_.on_timeout == TERN_ON_TIMEOUT_MASK; }
   CudaLane& lane(int32_t index) { return *lanes_[static_cast<size_t>(index)]; }
   Counters& counters() { return counters_; }
+  // nullptr: there is one node.
+  Nodes* nodes() const { return nodes_.get(); }
 
   // What kernels of a lane get.
   kernels::ExchangeView view(int32_t lane_idx) const;
@@ -91,6 +97,8 @@ class CudaExchange : public DeviceExchange {
   void check_health() const;
   // The text and status of a failure that this rank's GPU has reported, without throwing.
   std::optional<tern_failure> known_failure() const;
+  // What is left out of an operation that completes, as found by the host.
+  void note(tern_status status, int32_t lane_idx, tern_operation operation) const;
 
  private:
   void find_devices(const Topology& topology, Bootstrap& bootstrap, Deadline deadline);
@@ -99,6 +107,7 @@ class CudaExchange : public DeviceExchange {
                                                      const std::vector<uint8_t>& member, Deadline deadline);
   void set_pointers();
   void reset_lanes();
+  std::vector<uint8_t> given_up() const;
   bool is_idle() const;
   void await_idle(Deadline deadline) const;
   void free_retired();
@@ -118,6 +127,7 @@ class CudaExchange : public DeviceExchange {
   DeviceBuffer<std::byte*> window_pointers_, heap_pointers_;
   DeviceBuffer<uint32_t> failed_;
   PinnedBuffer<kernels::Mailbox> mailbox_;
+  DeviceBuffer<kernels::Attendance> attendance_;  // with TERN_ON_TIMEOUT_MASK
   mutable std::mutex retired_mutex_;
   std::vector<PlanMemory> retired_;  // guarded by retired_mutex_
   mutable std::mutex heap_mutex_;
@@ -125,6 +135,7 @@ class CudaExchange : public DeviceExchange {
   Trace trace_;
   std::vector<std::unique_ptr<CudaLane>> lanes_;
   Counters counters_;
+  std::unique_ptr<Nodes> nodes_;  // ends first
 };
 
 }  // namespace tern::cuda

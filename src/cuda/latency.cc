@@ -40,6 +40,7 @@ bool is_small(const CudaPlan& plan, int64_t row_bytes) {
     case TERN_MODE_LATENCY: return true;
     case TERN_MODE_AUTO: break;
   }
+  if (plan.exchange().masks_late_ranks()) return true;
   return shape.max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kLatencyKb) << 10;
 }
 
@@ -50,6 +51,10 @@ layout::LatencySlot dispatch_slot(const CudaPlan& plan, const DispatchCall& call
           .num_entries = plan.shape().num_topk};
 }
 
+kernels::LatencyDispatchMemory dispatch_memory(const CudaPlan& plan, const layout::LatencySlot& slot) {
+  return {plan.tables(), plan.shape().num_ranks, words_of(plan), slot};
+}
+
 bool is_per_entry(const CudaPlan& plan, const CombineCall& call) {
   return call.args.mode == TERN_COMBINE_EXACT && plan.shape().has_expert_rows();
 }
@@ -58,6 +63,9 @@ layout::LatencySlot combine_slot(const CudaPlan& plan, const CombineCall& call) 
   const int64_t num_rows = is_per_entry(plan, call) ? plan.shape().num_topk : 1;
   return {.row_bytes = num_rows * call.wire_bytes, .weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0};
 }
+
+// See LatencyCombineArgs.
+bool shares_slots(const CudaPlan& plan, const CombineCall& call) { return is_per_entry(plan, call) && !plan.exchange().masks_late_ranks(); }
 
 bool fits_staging(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t num_slots) {
   constexpr int64_t kMostSlotBytes = 1 << 30;  // offsets in a slot, and rows, are int32_t
@@ -103,9 +111,12 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
     args.slots_at[bank] = window.staging(launch.lane, static_cast<uint64_t>(bank));
   }
   args.row_flags_at = window.row_flags(launch.lane, 0);
+  args.progress_at = window.progress(launch.lane, 0);
   args.words_stride = static_cast<int32_t>(window.latency_words);
   args.slot_stride = static_cast<int32_t>(facts.slot.stride());
   args.experts_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().local_experts());
+  args.topk_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_topk);
+  args.ranks_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_ranks);
   return args;
 }
 
@@ -125,16 +136,11 @@ int latency_sms(const CudaPlan& plan, const tern_launch& launch) {
 bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call) {
   const layout::LatencySlot slot = dispatch_slot(plan, call);
   if (!is_small(plan, call.wire_bytes) || !fits_staging(plan, slot, plan.shape().max_messages())) return false;
-  kernels::LatencyDispatchArgs args;
-  args.call.exchange.num_ranks = plan.shape().num_ranks;
-  args.call.plan = plan.tables();
-  args.call.words = words_of(plan);
-  args.call.slot = slot;
-  return kernels::latency_dispatch_shared_bytes(args) <= kernels::kMostLatencyShared;
+  return dispatch_memory(plan, slot).num_bytes <= kernels::kMostLatencyShared;
 }
 
 bool takes_latency_path(const CudaPlan& plan, const CombineCall& call) {
-  const int64_t num_slots = is_per_entry(plan, call) ? plan.shape().max_tokens : plan.shape().max_messages();
+  const int64_t num_slots = shares_slots(plan, call) ? plan.shape().max_tokens : plan.shape().max_messages();
   return is_small(plan, call.row_bytes) && fits_staging(plan, combine_slot(plan, call), num_slots);
 }
 
@@ -169,6 +175,7 @@ kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_befo
   const layout::LatencySlot slot = dispatch_slot(plan_, call_);
   kernels::LatencyDispatchArgs args;
   args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
+  args.memory = dispatch_memory(plan_, slot);
   args.routes = routes;
   if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
     args.topk_idx = routing->topk_idx;
@@ -222,6 +229,7 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   args.wire_bytes = static_cast<int32_t>(call_.wire_bytes);
   args.is_log = a.wire == TERN_WIRE_LOG10BIT;
   args.per_entry = is_per_entry(plan_, call_);
+  args.shares_slots = shares_slots(plan_, call_);
   args.returns_weights = call_.carries_weights;
   args.rows = static_cast<const std::byte*>(a.rows);
   args.returned_weights = a.row_weights;

@@ -27,11 +27,20 @@ class DispatchOperation {
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
   int32_t num_sms() const { return num_sms_; }
 
+  // ---- Between nodes, the exchange within one: several batches.
+  // Of one batch at a time.
+  int32_t chunks_per_round() const { return chunks_per_round_; }
+  const layout::CallShape& shape() const { return shape_; }
+  void enqueue_round(const BatchRound& round, cudaStream_t stream) const;
+  // What packing needs of it.
+  kernels::DispatchArgs packing_args(const BatchRound& round) const;
+
  private:
   void set_parts();
-  kernels::RowPieces pieces(const kernels::WarpRoles& roles) const;
-  int32_t stage_run(const kernels::WarpRoles& roles) const;
-  kernels::DispatchArgs round_args(int32_t round) const;
+  kernels::RowPieces pieces(const kernels::WarpRoles& roles, int64_t most_bytes) const;
+  int32_t stage_run(const kernels::WarpRoles& roles, const layout::StagedSlot& slot) const;
+  kernels::DispatchArgs batch_args(const BatchRound& round) const;
+  kernels::DispatchArgs round_args(const BatchRound& round) const;
 
   const CudaPlan& plan_;
   const DispatchCall& call_;
@@ -39,6 +48,7 @@ class DispatchOperation {
   int64_t num_tokens_;
   int64_t rows_at_ = -1;  // in the heap, where the peers pull them; -1: they are staged
   int64_t scales_at_ = -1;
+  layout::StagedSlot all_;   // a token with all its parts
   layout::StagedSlot slot_;  // what goes through the staging
   layout::CallShape shape_;
   int32_t chunks_per_round_ = 0;
@@ -53,11 +63,21 @@ class CombineOperation {
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
   int32_t num_sms() const { return num_sms_; }
 
- private:
+  // ---- Between nodes, the exchange within one: several batches.
+  bool is_per_entry() const { return per_entry_; }
   bool sends_weights_ahead() const;
+  int32_t chunks_per_round() const { return chunks_per_round_; }
+  int32_t weight_chunks_per_round() const { return weight_chunks_per_round_; }
+  const layout::CallShape& shape() const { return shape_; }
+  void enqueue_round(const BatchRound& round, cudaStream_t stream) const;
+  void enqueue_weights_round(const BatchRound& round, cudaStream_t stream) const;
+  kernels::DispatchArgs weights_args(const BatchRound& round) const;
+  // Of the entries of this rank's tokens, where they are applied there; nullptr: they are not.
+  const float* token_weights() const;
+
+ private:
   layout::StagedSlot weight_slot() const;  // of a token's weights that go ahead
-  void enqueue_weights(cudaStream_t stream) const;
-  kernels::CombineArgs round_args(int32_t round) const;
+  kernels::CombineArgs round_args(const BatchRound& round) const;
 
   const CudaPlan& plan_;
   const CombineCall& call_;

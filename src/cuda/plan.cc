@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "cuda/latency.h"
+#include "cuda/node_operations.h"
 #include "cuda/operations.h"
 #include "cuda/profiling.h"
 #include "cuda/transfer.h"
@@ -27,6 +28,10 @@ CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
       received_per_expert_(static_cast<size_t>(shape.local_experts())),
       sent_per_rank_(static_cast<size_t>(shape.num_ranks)),
       pair_counts_(static_cast<size_t>(shape.num_ranks) * static_cast<size_t>(shape.num_ranks)) {
+  if (exchange.nodes() != nullptr) {
+    node_plan_ = std::make_shared<NodePlan>(exchange.facts().device, shape, exchange.nodes()->lane(0));
+    return;
+  }
   const kernels::PlanView& v = tables();
   const layout::RoutingBankLayout bank{.num_counts = v.num_counts(shape.num_ranks), .num_topk = shape.num_topk};
   if (bank.bytes(shape.max_tokens) > exchange.window_layout().routing_bytes)
@@ -36,7 +41,22 @@ CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
          shape.max_tokens, shape.num_topk, shape.num_experts, bank.bytes(shape.max_tokens), exchange.window_layout().routing_bytes);
 }
 
-CudaPlan::~CudaPlan() { exchange_.retire(std::move(memory_)); }
+CudaPlan::~CudaPlan() {
+  for (int32_t lane = 0; node_plan_ != nullptr && lane < exchange_.num_lanes(); ++lane) exchange_.nodes()->lane(lane).forget(this);
+  exchange_.retire(std::move(memory_));
+}
+
+kernels::PlanView CudaPlan::batch(int32_t node) const {
+  const int64_t first_token = node * shape_.max_tokens;
+  const kernels::RailTables& r = rails();
+  kernels::PlanView v = tables();
+  v.first_source = node * shape_.ranks_per_node();
+  v.experts = r.experts + first_token * shape_.num_topk;
+  v.entry_rows = r.entry_rows + first_token * shape_.num_topk;
+  v.messages = r.messages + first_token * v.messages_per_token;
+  if (node != shape_.node()) v.weights_sent = nullptr;
+  return v;
+}
 
 void CudaPlan::check_routing(const tern_routing& routing) const { check_routing_arguments(shape_, routing); }
 
@@ -48,6 +68,16 @@ void CudaPlan::check_ready(const char* operation, bool must_be_dispatched) const
   if (generation_ != exchange_.generation())
     fail(TERN_STALE_PLAN, "the plan was routed in generation {}, the exchange is in generation {} since its last recovery; route it again",
          generation_, exchange_.generation());
+}
+
+// Kernels of the throughput path cannot go on without a rank.
+void CudaPlan::check_may_wait(const char* operation) const {
+  if (!exchange_.masks_late_ranks()) return;
+  fail(TERN_UNSUPPORTED,
+       "{}: under TERN_ON_TIMEOUT_MASK GPU ranks have the latency path alone: dispatches that route, of at most {} tokens with {} experts "
+       "each, and "
+       "rows that fit the staging; this operation does not take it",
+       operation, layout::kMostLatencyTokens, layout::kMostLatencyTopk);
 }
 
 void CudaPlan::check_not_under_way(const char* operation) const {
@@ -91,7 +121,30 @@ void CudaPlan::begin_routing(const tern_routing& routing) {
   ++exchange_.counters().routes;
 }
 
+// The host routes, when the GPU has brought it what the caller gives.
+void CudaPlan::enqueue_route_between_nodes(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream) {
+  begin_routing(routing);
+  ++awaited_ticket_;
+  num_sms_ = 1;
+  exchange_.nodes()->lane(launch.lane).epochs().take(node_plan_->rounds_of_route());
+  const tern_routing brought = node_plan_->bring(routing, stream);
+  const NodeSteps steps(*this, launch, TERN_OP_ROUTE, stream);
+  const auto note = [exchange = &exchange_, lane = launch.lane](tern_status status) { exchange->note(status, lane, TERN_OP_ROUTE); };
+  steps.begin([brought, note, plan = node_plan_](NodeLane& lane) { plan->route(lane, brought, note); });
+  steps.await();
+  check(kernels::launch_copy(memory_.tables.data(), node_plan_->tables_data(), node_plan_->tables().routed_bytes, stream),
+        "launching the kernel that brings the tables of a routing to the GPU");
+}
+
+void CudaPlan::check_route_room(const tern_launch& launch) const {
+  if (node_plan_ != nullptr)
+    exchange_.nodes()->lane(launch.lane).epochs().check_room(TERN_OP_ROUTE, launch.lane, node_plan_->rounds_of_route());
+  else
+    check_room(exchange_.lane(launch.lane), TERN_OP_ROUTE, 1);
+}
+
 void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream) {
+  if (node_plan_ != nullptr) return enqueue_route_between_nodes(routing, launch, stream);
   begin_routing(routing);
   ++awaited_ticket_;
   const int64_t blocks = (shape_.max_tokens + kTokensPerRouteBlock - 1) / kTokensPerRouteBlock;
@@ -113,27 +166,38 @@ void CudaPlan::run(const Operation& operation, const tern_launch& launch, Ticket
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
   const ProfiledRange range("route");
   const DeviceGuard guard(exchange_.facts().device);
+  check_may_wait("route");
   exchange_.check_health();
   check_not_under_way("route");
-  check_room(exchange_.lane(launch.lane), TERN_OP_ROUTE, 1);
+  check_route_room(launch);
   OperationStream stream(*this, launch);
   enqueue_route(routing, launch, stream.get());
   stream.finish();
   latency_path_ = false;
   if (shape_.extent == TERN_EXTENT_EXACT) {
     const SpanFacts wait{.kind = TERN_SPAN_WAIT, .operation = TERN_OP_ROUTE, .peer = shape_.rank, .awaited = TERN_AWAITED_OWN_GPU};
-    with_span(exchange_.trace().lane(launch.lane), wait, [&](Span&) { await_counts(launch); });
+    with_span(exchange_.trace().lane(launch.lane), wait, [&](Span&) {
+      if (node_plan_ != nullptr) {
+        await_routing(launch, [&] { return node_plan_->num_routed() >= awaited_ticket_; });
+        read_table();
+      } else {
+        await_routing(launch, [&] {
+          return std::atomic_ref<uint64_t>(*memory_.host_ticket.data()).load(std::memory_order_acquire) == awaited_ticket_;
+        });
+        read_counts();
+      }
+    });
   }
   routed_ = true;
 }
 
 // Until the GPU has them, or says why not. It has a deadline of its own from the time when its kernel starts; the host's is a second one for a
-// kernel that never does.
-void CudaPlan::await_counts(const tern_launch& launch) {
-  const Deadline deadline = Deadline::in_ms(2 * exchange_.options().timeout_ms + 1000);
+// kernel that never does. Between nodes several waits may follow each other.
+template <typename HasCome>
+void CudaPlan::await_routing(const tern_launch& launch, HasCome has_come) const {
+  const Deadline deadline = Deadline::in_ms((node_plan_ != nullptr ? 4 : 2) * exchange_.options().timeout_ms + 1000);
   constexpr int kSpinsPerLook = 1000;
-  for (int64_t spin = 1;; ++spin) {
-    if (std::atomic_ref<uint64_t>(*memory_.host_ticket.data()).load(std::memory_order_acquire) == awaited_ticket_) break;
+  for (int64_t spin = 1; !has_come(); ++spin) {
     if (spin % kSpinsPerLook != 0) continue;
     exchange_.check_health();
     if (deadline.passed())
@@ -141,7 +205,6 @@ void CudaPlan::await_counts(const tern_launch& launch) {
            launch.lane);
     std::this_thread::yield();
   }
-  read_counts();
 }
 
 void CudaPlan::read_counts() {
@@ -166,8 +229,36 @@ void CudaPlan::read_counts() {
   }
   num_tokens_ = tokens_bound_ = tokens[rank];
   most_tokens_ = *std::max_element(tokens, tokens + num_ranks);
+  set_num_rows(padded_entries);
+}
+
+void CudaPlan::set_num_rows(int64_t padded_entries) {
   if (shape_.layout == TERN_LAYOUT_RANK_MAJOR) num_rows_ = num_received_;
   if (shape_.layout == TERN_LAYOUT_EXPERT_MAJOR) num_rows_ = padded_entries;
+}
+
+// Between nodes.
+void CudaPlan::read_table() {
+  const RoutingTable& table = node_plan_->table();
+  const int32_t num_ranks = shape_.num_ranks, rank = shape_.rank;
+  for (int32_t r = 0; r < num_ranks; ++r) {
+    received_per_rank_[static_cast<size_t>(r)] = table.messages_between(r, rank);
+    sent_per_rank_[static_cast<size_t>(r)] = table.messages_between(rank, r);
+    for (int32_t to = 0; to < num_ranks; ++to) pair_counts_[static_cast<size_t>(r * num_ranks + to)] = table.messages_between(r, to);
+  }
+  for (int32_t e = 0; e < shape_.local_experts(); ++e) received_per_expert_[static_cast<size_t>(e)] = table.received_entries(e);
+  num_received_ = table.num_received();
+  num_tokens_ = tokens_bound_ = table.num_tokens();
+  most_tokens_ = table.most_tokens_of_any_rank();
+  set_num_rows(table.num_rows());
+}
+
+void CudaPlan::dispatch_between_nodes(const DispatchCall& call, const tern_launch& launch, bool routes) {
+  const NodeDispatch operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
+  operation.check(dispatch_ticket_, routes ? node_plan_->rounds_of_route() : 0);
+  run(operation, launch, dispatch_ticket_, [&](cudaStream_t stream) {
+    if (routes) enqueue_route(*call.args.routing, launch, stream);
+  });
 }
 
 void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
@@ -183,13 +274,16 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
   if (!receives_only) check_not_under_way("dispatch");
   latency_path_ = takes_latency_path(*this, call);
-  if (latency_path_) {
+  if (node_plan_ != nullptr) {
+    dispatch_between_nodes(call, launch, routes);
+  } else if (latency_path_) {
     const LatencyDispatch operation(*this, call, launch);
     operation.check(dispatch_ticket_);
     run(operation, launch, dispatch_ticket_, [&](cudaStream_t) {
       if (routes) begin_routing(*call.args.routing);
     });
   } else {
+    check_may_wait("dispatch");
     const DispatchOperation operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
     operation.check(dispatch_ticket_, routes ? 1 : 0);
     run(operation, launch, dispatch_ticket_, [&](cudaStream_t stream) {
@@ -224,11 +318,16 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
         "combine: wire is TERN_WIRE_LOG10BIT, which GPU ranks have on the latency path only, and {} tokens of {} bytes do not take it; use "
         "TERN_WIRE_AS_DTYPE, an exchange with TERN_MODE_LATENCY, or a larger TERN_LATENCY_MAX_KB",
         shape_.max_tokens, call.row_bytes);
-  if (latency_path_) {
+  if (node_plan_ != nullptr) {
+    const NodeCombine operation(*this, call, launch);
+    operation.check(combine_ticket_);
+    run(operation, launch, combine_ticket_, [](cudaStream_t) {});
+  } else if (latency_path_) {
     const LatencyCombine operation(*this, call, launch);
     operation.check(combine_ticket_);
     run(operation, launch, combine_ticket_, [](cudaStream_t) {});
   } else {
+    check_may_wait("combine");
     const CombineOperation operation(*this, call, launch);
     operation.check(combine_ticket_);
     run(operation, launch, combine_ticket_, [](cudaStream_t) {});

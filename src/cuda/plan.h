@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/exchange.h"
+#include "cuda/node_plan.h"
 #include "cuda/plan_memory.h"
 #include "kernels/exchange_view.h"
 #include "kernels/route.h"
@@ -37,6 +38,10 @@ class CudaPlan : public DevicePlan {
 
   CudaExchange& exchange() const { return exchange_; }
   const kernels::PlanView& tables() const { return memory_.tables.view(); }
+  // Between nodes: what the host has of the plan, and the tables of a batch.
+  const std::shared_ptr<NodePlan>& node_plan() const { return node_plan_; }
+  const kernels::RailTables& rails() const { return memory_.tables.rails(); }
+  kernels::PlanView batch(int32_t node) const;
   // To be recorded behind the operations of a lane.
   const std::shared_ptr<Event>& end_of(int32_t lane_idx) const { return memory_.ends[static_cast<size_t>(lane_idx)]; }
   // Rows of the outputs: the capacity, or with extent exact what was counted.
@@ -48,6 +53,7 @@ class CudaPlan : public DevicePlan {
 
  private:
   void check_ready(const char* operation, bool must_be_dispatched) const;
+  void check_may_wait(const char* operation) const;
   void check_not_under_way(const char* operation) const;
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.generation(); }
   kernels::RouteArgs route_args(const tern_routing& routing, int32_t lane_idx) const;
@@ -55,12 +61,20 @@ class CudaPlan : public DevicePlan {
   void enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream);
   template <typename Operation, typename Begin>
   void run(const Operation& operation, const tern_launch& launch, Ticket& ticket, Begin begin);
-  void await_counts(const tern_launch& launch);
+  void check_route_room(const tern_launch& launch) const;
+  void enqueue_route_between_nodes(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream);
+  void dispatch_between_nodes(const DispatchCall& call, const tern_launch& launch, bool routes);
+  // Of a route with extent exact: waits until has_come() and reads what has.
+  template <typename HasCome>
+  void await_routing(const tern_launch& launch, HasCome has_come) const;
   void read_counts();
+  void read_table();
+  void set_num_rows(int64_t padded_entries);
 
   CudaExchange& exchange_;
   PlanShape shape_;
   PlanMemory memory_;
+  std::shared_ptr<NodePlan> node_plan_;  // nullptr: there is one node
   uint64_t awaited_ticket_ = 0;
   Ticket dispatch_ticket_, combine_ticket_;
   uint32_t generation_ = 0;

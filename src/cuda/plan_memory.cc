@@ -22,10 +22,12 @@ class Placer {
   int64_t num_bytes_ = 0;
 };
 
-int64_t place_tables(const PlanShape& shape, std::byte* memory, kernels::PlanView& v) {
+void set_sizes(const PlanShape& shape, kernels::PlanView& v) {
   constexpr int32_t kTopkGranule = 4;  // rows of tables are loaded 16 bytes at a time
   v.max_tokens = shape.max_tokens;
-  v.num_experts = shape.num_experts;
+  v.num_sources = shape.num_ranks;
+  v.first_source = shape.first_rank();
+  v.num_experts = shape.node_experts();
   v.local_experts = shape.local_experts();
   v.num_topk = shape.num_topk;
   v.topk_stride = static_cast<int32_t>(layout::align_up(shape.num_topk, kTopkGranule));
@@ -36,13 +38,35 @@ int64_t place_tables(const PlanShape& shape, std::byte* memory, kernels::PlanVie
   v.alignment = shape.alignment;
   v.row_capacity = shape.row_capacity;
   v.padded_group_rows = shape.padded_group_rows();
+}
+
+void place_rail_tables(const PlanShape& shape, const kernels::PlanView& v, Placer& p, kernels::RailTables& r) {
+  const int64_t num_nodes = shape.num_nodes, batches = num_nodes * shape.max_tokens, chunk_ends = num_nodes * (layout::kMaxChunks + 1);
+  r.num_nodes = shape.num_nodes;
+  r.own_node = shape.node();
+  p.place(r.experts, batches * shape.num_topk);
+  p.place(r.entry_rows, batches * shape.num_topk);
+  p.place(r.messages, batches * v.messages_per_token);
+  p.place(r.here, batches);
+  p.place(r.here_begin, chunk_ends);
+  p.place(r.entries_here, batches * shape.num_topk);
+  p.place(r.entries_here_begin, chunk_ends);
+  p.place(r.node_of_entry, shape.max_tokens * shape.num_topk);
+  p.place(r.there, batches);
+  p.place(r.there_begin, chunk_ends);
+  p.place(r.entries_there, shape.max_tokens * shape.num_topk);
+  p.place(r.entries_there_begin, chunk_ends);
+}
+
+}  // namespace
+
+PlacedTables::PlacedTables(const PlanShape& shape, std::byte* memory) {
+  kernels::PlanView& v = plan;
+  set_sizes(shape, v);
   const int64_t num_entries = shape.max_tokens * shape.num_topk, num_received = shape.max_messages() * v.topk_stride;
   Placer p(memory);
   p.place(v.num_tokens, shape.num_ranks);
-  p.place(v.counts, int64_t{shape.num_ranks} * v.num_counts(shape.num_ranks));
-  p.place(v.experts, num_entries);
-  p.place(v.entry_rows, num_entries);
-  p.place(v.messages, shape.max_tokens * v.messages_per_token);
+  p.place(v.counts, int64_t{shape.num_ranks} * v.num_counts(shape.ranks_per_node()));
   p.place(v.received_begin, shape.num_ranks + 1);
   p.place(v.chunk_begin, int64_t{shape.num_ranks} * (layout::kMaxChunks + 1));
   p.place(v.source_token, shape.max_messages());
@@ -50,28 +74,29 @@ int64_t place_tables(const PlanShape& shape, std::byte* memory, kernels::PlanVie
   p.place(v.received_rows, num_received);
   p.place(v.group_begin, v.local_experts + 1);
   p.place(v.source_begin, int64_t{v.local_experts} * shape.num_ranks);
+  if (shape.num_nodes > 1) {
+    place_rail_tables(shape, v, p, rails);
+  } else {
+    p.place(v.experts, num_entries);
+    p.place(v.entry_rows, num_entries);
+    p.place(v.messages, shape.max_tokens * v.messages_per_token);
+  }
+  routed_bytes = p.num_bytes();
   p.place(v.weights_sent, num_entries);
   p.place(v.weights_received, num_received);
   p.place(v.weights_from_owner, num_received);
   p.place(v.dispatch_ticket, 1);
   p.place(v.combine_ticket, 1);
-  return p.num_bytes();
+  total_bytes = p.num_bytes();
 }
-
-int64_t tables_bytes(const PlanShape& shape) {
-  kernels::PlanView measured;
-  return place_tables(shape, nullptr, measured);
-}
-
-}  // namespace
 
 PlanTables::PlanTables(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape)
-    : memory_(pool, static_cast<size_t>(tables_bytes(shape))) {
-  place_tables(shape, memory_.data(), view_);
-}
+    : memory_(pool, static_cast<size_t>(PlacedTables(shape, nullptr).total_bytes)), placed_(shape, memory_.data()) {}
 
 PlanMemory::PlanMemory(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape, int32_t num_lanes) : tables(pool, shape) {
   const auto num_ranks = static_cast<size_t>(shape.num_ranks), num_counts = static_cast<size_t>(tables.view().num_counts(shape.num_ranks));
+  for (int32_t i = 0; i < num_lanes; ++i) ends.push_back(std::make_shared<Event>(pool->device()));
+  if (shape.num_nodes > 1) return;  // there the host routes
   block_counts = {pool, kernels::kMostRouteBlocks * num_counts};
   const int32_t num_warps = kernels::route_counting_warps(shape.num_experts, shape.num_ranks);
   const int64_t elements = kernels::route_workspace(shape.num_experts, shape.num_ranks, num_warps);
@@ -80,7 +105,6 @@ PlanMemory::PlanMemory(const std::shared_ptr<DevicePool>& pool, const PlanShape&
     host_counts = {pool->device(), num_ranks * (num_counts + 1)};
     host_ticket = {pool->device(), 1};
   }
-  for (int32_t i = 0; i < num_lanes; ++i) ends.push_back(std::make_shared<Event>(pool->device()));
 }
 
 bool PlanMemory::is_idle() const {

@@ -107,8 +107,7 @@ kernels::ExchangeView enter_lane(CudaExchange& exchange, int32_t lane_idx, bool 
   return view;
 }
 
-kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const RoundOptions& options, int32_t round) {
-  const kernels::PlanView& tables = plan.tables();
+kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const RoundOptions& options) {
   kernels::TransferArgs args;
   args.shape = options.shape;
   args.operation = options.operation;
@@ -116,9 +115,9 @@ kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const R
   args.receives = options.phase != TERN_PHASE_SEND;
   args.exchange = enter_lane(plan.exchange(), lane_idx, args.sends);
   args.ticket = options.ticket;
-  args.tokens_per_chunk = tables.tokens_per_chunk;
-  args.first_chunk = round * options.chunks_per_round;
-  args.end_chunk = std::min(args.first_chunk + options.chunks_per_round, tables.num_chunks);
+  args.tokens_per_chunk = plan.tables().tokens_per_chunk;
+  args.first_chunk = options.chunks.begin;
+  args.end_chunk = options.chunks.end;
   return args;
 }
 

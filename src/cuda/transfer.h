@@ -2,6 +2,7 @@
 // What the host does alike for every operation on a GPU: streams and events, epochs, rounds, how many SMs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -56,15 +57,33 @@ int32_t consumed_lag(const CudaLane& lane);
 // What the next kernel on the lane gets of the exchange. One that sends takes the lane's next epoch; a receive has that of its send.
 kernels::ExchangeView enter_lane(CudaExchange& exchange, int32_t lane_idx, bool sends);
 
-// What dispatch and combine share in the arguments of round `round`.
+struct ChunkRange {
+  int32_t begin, end;
+};
+// The chunks of a round, of those of a plan.
+inline ChunkRange chunks_of_round(int32_t num_chunks, int32_t chunks_per_round, int32_t round) {
+  return {std::min(round * chunks_per_round, num_chunks), std::min((round + 1) * chunks_per_round, num_chunks)};
+}
+
+// What a kernel works on: chunks of a batch. Between nodes its rows may lie in slots: those that arrive with a dispatch, those that a combine
+// returns.
+struct BatchRound {
+  kernels::PlanView plan;
+  ChunkRange chunks;
+  int32_t node = 0;
+  kernels::RailSlots slots = {};  // without banks: rows are the caller's
+  bool is_first = true;           // of the operation
+};
+
+// What dispatch and combine share in the arguments of a kernel.
 struct RoundOptions {
   tern_operation operation;
   tern_phase phase;
   const layout::CallShape& shape;
-  int32_t chunks_per_round;
+  ChunkRange chunks;
   uint64_t* ticket;  // in GPU memory
 };
-kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const RoundOptions& options, int32_t round);
+kernels::TransferArgs make_round(const CudaPlan& plan, int32_t lane_idx, const RoundOptions& options);
 
 // A part of a token that goes through the staging at `offset` of the token's slot; absent if it has no bytes.
 layout::PulledPart staged_part(const kernels::TransferArgs& transfer, const layout::StagedSlot& slot, int64_t offset, int64_t bytes);

@@ -28,6 +28,10 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 __device__ __forceinline__ void init_arrivals(uint64_t* arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrivals)) : "memory");
 }
+// Before the memory is used otherwise, or initialised again.
+__device__ __forceinline__ void end_arrivals(uint64_t* arrivals) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(arrivals)) : "memory");
+}
 // Makes initialised arrivals visible to the copy engine.
 __device__ __forceinline__ void fence_arrivals_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void expect_bytes(uint64_t* arrivals, uint32_t num_bytes) {
@@ -73,6 +77,7 @@ __device__ __forceinline__ void await_stored() {
 
 __device__ __forceinline__ void fence_async_proxy() {}
 __device__ __forceinline__ void init_arrivals(uint64_t*) {}
+__device__ __forceinline__ void end_arrivals(uint64_t*) {}
 __device__ __forceinline__ void fence_arrivals_init() {}
 __device__ __forceinline__ void expect_bytes(uint64_t*, uint32_t) {}
 __device__ __forceinline__ bool try_await_bytes(uint64_t*, uint32_t) { return true; }

@@ -34,6 +34,19 @@ __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t val
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
   return before;
 }
+// Of the block, in shared memory: sets bits, and publishes to those who acquire them what this thread has written and seen.
+__device__ __forceinline__ void or_release_block(uint64_t* word, uint64_t bits) {
+  asm volatile("red.release.cta.shared::cta.or.b64 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))), "l"(bits)
+               : "memory");
+}
+__device__ __forceinline__ uint64_t load_acquire_block(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u64 %0, [%1];"
+               : "=l"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(word)))
+               : "memory");
+  return value;
+}
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Nanoseconds, the same clock on the whole device; it moves in steps of up to a microsecond.

@@ -4,9 +4,23 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "domain/domain.h"
+#include "domain/proposal.h"
 
 namespace tern {
 namespace {
+
+[[noreturn]] void refuse_rank(int rank, uint64_t generation) {
+  fail(TERN_MASKED_OUT,
+       "the other ranks go on without rank {} in generation {}; to join again, all ranks call tern_exchange_recover with readmit, or make "
+       "a new exchange",
+       rank, generation);
+}
+
+// Did it go on to the generation, or a later one, without that rank?
+bool leaves_behind(const std::optional<Proposal>& theirs, int rank, uint64_t generation) {
+  return theirs && theirs->generation >= generation && theirs->committed && theirs->mask[static_cast<size_t>(rank)] != 0;
+}
 
 class Agreement {
  public:
@@ -86,21 +100,14 @@ class Agreement {
 
   // A rank that this one wants to go on without may have gone on without this one long ago: then there is a new generation already.
   void refuse_if_left_behind_by(int r) {
-    const auto theirs = council_.proposal_of(r);
-    if (theirs && theirs->generation >= own_.generation && theirs->committed && theirs->mask[static_cast<size_t>(council_.rank())] != 0)
-      refuse();
+    if (leaves_behind(council_.proposal_of(r), council_.rank(), own_.generation)) refuse();
   }
 
   void refuse_if_masked() const {
     if (!goes_on(council_.rank())) refuse();
   }
 
-  [[noreturn]] void refuse() const {
-    fail(TERN_MASKED_OUT,
-         "recover: the other ranks go on without rank {} in generation {}; to join again, all ranks call tern_exchange_recover with "
-         "readmit, or make a new exchange",
-         council_.rank(), own_.generation);
-  }
+  [[noreturn]] void refuse() const { refuse_rank(council_.rank(), own_.generation); }
 
   Council& council_;
   const AgreementOptions& options_;
@@ -111,6 +118,13 @@ class Agreement {
 };
 
 }  // namespace
+
+void refuse_if_left_out(const Domain& domain) {
+  const uint64_t next = domain.generation + 1;
+  domain.for_each_member([&](int r) {
+    if (leaves_behind(read_proposal(domain.proposal(r), domain.num_ranks), domain.rank, next)) refuse_rank(domain.rank, next);
+  });
+}
 
 std::vector<uint8_t> agree_on_mask(Council& council, const AgreementOptions& options) { return Agreement(council, options).run(); }
 

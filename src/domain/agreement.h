@@ -11,6 +11,7 @@
 
 #include "base/deadline.h"
 #include "domain/council.h"
+#include "domain/domain.h"
 
 namespace tern {
 
@@ -23,5 +24,8 @@ struct AgreementOptions {
 
 // Returns the agreed set, [num_ranks]. TERN_TIMEOUT names who did not answer; TERN_MASKED_OUT if the others go on without this rank.
 std::vector<uint8_t> agree_on_mask(Council& council, const AgreementOptions& options);
+
+// TERN_MASKED_OUT if others have agreed on the generation behind the domain's own, without this rank. Looks once, and waits for nothing.
+void refuse_if_left_out(const Domain& domain);
 
 }  // namespace tern

@@ -15,7 +15,7 @@ namespace tern {
 // Is the engine built in, and is there a GPU that it can use?
 bool cuda_engine_present();
 // Control and staging of an exchange with these options, which are complete.
-tern_memory_info cuda_memory(const tern_exchange_options& options, int32_t num_ranks);
+tern_memory_info cuda_memory(const tern_exchange_options& options, int32_t num_ranks, int32_t num_nodes);
 std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,
                                                    const Log& log, Deadline deadline);
 

@@ -39,16 +39,14 @@ tern_exchange_options choose_engine(tern_exchange_options options) {
   return options;
 }
 
-// GPU ranks make one domain of all ranks, whatever their nodes are.
-int num_nodes(const Topology& topology, const tern_exchange_options& o) {
-  if (o.device == TERN_DEVICE_CUDA) return 1;
+int num_nodes(const Topology& topology) {
   check_nodes(topology);
   return topology.num_nodes;
 }
 
 void compare_configuration(Group& group, const tern_exchange_options& o, Deadline deadline) {
   const int num_ranks = group.topology.num_ranks;
-  const int nodes = num_nodes(group.topology, o);
+  const int nodes = num_nodes(group.topology);
   const Configuration own{tern_version(),
                           o.device,
                           o.staging_bytes,
@@ -77,7 +75,7 @@ std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, con
   const tern_exchange_options complete = choose_engine(complete_options(options));
   const Deadline deadline = Deadline::in_ms(complete.timeout_ms);
   make_window_layout(complete, group->topology.num_ranks,
-                     num_nodes(group->topology, complete));  // refuses bad sizes before anybody is kept waiting
+                     num_nodes(group->topology));  // refuses bad sizes before anybody is kept waiting
   compare_configuration(*group, complete, deadline);
   auto exchange = std::make_shared<Exchange>(Exchange{group, complete, nullptr});
   exchange->device = complete.device == TERN_DEVICE_CUDA
@@ -89,15 +87,15 @@ std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, con
 tern_memory_info query_memory(const Group& group, const tern_exchange_options& options) {
   const tern_exchange_options complete = choose_engine(complete_options(options));
   tern_memory_info info;
+  const int nodes = num_nodes(group.topology);
   if (complete.device == TERN_DEVICE_CUDA) {
-    info = cuda_memory(complete, group.topology.num_ranks);
+    info = cuda_memory(complete, group.topology.num_ranks, nodes);
   } else {
-    const int nodes = num_nodes(group.topology, complete);
     const layout::WindowLayout window = make_window_layout(complete, group.topology.num_ranks, nodes);
     info.control_bytes = window.control_bytes();
-    info.staging_bytes =
-        window.staging_bytes() + num_rail_banks(complete, nodes) * rail_bank_bytes(complete, group.topology.num_ranks, nodes);
+    info.staging_bytes = window.staging_bytes();
   }
+  info.staging_bytes += num_rail_banks(complete, nodes) * rail_bank_bytes(complete, group.topology.num_ranks, nodes);
   info.window_bytes = complete.window_bytes;
   info.total_bytes = info.control_bytes + info.staging_bytes + info.window_bytes;
   return info;

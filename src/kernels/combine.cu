@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Combine: the owner of a token pulls one row from each rank that had it (or one for each entry), and sums.
+// Combine: the owner of a token gets one row from each rank that had it (or one for each entry), and sums.
 //
-//   staging warps   make what is pulled, in this rank's window: for each received message one row, summed over its entries and rounded once; or
+//   staging warps   push what is summed into the owners' windows: for each received message one row, summed over its entries and rounded once; or
 //                   copies of rows. They wait for nobody's rows, and when all is staged they pull too. Rows that are in window memory in the
-//                   right form already stay there.
+//                   right form already stay there, and are pulled over the link.
 //   pulling warps   take this rank's tokens, wait for the chunks of those who have a part of them, and sum in the contract's order
 #include "kernels/combine.h"
+#include "kernels/copies.cuh"
 #include "kernels/messages.cuh"
 #include "kernels/shared_memory.h"
 #include "kernels/sums.cuh"
@@ -15,19 +16,21 @@ namespace tern::kernels {
 namespace {
 
 constexpr int kMostThreads = 512;
-// Half a row of 7168 channels of 2 bytes: few warps copy, so each has much on its way.
-constexpr int kCopyUnroll = 14;
 constexpr int kPullBarrier = 1;  // of the warps that pull from the start
 constexpr int kJoinBarrier = 2;  // of all
 
-// The dynamic shared memory of a block: sources, then with bulk copies the rings of its warps.
+// The dynamic shared memory of a block: sources, then with bulk copies the rings of its warps. A staging warp has two, one after the other.
 struct CombineShared {
   int64_t stage_rings, pull_rings, bytes;
 
   __host__ __device__ constexpr CombineShared(const CombineArgs& args, bool bulk_copies)
       : stage_rings(layout::align_up(args.transfer.exchange.num_ranks * kSourceViewBytes, layout::kBulkLine)),
-        pull_rings(stage_rings + (bulk_copies ? args.roles.num_stage_warps * args.stage_ring.bytes() : 0)),
+        pull_rings(stage_rings + (bulk_copies ? args.roles.num_stage_warps * stage_bytes(args) : 0)),
         bytes(pull_rings + (bulk_copies ? args.roles.num_pull_warps * args.pull_ring.bytes() : 0)) {}
+
+  __host__ __device__ static constexpr int64_t stage_bytes(const CombineArgs& args) {
+    return args.stage_ring.bytes() > args.joined_ring.bytes() ? args.stage_ring.bytes() : args.joined_ring.bytes();
+  }
 };
 
 // What this rank makes for the owners of the messages it received: the Rows of sums.cuh.
@@ -41,22 +44,19 @@ class StagedRows {
     look_ahead();
   }
 
-  // Instead of sums: what owners want as it is. Rows are reported when the next one's loads are under way, since reports wait for stores.
-  __device__ void copy() {
-    SumRow row, done;
-    bool is_done = false;
-    const auto report = [&] {
-      if (is_done) row_done(done);
-      is_done = false;
-    };
-    while (next_row(row)) {
-      copy_terms(row, report);
-      report();
-      __syncwarp();
-      done = row;
-      is_done = true;
+  // Instead of sums: the next row that is copied, of this message or of the next one.
+  __device__ bool next_copy(RowCopy& copy) {
+    if (!has_copies_) {
+      if (!next_row(copied_)) return false;
+      copy_ahead_ = copy_from(0);
     }
-    report();
+    copy = copy_ahead_;
+    has_copies_ = false;
+    if (copy.from == nullptr) return true;
+    copy_ahead_ = copy_from(entry_ahead_ + 1);
+    has_copies_ = copy_ahead_.from != nullptr;
+    if (has_copies_) copy.row.run = 0;
+    return true;
   }
 
   __device__ bool next_row(SumRow& row) {
@@ -93,7 +93,7 @@ class StagedRows {
   __device__ void row_done(const SumRow& row) const {
     if (row.run == 0 || device::lane_idx() != 0) return;
     const int chunk = chunk_of(row.token);
-    const int32_t* chunk_begin = plan_.chunk_begin + row.rank * (layout::kMaxChunks + 1) + chunk;
+    const int32_t* chunk_begin = plan_.chunks_from(row.rank) + chunk;
     if (transfer_.complete(row.rank, chunk, row.run, static_cast<uint32_t>(chunk_begin[1] - chunk_begin[0])))
       transfer_.raise_chunk(row.rank, chunk);
   }
@@ -134,22 +134,22 @@ class StagedRows {
   }
 
   __device__ std::byte* slot_of(const SumRow& row) const {
-    return transfer_.staging() + row.rank * args_.transfer.peer_bytes + (row.token - args_.transfer.first_token()) * args_.slot.stride();
+    return transfer_.staging_at(row.rank) + (row.token - args_.transfer.first_token()) * args_.slot.stride();
   }
 
-  template <typename Begun>
-  __device__ void copy_terms(const SumRow& row, Begun begun) const {
-    const auto copy_to = [&](int64_t at, std::byte* to) {
-      copy_row<kCopyUnroll>(args_.rows + at * args_.row_bytes, args_.row_bytes, [&](auto visit) { visit(to); }, begun);
-    };
-    if (!plan_.has_expert_rows()) {
-      if (row.index < plan_.row_capacity) copy_to(row.index, out(row));
-      return;
+  // The first of the message's rows from entry `k` on.
+  __device__ RowCopy copy_from(int k) {
+    for (int batch = k / kWarpThreads; batch < num_batches(); ++batch, k = batch * kWarpThreads) {
+      Terms terms;
+      get_terms(copied_, batch, terms);
+      const uint32_t left = terms.valid & ~0u << k % kWarpThreads;
+      if (left == 0) continue;
+      const int t = __ffs(static_cast<int>(left)) - 1;
+      entry_ahead_ = batch * kWarpThreads + t;
+      const auto from = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+      return {copied_, from, out(copied_) + entry_ahead_ * args_.row_bytes};
     }
-    for (int k = 0; k < plan_.num_topk; ++k) {
-      const int32_t at = plan_.received_rows[int64_t{row.index} * plan_.topk_stride + k];
-      if (at >= 0) copy_to(at, out(row) + k * args_.row_bytes);
-    }
+    return {copied_, nullptr, nullptr};
   }
 
   __device__ void stage_weights(const SumRow& row) const {
@@ -175,36 +175,49 @@ class StagedRows {
   bool has_ahead_ = false;
   Term term_, term_ahead_;
   uint32_t num_in_run_ = 0;
+  // Where next_copy() is: the message, and its next row if it has one.
+  SumRow copied_ = {};
+  RowCopy copy_ahead_ = {};
+  int entry_ahead_ = 0;
+  bool has_copies_ = false;
 };
 
-// The results of this rank's tokens: the Rows of sums.cuh. The warps of all blocks take the next part of a row when they come to it.
+// The results of this rank's tokens, or between nodes what is returned for those of a batch: the Rows of sums.cuh. The warps of all blocks take
+// the next part of a row when they come to it. A row's index is the entry's where each entry has a row of its own.
 class OwnedRows {
  public:
   __device__ OwnedRows(const CombineArgs& args, const Transfer& transfer, const SourceView* sources)
       : args_(args), plan_(args.plan), transfer_(transfer), sources_(sources) {
     const TransferArgs& t = args.transfer;
-    end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+    end_token_ = min(int64_t{args.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
     look_ahead();
   }
 
   __device__ bool next_row(SumRow& row) {
-    const int32_t token = next_ / args_.num_parts;
-    if (token >= end_token_) return false;
-    const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
-    message_ = message_ahead_;
-    look_ahead();
-    row = {transfer_.rank(), token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
-    if (!await_sources(token)) return false;
-    if (begin == 0 && args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
-    return true;
+    const int32_t rows_per_token = args_.rows_per_token();
+    for (;;) {
+      const int32_t nth = next_ / args_.num_parts, token = nth / rows_per_token;
+      if (token >= end_token_) return false;
+      const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
+      message_ = message_ahead_;
+      look_ahead();
+      row = {transfer_.rank(), nth % rows_per_token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
+      if (args_.returns_slots() && slot_of(row) == nullptr) continue;
+      if (!await_sources(token)) return false;
+      if (begin == 0) put_words(row);
+      return true;
+    }
   }
 
   __device__ int num_batches() const {
-    return ((args_.per_entry ? plan_.num_topk : plan_.messages_per_token) + kWarpThreads - 1) / kWarpThreads;
+    const int num_terms = !args_.per_entry ? plan_.messages_per_token : args_.returns_slots() ? 1 : plan_.num_topk;
+    return (num_terms + kWarpThreads - 1) / kWarpThreads;
   }
   __device__ void get_terms(const SumRow& row, int batch, Terms& terms) const {
     const int i = batch * kWarpThreads + static_cast<int>(device::lane_idx());
-    if (args_.per_entry)
+    if (args_.per_entry && args_.returns_slots())
+      get_entry(row.token, i == 0 ? row.index : plan_.num_topk, terms);
+    else if (args_.per_entry)
       get_entry(row.token, i, terms);
     else
       get_message(row.token, i, terms);
@@ -215,10 +228,17 @@ class OwnedRows {
   __device__ const std::byte* bias(const SumRow& row, int which) const {
     return args_.bias[which] == nullptr ? nullptr : args_.bias[which] + row.token * args_.row_bytes;
   }
-  __device__ std::byte* out(const SumRow& row) const { return args_.out_tokens + row.token * args_.row_bytes; }
+  __device__ std::byte* out(const SumRow& row) const {
+    return args_.returns_slots() ? slot_of(row) : args_.out_tokens + row.token * args_.row_bytes;
+  }
   __device__ void row_done(const SumRow&) const {}
 
  private:
+  // nullptr: nothing is returned for it.
+  __device__ std::byte* slot_of(const SumRow& row) const {
+    return args_.slots.of(args_.node, int64_t{row.token} * args_.rows_per_token() + row.index);
+  }
+
   __device__ MessageRef message_of(int32_t token, int m) const {
     if (m >= plan_.messages_per_token) return {-1, -1};
     return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
@@ -227,8 +247,9 @@ class OwnedRows {
   // Takes the next part, and fetches the thread's message of its token while those of this one are loaded.
   __device__ void look_ahead() {
     const uint32_t taken = device::lane_idx() == 0 ? atomicAdd(&args_.transfer.exchange.state->parts_taken, 1u) : 0;
-    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.num_parts + static_cast<int32_t>(__shfl_sync(~0u, taken, 0));
-    const int32_t token = next_ / args_.num_parts;
+    const auto nth = static_cast<int32_t>(__shfl_sync(~0u, taken, 0));
+    next_ = static_cast<int32_t>(args_.transfer.first_token()) * args_.rows_per_token() * args_.num_parts + nth;
+    const int32_t token = next_ / args_.num_parts / args_.rows_per_token();
     if (token < end_token_) message_ahead_ = message_of(token, static_cast<int>(device::lane_idx()));
   }
 
@@ -268,7 +289,30 @@ class OwnedRows {
     if (args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
   }
 
-  __device__ void sum_weights(int32_t token) const {
+  // What goes with a row: weights that are handed back; with a single entry's first whether it has a row.
+  __device__ void put_words(const SumRow& row) const {
+    if (!args_.returns_slots()) {
+      if (args_.out_topk_weights != nullptr && args_.returns_weights)
+        sum_weights(row.token, args_.out_topk_weights + int64_t{row.token} * plan_.num_topk);
+      return;
+    }
+    auto* words = reinterpret_cast<uint32_t*>(slot_of(row) + args_.slots.layout.words());
+    if (!args_.per_entry) {
+      if (args_.returns_weights) sum_weights(row.token, reinterpret_cast<float*>(words));
+      return;
+    }
+    Terms terms;
+    get_entry(row.token, row.index, terms);
+    if (device::lane_idx() != 0) return;
+    words[0] = terms.address != nullptr ? 1 : 0;
+    if (!args_.returns_weights) return;
+    const int32_t expert = plan_.experts[int64_t{row.token} * plan_.num_topk + row.index];
+    const SourceView& source = sources_[expert / plan_.local_experts];
+    const auto* weights = reinterpret_cast<const float*>(source.weights + row.token * source.weight_stride);
+    reinterpret_cast<float*>(words)[1] = terms.address != nullptr ? weights[row.index] : 0.0f;
+  }
+
+  __device__ void sum_weights(int32_t token, float* out) const {
     for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
       float sum = 0.0f;
       for (int m = 0; m < plan_.messages_per_token; ++m) {
@@ -277,7 +321,7 @@ class OwnedRows {
         const SourceView& source = sources_[message.rank];
         sum = __fadd_rn(sum, reinterpret_cast<const float*>(source.weights + token * source.weight_stride)[k]);
       }
-      args_.out_topk_weights[int64_t{token} * plan_.num_topk + k] = sum;
+      out[k] = sum;
     }
   }
 
@@ -285,24 +329,33 @@ class OwnedRows {
   const PlanView& plan_;
   const Transfer& transfer_;
   const SourceView* const sources_;
-  int32_t next_;  // token * num_parts + part
+  int32_t next_;  // (token * rows_per_token + row) * num_parts + part
   int64_t end_token_;
   MessageRef message_ = {-1, -1}, message_ahead_ = {-1, -1};  // of the current token and the next one: the thread's
 };
 
-// The part of a staging warp.
-template <typename Wire>
-__device__ void stage(const CombineArgs& args, const Transfer& transfer) {
+// The part of a staging warp; `ring` has the warp's memory.
+template <typename Wire, bool kBulk>
+__device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-  if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+  if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
   if (args.slot.stride() == 0) return;
   const auto num_blocks = static_cast<int32_t>(gridDim.x);
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);
-  if (args.copies_rows())
-    rows.copy();
-  else
+  if constexpr (kBulk) {
+    device::fence_async_proxy();  // bulk stores too come after what await_staging() has seen
+    ring.init();
+    if (args.copies_rows())
+      copy_by_bulk(ring, rows, static_cast<int32_t>(args.row_bytes));
+    else
+      sum_by_ring<Wire, kStagePieceBytes>(ring, rows);
+    ring.end();
+  } else if (args.copies_rows()) {
+    copy_by_threads(rows, args.row_bytes);
+  } else {
     sum_by_threads<Wire>(rows);
+  }
 }
 
 // The warps that pull from the start: where the sources' rows are.
@@ -322,10 +375,12 @@ __device__ void open_sources(const CombineArgs& args, const Transfer& transfer, 
 template <typename Wire, bool kBulk>
 __device__ void pull(const CombineArgs& args, const Transfer& transfer, const SourceView* sources, const SumRing& ring) {
   OwnedRows rows(args, transfer, sources);
-  if constexpr (kBulk)
-    sum_by_ring<Wire>(ring, rows);
-  else
+  if constexpr (kBulk) {
+    ring.init();
+    sum_by_ring<Wire, kPullPieceBytes>(ring, rows);
+  } else {
     sum_by_threads<Wire>(rows);
+  }
 }
 
 template <typename Wire, bool kBulk>
@@ -338,17 +393,17 @@ __global__ void __launch_bounds__(kMostThreads) combine_kernel(const __grid_cons
   if (transfer.operation().is_poisoned()) return;
   const auto sources = reinterpret_cast<SourceView*>(shared);
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, nth = warp - args.roles.num_stage_warps;
-  const SumRing ring = nth < 0 ? SumRing{shared + layout.stage_rings + warp * args.stage_ring.bytes(), args.stage_ring}
-                               : SumRing{shared + layout.pull_rings + nth * args.pull_ring.bytes(), args.pull_ring};
-  if (kBulk && args.transfer.receives) ring.init();
+  std::byte* const memory = shared + (nth < 0 ? layout.stage_rings + warp * CombineShared::stage_bytes(args)  //
+                                              : layout.pull_rings + nth * args.pull_ring.bytes());
   if (nth < 0) {
-    stage<Wire>(args, transfer);
+    stage<Wire, kBulk>(args, transfer, {memory, args.stage_ring});
     if (args.transfer.receives) device::sync_some_warps(kJoinBarrier, args.roles.num_threads());
   } else if (args.transfer.receives) {
     open_sources(args, transfer, sources, has_failed);
     device::arrive_at_barrier(kJoinBarrier, args.roles.num_threads());
   }
-  if (args.transfer.receives && !has_failed) pull<Wire, kBulk>(args, transfer, sources, ring);
+  if (args.transfer.receives && !has_failed)
+    pull<Wire, kBulk>(args, transfer, sources, {memory, nth < 0 ? args.joined_ring : args.pull_ring});
   transfer.finish();
 }
 

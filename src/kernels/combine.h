@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/rail_slots.h"
 #include "kernels/sum_ring.h"
 #include "kernels/transfer.h"
 
@@ -33,6 +34,12 @@ struct CombineArgs {
   std::byte* out_tokens = nullptr;
   float* out_topk_weights = nullptr;
 
+  // Between nodes: the sums of a batch, or with per_entry all its entries' rows, go into its slots, and not to the outputs.
+  RailSlots slots;
+  int32_t node = 0;
+  constexpr bool returns_slots() const { return slots.banks != nullptr; }
+  constexpr int32_t rows_per_token() const { return returns_slots() && per_entry ? plan.num_topk : 1; }
+
   // Rows go through the staging as they are: there is nothing to sum.
   constexpr bool copies_rows() const { return per_entry || !plan.has_expert_rows(); }
 
@@ -40,8 +47,9 @@ struct CombineArgs {
   int32_t num_parts = 1;
   int32_t part_bytes = 0;
 
-  // Bulk copies: the ring with which each warp pulls, those that stage before and those that pull from the start.
-  SumRingShape stage_ring, pull_ring;
+  // Bulk copies: the ring with which a warp stages, and the one with which it pulls afterwards, in the same memory; and the ring of a warp that
+  // pulls from the start.
+  SumRingShape stage_ring, joined_ring, pull_ring;
 };
 
 // Loads the kernels' code on the current device; `bulk_copies`: also those that use them, which need sm_90.

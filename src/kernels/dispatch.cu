@@ -9,190 +9,82 @@
 // A staging warp waits for nothing that another rank does in this operation, so every chunk is finished some time.
 #include "kernels/dispatch.h"
 #include "kernels/dispatch_outputs.cuh"
-#include "kernels/messages.cuh"
+#include "kernels/message_arrivals.cuh"
+#include "kernels/message_sides.cuh"
 #include "kernels/ring.cuh"
 #include "kernels/shared_memory.h"
+#include "kernels/token_source.cuh"
 #include "kernels/transfer.cuh"
 
 namespace tern::kernels {
 namespace {
 
-constexpr int kMostThreads = 640;
+constexpr int kMostThreads = 512;
+// A row of 7168 bytes: few warps stage, so each has much on its way.
+constexpr int kStageUnroll = 14;
 constexpr int kPullBarrier = 1;
 
 __host__ __device__ constexpr SharedLayout shared_layout_of(const DispatchArgs& args, bool bulk_copies) {
   return {args.transfer.exchange.num_ranks, args.roles.num_pull_warps, args.pieces.num_stages, args.pieces.stage_bytes, bulk_copies};
 }
 
-// What arrives with a message besides its row, and where that goes; one warp. It is loaded first and stored later, so that loads of the row can
-// be under way with these.
-class MessageSides {
- public:
-  // A thread's share: of the first scales (if there are more, the rest is copied by store()), and of the weights.
-  struct Share {
-    static constexpr int kScales = 2, kWeights = 2;  // top-k is at most 64
-    uint32_t scales[kScales];
-    float weights[kWeights];
-  };
-
-  __device__ explicit MessageSides(const DispatchArgs& args) : args_(args), plan_(args.plan) {}
-
-  __device__ Share load(const std::byte* scales, const float* weights) const {
-    Share share = {};
-    load_scales(scales, 0, share);
-    if (!args_.carries_weights) return share;
-#pragma unroll
-    for (int i = 0; i < Share::kWeights; ++i)
-      if (entry(i) < plan_.num_topk) share.weights[i] = weights[entry(i)];
-    return share;
-  }
-
-  // rows, experts: of the message's entries; not looked at if the layout or the call has none. scales: as they were loaded.
-  __device__ void store(int32_t message, const int32_t* rows, const int32_t* experts, const std::byte* scales, Share share) const {
-    if (args_.out.scales != nullptr) {
-      for (int32_t first = 0; first < args_.scale_bytes; first += kScaleBytes * args_.scale_word_bytes) {
-        if (first > 0) load_scales(scales, first, share);
-        for_each_row(message, rows, [&](int64_t row) { store_scales(row, first, share); });
-      }
-    }
-    if (!args_.carries_weights) return;
-#pragma unroll
-    for (int i = 0; i < Share::kWeights; ++i) {
-      const int k = entry(i);
-      if (k >= plan_.num_topk) break;
-      args_.out.plan_weights[int64_t{message} * plan_.topk_stride + k] = share.weights[i];
-      if (args_.out.topk_weights == nullptr) continue;
-      if (plan_.has_expert_rows()) {
-        if (rows[k] >= 0) args_.out.topk_weights[rows[k]] = share.weights[i];
-      } else if (message < args_.out.num_rows) {
-        args_.out.topk_weights[int64_t{message} * plan_.num_topk + k] = experts[k] >= 0 ? share.weights[i] : 0.0f;
-      }
-    }
-  }
-
- private:
-  static constexpr int32_t kScaleBytes = Share::kScales * kWarpThreads;  // of a warp's shares, if words were bytes
-
-  __device__ static int entry(int i) { return static_cast<int>(device::lane_idx()) + i * kWarpThreads; }
-
-  template <typename Visitor>
-  __device__ void for_each_row(int32_t message, const int32_t* rows, Visitor visit) const {
-    if (!plan_.has_expert_rows()) {
-      if (message < args_.out.num_rows) visit(message);
-      return;
-    }
-    for (int k = 0; k < plan_.num_topk; ++k)
-      if (rows[k] >= 0) visit(rows[k]);
-  }
-
-  // The thread's words of the scales from byte `first` on.
-  __device__ void load_scales(const std::byte* scales, int32_t first, Share& share) const {
-#pragma unroll
-    for (int i = 0; i < Share::kScales; ++i) {
-      const int32_t at = first + entry(i) * args_.scale_word_bytes;
-      if (at >= args_.scale_bytes) break;
-      share.scales[i] = args_.scale_word_bytes == 4 ? *reinterpret_cast<const uint32_t*>(scales + at) : static_cast<uint32_t>(scales[at]);
-    }
-  }
-
-  __device__ void store_scales(int64_t row, int32_t first, const Share& share) const {
-#pragma unroll
-    for (int i = 0; i < Share::kScales; ++i) {
-      const int32_t at = first + entry(i) * args_.scale_word_bytes;
-      if (at >= args_.scale_bytes) break;
-      std::byte* to = args_.out.scales + row * args_.scale_bytes + at;
-      if (args_.out.scales_by_column)
-        to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, at / args_.scale_element_bytes) +
-             at % args_.scale_element_bytes;
-      if (args_.scale_word_bytes == 4)
-        *reinterpret_cast<uint32_t*>(to) = share.scales[i];
-      else
-        *to = static_cast<std::byte>(share.scales[i]);
-    }
-  }
-
-  const DispatchArgs& args_;
-  const PlanView& plan_;
-};
-
-// Puts this rank's tokens into its staging; one warp.
+// Puts this rank's tokens into its staging; one warp. The warps of all blocks take the next tokens when they come to them: SMs stage at very
+// different speeds, and a chunk is there when the slowest has done its part of it.
 class TokenStager {
  public:
   __device__ TokenStager(const DispatchArgs& args, const Transfer& transfer, int64_t warp, int64_t num_warps)
-      : args_(args), transfer_(transfer), warp_(warp), num_warps_(num_warps) {
+      : args_(args), transfer_(transfer), source_(args), num_warps_(num_warps), begin_(begin_of(warp)) {
     const TransferArgs& t = args.transfer;
-    end_token_ = min(int64_t{args.plan.num_tokens[t.exchange.rank]}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+    end_token_ = min(int64_t{args.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
   }
 
-  // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores.
-  __device__ void run() const {
-    const int32_t run = args_.stage_run;
-    for (int64_t begin = args_.transfer.first_token() + warp_ * run; begin < end_token_; begin += num_warps_ * run) {
-      const int64_t end = min(begin + run, end_token_);
-      for (int64_t token = begin; token < end; ++token) {
-        if (args_.slot.row_bytes > 0) stage_row(token);
-        if (args_.slot.scale_bytes > 0 && args_.in.encoding == TERN_ENCODING_AS_GIVEN)
-          stage_scales(token, slot_of(token) + args_.slot.scales());
-      }
-      if (args_.carries_weights) stage_weights(begin, end);
+  // Tokens in a row are reported together if they are of one chunk, because each report waits for their stores; and when loads of the next ones
+  // are under way.
+  __device__ void run() {
+    while (begin_ < end_token_) {
+      const uint32_t taken = device::lane_idx() == 0 ? atomicAdd(&args_.transfer.exchange.state->runs_taken, 1u) : 0;
+      const int64_t end = min(begin_ + args_.stage_run, end_token_);
+      const TokenSource::Weights weights = args_.carries_weights ? source_.load_weights(begin_, end) : TokenSource::Weights{};
+      for (int64_t token = begin_; token < end; ++token) stage_token(token);
+      report();
+      if (args_.carries_weights) source_.put_weights(begin_, end, [&](int64_t token) { return weights_at(token); }, weights);
       __syncwarp();
-      complete(static_cast<int>(begin / args_.transfer.tokens_per_chunk), static_cast<uint32_t>(end - begin));
+      staged_ = {begin_, static_cast<uint32_t>(end - begin_)};
+      begin_ = begin_of(num_warps_ + __shfl_sync(~0u, taken, 0));
     }
+    report();
   }
 
  private:
-  __device__ const std::byte* row_of(int64_t token) const { return args_.in.tokens + token * args_.in.token_stride_bytes; }
+  struct Run {
+    int64_t begin;
+    uint32_t num_tokens;
+  };
+
+  __device__ int64_t begin_of(int64_t run) const { return args_.transfer.first_token() + run * args_.stage_run; }
   __device__ std::byte* slot_of(int64_t token) const {
     return transfer_.staging() + (token - args_.transfer.first_token()) * args_.slot.stride();
   }
-  __device__ void stage_row(int64_t token) const {
-    std::byte* slot = slot_of(token);
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
-      copy_row(row_of(token), args_.row_bytes, [&](auto visit) { visit(slot + args_.slot.row()); });
-      return;
-    }
-    device::with_wire_type(args_.in.dtype, [&](auto wire) {
-      cast_row<decltype(wire)>(row_of(token), args_.in.hidden, args_.in.encoding, slot + args_.slot.row(), slot + args_.slot.scales());
-    });
+  __device__ float* weights_at(int64_t token) const { return reinterpret_cast<float*>(slot_of(token) + args_.slot.weights()); }
+
+  __device__ void stage_token(int64_t token) {
+    std::byte* const slot = slot_of(token);
+    std::byte* const scales_at = slot + args_.slot.scales();
+    const bool has_scales = args_.slot.scale_bytes > 0;
+    const TokenSource::Scales scales = has_scales ? source_.load_scales(token) : TokenSource::Scales{};
+    if (args_.slot.row_bytes > 0) source_.put_row<kStageUnroll>(token, slot + args_.slot.row(), scales_at, [&] { report(); });
+    if (has_scales) source_.put_scales(token, scales_at, scales);
   }
 
-  __device__ void stage_weights(int64_t begin, int64_t end) const {
-    constexpr int kBatch = 4;  // loads that are under way at a time
-    const auto topk = static_cast<uint32_t>(args_.plan.num_topk), num = static_cast<uint32_t>(end - begin) * topk;
-    const float* const weights = args_.in.weights + begin * topk;
-    for (uint32_t first = device::lane_idx(); first < num; first += kBatch * kWarpThreads) {
-      float values[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (first + u * kWarpThreads < num) values[u] = weights[first + u * kWarpThreads];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const uint32_t i = first + u * kWarpThreads;
-        if (i >= num) break;
-        reinterpret_cast<float*>(slot_of(begin + i / topk) + args_.slot.weights())[i % topk] = values[u];
-        if (args_.plan.weights_sent != nullptr) args_.plan.weights_sent[begin * topk + i] = values[u];
-      }
-    }
-  }
-
-  __device__ void stage_scales(int64_t token, std::byte* to) const {
-    const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
-    const int lane = static_cast<int>(device::lane_idx());
-    if (args_.scale_word_bytes == 4 && args_.in.scale_element_stride_bytes == args_.scale_element_bytes) {
-      for (int64_t at = lane * 4; at < args_.scale_bytes; at += kWarpThreads * 4)
-        *reinterpret_cast<uint32_t*>(to + at) = *reinterpret_cast<const uint32_t*>(from + at);
-      return;
-    }
-    for (int64_t at = lane; at < args_.scale_bytes; at += kWarpThreads)
-      to[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
-  }
-
-  // The warp's writes of `num` tokens of the chunk are done: counts them, and tells everybody when the chunk is complete.
-  __device__ void complete(int chunk, uint32_t num) const {
+  // What was staged last, and not reported: counts it, and tells everybody when its chunk is complete.
+  __device__ void report() {
+    if (staged_.num_tokens == 0) return;
+    const auto chunk = static_cast<int>(staged_.begin / args_.transfer.tokens_per_chunk);
     const int64_t chunk_begin = int64_t{chunk} * args_.transfer.tokens_per_chunk;
-    const int64_t chunk_end = min(end_token_, chunk_begin + args_.transfer.tokens_per_chunk);
+    const auto total = static_cast<uint32_t>(min(end_token_ - chunk_begin, int64_t{args_.transfer.tokens_per_chunk}));
     int is_complete = 0;
-    if (device::lane_idx() == 0) is_complete = transfer_.complete(0, chunk, num, static_cast<uint32_t>(chunk_end - chunk_begin)) ? 1 : 0;
+    if (device::lane_idx() == 0) is_complete = transfer_.complete(0, chunk, staged_.num_tokens, total) ? 1 : 0;
+    staged_.num_tokens = 0;
     if (__shfl_sync(~0u, is_complete, 0) == 0) return;
     __syncwarp();  // the other threads' releases cover what the first has seen
     for (int peer = static_cast<int>(device::lane_idx()); peer < transfer_.num_ranks(); peer += kWarpThreads)
@@ -201,26 +93,25 @@ class TokenStager {
 
   const DispatchArgs& args_;
   const Transfer& transfer_;
-  const int64_t warp_, num_warps_;
+  const TokenSource source_;
+  const int64_t num_warps_;
+  int64_t begin_;  // of the tokens that are staged now
+  Run staged_ = {};
   int64_t end_token_;
 };
 
-// Pulls the messages of one warp.
+// Pulls the messages of one warp. Arrivals: those that it gets, AheadArrivals or DealtArrivals.
+template <typename Arrivals>
 class MessagePuller {
  public:
-  __device__ MessagePuller(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, int32_t warp, int32_t num_warps)
-      : args_(args),
-        plan_(args.plan),
-        transfer_(transfer),
-        sources_(sources),
-        sides_(args),
-        walk_(args.transfer, args.plan, warp, num_warps) {}
+  __device__ MessagePuller(const DispatchArgs& args, const SourceView* sources, const Arrivals& arrivals)
+      : args_(args), plan_(args.plan), sources_(sources), sides_(args), arrivals_(arrivals) {}
 
   // Ordinary loads and stores.
   __device__ void pull_by_threads() {
     Message message;
-    while (walk_.next(message)) {
-      if (!await_message(true)) return;
+    while (arrivals_.next(message)) {
+      if (!arrivals_.has_come(message, true)) return;
       const SourceView& source = sources_[message.source];
       const int32_t* rows = plan_.received_rows + int64_t{message.index} * plan_.topk_stride;
       const std::byte* scales = source.scales + message.token * source.scale_stride;
@@ -243,9 +134,9 @@ class MessagePuller {
   __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool may_wait) {
     settle_entries();
     if (!is_begun_) {
-      if (!is_visited_ && !walk_.next(loading_)) return RingLoad::kNoMore;
+      if (!is_visited_ && !arrivals_.next(loading_)) return RingLoad::kNoMore;
       is_visited_ = true;
-      is_begun_ = await_message(may_wait);
+      is_begun_ = arrivals_.has_come(loading_, may_wait);
       if (!is_begun_) return may_wait ? RingLoad::kNoMore : RingLoad::kNotYet;
     }
     if (device::lane_idx() == 0) load_piece(stage, arrivals);
@@ -287,25 +178,6 @@ class MessagePuller {
     return reinterpret_cast<PieceTag*>(stage + args_.pieces.stage_bytes - kPieceTagBytes);
   }
 
-  // Is the chunk there of the message that the walk is at? Waits for it if it may; false then: the exchange has failed. A look at a flag takes
-  // long, so all threads look at once, each for its own message of the batch. Nobody waits for those behind this one.
-  __device__ bool await_message(bool may_wait) {
-    const int at = walk_.at();
-    if (walk_.num_batches() != looked_for_batch_) arrived_ = 0;
-    looked_for_batch_ = walk_.num_batches();
-    if ((arrived_ >> at & 1) != 0) return true;
-    const Message& own = walk_.own();
-    const SourceView& source = sources_[own.source];
-    bool is_there = transfer_.has_chunk(source, own.source, own.token);
-    arrived_ = __ballot_sync(~0u, is_there);
-    if (may_wait && (arrived_ >> at & 1) == 0) {
-      if (static_cast<int>(device::lane_idx()) == at) is_there = transfer_.await_chunk(source, own.source, own.token);
-      arrived_ = __ballot_sync(~0u, is_there);
-    }
-    __syncwarp();  // what each thread has acquired, all may read
-    return (arrived_ >> at & 1) != 0;
-  }
-
   __device__ uint32_t piece_size(int piece) const {
     return static_cast<uint32_t>(min(int64_t{args_.pieces.piece_bytes}, args_.row_bytes - int64_t{piece} * args_.pieces.piece_bytes));
   }
@@ -323,7 +195,6 @@ class MessagePuller {
     const int32_t scales_at = source.sides_follow ? row_end : p.scales;
     const int32_t weights_at = source.sides_follow ? row_end + static_cast<int32_t>(scale_part) : p.weights;
     *tag_of(stage) = {loading_.index, scales_at, weights_at};
-    device::fence_async_proxy();  // the peer's flag was acquired before: its rows are read by the copy engine now
     device::expect_bytes(arrivals, row_part + scale_part + weight_part);
     if (source.sides_follow) {
       device::bulk_load(stage, row, row_part + scale_part + weight_part, arrivals);
@@ -360,20 +231,17 @@ class MessagePuller {
 
   const DispatchArgs& args_;
   const PlanView& plan_;
-  const Transfer& transfer_;
   const SourceView* const sources_;
   const MessageSides sides_;
-  MessageWalk walk_;
+  Arrivals arrivals_;
   Message loading_ = {};
-  bool is_visited_ = false;  // the walk is at loading_
+  bool is_visited_ = false;  // loading_ is the next one
   bool is_begun_ = false;    // and its chunk is there
   int load_piece_ = 0;
   int store_piece_ = 0;
   static constexpr int kMostEntries = 2;  // of a thread: top-k is at most 64
   int32_t fetched_[kMostEntries] = {};
   std::byte* fetched_for_ = nullptr;
-  uint32_t arrived_ = 0;  // of the walk's batch: threads whose messages may be pulled
-  int looked_for_batch_ = 0;
 };
 
 // The part of a staging warp.
@@ -381,26 +249,32 @@ __device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
   const int num_warps = args.roles.num_stage_warps, warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (args.transfer.sends) {
     if (!transfer.await_staging()) return;
-    if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.num_tokens[args.transfer.exchange.rank]);
+    if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
     if (args.slot.stride() > 0) TokenStager(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{num_warps} * gridDim.x).run();
   }
   if (args.writes_outputs) OutputWriter(args).write();
 }
 
-// The part of a pulling warp.
-template <bool kBulk>
-__device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
-  if (!args.transfer.receives) return;
+// All pulling warps of a block: waits for the calls of all sources. False: the exchange has failed.
+__device__ bool open_sources(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, int thread) {
   __shared__ int all_ok;
-  const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
-  const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
   if (thread == 0) all_ok = 1;
-  MessagePuller puller(args, transfer, sources, thread / kWarpThreads * num_blocks + block, args.roles.num_pull_warps * num_blocks);
   device::sync_some_warps(kPullBarrier, num_threads);
   if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
+  device::fence_async_proxy();  // the copy engine reads what lies in place
   device::sync_some_warps(kPullBarrier, num_threads);
-  if (all_ok == 0) return;
+  return all_ok != 0;
+}
+
+// The part of a pulling warp.
+template <bool kBulk, typename Arrivals>
+__device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
+  const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
+  const int32_t warp = thread / kWarpThreads * num_blocks + block, num_warps = args.roles.num_pull_warps * num_blocks;
+  MessagePuller<Arrivals> puller(args, sources, Arrivals(args, transfer, sources, warp, num_warps));
+  if (!open_sources(args, transfer, sources, thread)) return;
   if constexpr (kBulk)
     run_ring(ring, puller);
   else
@@ -414,15 +288,19 @@ __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_con
   const SharedLayout shared_layout = shared_layout_of(args, kBulk);
   const Transfer transfer(args.transfer);
   if (transfer.operation().is_poisoned()) return;
-  const RowPieces& p = args.pieces;
   const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
   if (nth < 0) {
     stage(args, transfer);
-  } else {
+  } else if (args.transfer.receives) {
+    const RowPieces& p = args.pieces;
     const Ring ring{shared + shared_layout.rings + nth * p.num_stages * p.stage_bytes,
                     reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * p.num_stages, p.num_stages, p.stage_bytes};
     if constexpr (kBulk) ring.init();
-    pull<kBulk>(args, transfer, reinterpret_cast<SourceView*>(shared), ring);
+    auto* const sources = reinterpret_cast<SourceView*>(shared);
+    if (args.pull_run > 0)
+      pull<kBulk, DealtArrivals>(args, transfer, sources, ring);
+    else
+      pull<kBulk, AheadArrivals>(args, transfer, sources, ring);
   }
   transfer.finish();
 }

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/rail_slots.h"
 #include "kernels/transfer.h"
 
 namespace tern::kernels {
@@ -19,6 +20,10 @@ struct DispatchInputs {
   int64_t scale_token_stride_bytes = 0;
   int64_t scale_element_stride_bytes = 0;
   const float* weights = nullptr;
+  // Between nodes: rows, scales and weights as they arrive, in the slots of the batch of a node; instead of all above.
+  RailSlots slots = {};
+  int32_t node = 0;
+  constexpr bool is_packed() const { return slots.banks != nullptr; }
 };
 
 // What comes in; names as in tern_dispatch_args.
@@ -79,7 +84,8 @@ struct DispatchArgs {
   DispatchOutputs out;
   layout::StagedSlot slot;  // parts with bytes are staged
   int32_t stage_run = 1;    // tokens in a row that a warp stages; divides the tokens of a chunk
-  int64_t row_bytes = 0;    // as it arrives
+  int32_t pull_run = 0;   // messages of a source in a row that a warp takes: 1, 2, 4, ..., or 32; 0: each warp has its messages beforehand
+  int64_t row_bytes = 0;  // as it arrives
   int64_t scale_bytes = 0;  // as they arrive
   int32_t scale_element_bytes = 0;
   int32_t scale_word_bytes = 1;  // 4: scales and their places are aligned to it, and elements are multiples of it

@@ -15,7 +15,7 @@ class OutputWriter {
       : args_(args),
         plan_(args.plan),
         out_(args.out),
-        num_ranks_(args.transfer.exchange.num_ranks),
+        num_sources_(args.plan.num_sources),
         num_rows_(static_cast<int32_t>(min(args.out.num_rows, int64_t{INT32_MAX}))),
         block_threads_(static_cast<uint32_t>(args.roles.num_stage_warps) * 32),
         thread_(blockIdx.x * block_threads_ + threadIdx.x),
@@ -37,10 +37,10 @@ class OutputWriter {
   // ---- rank_major: rows are messages
 
   __device__ void write_messages() const {
-    const int32_t num = min(plan_.received_begin[num_ranks_], num_rows_);
+    const int32_t num = min(plan_.received_begin[num_sources_], num_rows_);
     if (out_.source_token != nullptr) copy_words(out_.source_token, plan_.source_token, static_cast<uint32_t>(num));
     if (out_.source_rank != nullptr) {
-      for (int source = 0; source < num_ranks_; ++source)
+      for (int source = 0; source < num_sources_; ++source)
         fill(out_.source_rank, plan_.received_begin[source], min(plan_.received_begin[source + 1], num), source);
     }
     if (out_.topk_idx != nullptr) write_topk(static_cast<uint32_t>(num));
@@ -98,7 +98,7 @@ class OutputWriter {
   __device__ void write_entries() const {
     if (out_.source_token == nullptr && out_.source_rank == nullptr && out_.row_expert == nullptr) return;
     const uint32_t quads = static_cast<uint32_t>(plan_.topk_stride) / 4;
-    for (int source = 0; source < num_ranks_; ++source) {
+    for (int source = 0; source < num_sources_; ++source) {
       const uint32_t end = static_cast<uint32_t>(plan_.received_begin[source + 1]) * quads;
 #pragma unroll 2
       for (uint32_t i = static_cast<uint32_t>(plan_.received_begin[source]) * quads + thread_; i < end; i += num_threads_) {
@@ -155,12 +155,13 @@ class OutputWriter {
   // ---- counts
 
   __device__ const int32_t* counts_of(int source) const {
-    return plan_.counts + int64_t{source} * plan_.num_counts(num_ranks_) + int64_t{args_.transfer.exchange.rank} * plan_.local_experts;
+    return plan_.counts + int64_t{source} * plan_.num_counts(args_.transfer.exchange.num_ranks) +
+           int64_t{args_.transfer.exchange.rank} * plan_.local_experts;
   }
   __device__ int32_t entries_of(int e) const {
     int32_t sum = 0;
 #pragma unroll 4
-    for (int source = 0; source < num_ranks_; ++source) sum += counts_of(source)[e];
+    for (int source = 0; source < num_sources_; ++source) sum += counts_of(source)[e];
     return sum;
   }
 
@@ -172,13 +173,13 @@ class OutputWriter {
     }
     if (plan_.has_expert_rows() && out_.expert_offsets != nullptr)
       for (int e = thread; e <= plan_.local_experts; e += step) out_.expert_offsets[e] = plan_.group_begin[e];
-    for (int r = thread; r < num_ranks_ && out_.rank_counts != nullptr; r += step)
+    for (int r = thread; r < num_sources_ && out_.rank_counts != nullptr; r += step)
       out_.rank_counts[r] = plan_.received_begin[r + 1] - plan_.received_begin[r];
   }
 
   __device__ void write_ranges(int e) const {
-    for (int source = 0; source < num_ranks_; ++source) {
-      const int64_t at = int64_t{e} * num_ranks_ + source;
+    for (int source = 0; source < num_sources_; ++source) {
+      const int64_t at = int64_t{e} * num_sources_ + source;
       out_.expert_rank_ranges[at] = int64_t{plan_.source_begin[at]} << 32 | counts_of(source)[e];
     }
   }
@@ -186,7 +187,7 @@ class OutputWriter {
   const DispatchArgs& args_;
   const PlanView& plan_;
   const DispatchOutputs& out_;
-  const int num_ranks_;
+  const int num_sources_;
   const int32_t num_rows_;
   const uint32_t block_threads_;
   const uint32_t thread_, num_threads_;  // among those of all blocks

@@ -17,6 +17,16 @@ struct Mailbox {
   layout::FailureRecord failure;  // why the exchange failed; complete once failure_set is 1
   layout::FailureRecord notice;   // what the last incomplete operation left out: TERN_CAPACITY_EXCEEDED, TERN_INVALID_ARGUMENT; status last
   uint64_t failure_set;
+  uint32_t given_up[layout::kMostLatencyRanks];  // 1: as in Attendance
+};
+
+// Under TERN_ON_TIMEOUT_MASK, in this rank's own device memory: who has been missed, and who has a part in an operation. Zero at the start of a
+// generation.
+struct Attendance {
+  uint64_t given_up
+      [layout::kMostLatencyRanks];  // not 0: the epoch in which this rank has waited for that one until the deadline; nobody waits again
+  // Of the last operation whose receiving side has begun: 2 * epoch, + 1 if it goes on without the rank. All blocks go by the first one's word.
+  uint64_t decided[layout::kMostLatencyRanks];
 };
 
 // The state of one lane, in this rank's own device memory. Zero at the start of a generation.
@@ -26,13 +36,15 @@ struct LaneState {
   uint32_t blocks_synced;  // at its grid barriers
   uint32_t blocks_sent;
   uint32_t blocks_begun;
-  uint32_t runs_taken;   // of a combine, by the staging warps of all blocks
-  uint32_t parts_taken;  // of a combine, by its pulling warps
+  uint32_t runs_taken;   // by the staging warps of all blocks
+  uint32_t parts_taken;  // by the pulling warps
 };
 
+// Ranks are those of the node, numbered from 0, but in records of failures.
 struct ExchangeView {
   int32_t rank = 0;
   int32_t num_ranks = 0;
+  int32_t first_rank = 0;  // of the node, in the group
   int32_t lane = 0;
   // Epochs by which `consumed` stays behind the lane's epoch after this operation, because sends are open.
   int32_t consumed_lag = 0;
@@ -49,6 +61,7 @@ struct ExchangeView {
   uint32_t* staged_counters = nullptr;  // [num_ranks, kMaxChunks] zero between operations
   uint32_t* failed = nullptr;           // of all lanes: 1: a kernel of this rank has recorded a failure
   Mailbox* mailbox = nullptr;
+  Attendance* attendance = nullptr;  // nullptr: a wait that reaches its deadline ends the generation
   uint64_t timeout_ns = 0;
 
   constexpr std::byte* window(int r) const { return num_ranks <= kInlineRanks ? inline_windows[r] : far_windows[r]; }
@@ -62,9 +75,12 @@ struct MessageRef {
   int32_t row;   // rank_major: its row there, -1: beyond the capacity
 };
 
-// The routing of one batch in this rank's device memory: what RoutingTable is to a CPU rank.
+// The routing of one batch in this rank's device memory: what RoutingTable is to a CPU rank. Ranks and experts are those of the node; sources
+// are all ranks of the group, of which this batch has those of one node.
 struct PlanView {
   int64_t max_tokens = 0;
+  int32_t num_sources = 0;
+  int32_t first_source = 0;  // of the batch
   int32_t num_experts = 0;
   int32_t local_experts = 0;
   int32_t num_topk = 0;
@@ -77,23 +93,23 @@ struct PlanView {
   int64_t row_capacity = 0;
   int64_t padded_group_rows = 0;
 
-  // Of all ranks.
-  int32_t* num_tokens = nullptr;  // [num_ranks]
-  int32_t* counts = nullptr;      // [num_ranks, num_experts + num_ranks] entries by expert, messages by destination
+  // Of all sources.
+  int32_t* num_tokens = nullptr;  // [num_sources]
+  int32_t* counts = nullptr;      // [num_sources, num_experts + num_ranks] entries by expert, messages by destination
 
-  // Of this rank's tokens.
-  int32_t* experts = nullptr;      // [max_tokens, num_topk] global, -1: none
+  // Of this rank's tokens; between nodes, of those of the batch.
+  int32_t* experts = nullptr;      // [max_tokens, num_topk] -1: none
   int32_t* entry_rows = nullptr;   // [max_tokens, num_topk] expert layouts: row at the expert's rank, -1: none or beyond the capacity
   MessageRef* messages = nullptr;  // [max_tokens, messages_per_token]
 
   // Of the messages received, ordered by (source rank, source token).
-  int32_t* received_begin = nullptr;    // [num_ranks + 1]
-  int32_t* chunk_begin = nullptr;       // [num_ranks, kMaxChunks + 1] index among the source's messages
+  int32_t* received_begin = nullptr;    // [num_sources + 1]
+  int32_t* chunk_begin = nullptr;       // [num_sources, kMaxChunks + 1] index among the source's messages
   int32_t* source_token = nullptr;      // [max_messages]
   int32_t* received_experts = nullptr;  // [max_messages, topk_stride] local, -1: not here
   int32_t* received_rows = nullptr;     // [max_messages, topk_stride] -1: not here, or beyond the capacity
   int32_t* group_begin = nullptr;       // [local_experts + 1]
-  int32_t* source_begin = nullptr;      // [local_experts, num_ranks] first row of the source in the expert's group
+  int32_t* source_begin = nullptr;      // [local_experts, num_sources] first row of the source in the expert's group
 
   // Weights: as the last dispatch carried them, and as the owners gave them to the running combine.
   float* weights_sent = nullptr;        // [max_tokens, num_topk]
@@ -104,6 +120,10 @@ struct PlanView {
   uint64_t* combine_ticket = nullptr;
 
   constexpr int32_t num_counts(int32_t num_ranks) const { return num_experts + num_ranks; }
+  // Of the batch: its tokens at a rank of the node, and what has come from there.
+  constexpr int32_t tokens_at(int32_t rank) const { return num_tokens[first_source + rank]; }
+  constexpr int32_t received_from(int32_t rank) const { return received_begin[first_source + rank]; }
+  constexpr const int32_t* chunks_from(int32_t rank) const { return chunk_begin + int64_t{first_source + rank} * (layout::kMaxChunks + 1); }
   // Of a message's row in the tables of weights, experts or rows.
   constexpr int64_t topk_bytes() const { return topk_stride * static_cast<int64_t>(sizeof(float)); }
   constexpr bool has_expert_rows() const { return layout != TERN_LAYOUT_RANK_MAJOR; }

@@ -5,6 +5,9 @@
 //   receiving  await_calls(): the sources run the same call, or the exchange fails;  await_row(...): a row is there
 //   both       begin(): what was pushed two epochs ago is used up;  finish()
 //
+// Under TERN_ON_TIMEOUT_MASK a rank is in an operation with all that it sends, or not at all: each block first waits for everything that comes,
+// and the first one that has all of a rank, or misses something at the deadline, decides for all blocks (settle_attendance()).
+//
 // Nothing that is small has a flag: it travels in words that hold their epoch (layout::LatencyWords). Nothing waits for all blocks: that this
 // rank has consumed an epoch is said by the next kernel, and the epoch is advanced by the block that began last.
 #pragma once
@@ -14,20 +17,23 @@
 
 namespace tern::kernels {
 
-// The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on: they
-// meet at a barrier of their own, and work in groups of warps.
+// The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on.
 inline constexpr int kRaisingWarp = kLatencyThreads / kWarpThreads - 1;
 inline constexpr int kWorkThreads = kRaisingWarp * kWarpThreads;
-inline constexpr int kGroupThreads = 96;
-inline constexpr int kGroups = kWorkThreads / kGroupThreads;
-static_assert(kGroups * kGroupThreads == kWorkThreads);
 __device__ __forceinline__ bool is_raising() { return threadIdx.x >= kWorkThreads; }
-__device__ __forceinline__ void sync_workers() { device::sync_some_warps(15, kWorkThreads); }
+// The first kThreads of a block.
+template <int kThreads>
+__device__ __forceinline__ void sync_first() {
+  device::sync_some_warps(15, kThreads);
+}
+
+// A number divided by what the reciprocal is of.
+__device__ __forceinline__ int32_t quotient(int32_t number, uint32_t reciprocal) {
+  return reciprocal == 0 ? number : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(number), reciprocal));
+}
 
 // The rank of an expert.
-__device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) {
-  return args.experts_reciprocal == 0 ? expert : static_cast<int>(__umulhi(static_cast<uint32_t>(expert), args.experts_reciprocal));
-}
+__device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) { return quotient(expert, args.experts_reciprocal); }
 
 class LatencyCall {
  public:
@@ -44,7 +50,21 @@ class LatencyCall {
   __device__ std::byte* window(int rank) const { return args_.exchange.inline_windows[rank]; }
   __device__ bool is_masked(int rank) const { return window(rank) == nullptr; }
 
+  // Under TERN_ON_TIMEOUT_MASK: ranks, a bit each, that nothing is sent to, known behind begin(); and that have no part in what this operation
+  // receives, known behind settle_attendance().
+  __device__ bool may_go_on_without() const { return args_.exchange.attendance != nullptr; }
+  __device__ uint64_t cut_off() const { return may_go_on_without() ? *shared_ranks(kCutOff) : 0; }
+  __device__ bool is_absent(int rank) const { return may_go_on_without() && (*shared_ranks(kAbsent) >> rank & 1) != 0; }
+  __device__ bool takes(int rank) const { return !is_masked(rank) && (cut_off() >> rank & 1) == 0; }
+  // Something of `source` has not come until the deadline.
+  __device__ void miss(int source) const { add_rank(kMissing, source); }
+  // Nothing more is sent to `owner`: what it would get is not right.
+  __device__ void cut_off(int owner) const { add_rank(kCutOff, owner); }
+
   // What `source` writes to `owner`.
+  __device__ layout::ProgressCell* progress(int owner, int source) const {
+    return reinterpret_cast<layout::ProgressCell*>(window(owner) + args_.progress_at) + source;
+  }
   __device__ std::byte* slot(int owner, int32_t slot_idx) const {
     return window(owner) + args_.slots_at[op_.epoch % layout::kNumBanks] + int64_t{slot_idx} * args_.slot_stride;
   }
@@ -61,15 +81,14 @@ class LatencyCall {
   __device__ bool begin() {
     bool ok = true;
     if (threadIdx.x == 0) warps_done_waiting() = 0;
+    // By a warp that comes here at once: the others ask for something first, or sum it.
+    if (is_raising()) {
+      ok = !op_.is_aborted();
+      if (may_go_on_without()) clear_shared_ranks();
 #pragma unroll 1
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (is_masked(peer)) continue;
-      // Asked for before the epoch is known, which comes from memory too.
-      const uint64_t consumed = load_acquire_sys(&op_.progress(rank(), peer)->consumed);
-      if (blockIdx.x == 0) post_consumed_before(peer);
-      if (args_.sends && consumed + layout::kNumBanks < op_.epoch) ok = op_.await_bank(peer) && ok;
+      for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
+        if (!is_masked(peer)) ok = begin(peer) && ok;
     }
-    if (threadIdx.x == kLatencyThreads - 1) ok = !op_.is_aborted();
     // All have the epoch now: when all blocks have come here it may be advanced.
     ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
     if (threadIdx.x == 0) {
@@ -79,25 +98,22 @@ class LatencyCall {
     return ok;
   }
 
-  // All threads of one block: says to everybody what this rank calls.
-  __device__ void announce(int32_t num_tokens) const {
-#pragma unroll 1
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += kLatencyThreads) {
-      if (is_masked(peer)) continue;
-      put_word(peer, args_.words.call(), args_.call_hash);
-      put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
-    }
+  // At least as many threads as there may be ranks: says to everybody what this rank calls.
+  __device__ void announce(int peer, int32_t num_tokens) const {
+    if (peer >= num_ranks() || !takes(peer)) return;
+    put_word(peer, args_.words.call(), args_.call_hash);
+    put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
   }
   // One warp: the same for ranks that run an operation of the throughput path, by mistake.
   __device__ void announce_to_throughput() const {
 #pragma unroll 1
     for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads) {
-      if (is_masked(peer)) continue;
+      if (!takes(peer)) continue;
       layout::CallCell* cell = op_.call(peer, rank());
       cell->shape = args_.shape;
       cell->epoch = op_.epoch;
       cell->operation = op_.operation;
-      store_release_sys(&op_.progress(peer, rank())->ready, op_.epoch);
+      store_release_sys(&progress(peer, rank())->ready, op_.epoch);
     }
   }
 
@@ -121,6 +137,27 @@ class LatencyCall {
   // One thread.
   __device__ bool await_row(int source, int32_t token) const {
     return reported(op_.await(row_flag(rank(), source, token), op_.epoch, source));
+  }
+
+  // The first kThreads of a block, under TERN_ON_TIMEOUT_MASK, when they have called await_all(), which waits for all that this block will use of others
+  // and calls miss() for what does not come: who has a part in the operation.
+  template <int kThreads, typename AwaitAll>
+  __device__ void settle_attendance(AwaitAll await_all) const {
+    do {
+      sync_first<kThreads>();
+      if (threadIdx.x < kNumShared && threadIdx.x != kCutOff) *shared_ranks(static_cast<int>(threadIdx.x)) = 0;
+      sync_first<kThreads>();
+      await_all();
+      sync_first<kThreads>();
+#pragma unroll 1
+      for (int source = static_cast<int>(threadIdx.x); source < num_ranks(); source += kThreads) {
+        if (is_masked(source)) continue;
+        const bool misses = (*shared_ranks(kMissing) >> source & 1) != 0, takes_part = decide(source, !misses);
+        if (!takes_part) add_rank(kAbsent, source);
+        if (takes_part && misses) add_rank(kAgain, source);  // another block has seen all of it in time
+      }
+      sync_first<kThreads>();
+    } while (*shared_ranks(kAgain) != 0 && !op_.is_aborted());
   }
 
   // Each warp, at most once: it waits for no other rank any more. When all warps of all blocks have said so (or ended), the next kernel may
@@ -159,10 +196,52 @@ class LatencyCall {
     return ok;
   }
 
+  // Sets of ranks that the threads of a block share.
+  enum SharedRanks { kCutOff, kMissing, kAbsent, kAgain, kNumShared };
+  __device__ static volatile uint64_t* shared_ranks(int which) {
+    __shared__ uint64_t ranks[kNumShared];
+    return ranks + which;
+  }
+  // One warp.
+  __device__ static void clear_shared_ranks() {
+    if (device::lane_idx() < kNumShared) *shared_ranks(static_cast<int>(device::lane_idx())) = 0;
+    __syncwarp();
+  }
+  __device__ static void add_rank(int which, int rank) {
+    atomicOr(reinterpret_cast<unsigned long long*>(const_cast<uint64_t*>(shared_ranks(which))), 1ull << rank);
+  }
+
+  // Nothing is sent to a rank that was given up, nor to one that still needs what it was sent two epochs ago.
+  __device__ __noinline__ void await_bank_or_cut_off(int peer) const {
+    if (op_.is_given_up(peer) || (args_.sends && !op_.await_bank(peer))) add_rank(kCutOff, peer);
+  }
+
+  // One thread: has `source` a part in what this operation receives? The first block that knows decides.
+  __device__ bool decide(int source, bool has_come) const {
+    using Word = unsigned long long;
+    const auto word = reinterpret_cast<Word*>(&args_.exchange.attendance->decided[source]);
+    const Word wanted = 2 * op_.epoch + (has_come ? 0 : 1);
+    Word seen = *const_cast<volatile Word*>(word);
+    while (seen / 2 != op_.epoch) {
+      const Word before = atomicCAS(word, seen, wanted);
+      if (before == seen) return has_come;
+      seen = before;
+    }
+    return seen % 2 == 0;
+  }
+
+  // One thread: has the peer used up what was pushed two epochs ago?
+  __device__ bool begin(int peer) const {
+    // Asked for before the epoch is known, which comes from memory too.
+    const uint64_t consumed = load_acquire_sys(&progress(rank(), peer)->consumed);
+    if (blockIdx.x == 0) post_consumed_before(peer);
+    if (may_go_on_without()) await_bank_or_cut_off(peer);
+    return may_go_on_without() || !args_.sends || consumed + layout::kNumBanks >= op_.epoch || op_.await_bank(peer);
+  }
+
   // What earlier kernels took is read: they have ended.
   __device__ void post_consumed_before(int peer) const {
-    device::store_relaxed_sys(&op_.progress(peer, rank())->consumed,
-                              last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
+    device::store_relaxed_sys(&progress(peer, rank())->consumed, last_epoch_ - static_cast<uint64_t>(args_.exchange.consumed_lag_before));
   }
 
   const LatencyArgs& args_;

@@ -28,21 +28,55 @@ struct LatencyArgs {
   int64_t words_at[layout::kNumBanks] = {};  // of source 0
   int64_t slots_at[layout::kNumBanks] = {};
   int64_t row_flags_at = 0;  // of source 0
+  int64_t progress_at = 0;   // of source 0
   int32_t words_stride = 0;  // from source to source, in words; so are flags: latency_tokens
   int32_t slot_stride = 0;
   uint32_t experts_reciprocal = 0;  // of local_experts: rank_of()
+  uint32_t topk_reciprocal = 0;
+  uint32_t ranks_reciprocal = 0;
 
-  // num_experts is at most this, so that the product is exact.
+  // For quotient(): of numbers up to this and divisors up to this, so that the product is exact. num_experts is at most this.
   static constexpr int32_t kMostExperts = 65535;
-  static constexpr uint32_t reciprocal(int32_t local_experts) {
-    const auto divisor = static_cast<uint64_t>(local_experts);
+  static constexpr uint32_t reciprocal(int32_t of) {
+    const auto divisor = static_cast<uint64_t>(of);
     return divisor == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor);
   }
 };
 static_assert(std::is_trivially_copyable_v<LatencyArgs>);
+static_assert(layout::kMostLatencyTokens * layout::kMostLatencyTopk <= LatencyArgs::kMostExperts);
+static_assert(layout::kMostLatencyTokens * layout::kMostLatencyRanks - 1 <= LatencyArgs::kMostExperts);
+
+// Where things are in the shared memory of a block of dispatch (DispatchMemory), and how much that is. First comes a token's tail.
+struct LatencyDispatchMemory {
+  int32_t has_failed = 0;
+  int32_t entries_sent = 0;
+  int32_t words = 0;
+  int32_t first_row = 0;
+  int32_t num_entries = 0;
+  int64_t num_bytes = 0;
+
+  LatencyDispatchMemory() = default;
+  constexpr LatencyDispatchMemory(const PlanView& plan, int64_t num_ranks, const layout::LatencyWords& latency_words,
+                                  const layout::LatencySlot& slot) {
+    num_bytes = slot.end() - slot.scales();
+    has_failed = place_words(1);
+    entries_sent = place_words(plan.num_experts + num_ranks * latency_words.num_presence());
+    words = place_words(num_ranks * latency_words.num_routing_words());
+    first_row = place_words(plan.num_experts);
+    num_entries = place_words(plan.local_experts + 1);
+  }
+
+ private:
+  constexpr int32_t place_words(int64_t num) {
+    const int64_t offset = layout::align_up(num_bytes, 16);
+    num_bytes = offset + num * static_cast<int64_t>(sizeof(int32_t));
+    return static_cast<int32_t>(offset);
+  }
+};
 
 struct LatencyDispatchArgs {
   LatencyArgs call;
+  LatencyDispatchMemory memory;
   bool routes = false;             // the plan is made here
   const void* topk_idx = nullptr;  // [num_tokens, num_topk], int64 or int32
   bool is_int32 = false;
@@ -64,6 +98,8 @@ struct LatencyCombineArgs {
   int32_t wire_bytes = 0;  // of a row on its way
   bool is_log = false;     // on their way rows are in the 10-bit encoding (base/log_rows.h)
   bool per_entry = false;  // every entry's row goes to the owner
+  // Rows of a token's entries lie in one slot, whichever ranks they come from. Not where a rank that was given up may still write.
+  bool shares_slots = false;
   bool returns_weights = false;
 
   // At the ranks of the experts.
@@ -84,8 +120,6 @@ struct LatencyCombineArgs {
 inline constexpr int kLatencyThreads = 512;
 // The most shared memory that a block may have: every GPU has it.
 inline constexpr int64_t kMostLatencyShared = 96 << 10;
-// What a block of dispatch needs.
-int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args);
 
 // Loads the kernels' code on the current device.
 cudaError_t prepare_latency_dispatch();

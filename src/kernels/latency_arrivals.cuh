@@ -27,276 +27,294 @@ class Arrivals {
         memory_(memory),
         rank_(call.rank()),
         num_ranks_(call.num_ranks()),
-        num_counts_(static_cast<int>(args.call.words.num_counts)),
-        num_presence_(static_cast<int>(args.call.words.num_presence())) {}
+        num_words_(static_cast<int>(args.call.words.num_routing_words())) {}
 
   // All threads of the block. False: the exchange has failed, or this is the raising warp, which has no further part in it.
   __device__ bool open() {
-    if (is_raising()) {
-      if (blockIdx.x == 0) call_.await_calls();
-      call_.wait_no_more();
-      device::sync_some_warps(kOpenedBarrier, kLatencyThreads);
-      if (args_.routes && *memory_.has_failed() == 0) settle_own();
-      return false;
-    }
-    if (args_.routes) {
-      if (!fetch_words()) *memory_.has_failed() = 1;
-      sync_workers();
-      set_received_begin();
-      if (blockIdx.x == 0) {
-        keep_counts();
-        sync_workers();
-      }
-      sum_counts();
-      if (plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) {
-        sync_workers();
+    if (is_opening()) {
+      if (call_.may_go_on_without())
+        settle();
+      else if (args_.routes && !fetch_words())
+        *memory_.has_failed() = 1;
+      if (args_.routes && plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) {
+        sync_openers();
         set_first_rows();
       }
+      // The others come when they have sent.
+      sync_openers();
+      device::arrive_at_barrier(kOpenedBarrier, kLatencyThreads);
     } else {
-      read_plan();
+      if (is_raising() && blockIdx.x == 0) call_.await_calls();
+      if (is_raising()) call_.wait_no_more();
+      device::sync_some_warps(kOpenedBarrier, kLatencyThreads);
     }
-    sync_workers();
-    device::arrive_at_barrier(kOpenedBarrier, kLatencyThreads);
-#pragma unroll 1
-    for (int source = 0; args_.routes && source < num_ranks_; ++source) most_tokens_ = max(most_tokens_, memory_.num_tokens()[source]);
-    return *memory_.has_failed() == 0;
+    if (*memory_.has_failed() != 0) return false;
+    if (is_raising() && args_.routes) settle_own();
+    return !is_raising();
   }
 
   // Message i of those that there may be; false: there is none. All threads of a warp.
-  __device__ int32_t num_candidates() const { return args_.routes ? most_tokens_ * num_ranks_ : memory_.received_begin()[num_ranks_]; }
+  __device__ int32_t num_candidates() const {
+    if (!args_.routes) return plan_.received_begin[num_ranks_];
+    int32_t most_tokens = 0;
+#pragma unroll 1
+    for (int source = 0; source < num_ranks_; ++source) most_tokens = max(most_tokens, num_tokens(source));
+    return most_tokens * num_ranks_;
+  }
   __device__ bool candidate(int32_t i, ArrivingMessage& message) const {
-    const int32_t* begin = memory_.received_begin();
+    const int lane = static_cast<int>(device::lane_idx());
     if (!args_.routes) {
       message = {0, plan_.source_token[i], i};
-      while (begin[message.source + 1] <= i) ++message.source;
+#pragma unroll 1
+      for (int first = 0; first < num_ranks_; first += kWarpThreads)
+        message.source += __popc(__ballot_sync(~0u, first + lane < num_ranks_ && plan_.received_begin[first + lane + 1] <= i));
       return true;
     }
-    message.source = (rank_ + i) % num_ranks_;
-    message.token = i / num_ranks_;
-    const uint32_t* presence = memory_.presence() + message.source * num_presence_;
+    message.token = quotient(i, args_.call.ranks_reciprocal);
+    message.source = rank_ + i - message.token * num_ranks_;
+    if (message.source >= num_ranks_) message.source -= num_ranks_;
+    const uint32_t* present = presence(message.source);
     const int word = message.token / 32;
     const uint32_t bit = 1u << message.token % 32;
-    if ((presence[word] & bit) == 0) return false;
-    int lower = 0;
-    const int lane = static_cast<int>(device::lane_idx());
-    if (lane < word) lower = __popc(presence[lane]);
-    message.index = begin[message.source] + __reduce_add_sync(~0u, lower) + __popc(presence[word] & (bit - 1));
+    if ((present[word] & bit) == 0) return false;
+    int lower = lane < word ? __popc(present[lane]) : 0;
+#pragma unroll 1
+    for (int source = lane; source < message.source; source += kWarpThreads) lower += num_messages(source);
+    message.index = __reduce_add_sync(~0u, lower) + __popc(present[word] & (bit - 1));
     return true;
   }
 
-  // One thread: entry k of a message, whose entries are `sent`; into the plan too if the call routes.
+  // One thread: entry k of a message, whose entries are `sent`.
   __device__ ArrivingEntry entry(const ArrivingMessage& message, int k, const layout::LatencySlot::Entry* sent) const {
     const int32_t at = message.index * plan_.topk_stride + k;
     if (!args_.routes) return {plan_.received_experts[at], plan_.received_rows[at]};
     const layout::LatencySlot::Entry entry = sent[k];
-    ArrivingEntry here{-1, -1};
-    if (entry.expert >= 0 && rank_of(args_.call, entry.expert) == rank_) {
-      here.expert = entry.expert - rank_ * plan_.local_experts;
-      const int32_t before = memory_.counts()[message.source * num_counts_ + entry.expert];
-      here.row =
-          plan_.has_expert_rows() ? bounded_row(first_row(entry.expert), int64_t{before} + entry.position) : bounded_row(0, message.index);
-    }
-    plan_.received_experts[at] = here.expert;
-    plan_.received_rows[at] = here.row;
-    return here;
+    if (entry.expert < 0 || rank_of(args_.call, entry.expert) != rank_) return {-1, -1};
+    const int32_t row = plan_.has_expert_rows() ? row_of(message.source, entry.expert, entry.position) : bounded_row(0, message.index);
+    return {entry.expert - rank_ * plan_.local_experts, row};
   }
+  // Into the plan, if the call routes.
   __device__ void keep(const ArrivingMessage& message) const {
     if (args_.routes) plan_.source_token[message.index] = message.token;
   }
+  __device__ void keep(const ArrivingMessage& message, int k, const ArrivingEntry& entry) const {
+    if (!args_.routes) return;
+    plan_.received_experts[message.index * plan_.topk_stride + k] = entry.expert;
+    plan_.received_rows[message.index * plan_.topk_stride + k] = entry.row;
+  }
 
-  // The workers of all blocks: what follows from the routing alone.
+  // The openers of all blocks: what follows from the routing alone.
   __device__ void write_outputs() const {
     const DispatchOutputs& out = args_.out;
+    sum_entries();
+    sync_openers();
     if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && !out.zero_padding) {
       if (out.source_token != nullptr || out.source_rank != nullptr || out.row_expert != nullptr) clear_padded_rows();
-      if (blockIdx.x == 0) keep_and_write_counts();
-      return;
+    } else {
+      clear_all_rows();
     }
-    const auto warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-    const auto num_warps = static_cast<int>(kWorkThreads / kWarpThreads * gridDim.x);
-#pragma unroll 1
-    for (auto e = static_cast<int>(warp * gridDim.x + blockIdx.x); plan_.has_expert_rows() && e < plan_.local_experts; e += num_warps) {
-      const int64_t begin = group_begin(e), end = min(int64_t{group_begin(e + 1)}, args_.out.num_rows);
-      clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
-    }
-    const int64_t used = plan_.has_expert_rows() ? group_begin(plan_.local_experts) : memory_.received_begin()[num_ranks_];
-    clear_rows(min(used, args_.out.num_rows), args_.out.num_rows, false, blockIdx.x * kWorkThreads + threadIdx.x, gridDim.x * kWorkThreads);
-    if (blockIdx.x == 0) keep_and_write_counts();
+    if (blockIdx.x != 0) return;
+    if (args_.routes) keep_plan();
+    write_counts();
   }
 
  private:
   static constexpr int kOpenedBarrier = 14;
 
-  // One warp: where this rank's messages and entries come to lie, into the plan. Of the tokens that this block has placed.
-  __device__ void settle_own() const {
-    const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
-    const int32_t first = gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1;
-    if (first < 0) return;
-    // Positions become rows.
-    const int32_t* lower = memory_.counts() + rank_ * num_counts_;  // sums over the lower sources
-#pragma unroll 1
-    for (int32_t token = first; token < memory_.num_tokens()[rank_]; token += num_senders) {
-#pragma unroll 1
-      for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
-        int32_t& row = plan_.entry_rows[token * plan_.num_topk + k];
-        const int32_t expert = plan_.experts[token * plan_.num_topk + k];
-        const bool has_row = expert >= 0 && plan_.has_expert_rows();
-        row = has_row ? bounded_row(first_row(expert), int64_t{lower[expert]} + row) : -1;
-      }
-#pragma unroll 1
-      for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
-        MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
-        if (message.rank < 0) continue;
-        message.row = plan_.has_expert_rows() ? 0 : bounded_row(lower[plan_.num_experts + message.rank], message.row);
-      }
-    }
+  // What the source says.
+  __device__ uint32_t* words(int source) const { return memory_.words() + source * num_words_; }
+  __device__ int32_t num_tokens(int source) const { return static_cast<int32_t>(words(source)[args_.call.words.num_tokens()]); }
+  __device__ int32_t count(int source, int counter) const {
+    return static_cast<int32_t>(words(source)[args_.call.words.counts() + counter]);
   }
+  __device__ int32_t num_messages(int source) const { return count(source, plan_.num_experts + rank_); }  // to this rank
+  __device__ const uint32_t* presence(int source) const { return words(source) + args_.call.words.presence(); }
 
-  __device__ void read_plan() const {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) memory_.received_begin()[i] = plan_.received_begin[i];
-#pragma unroll 1
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kWorkThreads) {
-      int32_t sum = 0;
-#pragma unroll 1
-      for (int source = 0; source < num_ranks_; ++source) sum += plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
-      memory_.num_entries()[e] = sum;
-    }
-  }
-
-  // All that the sources tell of their routing. Each thread has the words of several sources under way.
-  __device__ bool fetch_words() const {
-    constexpr int kAtOnce = 4;
-    const int num_words = 2 + num_counts_ + num_presence_;
-    bool ok = true;
-#pragma unroll 1
-    for (int word = static_cast<int>(threadIdx.x); word < num_words; word += kWorkThreads) {
-#pragma unroll 1
-      for (int first = 0; first < num_ranks_; first += kAtOnce) {
-        uint64_t seen[kAtOnce] = {};
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u)
-          if (first + u < num_ranks_ && !call_.is_masked(first + u)) seen[u] = load_relaxed_sys(call_.words(rank_, first + u) + word);
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u)
-          if (first + u < num_ranks_) ok = ok && take_word(first + u, word, seen[u]);
-      }
-    }
-    return ok;
-  }
-  __device__ bool take_word(int source, int word, uint64_t seen) const {
-    auto value = static_cast<uint32_t>(seen);
-    if (call_.is_masked(source))
-      value = 0;
-    else if (!call_.operation().is_of_epoch(seen) && !call_.await_word(source, word, value))
-      return false;
-    return keep_word(source, word, value);
-  }
-  // False: the source calls something else.
-  __device__ bool keep_word(int source, int word, uint32_t value) const {
-    const layout::LatencyWords& words = args_.call.words;
-    if (word == words.call()) return call_.is_masked(source) || call_.check_call(source, value);
-    if (word == words.num_tokens())
-      memory_.num_tokens()[source] = static_cast<int32_t>(value);
-    else if (word < words.presence())
-      memory_.counts()[source * num_counts_ + word - words.counts()] = static_cast<int32_t>(value);
-    else
-      memory_.presence()[source * num_presence_ + word - words.presence()] = value;
-    return true;
-  }
-
-  __device__ void set_received_begin() const {
-    const int counter = plan_.num_experts + rank_;
-    if (threadIdx.x != counter % kWorkThreads) return;  // sum_counts() leaves this counter to the same thread
-    int32_t begin = 0;
-#pragma unroll 1
-    for (int source = 0; source < num_ranks_; ++source) {
-      memory_.received_begin()[source] = begin;
-      begin += memory_.counts()[source * num_counts_ + counter];
-    }
-    memory_.received_begin()[num_ranks_] = begin;
-  }
-
-  // One block, into the plan.
-  __device__ void keep_counts() const {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_counts_; i += kWorkThreads) plan_.counts[i] = memory_.counts()[i];
-#pragma unroll 1
-    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kWorkThreads)
-      plan_.num_tokens[source] = memory_.num_tokens()[source];
-    constexpr int kEnds = layout::kMaxChunks + 1;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kEnds; i += kWorkThreads)
-      plan_.chunk_begin[i] = num_present(i / kEnds, i % kEnds * plan_.tokens_per_chunk);
-  }
-  // Messages of the source's tokens below `end`.
-  __device__ int32_t num_present(int source, int32_t end) const {
-    const uint32_t* presence = memory_.presence() + source * num_presence_;
+  // Of the sources below `source`.
+  __device__ int32_t count_before(int source, int counter) const {
     int32_t sum = 0;
 #pragma unroll 1
-    for (int i = 0; i < num_presence_ && i * 32 < end; ++i)
-      sum += __popc(end - i * 32 >= 32 ? presence[i] : presence[i] & ((1u << (end - i * 32)) - 1));
+    for (int lower = 0; lower < source; ++lower) sum += count(lower, counter);
     return sum;
   }
 
-  // Counts become sums over the lower sources; those over all sources go to first_row() until set_first_rows().
-  __device__ void sum_counts() const {
+  // Where an entry's row is at the expert's rank.
+  __device__ int32_t row_of(int source, int32_t expert, int32_t position) const {
+    return bounded_row(first_row(expert), int64_t{count_before(source, expert)} + position);
+  }
+
+  // One warp: where this rank's messages and entries come to lie, into the plan. Of the tokens that this block has placed.
+  __device__ void settle_own() const {
+    const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
+    const int32_t first = first_token();
+    if (first < 0) return;
+    const int lane = static_cast<int>(device::lane_idx());
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += kWorkThreads) {
-      int32_t sum = 0;
-#pragma unroll 1
-      for (int source = 0; source < num_ranks_; ++source) {
-        int32_t& count = memory_.counts()[source * num_counts_ + c];
-        const int32_t own = count;
-        count = sum;
-        sum += own;
+    for (int32_t token = first; token < num_tokens(rank_); token += num_senders) {
+      // Positions become rows.
+      if (lane < plan_.num_topk) {
+        int32_t& row = plan_.entry_rows[token * plan_.num_topk + lane];
+        const int32_t expert = plan_.experts[token * plan_.num_topk + lane];
+        row = expert >= 0 && plan_.has_expert_rows() ? row_of(rank_, expert, row) : -1;
       }
-      if (c >= plan_.num_experts) continue;
-      memory_.first_row()[c] = sum;
-      if (c / plan_.local_experts == rank_) memory_.num_entries()[c - rank_ * plan_.local_experts] = sum;
+#pragma unroll 1
+      for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
+        MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
+        if (message.rank < 0) continue;
+        message.row = plan_.has_expert_rows() ? 0 : bounded_row(count_before(rank_, plan_.num_experts + message.rank), message.row);
+      }
     }
+  }
+
+  // Openers, under TERN_ON_TIMEOUT_MASK: who has a part in this dispatch. Of a call that routes, the others send nothing.
+  __device__ __noinline__ void settle() const {
+    call_.settle_attendance<kOpenThreads>([&] {
+      if (args_.routes && !fetch_words()) *memory_.has_failed() = 1;
+      sync_openers();
+      await_all_rows();
+    });
+    for (int source = 0; args_.routes && source < num_ranks_; ++source)
+      for (int i = static_cast<int>(threadIdx.x); i < num_words_ && call_.is_absent(source); i += kOpenThreads) words(source)[i] = 0;
+    sync_openers();
+  }
+  __device__ void await_all_rows() const {
+    if (!args_.routes) {
+      for (int i = static_cast<int>(threadIdx.x); i < plan_.received_begin[num_ranks_]; i += kOpenThreads) {
+        int source = 0;
+        while (plan_.received_begin[source + 1] <= i) ++source;
+        if (!call_.await_row(source, plan_.source_token[i])) call_.miss(source);
+      }
+      return;
+    }
+    const auto max_tokens = static_cast<int>(plan_.max_tokens);
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * max_tokens; i += kOpenThreads) {
+      const int source = i / max_tokens, token = i % max_tokens;
+      const bool is_sent = (presence(source)[token / 32] >> token % 32 & 1) != 0;
+      if (is_sent && !call_.await_row(source, token)) call_.miss(source);
+    }
+  }
+
+  // All that the sources tell of their routing; a warp takes a source at a time, with many words under way.
+  __device__ bool fetch_words() const {
+    bool ok = true;
+#pragma unroll 1
+    for (int source = static_cast<int>(threadIdx.x) / kWarpThreads; source < num_ranks_; source += kOpenThreads / kWarpThreads)
+      ok = fetch_words(source) && ok;
+    return ok;
+  }
+  __device__ bool fetch_words(int source) const {
+    constexpr int kAtOnce = 10;
+    const int lane = static_cast<int>(device::lane_idx());
+    const uint64_t* from = call_.words(rank_, source);
+    bool has_call = lane == args_.call.words.call() && !call_.is_masked(source);
+#pragma unroll 1
+    for (int first = lane; first < num_words_; first += kAtOnce * kWarpThreads) {
+      uint64_t seen[kAtOnce] = {};  // of a source that is masked
+      // Until all are there: those that were not are looked at again together, when the last of them has come.
+      for (int missing = call_.is_masked(source) ? -1 : first; missing >= 0;) {
+        missing = -1;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+          if (first + u * kWarpThreads < num_words_) seen[u] = load_relaxed_sys(from + first + u * kWarpThreads);
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+          if (first + u * kWarpThreads < num_words_ && !call_.operation().is_of_epoch(seen[u])) missing = first + u * kWarpThreads;
+        uint32_t value;
+        if (missing < 0 || call_.await_word(source, missing, value)) continue;
+        if (!call_.may_go_on_without() || call_.operation().is_aborted()) return false;
+        // What has not come says nothing.
+        call_.miss(source);
+        has_call = false;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u)
+          if (!call_.operation().is_of_epoch(seen[u])) seen[u] = 0;
+        break;
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (first + u * kWarpThreads < num_words_) words(source)[first + u * kWarpThreads] = static_cast<uint32_t>(seen[u]);
+    }
+    return !has_call || call_.check_call(source, words(source)[lane]);
   }
 
   // expert_major: groups follow each other within a rank; a warp for each rank adds up their sizes.
   __device__ void set_first_rows() const {
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(device::lane_idx());
 #pragma unroll 1
-    for (int r = warp; r < num_ranks_; r += kWorkThreads / kWarpThreads) {
+    for (int r = warp; r < num_ranks_; r += kOpenThreads / kWarpThreads) {
       int64_t begin = 0;
 #pragma unroll 1
       for (int first = 0; first < plan_.local_experts; first += kWarpThreads) {
         const bool in = first + lane < plan_.local_experts;
-        int32_t* row = memory_.first_row() + r * plan_.local_experts + first + lane;
+        const int expert = r * plan_.local_experts + first + lane;
         int64_t size = 0;
-        if (in) size = layout::align_up(*row, plan_.alignment);
+        if (in) size = layout::align_up(count_before(num_ranks_, expert), plan_.alignment);
         int64_t sum = size;
 #pragma unroll 1
         for (int step = 1; step < kWarpThreads; step *= 2) {
           const int64_t lower = __shfl_up_sync(~0u, sum, step);
           if (lane >= step) sum += lower;
         }
-        if (in) *row = static_cast<int32_t>(begin + sum - size);
+        if (in) memory_.first_row()[expert] = static_cast<int32_t>(begin + sum - size);
         begin += __shfl_sync(~0u, sum, kWarpThreads - 1);
       }
       if (r == rank_ && lane == 0) *memory_.groups_end() = static_cast<int32_t>(begin);
     }
   }
 
-  // One block, into the plan: the groups of this rank.
-  __device__ void keep_groups() const {
-    bool overflow = !plan_.has_expert_rows() && memory_.received_begin()[num_ranks_] > plan_.row_capacity;
+  // Openers: entries of this rank's experts, of all sources.
+  __device__ void sum_entries() const {
 #pragma unroll 1
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts && plan_.has_expert_rows(); e += kWorkThreads) {
+    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kOpenThreads) {
+      int32_t sum = 0;
+#pragma unroll 1
+      for (int source = 0; source < num_ranks_; ++source) sum += own_count(source, e);
+      memory_.num_entries()[e] = sum;
+    }
+  }
+  // Of local expert `e`.
+  __device__ int32_t own_count(int source, int e) const {
+    const int counter = rank_ * plan_.local_experts + e;
+    return args_.routes ? count(source, counter) : plan_.counts[source * plan_.num_counts(num_ranks_) + counter];
+  }
+
+  // The openers of one block, into the plan: everything but what belongs to single tokens and messages.
+  __device__ void keep_plan() const {
+    const int thread = static_cast<int>(threadIdx.x), num_counts = plan_.num_counts(num_ranks_);
+    constexpr int kEnds = layout::kMaxChunks + 1;
+#pragma unroll 1
+    for (int source = 0; source < num_ranks_; ++source) {
+#pragma unroll 1
+      for (int c = thread; c < num_counts; c += kOpenThreads) plan_.counts[source * num_counts + c] = count(source, c);
+#pragma unroll 1
+      for (int chunk = thread; chunk < kEnds; chunk += kOpenThreads)
+        plan_.chunk_begin[source * kEnds + chunk] = num_present(source, chunk * plan_.tokens_per_chunk);
+    }
+    if (thread < num_ranks_) plan_.num_tokens[thread] = num_tokens(thread);
+    if (thread <= num_ranks_) plan_.received_begin[thread] = received_begin(thread);
+    bool overflow = !plan_.has_expert_rows() && received_begin(num_ranks_) > plan_.row_capacity;
+#pragma unroll 1
+    for (int e = thread; e < plan_.local_experts && plan_.has_expert_rows(); e += kOpenThreads) {
       plan_.group_begin[e] = group_begin(e);
-#pragma unroll 1
-      for (int source = 0; source < num_ranks_; ++source)
-        plan_.source_begin[e * num_ranks_ + source] = memory_.counts()[source * num_counts_ + rank_ * plan_.local_experts + e];
       if (memory_.num_entries()[e] > 0) overflow = overflow || bounded_row(group_begin(e), memory_.num_entries()[e] - 1) < 0;
     }
-    if (threadIdx.x == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = group_begin(plan_.local_experts);
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i <= num_ranks_; i += kWorkThreads) plan_.received_begin[i] = memory_.received_begin()[i];
+    if (thread == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = group_begin(plan_.local_experts);
     if (overflow) call_.operation().post_notice(TERN_CAPACITY_EXCEEDED);
+  }
+  // Messages of the source's tokens below `end`.
+  __device__ int32_t num_present(int source, int32_t end) const {
+    int32_t sum = 0;
+#pragma unroll 1
+    for (int i = 0; i < args_.call.words.num_presence() && i * 32 < end; ++i) {
+      const uint32_t present = presence(source)[i];
+      sum += __popc(end - i * 32 >= 32 ? present : present & ((1u << (end - i * 32)) - 1));
+    }
+    return sum;
+  }
+
+  // First message of a source; num_ranks: where the last one's end.
+  __device__ int32_t received_begin(int source) const {
+    return args_.routes ? count_before(source, plan_.num_experts + rank_) : plan_.received_begin[source];
   }
 
   // First row of an expert's group at its rank.
@@ -319,25 +337,33 @@ class Arrivals {
     return row < plan_.row_capacity ? static_cast<int32_t>(row) : -1;
   }
 
-  // One block.
-  __device__ void keep_and_write_counts() const {
-    if (args_.routes) keep_groups();
-    write_counts();
-  }
-
-  // The workers of all blocks, for groups of equal size: what clear_rows() does, a row each.
+  // Groups of equal size: what clear_rows() does, a row each.
   __device__ void clear_padded_rows() const {
     const DispatchOutputs& out = args_.out;
     const auto group_rows = static_cast<uint32_t>(plan_.padded_group_rows);
     const auto num_rows = static_cast<uint32_t>(out.num_rows);
 #pragma unroll 1
-    for (uint32_t row = blockIdx.x * kWorkThreads + threadIdx.x; row < num_rows; row += gridDim.x * kWorkThreads) {
+    for (uint32_t row = blockIdx.x * kOpenThreads + threadIdx.x; row < num_rows; row += gridDim.x * kOpenThreads) {
       const uint32_t e = row / group_rows;
       if (static_cast<int32_t>(row - e * group_rows) < memory_.num_entries()[e]) continue;
       if (out.source_token != nullptr) out.source_token[row] = -1;
       if (out.source_rank != nullptr) out.source_rank[row] = -1;
       if (out.row_expert != nullptr) out.row_expert[row] = -1;
     }
+  }
+
+  // Groups of any size, and what lies behind the last one.
+  __device__ void clear_all_rows() const {
+    const auto warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    const auto num_warps = static_cast<int>(kOpenThreads / kWarpThreads * gridDim.x);
+    const int64_t num_rows = args_.out.num_rows;
+#pragma unroll 1
+    for (auto e = static_cast<int>(warp * gridDim.x + blockIdx.x); plan_.has_expert_rows() && e < plan_.local_experts; e += num_warps) {
+      const int64_t begin = group_begin(e), end = min(int64_t{group_begin(e + 1)}, num_rows);
+      clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
+    }
+    const int64_t used = plan_.has_expert_rows() ? group_begin(plan_.local_experts) : received_begin(num_ranks_);
+    clear_rows(min(used, num_rows), num_rows, false, blockIdx.x * kOpenThreads + threadIdx.x, gridDim.x * kOpenThreads);
   }
 
   // Thread `thread` of `num_threads`: rows that nothing arrives for.
@@ -368,34 +394,37 @@ class Arrivals {
     }
   }
 
-  // One block, behind what it has left in the plan itself: each thread reads what it wrote, but for the counts.
+  // The openers of one block: the counts that the caller asked for.
   __device__ void write_counts() const {
     const DispatchOutputs& out = args_.out;
-    sync_workers();
+    const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kWorkThreads) {
+    for (int e = thread; e < plan_.local_experts; e += kOpenThreads) {
       if (out.expert_counts != nullptr) out.expert_counts[e] = memory_.num_entries()[e];
-      if (!plan_.has_expert_rows() || out.expert_rank_ranges == nullptr) continue;
-#pragma unroll 1
-      for (int source = 0; source < num_ranks_; ++source) {
-        const int64_t count = plan_.counts[source * num_counts_ + rank_ * plan_.local_experts + e];
-        out.expert_rank_ranges[e * num_ranks_ + source] = int64_t{plan_.source_begin[e * num_ranks_ + source]} << 32 | count;
-      }
+      if (plan_.has_expert_rows()) write_ranges(e);
     }
     if (plan_.has_expert_rows() && out.expert_offsets != nullptr)
 #pragma unroll 1
-      for (int e = static_cast<int>(threadIdx.x); e <= plan_.local_experts; e += kWorkThreads) out.expert_offsets[e] = group_begin(e);
+      for (int e = thread; e <= plan_.local_experts; e += kOpenThreads) out.expert_offsets[e] = group_begin(e);
+    if (out.rank_counts != nullptr && thread < num_ranks_) out.rank_counts[thread] = received_begin(thread + 1) - received_begin(thread);
+  }
+  // Where each source's rows begin in the expert's group, and how many they are.
+  __device__ void write_ranges(int e) const {
+    int32_t begin = 0;
 #pragma unroll 1
-    for (int r = static_cast<int>(threadIdx.x); r < num_ranks_ && out.rank_counts != nullptr; r += kWorkThreads)
-      out.rank_counts[r] = memory_.received_begin()[r + 1] - memory_.received_begin()[r];
+    for (int source = 0; source < num_ranks_; ++source) {
+      const int32_t num = own_count(source, e), at = e * num_ranks_ + source;
+      if (args_.routes) plan_.source_begin[at] = begin;
+      if (args_.out.expert_rank_ranges != nullptr) args_.out.expert_rank_ranges[at] = int64_t{begin} << 32 | static_cast<uint32_t>(num);
+      begin += num;
+    }
   }
 
   const LatencyDispatchArgs& args_;
   const PlanView& plan_;
   const LatencyCall& call_;
   const DispatchMemory& memory_;
-  const int rank_, num_ranks_, num_counts_, num_presence_;
-  int32_t most_tokens_ = 0;
+  const int rank_, num_ranks_, num_words_;
 };
 
 }  // namespace tern::kernels

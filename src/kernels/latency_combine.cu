@@ -18,7 +18,7 @@ constexpr int kPartBytes = 1024;  // of a row that a warp sums at once
 
 // Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
 __device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const LatencyCall& call, int rank, int32_t token) {
-  return args.per_entry ? token : call.slot_idx(rank, token);
+  return args.shares_slots ? token : call.slot_idx(rank, token);
 }
 
 // Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on. kLog: rows are in the 10-bit encoding.
@@ -40,21 +40,23 @@ __device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, f
   }
 }
 
-// A warp's sum of the terms over bytes [begin, end) of a row of Wire. All threads call store(at, sum), also beyond the end.
-template <typename Wire, bool kLogTerms, typename Start, typename Store>
-__device__ __forceinline__ void sum_bytes(const Terms& terms, int begin, int end, Start start, Store store) {
-  constexpr int kVecs = kPartBytes / 512;
+// What a warp sums at once: of each thread two times 16 bytes.
+constexpr int kSumVecs = kPartBytes / 512;
+template <typename Wire>
+using PartSums = float[kSumVecs][Wire::kElements];
+
+// Sums over bytes [begin, end) of a row of Wire, as one warp makes them: make(at, sums) adds to zeros what there is for the thread at bytes `at`, and
+// one step of the warp further on. All threads call store(at, sum), also beyond the end.
+template <typename Wire, typename Make, typename Store>
+__device__ __forceinline__ void sum_bytes(int begin, int end, Make make, Store store) {
   constexpr int kStep = 32 * sizeof(Vec16);
 #pragma unroll 1
-  for (int first = begin; first < end; first += kVecs * kStep) {
+  for (int first = begin; first < end; first += kPartBytes) {
     const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
-    float sums[kVecs][Wire::kElements] = {};
+    PartSums<Wire> sums = {};
+    make(at, sums);
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v)
-      if (at + v * kStep < end) start(at + v * kStep, sums[v]);
-    add_terms<Wire, kLogTerms, kVecs>(terms, at, end, sums);
-#pragma unroll
-    for (int v = 0; v < kVecs; ++v)
+    for (int v = 0; v < kSumVecs; ++v)
       if (first + v * kStep < end) store(at + v * kStep, sums[v]);
   }
 }
@@ -63,10 +65,13 @@ __device__ __forceinline__ void sum_bytes(const Terms& terms, int begin, int end
 template <typename Wire, bool kLog>
 class ShareSender {
  public:
-  // Asks for what the plan says of the first message.
+  // Sums the block's first message, if it can: before the epoch is known, since that comes from memory too.
   __device__ ShareSender(const LatencyCombineArgs& args, const LatencyCall& call)
       : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
-    if (!is_raising()) ahead_ = fetch(first());
+    if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
+    if (is_raising() || !args.call.sends) return;
+    ahead_ = fetch(message_at(first()));
+    sum_first();
   }
 
   // All threads of all blocks. The workers of a block take a message at a time, each warp a part of it; the raising warp follows them.
@@ -78,8 +83,8 @@ class ShareSender {
     for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
       if (nth >= kAhead) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
       const Share share = ahead_;
-      ahead_ = fetch(i + step());
-      push(share, i);
+      ahead_ = fetch(message_at(i + step()));
+      push(share, message_at(i), nth == 0 && has_sums_);
       device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
     }
   }
@@ -116,10 +121,48 @@ class ShareSender {
   __device__ static int32_t first() { return static_cast<int32_t>(blockIdx.x); }
   __device__ static int32_t step() { return static_cast<int32_t>(gridDim.x); }
 
-  // May be asked for beyond the last message.
+  // Where blocks have several messages, a rank begins with those of the next rank: not all of them send to the same one at a time.
+  __device__ bool goes_round() const { return plan_.max_tokens * call_.num_ranks() > step(); }
+  // The i-th message to be pushed.
+  __device__ int32_t message_at(int32_t i) const {
+    if (!goes_round()) return i;
+    i += first_message_;
+    return i < num_messages_ ? i : i - num_messages_;
+  }
+
+  // Bytes of a row that a warp takes.
+  struct Part {
+    int begin, end;
+  };
+  __device__ Part part() const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    const auto size = static_cast<int>(layout::align_up((args_.row_bytes + kRaisingWarp - 1) / kRaisingWarp, 512));
+    const int begin = min(warp * size, args_.row_bytes);
+    return {begin, min(begin + size, args_.row_bytes)};
+  }
+
+  __device__ Terms terms_of(const Share& share) const {
+    Terms terms;
+    terms.valid = __ballot_sync(~0u, share.row >= 0);
+    terms.address = args_.rows + int64_t{share.row} * args_.row_bytes;
+    terms.weight = share.weight;
+    return terms;
+  }
+
+  // Of the first message, the first bytes of the warp's part. The plan of a failed exchange may say anything, so that no row is read by it.
+  __device__ void sum_first() {
+    const bool can = plan_.has_expert_rows() && !args_.per_entry && !args_.sums_owner_weights && first() < num_messages_;
+    has_sums_ = __all_sync(~0u, can && !call_.operation().is_aborted()) != 0;
+    const Part mine = part();
+    if (has_sums_)
+      add_terms<Wire, false, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end,
+                                       sums_);
+  }
+
+  // May be asked for beyond the last message, and in a failed exchange, where the plan may say anything, for any.
   __device__ Share fetch(int32_t message) const {
     Share share = {};
-    if (message >= plan_.max_tokens * call_.num_ranks()) return share;
+    if (static_cast<uint32_t>(message) >= static_cast<uint32_t>(plan_.max_tokens * call_.num_ranks())) return share;
     share.token = plan_.source_token[message];
     const int k = static_cast<int>(device::lane_idx());
     const int32_t entry = message * plan_.topk_stride + k;
@@ -131,76 +174,128 @@ class ShareSender {
   // One warp: raises the flag of each message that the workers have pushed.
   __device__ void raise() const {
     for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
-      const int source = begins_.source_of(i);
-      const int32_t token = plan_.source_token[i];
+      const int source = begins_.source_of(message_at(i));
+      const int32_t token = plan_.source_token[message_at(i)];
       device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
       // Without the owner's weights, because the exchange has failed, the row is not right.
       const bool is_right = !args_.sums_owner_weights || !call_.operation().is_aborted();
-      if (device::lane_idx() == 0 && is_right) call_.raise_row(source, token);
+      if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> source & 1) == 0) call_.raise_row(source, token);
       __syncwarp();
       // Without waiting for the workers, who come here some messages later.
       if (i + kAhead * step() < num_messages_) device::arrive_at_barrier(kFreeBarrier + nth % kAhead, kLatencyThreads);
     }
   }
 
-  __device__ void push(const Share& share, int32_t message) const {
+  // has_sums: sums_ are of this message.
+  __device__ void push(const Share& share, int32_t message, bool has_sums) const {
     const int source = begins_.source_of(message);
+    if (is_cut_off(source)) return;
     std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
     if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
-    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-    const auto part = static_cast<int>(layout::align_up((args_.row_bytes + kRaisingWarp - 1) / kRaisingWarp, 512));
-    const int begin = min(warp * part, args_.row_bytes), end = min(begin + part, args_.row_bytes);
+    const Part mine = part();
     if (!plan_.has_expert_rows()) {
-      if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, begin, end);
+      if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, mine);
       return;
     }
-    Terms terms;
-    terms.valid = __ballot_sync(~0u, share.row >= 0);
-    terms.address = args_.rows + int64_t{share.row} * args_.row_bytes;
-    terms.weight = share.weight;
+    Terms terms = terms_of(share);
     if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(source, share.token);
     __syncwarp();
     if (args_.per_entry)
-      copy_entries(terms, slot, begin, end);
+      copy_entries(terms, slot, mine);
     else
-      sum_into(terms, slot, begin, end);
+      sum_into(terms, slot, mine, has_sums);
   }
 
-  __device__ void sum_into(const Terms& terms, std::byte* row, int begin, int end) const {
-    sum_bytes<Wire, false>(
-        terms, begin, end, [](int, auto&) {},
+  // All threads of a warp alike, though other warps may add to the set meanwhile.
+  __device__ bool is_cut_off(int owner) const {
+    return call_.may_go_on_without() && __shfl_sync(~0u, static_cast<int>(call_.cut_off() >> owner & 1), 0) != 0;
+  }
+
+  __device__ void sum_into(const Terms& terms, std::byte* row, const Part& mine, bool has_sums) const {
+    sum_bytes<Wire>(
+        mine.begin, mine.end,
+        [&](int at, PartSums<Wire>& sums) {
+          if (has_sums && at < mine.begin + kPartBytes)
+            take_sums(sums);
+          else
+            add_terms<Wire, false, kSumVecs>(terms, at, mine.end, sums);
+        },
         [&](int at, const auto& sum) {
           if constexpr (kLog)
-            LogRow<Wire>::store(sum, at < end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
-          else if (at < end)
+            LogRow<Wire>::store(sum, at < mine.end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
+          else if (at < mine.end)
             *reinterpret_cast<Vec16*>(row + at) = Wire::narrow(sum);
         });
+  }
+  __device__ void take_sums(PartSums<Wire>& sums) const {
+#pragma unroll
+    for (int v = 0; v < kSumVecs; ++v)
+#pragma unroll
+      for (int i = 0; i < Wire::kElements; ++i) sums[v][i] = sums_[v][i];
   }
 
   __device__ float owner_weight(int source, int32_t token) const {
     const int k = static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
-    call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
+    const bool is_there = call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
+    if (!is_there && call_.may_go_on_without()) call_.cut_off(source);
     return __uint_as_float(bits);
   }
 
-  __device__ void copy_entries(const Terms& terms, std::byte* slot, int begin, int end) const {
-    for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
-      const int k = __ffs(static_cast<int>(left)) - 1;
-      const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), k));
-      copy(address, slot + k * args_.wire_bytes, begin, end);
+  __device__ void copy_entries(const Terms& terms, std::byte* slot, const Part& mine) const {
+    if constexpr (kLog) {
+      for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+        const int k = __ffs(static_cast<int>(left)) - 1;
+        copy(address_of(terms, k), slot + k * args_.wire_bytes, mine);
+      }
+    } else {
+      for (uint32_t left = terms.valid; left != 0;) left = copy_some(terms, left, slot, mine);
     }
+  }
+  __device__ static const std::byte* address_of(const Terms& terms, int k) {
+    return reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), k));
+  }
+
+  // The first few entries of those that are left, with all their loads under way together; returns the others.
+  __device__ uint32_t copy_some(const Terms& terms, uint32_t left, std::byte* slot, const Part& mine) const {
+    constexpr int kAtOnce = 4, kStep = 32 * sizeof(Vec16);
+    const std::byte* from[kAtOnce];
+    std::byte* to[kAtOnce];
+    const int num = min(kAtOnce, __popc(left));
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (u >= num) break;
+      const int k = __ffs(static_cast<int>(left)) - 1;
+      left &= left - 1;
+      from[u] = address_of(terms, k);
+      to[u] = slot + k * args_.wire_bytes;
+    }
+#pragma unroll 1
+    for (int at = mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)); at < mine.end; at += kPartBytes) {
+      Vec16 values[kAtOnce][kSumVecs];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+#pragma unroll
+        for (int v = 0; v < kSumVecs; ++v)
+          if (u < num && at + v * kStep < mine.end) values[u][v] = device::load_vec16(from[u] + at + v * kStep);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+#pragma unroll
+        for (int v = 0; v < kSumVecs; ++v)
+          if (u < num && at + v * kStep < mine.end) *reinterpret_cast<Vec16*>(to[u] + at + v * kStep) = values[u][v];
+    }
+    return left;
   }
 
   // The warp's part of a row.
-  __device__ void copy(const std::byte* from, std::byte* to, int begin, int end) const {
+  __device__ void copy(const std::byte* from, std::byte* to, const Part& mine) const {
     if constexpr (kLog) {
       Terms one;
       one.valid = 1;
       one.address = from;
-      sum_into(one, to, begin, end);
+      sum_into(one, to, mine, false);
     } else {
-      copy_row(from + begin, end - begin, [&](auto visit) { visit(to + begin); });
+      copy_row(from + mine.begin, mine.end - mine.begin, [&](auto visit) { visit(to + mine.begin); });
     }
   }
 
@@ -224,7 +319,10 @@ class ShareSender {
   const LatencyCall& call_;
   const int32_t num_messages_;
   const Begins begins_;
+  int32_t first_message_ = 0;
   Share ahead_ = {};
+  bool has_sums_ = false;  // of the block's first message
+  PartSums<Wire> sums_ = {};
 };
 
 // Sums the results of this rank's tokens.
@@ -240,6 +338,7 @@ class OwnerSums {
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     const auto num_warps = static_cast<int32_t>(kRaisingWarp * gridDim.x);
     const auto first = static_cast<int32_t>(warp * gridDim.x + blockIdx.x);
+    if (call_.may_go_on_without()) settle(num_tokens);
     if (first >= num_tokens * num_parts) call_.wait_no_more();
     for (int32_t i = first; i < num_tokens * num_parts; i += num_warps) {
       const int32_t token = i / num_parts, part = i % num_parts;
@@ -251,8 +350,12 @@ class OwnerSums {
       const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
       if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
       std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
-      sum_bytes<Wire, kLog>(
-          terms, begin, end, [&](int at, auto& sum) { add_biases(token, at, sum); },
+      sum_bytes<Wire>(
+          begin, end,
+          [&](int at, PartSums<Wire>& sums) {
+            add_biases(token, at, end, sums);
+            add_terms<Wire, kLog, kSumVecs>(terms, at, end, sums);
+          },
           [&](int at, const auto& sum) {
             if (at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
           });
@@ -260,6 +363,16 @@ class OwnerSums {
   }
 
  private:
+  // Under TERN_ON_TIMEOUT_MASK: who has a share in the sums.
+  __device__ __noinline__ void settle(int32_t num_tokens) const {
+    call_.settle_attendance<kWorkThreads>([&] {
+      for (auto i = static_cast<int32_t>(threadIdx.x); i < num_tokens * plan_.messages_per_token; i += kWorkThreads) {
+        const int32_t rank = plan_.messages[i].rank;
+        if (rank >= 0 && !call_.await_row(rank, i / plan_.messages_per_token)) call_.miss(rank);
+      }
+    });
+  }
+
   __device__ MessageRef message_of(int32_t token, int m) const {
     if (m >= plan_.messages_per_token) return {-1, -1};
     return plan_.messages[int64_t{token} * plan_.messages_per_token + m];
@@ -267,21 +380,26 @@ class OwnerSums {
 
   // Each thread waits for one of the ranks that have a share of the token.
   __device__ bool await_share(int32_t token, const MessageRef& message) const {
-    const bool ok = message.rank < 0 || call_.await_row(message.rank, token);
+    const bool ok = message.rank < 0 || call_.is_absent(message.rank) || call_.await_row(message.rank, token);
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what each thread has acquired, all may read
     return all_ok;
   }
 
-  __device__ void add_biases(int32_t token, int at, float (&sum)[Wire::kElements]) const {
+  __device__ void add_biases(int32_t token, int at, int end, PartSums<Wire>& sums) const {
+    constexpr int kStep = 32 * sizeof(Vec16);
 #pragma unroll
-    for (int which = 0; which < 2; ++which)
-      if (args_.bias[which] != nullptr)
-        add_term<Wire>(sum, *reinterpret_cast<const Vec16*>(args_.bias[which] + int64_t{token} * args_.row_bytes + at), 1.0f);
+    for (int which = 0; which < 2; ++which) {
+      if (args_.bias[which] == nullptr) continue;
+      const std::byte* bias = args_.bias[which] + int64_t{token} * args_.row_bytes + at;
+#pragma unroll
+      for (int v = 0; v < kSumVecs; ++v)
+        if (at + v * kStep < end) add_term<Wire>(sums[v], device::load_vec16(bias + v * kStep), 1.0f);
+    }
   }
 
   __device__ Terms terms_of_shares(int32_t token, const MessageRef& message) const {
-    const bool has_row = message.rank >= 0 && message.row >= 0;
+    const bool has_row = message.rank >= 0 && message.row >= 0 && !call_.is_absent(message.rank);
     Terms terms;
     terms.valid = __ballot_sync(~0u, has_row);
     if (has_row) terms.address = call_.slot(call_.rank(), slot_idx_of(args_, call_, message.rank, token));
@@ -290,10 +408,12 @@ class OwnerSums {
   __device__ Terms terms_of_entries(int32_t token) const {
     const int k = static_cast<int>(device::lane_idx());
     const int64_t entry = int64_t{token} * plan_.num_topk + k;
-    const bool has_row = k < plan_.num_topk && plan_.experts[entry] >= 0 && plan_.entry_rows[entry] >= 0;
+    const int32_t expert = k < plan_.num_topk ? plan_.experts[entry] : -1;
+    const int rank = expert >= 0 ? rank_of(args_.call, expert) : 0;
+    const bool has_row = expert >= 0 && plan_.entry_rows[entry] >= 0 && !call_.is_absent(rank);
     Terms terms;
     terms.valid = __ballot_sync(~0u, has_row);
-    terms.address = call_.slot(call_.rank(), token) + k * args_.wire_bytes;
+    terms.address = call_.slot(call_.rank(), slot_idx_of(args_, call_, rank, token)) + k * args_.wire_bytes;
     if (has_row && args_.token_weights != nullptr) terms.weight = args_.token_weights[entry];
     return terms;
   }
@@ -303,11 +423,14 @@ class OwnerSums {
       const int64_t entry = int64_t{token} * plan_.num_topk + k;
       float sum = 0.0f;
       if (args_.per_entry) {
-        if (plan_.experts[entry] >= 0) sum = __fadd_rn(sum, returned(call_.rank(), token)[k]);
+        const int32_t expert = plan_.experts[entry];
+        const int rank = expert >= 0 ? rank_of(args_.call, expert) : 0;
+        if (expert >= 0 && !call_.is_absent(rank)) sum = __fadd_rn(sum, returned(rank, token)[k]);
       } else {
         for (int m = 0; m < plan_.messages_per_token; ++m) {
           const MessageRef message = message_of(token, m);
           if (message.rank < 0) break;
+          if (call_.is_absent(message.rank)) continue;
           sum = __fadd_rn(sum, returned(message.rank, token)[k]);
         }
       }
@@ -330,9 +453,9 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
   for (auto i = static_cast<int32_t>(blockIdx.x * kLatencyThreads + threadIdx.x); i < num_entries;
        i += static_cast<int32_t>(gridDim.x * kLatencyThreads)) {
     const int32_t expert = plan.experts[i];
-    if (expert >= 0)
-      call.put_word(rank_of(args.call, expert), static_cast<int32_t>(args.call.words.weights()) + i,
-                    __float_as_uint(args.owner_weights[i]));
+    if (expert < 0) continue;
+    const int rank = rank_of(args.call, expert);
+    if (call.takes(rank)) call.put_word(rank, static_cast<int32_t>(args.call.words.weights()) + i, __float_as_uint(args.owner_weights[i]));
   }
 }
 
@@ -344,7 +467,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
   if (call.begin()) {
     if (args.call.sends) {
       if (args.owner_weights != nullptr) push_weights(args, call);
-      if (blockIdx.x == 0) call.announce(0);
+      if (blockIdx.x == 0) call.announce(static_cast<int>(threadIdx.x), 0);
       sender.run();
       if (blockIdx.x == 0 && is_raising()) call.announce_to_throughput();
     }

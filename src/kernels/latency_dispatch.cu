@@ -6,6 +6,9 @@
 //                   weights, and where among this rank's entries those of the token are
 //   all blocks      learn from the counts where everything comes to lie, and spread the messages to their rows, one group of warps each
 //
+// In a block these go on side by side, since what one warp does after the other is code that is fetched and loads that are waited for: openers
+// count, and then learn; senders push rows; the raising warp does the rest of a token.
+//
 // Positions are those of a walk in token order, so they are the same on every run, for any number of blocks.
 #include "kernels/latency.cuh"
 #include "kernels/latency_arrivals.cuh"
@@ -14,175 +17,194 @@
 namespace tern::kernels {
 namespace {
 
+// How rows travel: as they are given, or cast to fp8 from a type.
+struct AsGiven {
+  using Sent = Vec16;
+  static constexpr int kShrink = 1;  // of 16 bytes that are given
+};
+template <typename Wire>
+struct CastFrom {
+  using Sent = typename CastVector<Wire>::Values;
+  static constexpr int kShrink = 16 / Wire::kElements;
+};
+
 // Pushes this rank's tokens.
+template <typename Travel>
 class RowSender {
  public:
-  __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory, int32_t num_tokens)
-      : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call.operation()), num_tokens_(num_tokens) {}
+  // Asks for what the call gives of the block's first token: before the epoch is known, since that comes from memory too.
+  __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
+      : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call, memory) {
+    if (args.call.sends && !is_opening() && first_token() >= 0 && first_token() < num_tokens_given(args)) fetch(first_token());
+  }
 
-  // All threads of a block, which takes tokens first, first + step, ...
-  __device__ void run(int32_t first, int32_t step) {
-    int32_t* counters = memory_.counts();
+  // All threads of all blocks. The openers have counted the tokens before the first.
+  __device__ void run(int32_t num_tokens) {
+    const int32_t first = first_token(), step = gridDim.x == 1 ? 1 : static_cast<int32_t>(gridDim.x) - 1;
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < plan_.num_counts(call_.num_ranks()); c += kLatencyThreads) counters[c] = 0;
-    __syncthreads();
-    int32_t num_counted = 0;
-    const bool casts = args_.in.encoding != TERN_ENCODING_AS_GIVEN;
-#pragma unroll 1
-    for (int32_t token = first; token < num_tokens_; token += step) {
-      Chunk chunk = load(token, 0);
-      int64_t given = -1;
-      if (args_.routes) {
-        if (threadIdx.x < kWarpThreads) given = routing_.own_given_expert(token);
-        routing_.count(num_counted, token, counters, [](int, int32_t, uint32_t) {});
-        num_counted = token;
+    for (int32_t token = first; token < num_tokens; token += step) {
+      if (is_raising()) {
+        finish(token, token > first, token + step < num_tokens);
+        continue;
       }
-      __syncthreads();
-      if (threadIdx.x < kWarpThreads) set_destinations(token, given, counters);
-      stage_sides(token);
-      __syncthreads();
-      push_row(token, chunk);
-      if (casts) __syncthreads();  // its scales are in the tail
-      push_tail();
-      __syncthreads();
-      if (is_raising()) raise(token);
+      if (token > first) device::sync_some_warps(kFreeBarrier, kLatencyThreads);
+      if (!is_opening()) {
+        push(token);
+      } else if (token > first) {
+        if (args_.routes) routing_.count(token - step, token);
+        device::arrive_at_barrier(kCountedBarrier, kCountThreads);
+      }
     }
   }
 
  private:
+  // The raising warp waits until the senders have pushed a row, and until the openers have counted what is before it; they all wait until it has
+  // done with the shared memory of the token before.
+  static constexpr int kPushedBarrier = 1, kPushThreads = kSendThreads + kWarpThreads;
+  static constexpr int kCountedBarrier = 2, kCountThreads = kOpenThreads + kWarpThreads;
+  static constexpr int kFreeBarrier = 3;
   // What a thread has of a row at a time.
-  static constexpr int kVecs = 2;
-  static constexpr int32_t kStep = kLatencyThreads * static_cast<int32_t>(sizeof(Vec16));
-  struct Chunk {
-    Vec16 values[kVecs];
-  };
+  static constexpr int kVecs = 4;
+  static constexpr int32_t kStep = kSendThreads * static_cast<int32_t>(sizeof(Vec16));
 
-  __device__ int32_t row_bytes_given() const {
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) return args_.row_bytes;
-    return static_cast<int32_t>(args_.in.hidden) * (args_.in.dtype == TERN_DTYPE_FP32 ? 4 : 2);
+  __device__ int32_t row_bytes_given() const { return args_.row_bytes * Travel::kShrink; }
+
+  __device__ void fetch(int32_t token) {
+    fetched_ = token;
+    if (args_.routes) given_ = routing_.own_given_expert(token);
+    if (!is_raising()) {
+      load(token, 0);
+      return;
+    }
+    const int k = static_cast<int>(device::lane_idx());
+    if (args_.carries_weights && k < plan_.num_topk) weight_ = args_.in.weights[token * plan_.num_topk + k];
   }
-  __device__ Chunk load(int32_t token, int32_t first) const {
-    Chunk chunk = {};
+  __device__ void load(int32_t token, int32_t first) {
     const std::byte* row = args_.in.tokens + token * args_.in.token_stride_bytes;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const int32_t at = first + v * kStep + static_cast<int32_t>(threadIdx.x * sizeof(Vec16));
-      if (at < row_bytes_given()) chunk.values[v] = *reinterpret_cast<const Vec16*>(row + at);
+      const int32_t at = first + v * kStep + sender_idx() * static_cast<int32_t>(sizeof(Vec16));
+      chunk_[v] = at < row_bytes_given() ? device::load_vec16(row + at) : Vec16{};
     }
-    return chunk;
   }
 
-  // One warp: the ranks that the token goes to, and where its entries are among all of this rank's; into the tail and the plan.
-  __device__ void set_destinations(int32_t token, int64_t given, const int32_t* counters) const {
-    const int lane = static_cast<int>(device::lane_idx());
+  // All threads of a warp.
+  __device__ uint64_t ranks_of(int32_t token) {
+    if (token != fetched_) fetch(token);
+    if (args_.routes) return routing_.ranks_of(given_);
     uint64_t ranks = 0;
-    if (args_.routes) {
-      ranks = routing_.place_token(token, given, counters, reinterpret_cast<layout::LatencySlot::Entry*>(tail(args_.call.slot.entries())));
-    } else {
 #pragma unroll 1
-      for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
-        const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
-        if (rank >= 0) ranks |= uint64_t{1} << rank;
-      }
-      ranks = device::or_of_warp(ranks);
+    for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
+      const int32_t rank = plan_.messages[int64_t{token} * plan_.messages_per_token + m].rank;
+      if (rank >= 0) ranks |= uint64_t{1} << rank;
     }
-#pragma unroll 1
-    for (int rank = lane; rank < call_.num_ranks(); rank += kWarpThreads) {
-      if ((ranks >> rank & 1) == 0) continue;
-      const int nth = __popcll(ranks & ((uint64_t{1} << rank) - 1));
-      memory_.destination_ranks()[nth] = rank;
-      memory_.destinations()[nth] = call_.slot(rank, call_.slot_idx(call_.rank(), token));
-    }
-    if (lane == 0) memory_.set_num_destinations(__popcll(ranks));
+    return device::or_of_warp(ranks);
   }
 
-  // One warp: the token's row is in its slots.
-  __device__ void raise(int32_t token) const {
+  // Calls visit(slot) for the token's slot at each of the ranks; beginning with one after the other, so that not all send to the same at a time.
+  template <typename Visit>
+  __device__ void for_each_slot(int32_t token, uint64_t ranks, Visit visit) const {
+    const int32_t slot_idx = call_.slot_idx(call_.rank(), token), num_ranks = call_.num_ranks();
+    int32_t rank = call_.rank() + 1 + token;
+    rank -= quotient(rank, args_.call.ranks_reciprocal) * num_ranks;
 #pragma unroll 1
-    for (int i = static_cast<int>(device::lane_idx()); i < memory_.num_destinations(); i += kWarpThreads)
-      call_.raise_row(memory_.destination_ranks()[i], token);
+    for (int n = 0; n < num_ranks; ++n, rank = rank + 1 < num_ranks ? rank + 1 : 0)
+      if ((ranks >> rank & 1) != 0) visit(call_.slot(rank, slot_idx));
+  }
+
+  // The raising warp: what stands behind the row; then the flags. What nobody waits for comes last, unless the senders go on.
+  __device__ void finish(int32_t token, bool awaits_counts, bool more) {
+    using Entry = layout::LatencySlot::Entry;
+    const layout::LatencySlot& slot = args_.call.slot;
+    const uint64_t ranks = ranks_of(token), takers = ranks & ~call_.cut_off();
+    const int k = static_cast<int>(device::lane_idx());
+    if (awaits_counts) device::sync_some_warps(kCountedBarrier, kCountThreads);
+    Entry entry{-1, 0};
+    if (args_.routes) entry = routing_.place(given_);
+    if (k < plan_.num_topk) {
+      reinterpret_cast<Entry*>(tail(slot.entries()))[k] = entry;
+      if (args_.carries_weights) reinterpret_cast<float*>(tail(slot.weights()))[k] = weight_;
+    }
+    __syncwarp();
+    push_tail(token, takers, slot.weights(), slot.end());
+    device::sync_some_warps(kPushedBarrier, kPushThreads);
+    if (args_.scale_bytes > 0) push_tail(token, takers, slot.scales(), slot.weights());
+    __syncwarp();
+    if (more) {
+      keep(token, entry, ranks);
+      device::arrive_at_barrier(kFreeBarrier, kLatencyThreads);
+    }
+#pragma unroll 1
+    for (int rank = k; rank < call_.num_ranks(); rank += kWarpThreads)
+      if ((takers >> rank & 1) != 0) call_.raise_row(rank, token);
+    __syncwarp();
+    if (!more) keep(token, entry, ranks);
+  }
+  // Into the plan.
+  __device__ void keep(int32_t token, const layout::LatencySlot::Entry& entry, uint64_t ranks) const {
+    const int k = static_cast<int>(device::lane_idx());
+    if (args_.routes) routing_.keep(token, given_, entry, ranks);
+    if (args_.carries_weights && k < plan_.num_topk) plan_.weights_sent[token * plan_.num_topk + k] = weight_;
+  }
+  __device__ void push_tail(int32_t token, uint64_t ranks, int64_t begin, int64_t end) const {
+#pragma unroll 1
+    for (auto at = static_cast<int32_t>(begin + device::lane_idx() * sizeof(Vec16)); at < end; at += kWarpThreads * sizeof(Vec16)) {
+      const Vec16 value = device::load_vec16(tail(at));
+      for_each_slot(token, ranks, [&](std::byte* to) { *reinterpret_cast<Vec16*>(to + at) = value; });
+    }
   }
 
   // `offset` in the slot, of what stands behind the row.
   __device__ std::byte* tail(int64_t offset) const { return memory_.tail() + (offset - args_.call.slot.scales()); }
 
-  // Scales as given, and weights, into the tail; by the threads that set_destinations() leaves.
-  __device__ void stage_sides(int32_t token) const {
-    const int thread = static_cast<int>(threadIdx.x) - kWarpThreads, num_threads = kLatencyThreads - kWarpThreads;
-    if (thread < 0) return;
-    const layout::LatencySlot& slot = args_.call.slot;
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN && args_.scale_bytes > 0) {
+  // Senders: the row into its slots, scales into the tail.
+  __device__ void push(int32_t token) {
+    push_row(token, ranks_of(token) & ~call_.cut_off());
+    if (std::is_same_v<Travel, AsGiven> && args_.scale_bytes > 0) {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
-      for (int64_t at = thread; at < args_.scale_bytes; at += num_threads)
-        tail(slot.scales())[at] =
+      for (int64_t at = sender_idx(); at < args_.scale_bytes; at += kSendThreads)
+        tail(args_.call.slot.scales())[at] =
             from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
     }
-    if (!args_.carries_weights) return;
-#pragma unroll 1
-    for (int k = thread; k < plan_.num_topk; k += num_threads) {
-      const float weight = args_.in.weights[int64_t{token} * plan_.num_topk + k];
-      reinterpret_cast<float*>(tail(slot.weights()))[k] = weight;
-      plan_.weights_sent[int64_t{token} * plan_.num_topk + k] = weight;
-    }
+    device::arrive_at_barrier(kPushedBarrier, kPushThreads);
   }
 
-  __device__ void push_row(int32_t token, Chunk& chunk) const {
-    if (args_.in.encoding == TERN_ENCODING_AS_GIVEN) {
-      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) {
-        if (at < args_.row_bytes) to_all<Vec16>(value, at);
-      });
-    } else if (args_.in.dtype == TERN_DTYPE_BF16) {
-      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::Bf16>(value, at); });
-    } else if (args_.in.dtype == TERN_DTYPE_FP16) {
-      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::F16>(value, at); });
-    } else {
-      push_chunks(token, chunk, [&](const Vec16& value, int32_t at) { cast<device::F32>(value, at); });
-    }
-  }
-
-  // Calls push(16 bytes of the row as given, where they are) in all threads alike, also beyond the row's end. The first chunk is there already.
-  template <typename Push>
-  __device__ void push_chunks(int32_t token, Chunk& chunk, Push push) const {
+  // Its first chunk is there already.
+  __device__ void push_row(int32_t token, uint64_t ranks) {
     const int32_t end = row_bytes_given();
 #pragma unroll 1
     for (int32_t first = 0; first < end; first += kVecs * kStep) {
-      if (first > 0) chunk = load(token, first);
+      if (first > 0) load(token, first);
+      const int32_t begin = first + sender_idx() * static_cast<int32_t>(sizeof(Vec16));
+      typename Travel::Sent values[kVecs];
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
-        if (first + v * kStep < end) push(chunk.values[v], first + v * kStep + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)));
+        if (first + v * kStep < end) values[v] = as_sent(Travel(), chunk_[v], begin + v * kStep);
+      for_each_slot(token, ranks, [&](std::byte* to) {
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v)
+          if (begin + v * kStep < end) *reinterpret_cast<typename Travel::Sent*>(to + (begin + v * kStep) / Travel::kShrink) = values[v];
+      });
     }
   }
 
-  template <typename T>
-  __device__ void to_all(const T& value, int32_t at) const {
-#pragma unroll 1
-    for (int i = 0; i < memory_.num_destinations(); ++i) *reinterpret_cast<T*>(memory_.destinations()[i] + at) = value;
-  }
-
-  // 16 bytes of a row of Wire become fp8. The last block's scale is followed by zeros where scales are bytes.
+  // 16 bytes at `at` of a row as given, also beyond its end. All threads of a warp.
+  __device__ Vec16 as_sent(AsGiven, const Vec16& value, int32_t /*at*/) const { return value; }
+  // The last block's scale is followed by zeros where scales are bytes.
   template <typename Wire>
-  __device__ void cast(const Vec16& value, int32_t at) const {
+  __device__ typename CastVector<Wire>::Values as_sent(CastFrom<Wire>, const Vec16& value, int32_t at) const {
     constexpr int kBlock = CastVector<Wire>::kBlock;
-    const auto hidden = static_cast<int32_t>(args_.in.hidden), channel = at / (16 / Wire::kElements);
+    const auto hidden = static_cast<int32_t>(args_.in.hidden), channel = at / CastFrom<Wire>::kShrink;
     const CastVector<Wire> cast = cast_channels<Wire>(value, args_.in.encoding);
-    if (channel >= hidden) return;
-    to_all(cast.values, channel);
-    if (channel % kBlock != 0) return;
+    if (channel >= hidden || channel % kBlock != 0) return cast.values;
     std::byte* scales = tail(args_.call.slot.scales());
     store_scale(cast.scale, channel / kBlock, args_.in.encoding, scales);
-    if (args_.in.encoding != TERN_ENCODING_FP8_UE8M0 || channel + kBlock < hidden) return;
+    if (args_.in.encoding != TERN_ENCODING_FP8_UE8M0 || channel + kBlock < hidden) return cast.values;
     const int num_blocks = channel / kBlock + 1;
 #pragma unroll 1
     for (int pad = num_blocks; pad < layout::align_up(num_blocks, 4); ++pad) scales[pad] = std::byte{0};
-  }
-
-  __device__ void push_tail() const {
-    const layout::LatencySlot& slot = args_.call.slot;
-    const auto begin = static_cast<int32_t>(slot.scales()), end = static_cast<int32_t>(slot.end());
-#pragma unroll 1
-    for (int32_t at = begin + static_cast<int32_t>(threadIdx.x * sizeof(Vec16)); at < end; at += kStep)
-      to_all<Vec16>(*reinterpret_cast<const Vec16*>(tail(at)), at);
+    return cast.values;
   }
 
   const LatencyDispatchArgs& args_;
@@ -190,25 +212,26 @@ class RowSender {
   const LatencyCall& call_;
   const DispatchMemory& memory_;
   const OwnRouting routing_;
-  const int32_t num_tokens_;
+  int32_t fetched_ = -1;  // the token that is in
+  // Of the token: an entry in each thread of a warp, with its weight in the raising one; and what a sender has of its row.
+  int64_t given_ = -1;
+  float weight_ = 0.0f;
+  Vec16 chunk_[kVecs];
 };
 
 // Spreads the messages that arrive; a group of warps takes one at a time.
 class MessageSpreader {
  public:
-  static constexpr int kThreads = kGroupThreads;
-
-  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals,
-                             const DispatchMemory& memory)
+  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
         arrivals_(arrivals),
-        group_(static_cast<int>(threadIdx.x) / kThreads),
-        thread_(static_cast<int>(threadIdx.x) % kThreads),
-        rows_(memory.rows(group_)) {}
+        group_(kGroups - 1 - static_cast<int>(threadIdx.x) / kThreads),
+        thread_(static_cast<int>(threadIdx.x) % kThreads) {}
 
-  // The workers of all blocks, but for the routing block. Groups take messages in turn, those of all sources side by side.
+  // The workers of all blocks, but for the routing block. Groups take messages in turn, those of all sources side by side; first those of
+  // a block that do not write outputs meanwhile.
   __device__ void run() {
     const bool is_alone = gridDim.x == 1;
     const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
@@ -218,32 +241,54 @@ class MessageSpreader {
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
       if (!arrivals_.candidate(i, message)) continue;
-      if (!await(message)) return;
+      const bool is_absent = call_.is_absent(message.source);
+      if (!is_absent && !await(message)) return;
       if (i + num_groups >= end) wait_no_more();
-      spread(message);
+      if (is_absent)
+        clear(message);
+      else
+        spread(message);
     }
     wait_no_more();
   }
 
  private:
-  __device__ void sync_group() const { device::sync_some_warps(1 + group_, kThreads); }
+  static constexpr int kThreads = 96, kGroups = kWorkThreads / kThreads;
+  static_assert(kGroups * kThreads == kWorkThreads);
+
+  // The rows of a message: in each thread of a warp, one.
+  struct Rows {
+    int32_t row;
+    uint32_t valid;
+
+    template <typename Visit>
+    __device__ void for_each(Visit visit) const {
+#pragma unroll 1
+      for (uint32_t left = valid; left != 0; left &= left - 1) visit(__shfl_sync(~0u, row, __ffs(static_cast<int>(left)) - 1));
+    }
+  };
 
   __device__ void wait_no_more() {
     if (waits_) call_.wait_no_more();
     waits_ = false;
   }
 
-  // False: the exchange has failed.
+  // Each warp by itself. False: the exchange has failed.
   __device__ bool await(const ArrivingMessage& message) const {
-    if (thread_ == 0) rows_->is_there = call_.await_row(message.source, message.token) ? 1 : 0;
-    sync_group();
-    return rows_->is_there != 0;
+    const bool ok = device::lane_idx() != 0 || call_.await_row(message.source, message.token);
+    const bool all_ok = __all_sync(~0u, ok) != 0;
+    __syncwarp();  // what one thread has acquired, all may read
+    return all_ok;
   }
 
   __device__ void spread(const ArrivingMessage& message) const {
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
+    const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
+    const int k = static_cast<int>(device::lane_idx());
+    ArrivingEntry entry{-1, -1};
+    Rows rows;
 #pragma unroll 1
     for (int32_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
       Vec16 values[kVecs];
@@ -252,42 +297,57 @@ class MessageSpreader {
       for (int v = 0; v < kVecs; ++v)
         if (begin + v * kStep < args_.row_bytes) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
       if (first == 0) {  // while the row is on its way
-        if (thread_ < kWarpThreads) find_rows(message, slot);
-        sync_group();
+        if (k < plan_.num_topk) entry = arrivals_.entry(message, k, entries);
+        rows = rows_of(message, entry);
       }
-#pragma unroll 1
-      for (int r = 0; r < rows_->num_rows; ++r) {
-        std::byte* to = args_.out.tokens + int64_t{rows_->row[r]} * args_.row_bytes;
+      rows.for_each([&](int32_t row) {
+        std::byte* to = args_.out.tokens + int64_t{row} * args_.row_bytes;
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
           if (begin + v * kStep < args_.row_bytes) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
-      }
+      });
     }
-    write_scales(slot + args_.call.slot.scales());
+    if (args_.out.scales != nullptr && args_.scale_bytes > 0) write_scales(rows, slot + args_.call.slot.scales());
+    if (thread_ < kWarpThreads) keep(message, entry, slot);
   }
 
-  // One warp: the rows of the message's entries, for the group and for the plan; and what is written once for each of them.
-  __device__ void find_rows(const ArrivingMessage& message, const std::byte* slot) const {
-    const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
-    const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
+  // Each warp, with its entries.
+  __device__ Rows rows_of(const ArrivingMessage& message, const ArrivingEntry& entry) const {
+    Rows rows;
+    rows.row = entry.row;
+    if (!plan_.has_expert_rows()) rows.row = device::lane_idx() == 0 && message.index < args_.out.num_rows ? message.index : -1;
+    rows.valid = __ballot_sync(~0u, rows.row >= 0);
+    return rows;
+  }
+
+  // Zeros in place of what its source has not sent, of a call along a plan.
+  __device__ __noinline__ void clear(const ArrivingMessage& message) const {
     const int k = static_cast<int>(device::lane_idx());
-    int32_t row = -1;
-    if (k < plan_.num_topk) {
-      const ArrivingEntry entry = arrivals_.entry(message, k, entries);
-      row = plan_.has_expert_rows() ? entry.row : -1;
-      if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weights[k];
-      write_entry(message, k, entry, args_.carries_weights ? weights[k] : 0.0f);
-    }
-    const uint32_t valid = __ballot_sync(~0u, row >= 0);
-    if (row >= 0) rows_->row[__popc(valid & device::lanes_below())] = row;
-    int num_rows = __popc(valid);
-    if (device::lane_idx() != 0) return;
-    arrivals_.keep(message);
-    if (!plan_.has_expert_rows() && message.index < args_.out.num_rows) {
-      rows_->row[num_rows++] = message.index;
-      write_source(message.index, message);
-    }
-    rows_->num_rows = num_rows;
+    const ArrivingEntry entry = k < plan_.num_topk ? arrivals_.entry(message, k, nullptr) : ArrivingEntry{-1, -1};
+    rows_of(message, entry).for_each([&](int32_t row) {
+      for (int32_t at = thread_ * static_cast<int32_t>(sizeof(Vec16)); at < args_.row_bytes;
+           at += kThreads * static_cast<int32_t>(sizeof(Vec16)))
+        *reinterpret_cast<Vec16*>(args_.out.tokens + int64_t{row} * args_.row_bytes + at) = Vec16{};
+      if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
+      const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
+      for (int32_t i = thread_; i < num_elements; i += kThreads)
+        for (int b = 0; b < args_.scale_element_bytes; ++b)
+          args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, i)[b] = std::byte{0};
+    });
+    if (thread_ < kWarpThreads) keep(message, entry, nullptr);
+  }
+
+  // One warp of the group: what there is once for a message and its entries, in the plan and in the outputs. No slot: nothing came.
+  __device__ void keep(const ArrivingMessage& message, const ArrivingEntry& entry, const std::byte* slot) const {
+    const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
+    const int k = static_cast<int>(device::lane_idx());
+    if (k == 0) arrivals_.keep(message);
+    if (k == 0 && !plan_.has_expert_rows() && message.index < args_.out.num_rows) write_source(message.index, message);
+    if (k >= plan_.num_topk) return;
+    arrivals_.keep(message, k, entry);
+    const float weight = args_.carries_weights && slot != nullptr ? weights[k] : 0.0f;
+    if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weight;
+    write_entry(message, k, entry, weight);
   }
 
   __device__ void write_entry(const ArrivingMessage& message, int k, const ArrivingEntry& entry, float weight) const {
@@ -310,20 +370,21 @@ class MessageSpreader {
     if (args_.out.source_rank != nullptr) args_.out.source_rank[row] = message.source;
   }
 
-  __device__ void write_scales(const std::byte* scales) const {
-    if (args_.out.scales == nullptr || args_.scale_bytes == 0) return;
+  // Each thread of the group, of every row; the same bytes for each.
+  __device__ void write_scales(const Rows& rows, const std::byte* scales) const {
     const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
+    rows.for_each([&](int32_t row) {
 #pragma unroll 1
-    for (int32_t i = thread_; i < rows_->num_rows * num_elements; i += kThreads) {
-      const int32_t element = i % num_elements;
-      std::byte* to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, rows_->row[i / num_elements], element);
-      const std::byte* from = scales + element * args_.scale_element_bytes;
-      if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
-        *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
-      else
+      for (int32_t element = thread_; element < num_elements; element += kThreads) {
+        std::byte* to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, element);
+        const std::byte* from = scales + element * args_.scale_element_bytes;
+        if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
+          *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+        else
 #pragma unroll 1
-        for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = from[b];
-    }
+          for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = from[b];
+      }
+    });
   }
 
   const LatencyDispatchArgs& args_;
@@ -331,53 +392,85 @@ class MessageSpreader {
   const LatencyCall& call_;
   const Arrivals& arrivals_;
   const int group_, thread_;
-  GroupRows* const rows_;
   bool waits_ = true;
 };
 
-__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
-  const int32_t num_tokens = args.routes ? OwnRouting::num_tokens(args) : args.call.plan.num_tokens[call.rank()];
-  const bool is_alone = gridDim.x == 1;
+// Openers: of the routing block all tokens, of the others those before their first.
+__device__ void count_tokens(const LatencyDispatchArgs& args, const OwnRouting& routing) {
+  routing.clear(static_cast<int>(threadIdx.x), kOpenThreads);
+  sync_openers();
+  const int32_t num_tokens = num_tokens_given(args);
+  routing.count(0, blockIdx.x == 0 ? num_tokens : min(first_token(), num_tokens));
+}
+
+template <typename Travel>
+__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const OwnRouting& routing, RowSender<Travel>& rows) {
+  const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
   if (blockIdx.x == 0) {
-    call.announce(num_tokens);
-    if (args.routes) OwnRouting(args, call.operation()).publish(call, num_tokens, memory.counts());
+    if (is_raising()) {
+      call.announce_to_throughput();
+    } else if (!is_opening()) {
+      call.announce(sender_idx(), num_tokens);
+      if (args.routes) routing.publish();
+    }
+    if (gridDim.x > 1) return;
+    // The same block goes on with the rows, and counts again.
     __syncthreads();
-    if (is_raising()) call.announce_to_throughput();
-    if (!is_alone) return;
+    if (args.routes) routing.clear(static_cast<int>(threadIdx.x), kLatencyThreads);
+    __syncthreads();
   }
-  RowSender(args, call, memory, num_tokens)
-      .run(is_alone ? 0 : static_cast<int32_t>(blockIdx.x) - 1, is_alone ? 1 : static_cast<int32_t>(gridDim.x) - 1);
+  rows.run(num_tokens);
 }
 
 __device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
   Arrivals arrivals(args, call, memory);
   if (!arrivals.open()) return;
-  arrivals.write_outputs();
-  MessageSpreader(args, call, arrivals, memory).run();
+  if (is_opening()) arrivals.write_outputs();
+  MessageSpreader(args, call, arrivals).run();
 }
 
-__global__ void __launch_bounds__(kLatencyThreads) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
+template <typename Travel>
+__global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
   device::await_kernel_before();
   LatencyCall call(args.call);
+  const OwnRouting routing(args, call, memory);
+  RowSender<Travel> rows(args, call, memory);
   if (threadIdx.x == 0) *memory.has_failed() = 0;
+  if (args.call.sends && args.routes && is_opening()) count_tokens(args, routing);
   if (call.begin()) {
-    if (args.call.sends) send(args, call, memory);
+    if (args.call.sends) send(args, call, routing, rows);
     if (args.call.receives) receive(args, call, memory);
   }
   call.finish();
 }
 
-}  // namespace
-
-int64_t latency_dispatch_shared_bytes(const LatencyDispatchArgs& args) { return DispatchMemory(args, nullptr).num_bytes(); }
-
-cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
-  return launch(latency_dispatch_kernel, {num_blocks, kLatencyThreads, latency_dispatch_shared_bytes(args), args.call.follows_closely},
-                stream, args);
+// Calls function(kernel) for how rows travel.
+template <typename Function>
+auto with_kernel(const DispatchInputs& in, Function function) {
+  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven>);
+  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>>);
+  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>>);
+  return function(latency_dispatch_kernel<CastFrom<device::F32>>);
 }
 
-cudaError_t prepare_latency_dispatch() { return allow_shared(latency_dispatch_kernel, kMostLatencyShared); }
+}  // namespace
+
+cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
+  return with_kernel(args.in, [&](auto kernel) {
+    return launch(kernel, {num_blocks, kLatencyThreads, args.memory.num_bytes, args.call.follows_closely}, stream, args);
+  });
+}
+
+cudaError_t prepare_latency_dispatch() {
+  cudaError_t error = allow_shared(latency_dispatch_kernel<AsGiven>, kMostLatencyShared);
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
+    if (error != cudaSuccess) return error;
+    error = with_kernel({.dtype = dtype, .encoding = TERN_ENCODING_FP8_F32},
+                        [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
+  }
+  return error;
+}
 
 }  // namespace tern::kernels

@@ -8,130 +8,96 @@
 
 namespace tern::kernels {
 
-// The rows of a message, of a group of warps.
-struct GroupRows {
-  int32_t row[layout::kMostLatencyTopk];
-  int32_t num_rows;
-  int32_t is_there;
-};
+// Warps of a block that dispatches: the first ones, openers, count this rank's entries and learn what arrives here; meanwhile senders push this
+// rank's rows, followed by the raising warp. When they are done, openers and senders alike spread what arrives.
+inline constexpr int kOpenThreads = 8 * kWarpThreads;
+inline constexpr int kSendThreads = kWorkThreads - kOpenThreads;
+__device__ __forceinline__ bool is_opening() { return threadIdx.x < kOpenThreads; }
+__device__ __forceinline__ int sender_idx() { return static_cast<int>(threadIdx.x) - kOpenThreads; }
+__device__ __forceinline__ void sync_openers() { sync_first<kOpenThreads>(); }
+
+// That the block sends: blocks but the first, which routes, take tokens in turn; a block that is alone does both. -1: none.
+__device__ __forceinline__ int32_t first_token() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
 
 // Shared memory of a block.
 class DispatchMemory {
  public:
-  __host__ __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base) : base_(base) {
-    const PlanView& plan = args.call.plan;
-    const int64_t num_ranks = args.call.exchange.num_ranks, num_counts = plan.num_counts(args.call.exchange.num_ranks);
-    tail_ = place(args.call.slot.end() - args.call.slot.scales(), 1);
-    destinations_ = place(num_ranks, sizeof(std::byte*));
-    destination_ranks_ = place(num_ranks + 2, sizeof(int32_t));
-    rows_ = place(kGroups, sizeof(GroupRows));
-    counts_ = place(num_ranks * num_counts, sizeof(int32_t));
-    presence_ = place(num_ranks * args.call.words.num_presence(), sizeof(uint32_t));
-    first_row_ = place(plan.num_experts, sizeof(int32_t));
-    num_entries_ = place(plan.local_experts + 1, sizeof(int32_t));
-    received_begin_ = place(2 * num_ranks + 1, sizeof(int32_t));
-    num_ranks_ = static_cast<int32_t>(num_ranks);
-    local_experts_ = plan.local_experts;
-  }
-  __host__ __device__ int64_t num_bytes() const { return num_bytes_; }
+  __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base)
+      : base_(base), layout_(args.memory), num_experts_(args.call.plan.num_experts), local_experts_(args.call.plan.local_experts) {}
 
-  // Of a token that is sent: what stands behind its row, and the ranks it goes to with their slots.
-  __device__ std::byte* tail() const { return at<std::byte>(tail_); }
-  __device__ std::byte** destinations() const { return at<std::byte*>(destinations_); }
-  __device__ int32_t* destination_ranks() const { return at<int32_t>(destination_ranks_); }
-  __device__ int32_t num_destinations() const { return destination_ranks()[num_ranks_]; }
-  __device__ void set_num_destinations(int32_t num) const { destination_ranks()[num_ranks_] = num; }
+  // Of a token that is sent: what stands behind its row.
+  __device__ std::byte* tail() const { return base_; }
   // 1: a wait for words has failed.
-  __device__ int32_t* has_failed() const { return destination_ranks() + num_ranks_ + 1; }
-  __device__ GroupRows* rows(int group) const { return at<GroupRows>(rows_) + group; }
-  // Sending: [num_counts] of this rank's tokens so far. Receiving: [num_ranks][num_counts] of the source, then of all lower sources.
-  __device__ int32_t* counts() const { return at<int32_t>(counts_); }
-  __device__ uint32_t* presence() const {
-    return at<uint32_t>(presence_);
-  }  // [num_ranks][num_presence] tokens with a message for this rank
-  __device__ int32_t* first_row() const { return at<int32_t>(first_row_); }      // [num_experts] of the expert's group at its rank
-  __device__ int32_t* num_entries() const { return at<int32_t>(num_entries_); }  // [local_experts] of all sources
+  __device__ int32_t* has_failed() const { return at<int32_t>(layout_.has_failed); }
+  // Of this rank's tokens so far: entries of each expert, and behind them [num_ranks, num_presence] which of them have a message for the rank.
+  __device__ int32_t* entries_sent() const { return at<int32_t>(layout_.entries_sent); }
+  __device__ uint32_t* presence_sent() const { return reinterpret_cast<uint32_t*>(entries_sent() + num_experts_); }
+  // [num_ranks, num_routing_words] what the sources say.
+  __device__ uint32_t* words() const { return at<uint32_t>(layout_.words); }
+  // [num_experts] of the expert's group at its rank.
+  __device__ int32_t* first_row() const { return at<int32_t>(layout_.first_row); }
+  // [local_experts] of all sources.
+  __device__ int32_t* num_entries() const { return at<int32_t>(layout_.num_entries); }
   __device__ int32_t* groups_end() const { return num_entries() + local_experts_; }
-  __device__ int32_t* received_begin() const { return at<int32_t>(received_begin_); }   // [num_ranks + 1]
-  __device__ int32_t* num_tokens() const { return received_begin() + num_ranks_ + 1; }  // [num_ranks]
 
  private:
-  __host__ __device__ int32_t place(int64_t num, int64_t element_bytes) {
-    const auto offset = static_cast<int32_t>(num_bytes_);
-    num_bytes_ = layout::align_up(num_bytes_ + num * element_bytes, 16);
-    return offset;
-  }
   template <typename T>
   __device__ T* at(int32_t offset) const {
     return reinterpret_cast<T*>(base_ + offset);
   }
 
-  std::byte* base_;
-  int64_t num_bytes_ = 0;
-  int32_t num_ranks_, local_experts_;
-  int32_t tail_, destinations_, destination_ranks_, rows_, counts_, presence_, first_row_, num_entries_, received_begin_;
+  std::byte* const base_;
+  const LatencyDispatchMemory& layout_;
+  const int32_t num_experts_, local_experts_;
 };
 
 // This rank's tokens, as the call routes them.
 class OwnRouting {
  public:
-  __device__ OwnRouting(const LatencyDispatchArgs& args, const Operation& op)
-      : args_(args), plan_(args.call.plan), op_(op), num_ranks_(args.call.exchange.num_ranks) {}
+  __device__ OwnRouting(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
+      : args_(args),
+        plan_(args.call.plan),
+        call_(call),
+        memory_(memory),
+        num_ranks_(args.call.exchange.num_ranks),
+        num_presence_(static_cast<int>(args.call.words.num_presence())) {}
 
-  __device__ static int32_t num_tokens(const LatencyDispatchArgs& args) {
-    return args.device_num_tokens == nullptr ? args.num_tokens : max(0, min(*args.device_num_tokens, args.num_tokens));
+  // Thread `thread` of `num_threads`: no token has been counted.
+  __device__ void clear(int thread, int num_threads) const {
+#pragma unroll 1
+    for (int i = thread; i < plan_.num_experts + num_ranks_ * num_presence_; i += num_threads) memory_.entries_sent()[i] = 0;
   }
 
-  // Threads of a block: adds the entries (by expert) and the messages (by rank) of tokens [begin, end) to the counters. One thread calls
-  // presence(rank, i, bits) for the tokens with a message to that rank, of begin + 32 i to begin + 32 i + 31.
-  template <typename Presence>
-  __device__ void count(int32_t begin, int32_t end, int32_t* counters, Presence presence) const {
-    const int lane = static_cast<int>(device::lane_idx());
+  // Openers: adds the entries of tokens [begin, end), and for which ranks these have messages.
+  __device__ void count(int32_t begin, int32_t end) const {
+    constexpr int kAtOnce = 4;  // of a thread's entries are asked for together; then they go round
+    const int32_t end_entry = end * plan_.num_topk;
 #pragma unroll 1
-    for (int32_t first = begin + static_cast<int32_t>(threadIdx.x) - lane; first < end; first += kLatencyThreads) {
-      const int32_t token = first + lane;
-      const uint64_t ranks = token < end ? count_token(token, counters) : 0;
+    for (int32_t entry = begin * plan_.num_topk + static_cast<int32_t>(threadIdx.x); entry < end_entry;) {
+      int64_t given[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) given[u] = entry + u * kOpenThreads < end_entry ? given_expert(entry + u * kOpenThreads) : -1;
 #pragma unroll 1
-      for (int first_rank = 0; first_rank < num_ranks_; first_rank += kWarpThreads) {
-        const int num = min(num_ranks_ - first_rank, kWarpThreads);
-        uint32_t own_bits = 0;  // of rank first_rank + lane
-#pragma unroll 1
-        for (int r = 0; r < num; ++r) {
-          const uint32_t bits = __ballot_sync(~0u, (ranks >> (first_rank + r) & 1) != 0);
-          if (r == lane) own_bits = bits;
-        }
-        if (lane >= num) continue;
-        if (own_bits != 0) atomicAdd(counters + plan_.num_experts + first_rank + lane, __popc(own_bits));
-        presence(first_rank + lane, (first - begin) / kWarpThreads, own_bits);
+      for (int u = 0; u < kAtOnce && entry < end_entry; ++u, entry += kOpenThreads) {
+        count_entry(entry, usable(given[0]));
+#pragma unroll
+        for (int next = 1; next < kAtOnce; ++next) given[next - 1] = given[next];
       }
     }
   }
 
-  // All threads of one block: tells every rank all counts, and which tokens have a message for it.
-  __device__ void publish(const LatencyCall& call, int32_t num_tokens, int32_t* counters) const {
+  // Senders of a block whose openers have counted all tokens: tells every rank all counts, and which tokens have a message for it.
+  __device__ void publish() const {
     const layout::LatencyWords& words = args_.call.words;
-    const auto num_counts = static_cast<int32_t>(words.num_counts), counts = static_cast<int32_t>(words.counts());
-    const auto presence = static_cast<int32_t>(words.presence()), num_presence = static_cast<int32_t>(words.num_presence());
+    const auto counts = static_cast<int32_t>(words.counts()), presence = static_cast<int32_t>(words.presence());
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) counters[c] = 0;
-    __syncthreads();
-    count(0, num_tokens, counters, [&](int rank, int i, uint32_t bits) {
-      if (!call.is_masked(rank)) call.put_word(rank, presence + i, bits);
-    });
-    const int num_filled = (num_tokens + kWarpThreads - 1) / kWarpThreads;
+    for (int c = sender_idx(); c < plan_.num_counts(num_ranks_); c += kSendThreads)
+      put_everywhere(counts + c, c < plan_.num_experts ? memory_.entries_sent()[c] : messages_to(c - plan_.num_experts));
 #pragma unroll 1
-    for (int i = num_filled + static_cast<int>(threadIdx.x); i < num_presence; i += kLatencyThreads)
+    for (int rank = 0; rank < num_ranks_; ++rank)
 #pragma unroll 1
-      for (int rank = 0; rank < num_ranks_; ++rank)
-        if (!call.is_masked(rank)) call.put_word(rank, presence + i, 0);
-    __syncthreads();
-#pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < num_counts; c += kLatencyThreads) {
-      const auto count = static_cast<uint32_t>(counters[c]);
-#pragma unroll 1
-      for (int rank = 0; rank < num_ranks_; ++rank)
-        if (!call.is_masked(rank)) call.put_word(rank, counts + c, count);
-    }
+      for (int i = sender_idx(); i < num_presence_; i += kSendThreads)
+        if (call_.takes(rank)) call_.put_word(rank, presence + i, memory_.presence_sent()[rank * num_presence_ + i]);
   }
 
   // Entry lane_idx() of a token, as the caller gives it; -1 beyond the last.
@@ -139,29 +105,33 @@ class OwnRouting {
     const int k = static_cast<int>(device::lane_idx());
     return k < plan_.num_topk ? given_expert(token * plan_.num_topk + k) : -1;
   }
+  // All threads of a warp, with its entries: the ranks that a token goes to.
+  __device__ uint64_t ranks_of(int64_t given) const {
+    const int32_t expert = usable(given);
+    return device::or_of_warp(expert >= 0 ? uint64_t{1} << rank_of(args_.call, expert) : 0);
+  }
 
-  // One warp, with the counters of all tokens before: the token's entries, and where they stand among this rank's. Returns the ranks that it
-  // goes to. Rows in the plan are positions until they are settled.
-  __device__ uint64_t place_token(int32_t token, int64_t given, const int32_t* counters, layout::LatencySlot::Entry* entries) const {
-    const int lane = static_cast<int>(device::lane_idx());
-    const int32_t expert = checked(given);
+  // All threads of a warp, when all tokens before are counted: each has its entry of a token, and where that stands among this rank's.
+  __device__ layout::LatencySlot::Entry place(int64_t given) const {
+    const int32_t expert = usable(given);
     const int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
-    uint64_t ranks = expert >= 0 ? uint64_t{1} << rank_of(args_.call, expert) : 0;
+    return {expert, expert >= 0 ? memory_.entries_sent()[expert] + before : 0};
+  }
+
+  // The same warp, before other tokens are counted: the token, which goes to `ranks`, into the plan. Rows are positions until they are settled.
+  __device__ void keep(int32_t token, int64_t given, const layout::LatencySlot::Entry& entry, uint64_t ranks) const {
+    const int lane = static_cast<int>(device::lane_idx());
+    if (given < -1 || given >= plan_.num_experts) call_.operation().post_notice(TERN_INVALID_ARGUMENT);
     if (lane < plan_.num_topk) {
-      const int32_t position = expert >= 0 ? counters[expert] + before : 0;
-      entries[lane] = {expert, position};
-      plan_.experts[token * plan_.num_topk + lane] = expert;
-      plan_.entry_rows[token * plan_.num_topk + lane] = position;
+      plan_.experts[token * plan_.num_topk + lane] = entry.expert;
+      plan_.entry_rows[token * plan_.num_topk + lane] = entry.position;
     }
-    __syncwarp();
-    ranks = device::or_of_warp(ranks);
     MessageRef* messages = plan_.messages + token * plan_.messages_per_token;
 #pragma unroll 1
     for (int rank = lane; rank < num_ranks_; rank += kWarpThreads)
-      if ((ranks >> rank & 1) != 0) messages[__popcll(ranks & ((uint64_t{1} << rank) - 1))] = {rank, counters[plan_.num_experts + rank]};
+      if ((ranks >> rank & 1) != 0) messages[__popcll(ranks & ((uint64_t{1} << rank) - 1))] = {rank, messages_to(rank)};
 #pragma unroll 1
     for (int m = __popcll(ranks) + lane; m < plan_.messages_per_token; m += kWarpThreads) messages[m].rank = -1;
-    return ranks;
   }
 
  private:
@@ -169,40 +139,43 @@ class OwnRouting {
     return args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
   }
 
-  // -1 for entries to masked ranks, and for numbers that are no expert, of which the host is told.
-  __device__ int32_t checked(int64_t expert) const {
-    if (expert < -1 || expert >= plan_.num_experts) {
-      op_.post_notice(TERN_INVALID_ARGUMENT);
-      return -1;
-    }
-    if (expert < 0 || args_.call.exchange.inline_windows[rank_of(args_.call, static_cast<int32_t>(expert))] == nullptr) return -1;
-    return static_cast<int32_t>(expert);
+  // -1 for entries to masked ranks, and for numbers that are no expert.
+  __device__ int32_t usable(int64_t given) const {
+    if (static_cast<uint64_t>(given) >= static_cast<uint64_t>(plan_.num_experts)) return -1;
+    const auto expert = static_cast<int32_t>(given);
+    return call_.is_masked(rank_of(args_.call, expert)) ? -1 : expert;
   }
 
-  // One thread: adds the token's entries; the ranks that it goes to.
-  __device__ uint64_t count_token(int32_t token, int32_t* counters) const {
-    constexpr int kAtOnce = 8;  // under way together
-    uint64_t ranks = 0;
+  __device__ void count_entry(int32_t entry, int32_t expert) const {
+    if (expert < 0) return;
+    const int32_t token = quotient(entry, args_.call.topk_reciprocal);
+    atomicAdd(memory_.entries_sent() + expert, 1);
+    atomicOr(memory_.presence_sent() + rank_of(args_.call, expert) * num_presence_ + token / 32, 1u << token % 32);
+  }
+
+  // Of the tokens so far.
+  __device__ int32_t messages_to(int rank) const {
+    int32_t sum = 0;
 #pragma unroll 1
-    for (int first = 0; first < plan_.num_topk; first += kAtOnce) {
-      int64_t given[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) given[i] = first + i < plan_.num_topk ? given_expert(token * plan_.num_topk + first + i) : -1;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t expert = checked(given[i]);
-        if (expert < 0) continue;
-        atomicAdd(counters + expert, 1);
-        ranks |= uint64_t{1} << rank_of(args_.call, expert);
-      }
-    }
-    return ranks;
+    for (int i = 0; i < num_presence_; ++i) sum += __popc(memory_.presence_sent()[rank * num_presence_ + i]);
+    return sum;
+  }
+
+  __device__ void put_everywhere(int32_t word, int32_t value) const {
+#pragma unroll 1
+    for (int rank = 0; rank < num_ranks_; ++rank)
+      if (call_.takes(rank)) call_.put_word(rank, word, static_cast<uint32_t>(value));
   }
 
   const LatencyDispatchArgs& args_;
   const PlanView& plan_;
-  const Operation& op_;
-  const int num_ranks_;
+  const LatencyCall& call_;
+  const DispatchMemory& memory_;
+  const int num_ranks_, num_presence_;
 };
+
+__device__ __forceinline__ int32_t num_tokens_given(const LatencyDispatchArgs& args) {
+  return args.device_num_tokens == nullptr ? args.num_tokens : max(0, min(*args.device_num_tokens, args.num_tokens));
+}
 
 }  // namespace tern::kernels

@@ -52,9 +52,9 @@ class MessageRuns {
 
   // The source's messages in this round.
   __device__ SourceRange range_of(int source) const {
-    const int32_t* chunk_begin = plan_.chunk_begin + source * (layout::kMaxChunks + 1);
+    const int32_t* chunk_begin = plan_.chunks_from(source);
     const int32_t begin = chunk_begin[transfer_.first_chunk];
-    return {plan_.received_begin[source] + begin, chunk_begin[transfer_.end_chunk] - begin};
+    return {plan_.received_from(source) + begin, chunk_begin[transfer_.end_chunk] - begin};
   }
 
   const TransferArgs& transfer_;

@@ -7,7 +7,7 @@
 //   if (op.is_last_block()) op.finish(...)
 //
 // Waits are done by single threads. One that returns false has recorded the failure, or found that somebody has: its caller returns, and what
-// waits elsewhere is stopped by the same abort word.
+// waits elsewhere is stopped by the same abort word. Under TERN_ON_TIMEOUT_MASK it may also have given up the rank that it waits for.
 #pragma once
 
 #include "device/order.cuh"
@@ -68,6 +68,9 @@ struct Operation {
     return load_acquire_sys(word) >= expected || look_patiently(*this, word, expected, peer);
   }
 
+  // Under TERN_ON_TIMEOUT_MASK: the rank has been waited for in vain.
+  __device__ bool is_given_up(int peer) const { return exchange.attendance != nullptr && given_up_in(peer) != 0; }
+
   // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
   __device__ bool await_bank(int peer) const {
     if (epoch <= layout::kNumBanks) return true;
@@ -78,6 +81,9 @@ struct Operation {
   __device__ void give_up(tern_status status, int awaited, uint64_t expected, uint64_t seen) const {
     record_failure(*this, status, awaited, expected, seen);
   }
+
+  // The same for a failure that the host has found.
+  __device__ void give_up_as(const layout::FailureRecord& record) const { publish_failure(*this, record); }
 
   // Passes on to the host what another rank has recorded.
   __device__ void report_abort() const { pass_on_failure(*this); }
@@ -108,13 +114,18 @@ struct Operation {
     return last != 0;
   }
 
-  // All threads of all blocks, `nth` time in this kernel (1, 2, ...): returns when every block has come. All blocks are resident together.
-  __device__ bool sync_blocks(uint32_t nth) const {
-    __shared__ int synced;
-    __syncthreads();
-    if (threadIdx.x == 0) synced = await_blocks(nth * gridDim.x) ? 1 : 0;
-    __syncthreads();
-    return synced != 0;
+  // One thread of each block, once in a kernel: returns when every block has come. All blocks are resident together.
+  __device__ bool await_blocks() const {
+    device::add_acq_rel_gpu(&exchange.state->blocks_synced, 1);
+    const uint64_t start = device::global_timer_ns();
+    for (int turn = 1; device::load_acquire_gpu(&exchange.state->blocks_synced) < gridDim.x; ++turn) {
+      if (turn % kSpinsPerLook != 0) continue;
+      if (is_aborted()) return false;
+      if (device::global_timer_ns() - start <= exchange.timeout_ns) continue;
+      give_up(TERN_TIMEOUT, exchange.rank, epoch, epoch);
+      return false;
+    }
+    return true;
   }
 
   // All threads of the last block, at the end of an operation that receives: nothing of the others' is needed any more.
@@ -160,32 +171,76 @@ struct Operation {
   template <typename Look>
   __device__ bool spin(uint64_t expected, int peer, const uint64_t& seen, int64_t* wait_ns, Look look) const {
     const uint64_t start = device::global_timer_ns();
+    const auto count_wait = [&] {
+      if (wait_ns != nullptr) *wait_ns += static_cast<int64_t>(device::global_timer_ns() - start);
+    };
     for (int turn = 0;; ++turn) {
       if (look()) {
-        // Not behind the loop, where the lanes of a warp meet again.
-        if (wait_ns != nullptr) *wait_ns += static_cast<int64_t>(device::global_timer_ns() - start);
+        count_wait();  // not behind the loop, where the lanes of a warp meet again
         return true;
       }
       if (turn % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
-      if (device::global_timer_ns() - start > exchange.timeout_ns) {
+      const uint64_t waited = device::global_timer_ns() - start;
+      if (exchange.attendance == nullptr) {
+        if (waited <= exchange.timeout_ns) continue;
         give_up(TERN_TIMEOUT, peer, expected, seen);
         return false;
       }
+      if (!is_given_up(peer) && (waited <= exchange.timeout_ns || waited <= patience_ns(peer))) continue;
+      go_without(peer);
+      count_wait();
+      return false;
     }
   }
 
+  // Operations by which `peer` is behind this one, by what it has announced; 0 or less: it has begun this one.
+  __device__ int32_t epochs_behind(int peer) const {
+    auto behind = static_cast<int32_t>(epoch);
+    for (uint64_t bank = 0; bank < layout::kNumBanks; ++bank) {
+      const uint64_t word = load_relaxed_sys(in_window<uint64_t>(exchange.rank, exchange.layout.words(exchange.lane, bank, peer)));
+      behind = min(behind, static_cast<int32_t>(static_cast<uint32_t>(epoch) - static_cast<uint32_t>(word >> 32)));
+    }
+    return behind;
+  }
+  // How long to wait for a rank that may itself be waiting for another one: until that one would have been given up there. So nobody is given up
+  // but who is behind all others.
+  __device__ uint64_t patience_ns(int peer) const {
+    const int32_t behind = epochs_behind(peer);
+    bool is_tied = false;
+    for (int other = 0; other < exchange.num_ranks; ++other) {
+      if (other == peer || other == exchange.rank || is_masked(other)) continue;
+      const uint64_t given_up = given_up_in(other);
+      if (given_up != 0 && given_up < epoch) continue;  // one that was given up just now may be what others wait for still
+      const int32_t others = epochs_behind(other);
+      if (others > behind) return exchange.timeout_ns + exchange.timeout_ns / 2;
+      if (others == behind && behind > 0) is_tied = true;
+    }
+    return exchange.timeout_ns + (is_tied ? exchange.timeout_ns / 4 : 0);
+  }
+  // The epoch; 0: not given up.
+  __device__ uint64_t given_up_in(int peer) const { return *const_cast<const volatile uint64_t*>(&exchange.attendance->given_up[peer]); }
+  __device__ void go_without(int peer) const {
+    using Word = unsigned long long;
+    if (atomicCAS(reinterpret_cast<Word*>(&exchange.attendance->given_up[peer]), Word{0}, static_cast<Word>(epoch)) == 0)
+      *const_cast<volatile uint32_t*>(&exchange.mailbox->given_up[peer]) = 1;
+  }
+
   static __device__ __noinline__ void record_failure(Operation op, tern_status status, int awaited, uint64_t expected, uint64_t seen) {
-    const ExchangeView& exchange = op.exchange;
-    if (atomicExch(exchange.failed, 1u) != 0) return;
     layout::FailureRecord record;
     record.status = status;
-    record.waiter = exchange.rank;
-    record.awaited = awaited;
-    record.lane = exchange.lane;
+    record.waiter = op.exchange.first_rank + op.exchange.rank;
+    record.awaited = op.exchange.first_rank + awaited;
+    record.lane = op.exchange.lane;
     record.operation = op.operation;
     record.expected_epoch = expected;
     record.seen_epoch = seen;
+    publish_failure(op, record);
+  }
+
+  static __device__ __noinline__ void publish_failure(Operation op, layout::FailureRecord record) {
+    const ExchangeView& exchange = op.exchange;
+    if (atomicExch(exchange.failed, 1u) != 0) return;
     for (int i = 0; i < exchange.num_ranks; ++i) {
       const int owner = (exchange.rank + i) % exchange.num_ranks;
       if (op.is_masked(owner)) continue;
@@ -203,7 +258,7 @@ struct Operation {
 
   static __device__ __noinline__ void record_notice(Operation op, tern_status status) {
     layout::FailureRecord& notice = op.exchange.mailbox->notice;
-    notice.waiter = notice.awaited = op.exchange.rank;
+    notice.waiter = notice.awaited = op.exchange.first_rank + op.exchange.rank;
     notice.lane = op.exchange.lane;
     notice.operation = op.operation;
     notice.expected_epoch = notice.seen_epoch = op.epoch;
@@ -214,19 +269,6 @@ struct Operation {
   __device__ void post_failure(const layout::FailureRecord& record) const {
     exchange.mailbox->failure = record;
     store_release_sys(&exchange.mailbox->failure_set, 1);
-  }
-
-  __device__ bool await_blocks(uint32_t target) const {
-    device::add_acq_rel_gpu(&exchange.state->blocks_synced, 1);
-    const uint64_t start = device::global_timer_ns();
-    for (int turn = 1; device::load_acquire_gpu(&exchange.state->blocks_synced) < target; ++turn) {
-      if (turn % kSpinsPerLook != 0) continue;
-      if (is_aborted()) return false;
-      if (device::global_timer_ns() - start <= exchange.timeout_ns) continue;
-      give_up(TERN_TIMEOUT, exchange.rank, epoch, epoch);
-      return false;
-    }
-    return true;
   }
 };
 

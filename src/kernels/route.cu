@@ -22,6 +22,7 @@ constexpr int64_t kSharedBytes = 96 << 10;                         // every GPU 
 constexpr int kEntryQuad = layout::RoutingBankLayout::kEntryQuad;  // entries of a message that a thread moves at a time
 static_assert(kMostRouteBlocks <= layout::kMaxChunks, "each block has a flag");
 
+template <bool kExpertRows>
 class Route {
  public:
   __device__ Route(const RouteArgs& args, int32_t* workspace)
@@ -36,7 +37,8 @@ class Route {
         rows_(plan_, rank_, num_ranks_, workspace + bank_table_size(num_ranks_) + int64_t{args.num_counting_warps} * num_counts_) {}
 
   __device__ void run() {
-    if (!begin() || !exchange()) {
+    open_banks();
+    if (!exchange()) {
       if (threadIdx.x == 0) op_.report_abort();
       return;
     }
@@ -50,25 +52,37 @@ class Route {
   }
 
  private:
-  // False: the exchange has failed. Peers are looked at by other threads than the abort word, at the same time.
-  __device__ bool begin() const {
-    bool ok = threadIdx.x != 0 || !op_.is_aborted();
-    for (int peer = kThreads - 1 - static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads)
-      ok = ok && (op_.is_masked(peer) || op_.await_bank(peer));
+  __device__ void open_banks() const {
+#pragma unroll 1
     for (int other = static_cast<int>(threadIdx.x); other < num_ranks_; other += kThreads)
       banks_[other] = op_.is_masked(other) ? BankPair{} : BankPair{bank(other, rank_), bank(rank_, other)};
-    return __syncthreads_and(ok ? 1 : 0) != 0;
+    __syncthreads();
   }
 
   // Up to the moment when all ranks' counts and messages are here. False: the exchange has failed.
   __device__ bool exchange() {
-    if (blockIdx.x == 0) announce();
     own_.count();
-    if (!op_.sync_blocks(1)) return false;
+    if (!await_room()) return false;
     own_.add_lower_blocks([&](int c, int32_t count) { push_count(c, count); });
     push();
     publish();
     return await_counts();
+  }
+
+  // Until all blocks have counted, and the peers' banks are free; different threads look at each of these, at the same time. Block 0 describes the
+  // call, long before anybody looks.
+  __device__ bool await_room() const {
+    __syncthreads();
+    const int thread = static_cast<int>(threadIdx.x);
+    bool ok = thread != 0 || op_.await_blocks();
+    if (thread == kWarpThreads) ok = !op_.is_aborted();
+#pragma unroll 1
+    for (int peer = kThreads - 1 - thread; peer < num_ranks_; peer += kThreads) {
+      if (is_masked(peer)) continue;
+      ok = ok && op_.await_bank(peer);
+      if (ok && blockIdx.x == 0) announce(peer);
+    }
+    return __syncthreads_and(ok ? 1 : 0) != 0;
   }
 
   // ---- push
@@ -79,29 +93,25 @@ class Route {
 
   __device__ bool is_masked(int rank) const { return banks_[rank].there == nullptr; }
 
-  // One block describes the call, long before anybody looks.
-  __device__ void announce() const {
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads) {
-      if (is_masked(peer)) continue;
-      layout::CallCell* cell = op_.call(peer, rank_);
-      cell->shape = args_.shape;
-      cell->epoch = op_.epoch;
-      cell->operation = TERN_OP_ROUTE;
-      cell->num_tokens = own_.num_tokens();
-      cell->num_flags = static_cast<int32_t>(gridDim.x);
-      store_release_sys(&op_.progress(peer, rank_)->ready, op_.epoch);
-    }
+  __device__ void announce(int peer) const {
+    layout::CallCell* cell = op_.call(peer, rank_);
+    cell->shape = args_.shape;
+    cell->epoch = op_.epoch;
+    cell->operation = TERN_OP_ROUTE;
+    cell->num_tokens = own_.num_tokens();
+    store_release_sys(&op_.progress(peer, rank_)->ready, op_.epoch);
   }
 
   // Every block knows all counts of this rank: each tells them to some of the peers.
   __device__ void push_count(int c, int32_t count) const {
+#pragma unroll 1
     for (int i = static_cast<int>(blockIdx.x); i < num_ranks_; i += static_cast<int>(gridDim.x)) {
       const int peer = rank_ + i < num_ranks_ ? rank_ + i : rank_ + i - num_ranks_;
       if (!is_masked(peer)) reinterpret_cast<int32_t*>(banks_[peer].there + args_.bank.counts())[c] = count;
     }
   }
 
-  // kEntryQuad entries of a message, from k on, with positions among the warp's.
+  // kEntryQuad entries of a message, from k on, with positions among the warp's if they have rows.
   struct MessageQuad {
     int32_t token;
     int k;
@@ -114,6 +124,7 @@ class Route {
     const TokenRange tokens = own_.tokens();
     const auto quads = static_cast<uint32_t>(max(1, args_.bank.entry_stride() / kEntryQuad));
     const uint32_t num = static_cast<uint32_t>(tokens.size() * plan_.messages_per_token) * quads;
+#pragma unroll 1
     for (uint32_t first = device::lane_idx(); first < num; first += kPushBatch * kWarpThreads) {
       MessageQuad batch[kPushBatch];
 #pragma unroll
@@ -135,7 +146,7 @@ class Route {
     for (int e = 0; e < kEntryQuad; ++e) {
       const bool in = quad.k + e < plan_.num_topk;
       quad.experts[e] = in ? plan_.experts[at + e] : -1;
-      quad.positions[e] = in ? plan_.entry_rows[at + e] : -1;
+      if constexpr (kExpertRows) quad.positions[e] = in ? plan_.entry_rows[at + e] : -1;
     }
   }
 
@@ -151,38 +162,46 @@ class Route {
     for (int e = 0; e < kEntryQuad; ++e) {
       const int32_t expert = quad.experts[e];
       entries[e] = {-1, 0};
-      if (expert >= 0 && own_.rank_of(expert) == to) entries[e] = {expert - to * plan_.local_experts, quad.positions[e] + before[expert]};
+      if (expert < 0 || own_.rank_of(expert) != to) continue;
+      entries[e] = {expert - to * plan_.local_experts, kExpertRows ? quad.positions[e] + before[expert] : 0};
     }
     auto* out = reinterpret_cast<int4*>(bank_there + args_.bank.entries(plan_.max_tokens) + args_.bank.entry_at(nth, quad.k));
     out[0] = {entries[0].expert, entries[0].position, entries[1].expert, entries[1].position};
     out[1] = {entries[2].expert, entries[2].position, entries[3].expert, entries[3].position};
   }
 
-  // Every block raises a flag of its own, when all its threads have pushed: what a thread has seen by the barrier goes with its release.
+  // Every block raises flags of its own, when all its threads have pushed: what a thread has seen by the barrier goes with its release. Together
+  // the blocks raise kMostRouteBlocks, so nobody needs to know how many they are.
   __device__ void publish() const {
     __syncthreads();
-    for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks_; peer += kThreads)
-      if (!is_masked(peer)) store_release_sys(op_.staged_flag(peer, rank_, static_cast<int>(blockIdx.x)), op_.epoch);
+    const int num_blocks = static_cast<int>(gridDim.x), num_mine = (kMostRouteBlocks - 1 - static_cast<int>(blockIdx.x)) / num_blocks + 1;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_mine; i += kThreads) {
+      const int peer = i / num_mine, flag = static_cast<int>(blockIdx.x) + i % num_mine * num_blocks;
+      if (!is_masked(peer)) store_release_sys(op_.staged_flag(peer, rank_, flag), op_.epoch);
+    }
   }
 
-  // Each thread waits for a block of a source. The calls have come while blocks were counting.
+  // Each thread waits for a flag of a source; others look at the calls at the same time, which have come while blocks were counting.
   __device__ bool await_counts() const {
     bool ok = true;
+#pragma unroll 1
+    for (int source = kThreads - 1 - static_cast<int>(threadIdx.x); source < num_ranks_; source += kThreads)
+      if (!is_masked(source)) ok = ok && await_call(source);
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kMostRouteBlocks; i += kThreads) {
-      const int source = i / kMostRouteBlocks, block = i % kMostRouteBlocks;
-      if (!is_masked(source)) ok = ok && await_block(source, block);
+      const int source = i / kMostRouteBlocks;
+      if (!is_masked(source)) ok = ok && op_.await(op_.staged_flag(rank_, source, i % kMostRouteBlocks), op_.epoch, source);
     }
     return __syncthreads_and(ok ? 1 : 0) != 0;
   }
 
-  __device__ bool await_block(int source, int block) const {
+  __device__ bool await_call(int source) const {
     if (!op_.await(&op_.progress(rank_, source)->ready, op_.epoch, source)) return false;
     const layout::CallCell* cell = op_.call(rank_, source);
-    if (cell->epoch != op_.epoch || cell->operation != TERN_OP_ROUTE || cell->shape != args_.shape) {
-      op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);
-      return false;
-    }
-    return block >= cell->num_flags || op_.await(op_.staged_flag(rank_, source, block), op_.epoch, source);
+    if (cell->epoch == op_.epoch && cell->operation == TERN_OP_ROUTE && cell->shape == args_.shape) return true;
+    op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);
+    return false;
   }
 
   // ---- settle
@@ -199,6 +218,7 @@ class Route {
     __syncthreads();
     rows_.place_groups(static_cast<int>(threadIdx.x) / kWarpThreads, kThreads / kWarpThreads);
     __syncthreads();
+    write_counts(plan_.counts, plan_.num_tokens, thread_of_all(), num_all_threads());
     if (blockIdx.x == gridDim.x - 1) write_summary();
     settle_received();
     settle_empty_sources();
@@ -208,37 +228,41 @@ class Route {
   // One block. With extent exact the host waits for this.
   __device__ void tell_host() const {
     if (args_.host.counts == nullptr) return;
-    write_counts(args_.host.counts, args_.host.num_tokens);
+    write_counts(args_.host.counts, args_.host.num_tokens, threadIdx.x, kThreads);
     __syncthreads();
     if (threadIdx.x == 0) store_release_sys(args_.host.ticket, args_.host.awaited_ticket);
   }
 
-  __device__ void write_counts(int32_t* counts, int32_t* num_tokens) const {
-    for (int source = static_cast<int>(threadIdx.x); source < num_ranks_; source += kThreads)
+  // Thread i of n.
+  __device__ void write_counts(int32_t* counts, int32_t* num_tokens, uint32_t i, uint32_t n) const {
+    const auto first_count = static_cast<int>(i), step = static_cast<int>(n);
+#pragma unroll 1
+    for (int source = first_count; source < num_ranks_; source += step)
       num_tokens[source] = is_masked(source) ? 0 : op_.call(rank_, source)->num_tokens;
-    const int num = num_ranks_ * num_counts_;
-    for (int first = static_cast<int>(threadIdx.x); first < num; first += kBatch * kThreads) {
-      int32_t values[kBatch];
+#pragma unroll 1
+    for (int c = first_count; c < num_counts_; c += step) {
+#pragma unroll 1
+      for (int first = 0; first < num_ranks_; first += kBatch) {
+        int32_t values[kBatch];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int i = first + u * kThreads;
-        const int32_t* const from = i < num ? counts_of(i / num_counts_) : nullptr;
-        values[u] = from == nullptr ? 0 : from[i % num_counts_];
+        for (int u = 0; u < kBatch; ++u) values[u] = first + u < num_ranks_ && !is_masked(first + u) ? counts_of(first + u)[c] : 0;
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u)
+          if (first + u < num_ranks_) counts[(first + u) * num_counts_ + c] = values[u];
       }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (first + u * kThreads < num) counts[first + u * kThreads] = values[u];
     }
   }
 
   // Of the plan as a whole, by one block.
   __device__ void write_summary() const {
-    write_counts(plan_.counts, plan_.num_tokens);
+#pragma unroll 1
     for (int source = static_cast<int>(threadIdx.x); source <= num_ranks_; source += kThreads)
       plan_.received_begin[source] = rows_.received_begin(source);
-    bool overflow = !plan_.has_expert_rows() && rows_.num_received() > plan_.row_capacity;
-    for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts && plan_.has_expert_rows(); e += kThreads) {
+    bool overflow = !kExpertRows && rows_.num_received() > plan_.row_capacity;
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); kExpertRows && e < plan_.local_experts; e += kThreads) {
       int32_t num_entries = 0;
+#pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source) {
         const int32_t* const counts = counts_of(source);
         plan_.source_begin[e * num_ranks_ + source] = rows_.source_begin(e, source);
@@ -267,6 +291,7 @@ class Route {
   __device__ void settle_received() const {
     const auto quads = static_cast<uint32_t>(max(1, plan_.topk_stride / kEntryQuad));
     const uint32_t num = static_cast<uint32_t>(rows_.num_received()) * quads;
+#pragma unroll 1
     for (uint32_t first = thread_of_all(); first < num; first += kPushBatch * num_all_threads()) {
       ReceivedQuad batch[kPushBatch];
 #pragma unroll
@@ -315,6 +340,7 @@ class Route {
   }
 
   __device__ void settle_empty_sources() const {
+#pragma unroll 1
     for (auto source = static_cast<int>(thread_of_all()); source < num_ranks_; source += static_cast<int>(num_all_threads()))
       if (rows_.received_begin(source) == rows_.received_begin(source + 1)) set_chunks(source, 0, layout::kMaxChunks, 0);
   }
@@ -327,25 +353,40 @@ class Route {
 
   // Where this rank's messages and entries come to lie: positions become rows.
   __device__ void settle_own() const {
+    settle_own_messages();
+    if constexpr (kExpertRows) settle_own_entries();
+  }
+
+  __device__ void settle_own_messages() const {
+    const int32_t* const before = own_.before() + plan_.num_experts;
+    const TokenRange tokens = own_.tokens();
+    const int32_t end = tokens.end * plan_.messages_per_token;
+#pragma unroll 1
+    for (int32_t first = tokens.begin * plan_.messages_per_token + lane(); first < end; first += kPushBatch * kWarpThreads) {
+      MessageRef messages[kPushBatch];
+#pragma unroll
+      for (int u = 0; u < kPushBatch; ++u)
+        messages[u] = first + u * kWarpThreads < end ? plan_.messages[first + u * kWarpThreads] : MessageRef{-1, 0};
+#pragma unroll
+      for (int u = 0; u < kPushBatch; ++u) {
+        const auto [to, nth] = messages[u];
+        if (to >= 0) plan_.messages[first + u * kWarpThreads].row = kExpertRows ? 0 : rows_.message_row(to, nth + before[to]);
+      }
+    }
+  }
+
+  __device__ void settle_own_entries() const {
     const int32_t* const before = own_.before();
     const TokenRange tokens = own_.tokens();
-    const auto lane = static_cast<int32_t>(device::lane_idx());
-    const bool has_expert_rows = plan_.has_expert_rows();
-    const int32_t messages_end = tokens.end * plan_.messages_per_token;
-    for (int32_t i = tokens.begin * plan_.messages_per_token + lane; i < messages_end; i += kWarpThreads) {
-      const MessageRef message = plan_.messages[i];
-      if (message.rank < 0) continue;
-      plan_.messages[i].row = has_expert_rows ? 0 : rows_.message_row(message.rank, message.row + before[plan_.num_experts + message.rank]);
-    }
-    if (!has_expert_rows) return;  // entries have no rows
-    const int32_t entries_end = tokens.end * plan_.num_topk;
-    for (int32_t first = tokens.begin * plan_.num_topk + lane; first < entries_end; first += kBatch * kWarpThreads) {
+    const int32_t end = tokens.end * plan_.num_topk;
+#pragma unroll 1
+    for (int32_t first = tokens.begin * plan_.num_topk + lane(); first < end; first += kBatch * kWarpThreads) {
       int32_t experts[kBatch], positions[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int32_t i = first + u * kWarpThreads;
-        experts[u] = i < entries_end ? plan_.experts[i] : -1;
-        positions[u] = i < entries_end ? plan_.entry_rows[i] : -1;
+        experts[u] = i < end ? plan_.experts[i] : -1;
+        positions[u] = i < end ? plan_.entry_rows[i] : -1;
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
@@ -356,7 +397,9 @@ class Route {
     }
   }
 
-  static constexpr int kBatch = 4, kPushBatch = 2;  // loads that are under way at a time
+  __device__ static int32_t lane() { return static_cast<int32_t>(device::lane_idx()); }
+
+  static constexpr int kBatch = 4, kPushBatch = 3;  // loads that are under way at a time
 
   const RouteArgs& args_;
   const PlanView& plan_;
@@ -365,16 +408,17 @@ class Route {
   const int num_ranks_;
   const int num_counts_;
   BankPair* const banks_;  // [num_ranks]
-  const TokenCounts own_;
-  const RowTables rows_;
+  const TokenCounts<kExpertRows> own_;
+  const RowTables<kExpertRows> rows_;
 };
 
+template <bool kExpertRows>
 __global__ void __launch_bounds__(kThreads, 1) route_kernel(const __grid_constant__ RouteArgs args) {
   extern __shared__ __align__(16) int32_t shared[];
   int32_t* workspace = shared;
   if (args.workspace != nullptr)
     workspace = args.workspace + blockIdx.x * route_workspace(args.plan.num_experts, args.exchange.num_ranks, args.num_counting_warps);
-  Route(args, workspace).run();
+  Route<kExpertRows>(args, workspace).run();
 }
 
 }  // namespace
@@ -387,13 +431,16 @@ int32_t route_counting_warps(int32_t num_experts, int32_t num_ranks) {
 
 bool route_fits_shared(int64_t workspace) { return workspace * static_cast<int64_t>(sizeof(int32_t)) <= kSharedBytes; }
 
-cudaError_t prepare_route() { return allow_shared(route_kernel, kSharedBytes); }
+cudaError_t prepare_route() {
+  const cudaError_t error = allow_shared(route_kernel<false>, kSharedBytes);
+  return error != cudaSuccess ? error : allow_shared(route_kernel<true>, kSharedBytes);
+}
 
 cudaError_t launch_route(const RouteArgs& args, int num_blocks, cudaStream_t stream) {
   const int64_t workspace = route_workspace(args.plan.num_experts, args.exchange.num_ranks, args.num_counting_warps);
-  const size_t shared_bytes = args.workspace != nullptr ? 0 : static_cast<size_t>(workspace) * sizeof(int32_t);
-  route_kernel<<<num_blocks, kThreads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  const int64_t shared_bytes = args.workspace != nullptr ? 0 : workspace * static_cast<int64_t>(sizeof(int32_t));
+  const LaunchShape shape{num_blocks, kThreads, shared_bytes, false};
+  return launch(args.plan.has_expert_rows() ? route_kernel<true> : route_kernel<false>, shape, stream, args);
 }
 
 }  // namespace tern::kernels

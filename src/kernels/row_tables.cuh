@@ -19,6 +19,7 @@
 
 namespace tern::kernels {
 
+template <bool kExpertRows>
 class RowTables {
  public:
   __device__ RowTables(const PlanView& plan, int rank, int num_ranks, int32_t* memory)
@@ -36,17 +37,21 @@ class RowTables {
   __device__ void add_up(CountsOf counts_of, int thread, int num_threads) const {
     if (thread < 32) add_up_received(counts_of);
     // Where this rank's messages begin among those that a rank receives.
+#pragma unroll 1
     for (int to = thread; to < num_ranks_; to += num_threads)
       own_begin_[to] = sum_of_sources(rank_, [&](int source) { return count(counts_of(source), plan_.num_experts + to); });
-    if (!plan_.has_expert_rows()) return;
-    for (int expert = thread; expert < plan_.num_experts; expert += num_threads) add_up_expert(counts_of, expert);
+    if constexpr (kExpertRows) {
+#pragma unroll 1
+      for (int expert = thread; expert < plan_.num_experts; expert += num_threads) add_up_expert(counts_of, expert);
+    }
   }
 
   // Groups follow each other within a rank: a warp for each rank adds up their sizes, and sums of entries become rows.
   __device__ void place_groups(int warp, int num_warps) const {
-    if (!plan_.has_expert_rows()) return;
-    for (int r = warp; r < num_ranks_; r += num_warps) {
+#pragma unroll 1
+    for (int r = warp; kExpertRows && r < num_ranks_; r += num_warps) {
       int64_t begin = 0;
+#pragma unroll 1
       for (int first = 0; first < plan_.local_experts; first += 32) {
         const int local = first + static_cast<int>(device::lane_idx()), expert = r * plan_.local_experts + local;
         const bool in = local < plan_.local_experts;
@@ -72,7 +77,7 @@ class RowTables {
   // Row of an entry of a received message; -1: it is not here, or lies beyond the capacity.
   __device__ int32_t received_row(int source, int32_t message, layout::RoutingBankLayout::Entry entry) const {
     if (entry.expert < 0) return -1;
-    if (!plan_.has_expert_rows()) return bounded(message);
+    if (!kExpertRows) return bounded(message);
     return bounded_in_group(int64_t{received_first_[source * plan_.local_experts + entry.expert]} + entry.position, entry.expert);
   }
 
@@ -105,6 +110,7 @@ class RowTables {
   template <typename CountOf>
   __device__ static int32_t sum_of_sources(int end, CountOf count_of) {
     int32_t sum = 0;
+#pragma unroll 1
     for (int first = 0; first < end; first += kBatch) {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u)
@@ -117,6 +123,7 @@ class RowTables {
   template <typename CountsOf>
   __device__ void add_up_received(CountsOf counts_of) const {
     int32_t begin = 0;
+#pragma unroll 1
     for (int first = 0; first < num_ranks_; first += 32) {
       const int source = first + static_cast<int>(device::lane_idx());
       const int32_t num = source < num_ranks_ ? count(counts_of(source), plan_.num_experts + rank_) : 0;
@@ -133,6 +140,7 @@ class RowTables {
     const int local = expert - rank_ * plan_.local_experts;
     const bool is_here = local >= 0 && local < plan_.local_experts;
     int32_t sum = 0;
+#pragma unroll 1
     for (int first = 0; first < num_ranks_; first += kBatch) {
       int32_t counts[kBatch];
 #pragma unroll

@@ -8,9 +8,10 @@
 
 namespace tern::kernels {
 
-// A slot holds a piece of one term: up to this many bytes. It is a multiple of what a warp adds at a time.
-inline constexpr int32_t kMostSumPieceBytes = 2048;
-inline constexpr int32_t kSumStepBytes = 1024;
+// A slot holds a piece of one term. Long pieces cost fewer instructions, but the sums of a piece are kept in registers. Of a row of 7168 channels of
+// 2 bytes, staging takes a quarter.
+inline constexpr int32_t kStagePieceBytes = 3584, kPullPieceBytes = 2048;
+inline constexpr int32_t kSumStepBytes = 1024;  // that a warp adds at a time
 // Pieces that arrive together: of so many terms, at the same place of a row.
 inline constexpr int32_t kMostSumGroup = 4;
 // What each slot has besides: the description of a group, and its arrivals.
@@ -20,21 +21,20 @@ inline constexpr int32_t kSumSlotSideBytes = kSumTagBytes + static_cast<int32_t>
 // | slots [num_slots] | tags [num_slots] | arrivals [num_slots] |; there is at most one group for each slot.
 struct SumRingShape {
   int32_t num_slots = 0;
-  int32_t piece_bytes = 0;  // a multiple of kSumStepBytes
+  int32_t piece_bytes = 0;
 
   constexpr int64_t tags() const { return int64_t{num_slots} * piece_bytes; }
   constexpr int64_t arrivals() const { return tags() + int64_t{num_slots} * kSumTagBytes; }
   constexpr int64_t bytes() const { return layout::align_up(int64_t{num_slots} * (piece_bytes + kSumSlotSideBytes), layout::kBulkLine); }
 };
 
-// The ring that a warp has in `bytes` (a multiple of layout::kBulkLine) for rows of about `num_terms`: the longest pieces of which two groups fit,
-// so that one is on its way while the other is summed.
-constexpr SumRingShape sum_ring_shape(int64_t bytes, int64_t row_bytes, int64_t num_terms) {
+// The ring that a warp has in `bytes` (a multiple of layout::kBulkLine) with slots of `piece_bytes` at the most: shorter ones if there would be fewer
+// than `least_slots`, or if rows are shorter.
+constexpr SumRingShape sum_ring_shape(int64_t bytes, int64_t row_bytes, int64_t least_slots, int32_t piece_bytes) {
   constexpr int64_t kMostSlots = 64;
-  const int64_t least_slots = 2 * (num_terms < kMostSumGroup ? num_terms : kMostSumGroup);
   SumRingShape shape;
   const int64_t whole_row = layout::align_up(row_bytes, kSumStepBytes);
-  for (int32_t piece = kMostSumPieceBytes; piece > 0 && shape.num_slots < least_slots; piece -= kSumStepBytes) {
+  for (int32_t piece = piece_bytes; piece > 0 && shape.num_slots < least_slots; piece = (piece - 1) / kSumStepBytes * kSumStepBytes) {
     shape.piece_bytes = static_cast<int32_t>(whole_row < piece ? whole_row : piece);
     const int64_t fitting = bytes / (shape.piece_bytes + kSumSlotSideBytes);
     shape.num_slots = static_cast<int32_t>(fitting < kMostSlots ? fitting : kMostSlots);

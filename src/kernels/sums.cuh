@@ -232,6 +232,12 @@ struct SumRing {
     }
     __syncwarp();
   }
+  // After the last use, before the memory is used otherwise.
+  __device__ void end() const {
+    if (device::lane_idx() == 0)
+      for (int group = 0; group < shape.num_slots; ++group) device::end_arrivals(arrivals(group));
+    __syncwarp();
+  }
 };
 
 // Goes round and round a ring.
@@ -349,9 +355,14 @@ __device__ __forceinline__ void add_group(const SumRing& ring, const SumCursor& 
     const std::byte* const piece = ring.slot(cursor.slot_of(u));
 #pragma unroll
     for (int step = 0; step < kVecs; step += kStepVecs) {
-      if (vec_offset(step) >= size && step > 0) break;
+      if (step > 0 && vec_offset(step) >= size) break;
+      Vec16 values[kStepVecs];
 #pragma unroll
-      for (int v = step; v < step + kStepVecs; ++v) add_term<Wire, kWeighted>(sums[v], device::load_vec16(piece + vec_offset(v)), weight);
+      for (int v = 0; v < kStepVecs; ++v)
+        if (step + v < kVecs) values[v] = device::load_vec16(piece + vec_offset(step + v));
+#pragma unroll
+      for (int v = 0; v < kStepVecs; ++v)
+        if (step + v < kVecs) add_term<Wire, kWeighted>(sums[step + v], values[v], weight);
     }
   }
 }
@@ -374,10 +385,10 @@ __device__ __forceinline__ void store_sums(std::byte* to, int size, float (&sums
   }
 }
 
-// Sums all rows; the pieces of a row are added up in registers, while the next ones are loaded.
-template <typename Wire, typename Rows>
+// Sums all rows; the pieces of a row, of up to kPieceBytes, are added up in registers, while the next ones are loaded.
+template <typename Wire, int kPieceBytes, typename Rows>
 __device__ void sum_by_ring(const SumRing& ring, Rows& rows) {
-  constexpr int kVecs = kMostSumPieceBytes / (kWarpThreads * static_cast<int>(sizeof(Vec16)));
+  constexpr int kVecs = kPieceBytes / (kWarpThreads * static_cast<int>(sizeof(Vec16)));
   TermLoader<Rows> loader(ring, rows);
   SumCursor summing{ring.shape.num_slots};
   float sums[kVecs][Wire::kElements] = {};

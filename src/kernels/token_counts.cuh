@@ -7,7 +7,8 @@
 //   counts.add_lower_blocks(use);                    // use(c, count) for each of the rank's counts
 //   position of a message = message.row + counts.before()[num_experts + message.rank], of an entry = entry_row + counts.before()[expert]
 //
-// Each block has a range of the tokens, and each of its warps a part of that. Counters are of entries by expert, then of messages by rank.
+// Each block has a range of the tokens, and each of its warps a part of that. Counters are of entries by expert, then of messages by rank. Where
+// entries have no rows of their own (rank_major) nobody asks for their positions: the block's are counted in the first warp's counters.
 // Threads: all of a block; a warp's tables in the plan are its own.
 #pragma once
 
@@ -36,6 +37,7 @@ struct RankOfExpert {
   __device__ int operator()(int32_t expert) const { return static_cast<int>(static_cast<uint32_t>(expert) * inverse >> kShift); }
 };
 
+template <bool kExpertRows>
 class TokenCounts {
  public:
   __device__ TokenCounts(const RouteArgs& args, const Operation& op, const BankPair* banks, int32_t* counters)
@@ -66,17 +68,21 @@ class TokenCounts {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < num_warps * num_counts_; i += num_threads()) counters_[i] = 0;
     __syncthreads();
-    if (plan_.num_topk > 0) count_entries();
+    if (kExpertRows && plan_.num_topk > 0) count_entries();
     __syncwarp();
     count_messages();
     __syncthreads();
-    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += num_threads())
-      args_.block_counts[int64_t{blockIdx.x} * num_counts_ + c] = add_lower_warps(counters_ + c);
+#pragma unroll 1
+    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += num_threads()) {
+      const bool is_of_block = !kExpertRows && c < plan_.num_experts;
+      args_.block_counts[int64_t{blockIdx.x} * num_counts_ + c] = is_of_block ? counters_[c] : add_lower_warps(counters_ + c);
+    }
   }
 
   // When all blocks have counted: what the lower ones did comes before, too. Calls use(c, count) for each of the rank's counts.
   template <typename Use>
   __device__ void add_lower_blocks(Use use) const {
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += num_threads()) {
       int32_t lower = 0, all = 0;
 #pragma unroll
@@ -85,8 +91,10 @@ class TokenCounts {
         lower += b < blockIdx.x ? count : 0;
         all += count;
       }
-#pragma unroll 8
-      for (int w = 0; w < args_.num_counting_warps; ++w) counters_[int64_t{w} * num_counts_ + c] += lower;
+      if (kExpertRows || c >= plan_.num_experts) {
+#pragma unroll 4
+        for (int w = 0; w < args_.num_counting_warps; ++w) counters_[int64_t{w} * num_counts_ + c] += lower;
+      }
       if (args_.tokens_per_expert != nullptr && c < plan_.num_experts) all = args_.tokens_per_expert[c];
       use(c, all);
     }
@@ -102,6 +110,7 @@ class TokenCounts {
   // The sum of the lower warps instead of a warp's own count; returns the block's.
   __device__ int32_t add_lower_warps(int32_t* counter) const {
     int32_t sum = 0;
+#pragma unroll 1
     for (int first = 0; first < args_.num_counting_warps; first += kBatch) {
       int32_t counts[kBatch];
 #pragma unroll
@@ -120,6 +129,7 @@ class TokenCounts {
     int32_t* const counters = warp_counters();
     const int32_t end = tokens_.end * plan_.num_topk;
     bool has_invalid = false;  // numbers that are no expert
+#pragma unroll 1
     for (int32_t first = tokens_.begin * plan_.num_topk; first < end; first += kBatch * kWarpThreads) {
       const int32_t own = first + static_cast<int32_t>(device::lane_idx());
       int64_t given[kBatch];
@@ -130,7 +140,7 @@ class TokenCounts {
         if (first + u * kWarpThreads >= end) break;
         const int32_t i = own + u * kWarpThreads;
         const int32_t expert = usable_expert(given[u]);
-        has_invalid = has_invalid || given[u] < -1 || given[u] >= plan_.num_experts;
+        has_invalid = has_invalid || is_invalid(given[u]);
         const uint32_t same = __match_any_sync(~0u, expert);
         const int before = __popc(same & device::lanes_below());
         const int32_t base = expert >= 0 ? counters[expert] : 0;
@@ -139,7 +149,7 @@ class TokenCounts {
         __syncwarp();
         if (i >= end) continue;
         plan_.experts[i] = expert;
-        plan_.entry_rows[i] = expert >= 0 && plan_.has_expert_rows() ? base + before : -1;
+        plan_.entry_rows[i] = expert >= 0 ? base + before : -1;
       }
     }
     if (has_invalid) op_.post_notice(TERN_INVALID_ARGUMENT);
@@ -150,6 +160,7 @@ class TokenCounts {
   }
 
   __device__ bool is_masked(int rank) const { return banks_[rank].there == nullptr; }
+  __device__ bool is_invalid(int64_t given) const { return given < -1 || given >= plan_.num_experts; }
 
   // -1 for entries to masked ranks, and for numbers that are no expert.
   __device__ int32_t usable_expert(int64_t given) const {
@@ -158,16 +169,23 @@ class TokenCounts {
     return is_masked(rank_of_(expert)) ? -1 : expert;
   }
 
-  // The messages of the warp's tokens, 32 tokens and 64 ranks at a time.
+  // The messages of the warp's tokens, 32 tokens and 64 ranks at a time; with their entries, if these have no rows.
   __device__ void count_messages() const {
     constexpr int kRanks = 64;
     int32_t* const counters = warp_counters() + plan_.num_experts;
+#pragma unroll 1
     for (int32_t first = tokens_.begin; first < tokens_.end; first += kWarpThreads) {
       const int32_t token = first + static_cast<int32_t>(device::lane_idx());
       MessageRef* const messages = plan_.messages + int64_t{token} * plan_.messages_per_token;
       int num_messages = 0;
+#pragma unroll 1
       for (int first_rank = 0; first_rank < num_ranks_; first_rank += kRanks) {
-        const uint64_t ranks = token < tokens_.end ? ranks_of(token, first_rank, min(kRanks, num_ranks_ - first_rank)) : 0;
+        uint64_t ranks = 0;
+        if (token < tokens_.end) {
+          const int num = min(kRanks, num_ranks_ - first_rank);
+          ranks = plan_.num_topk == 0 ? ranks_given(token, first_rank, num) : ranks_of_entries(token, first_rank, num);
+        }
+#pragma unroll 1
         for (uint64_t left = device::or_of_warp(ranks); left != 0; left &= left - 1) {
           const int bit = __ffsll(static_cast<int64_t>(left)) - 1, to = first_rank + bit;
           const bool goes = (ranks >> bit & 1) != 0;
@@ -180,32 +198,45 @@ class TokenCounts {
         }
       }
       if (token < tokens_.end)
+#pragma unroll 1
         for (; num_messages < plan_.messages_per_token; ++num_messages) messages[num_messages].rank = -1;
     }
   }
 
   // Bit i: the token goes to rank first_rank + i.
-  __device__ uint64_t ranks_of(int32_t token, int first_rank, int num) const {
+  __device__ uint64_t ranks_given(int32_t token, int first_rank, int num) const {
     uint64_t ranks = 0;
-    if (plan_.num_topk == 0) {
-      const uint8_t* goes = args_.token_in_rank + int64_t{token} * num_ranks_ + first_rank;
-#pragma unroll 8
-      for (int i = 0; i < num; ++i)
-        if (goes[i] != 0 && !is_masked(first_rank + i)) ranks |= uint64_t{1} << i;
-      return ranks;
-    }
-    // As they were given: they have just been read, and are in the L1 cache.
-    for (int first = 0; first < plan_.num_topk; first += kBatch) {
-      int64_t given[kBatch];
+    const uint8_t* goes = args_.token_in_rank + int64_t{token} * num_ranks_ + first_rank;
+#pragma unroll 4
+    for (int i = 0; i < num; ++i)
+      if (goes[i] != 0 && !is_masked(first_rank + i)) ranks |= uint64_t{1} << i;
+    return ranks;
+  }
+
+  // With rows of their own the entries have just been read, and are in the L1 cache.
+  __device__ uint64_t ranks_of_entries(int32_t token, int first_rank, int num) const {
+    constexpr int kEntries = 8;  // that are under way at a time
+    const bool counts = !kExpertRows && first_rank == 0;
+    uint64_t ranks = 0;
+    bool has_invalid = false;
+#pragma unroll 1
+    for (int first = 0; first < plan_.num_topk; first += kEntries) {
+      int64_t given[kEntries];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) given[u] = first + u < plan_.num_topk ? given_expert(token * plan_.num_topk + first + u) : -1;
+      for (int u = 0; u < kEntries; ++u) given[u] = first + u < plan_.num_topk ? given_expert(token * plan_.num_topk + first + u) : -1;
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kEntries; ++u) {
+        if (first + u >= plan_.num_topk) break;
         const int32_t expert = usable_expert(given[u]);
         const int i = rank_of_(expert) - first_rank;
         if (expert >= 0 && i >= 0 && i < num) ranks |= uint64_t{1} << i;
+        if (!counts) continue;
+        has_invalid = has_invalid || is_invalid(given[u]);
+        plan_.experts[token * plan_.num_topk + first + u] = expert;
+        if (expert >= 0) atomicAdd(counters_ + expert, 1);
       }
     }
+    if (has_invalid) op_.post_notice(TERN_INVALID_ARGUMENT);
     return ranks;
   }
 

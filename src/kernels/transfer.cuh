@@ -21,9 +21,10 @@ struct SourceView {
   const std::byte* scales;
   const std::byte* weights;
   int64_t row_stride, scale_stride, weight_stride;
-  bool is_staged;     // there are chunk flags to wait for
-  bool sides_follow;  // all parts are staged, so that scales and weights stand right behind the row
-  bool rows_in_heap;  // rows lie in the order of the source's outputs, otherwise in that of this rank's tokens (combine)
+  bool is_staged;        // there are chunk flags to wait for
+  bool sides_follow;     // all parts are staged, so that scales and weights stand right behind the row
+  bool rows_in_heap;     // rows lie in the order of the source's outputs, otherwise in that of this rank's tokens (combine)
+  uint64_t chunks_seen;  // that are there, as far as the block's warps tell each other: a bit each (dispatch)
 };
 static_assert(sizeof(SourceView) == kSourceViewBytes);
 
@@ -36,9 +37,11 @@ class Transfer {
   __device__ int rank() const { return args_.exchange.rank; }
   __device__ int num_ranks() const { return args_.exchange.num_ranks; }
 
-  __device__ std::byte* staging() const { return op_.own_window() + args_.exchange.layout.staging(args_.exchange.lane, op_.epoch); }
+  // Where this rank stages what all peers read, or what it pushes to `peer`.
+  __device__ std::byte* staging() const { return op_.own_window() + bank(); }
+  __device__ std::byte* staging_at(int peer) const { return args_.exchange.window(peer) + bank() + rank() * args_.sender_bytes; }
 
-  // One warp. True when all peers have done with what the staging held two epochs ago.
+  // One warp. True when all peers have done with what any rank's staging held two epochs ago.
   __device__ bool await_staging() const {
     bool ok = true;
     for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
@@ -57,9 +60,9 @@ class Transfer {
       cell->epoch = op_.epoch;
       cell->operation = op_.operation;
       cell->num_tokens = num_tokens;
-      cell->rows = offered_to(peer, args_.rows);
-      cell->scales = offered_to(peer, args_.scales);
-      cell->weights = offered_to(peer, args_.weights);
+      cell->rows = offered(args_.rows);
+      cell->scales = offered(args_.scales);
+      cell->weights = offered(args_.weights);
       store_release_sys(&op_.progress(peer, rank())->ready, op_.epoch);
     }
   }
@@ -87,14 +90,36 @@ class Transfer {
     return ok;
   }
 
+  __device__ int chunk_of(int32_t token) const { return token / args_.tokens_per_chunk; }
   // One thread: are the rows of the chunk that holds `token` there already?
   __device__ bool has_chunk(const SourceView& view, int source, int32_t token) const {
-    return !view.is_staged || load_acquire_sys(op_.staged_flag(rank(), source, token / args_.tokens_per_chunk)) >= op_.epoch;
+    return !view.is_staged || load_acquire_sys(op_.staged_flag(rank(), source, chunk_of(token))) >= op_.epoch;
   }
   // One thread: waits until the rows of the chunk that holds `token` are there.
   __device__ bool await_chunk(const SourceView& view, int source, int32_t token) const {
     if (!view.is_staged) return true;
-    return op_.await_patiently(op_.staged_flag(rank(), source, token / args_.tokens_per_chunk), op_.epoch, source);
+    return op_.await_patiently(op_.staged_flag(rank(), source, chunk_of(token)), op_.epoch, source);
+  }
+
+  // One warp: has a warp of this block seen that the chunk is there?
+  __device__ bool has_seen_chunk(const SourceView& view, int chunk) const {
+    const bool was_seen = (device::load_acquire_block(&view.chunks_seen) >> chunk & 1) != 0;
+    const bool was_seen_by_any = __ballot_sync(~0u, was_seen) != 0;
+    __syncwarp();
+    return was_seen_by_any;
+  }
+  // One warp: the threads look whether this chunk and the next ones are there, and tell the block. Is this one?
+  __device__ bool look_at_chunks(SourceView& view, int source, int chunk) const {
+    const int own = chunk + static_cast<int>(device::lane_idx());
+    const bool is_there = own < args_.end_chunk && load_acquire_sys(op_.staged_flag(rank(), source, own)) >= op_.epoch;
+    return note_chunks(view, __ballot_sync(~0u, is_there), chunk);
+  }
+  // One warp, whose threads have acquired the flags of chunks: bit i for first + i. Is the first among them?
+  __device__ bool note_chunks(SourceView& view, uint32_t seen, int first) const {
+    device::fence_async_proxy();  // what each thread has acquired, the copy engine reads from now on
+    __syncwarp();                 // and all may
+    if (seen != 0 && device::lane_idx() == 0) device::or_release_block(&view.chunks_seen, uint64_t{seen} << first);
+    return (seen & 1) != 0;
   }
 
   // All threads of all blocks, at the end.
@@ -113,8 +138,10 @@ class Transfer {
   }
 
  private:
-  __device__ layout::PulledPart offered_to(int peer, layout::PulledPart part) const {
-    if (part.in_heap == 0) part.offset += args_.exchange.layout.staging(args_.exchange.lane, op_.epoch) + peer * args_.peer_bytes;
+  __device__ int64_t bank() const { return args_.exchange.layout.staging(args_.exchange.lane, op_.epoch); }
+
+  __device__ layout::PulledPart offered(layout::PulledPart part) const {
+    if (part.in_heap == 0) part.offset += bank() + rank() * args_.sender_bytes;
     return part;
   }
 
@@ -139,7 +166,8 @@ class Transfer {
   }
 
   __device__ const std::byte* address(int source, const layout::PulledPart& part) const {
-    return (part.in_heap != 0 ? args_.exchange.heap(source) : args_.exchange.window(source)) + part.offset;
+    if (part.in_heap != 0) return args_.exchange.heap(source) + part.offset;
+    return args_.exchange.window(args_.pushes ? rank() : source) + part.offset;
   }
 
   __device__ void await_pulled() const {

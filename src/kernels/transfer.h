@@ -23,9 +23,11 @@ struct TransferArgs {
   int32_t end_chunk = 0;
   int32_t tokens_per_chunk = 0;
 
-  // What this rank offers. Offsets in the staging are those of its bank for the epoch; peer p's part begins at p * peer_bytes.
+  // What this rank offers. Offsets in the staging are those of the bank for the epoch: of this rank's own bank, or if it pushes, of every reader's;
+  // there rank s has the part that begins at s * sender_bytes.
   layout::PulledPart rows, scales, weights;
-  int64_t peer_bytes = 0;
+  bool pushes = false;
+  int64_t sender_bytes = 0;
 
   constexpr int64_t first_token() const { return int64_t{first_chunk} * tokens_per_chunk; }
 };

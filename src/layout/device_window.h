@@ -54,7 +54,6 @@ struct alignas(kCacheLine) CallCell {
   uint64_t epoch = 0;
   int32_t operation = 0;
   int32_t num_tokens = 0;
-  int32_t num_flags = 0;  // route: so many blocks push, each with a chunk flag of its own
   PulledPart rows, scales, weights;
 };
 
@@ -83,8 +82,9 @@ struct LatencyWords {
   constexpr int64_t num_presence() const { return (max_tokens + 31) / 32; }
   // Of a combine: the owner's weights of each (token, k), as bits.
   constexpr int64_t weights() const { return 2; }
+  constexpr int64_t num_routing_words() const { return presence() + num_presence(); }
   constexpr int64_t num_words() const {
-    const int64_t routing = presence() + num_presence(), combine = weights() + max_tokens * num_topk;
+    const int64_t routing = num_routing_words(), combine = weights() + max_tokens * num_topk;
     return routing > combine ? routing : combine;
   }
 };

@@ -42,7 +42,7 @@ void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode m
 void policy_mask_of_who_was_left_out(const SceneSettings& settings);
 // A rank that was stopped and left out wakes up, learns of it, and comes back with its exchange.
 void masked_rank_is_let_in_again(const SceneSettings& settings);
-// Where the engine cannot do that, it says so when the exchange is made.
-void policy_mask_is_refused(const SceneSettings& settings);
+// GPU ranks go on without a rank on the latency path only, and say so elsewhere.
+void policy_mask_needs_the_latency_path(const SceneSettings& settings);
 
 }  // namespace tern::conformance

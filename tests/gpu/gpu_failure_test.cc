@@ -10,19 +10,20 @@
 namespace tern::conformance {
 namespace {
 
+SceneSettings failure_settings(tern_extent extent) {
+  SceneSettings result;
+  result.num_ranks = std::min(4, num_gpus());
+  result.run = gpu_options(result.num_ranks);
+  result.run.timeout_ms = 1'500;
+  result.extent = extent;
+  result.process_timeout_ms = 150'000;  // CUDA takes seconds to start
+  return result;
+}
+
 class GpuFailure : public testing::TestWithParam<tern_extent> {
  protected:
   void SetUp() override { TERN_NEED_GPUS(2); }
-
-  SceneSettings settings() const {
-    SceneSettings result;
-    result.num_ranks = std::min(4, num_gpus());
-    result.run = gpu_options(result.num_ranks);
-    result.run.timeout_ms = 1'500;
-    result.extent = GetParam();
-    result.process_timeout_ms = 150'000;  // CUDA takes seconds to start
-    return result;
-  }
+  SceneSettings settings() const { return failure_settings(GetParam()); }
 };
 
 INSTANTIATE_TEST_SUITE_P(Extents, GpuFailure, testing::Values(TERN_EXTENT_EXACT, TERN_EXTENT_WORST),
@@ -38,12 +39,29 @@ TEST_P(GpuFailure, RecoveryFromAMismatch) { recovery_from_a_mismatch(settings())
 TEST_P(GpuFailure, RecoveryWithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(settings()); }
 TEST_P(GpuFailure, ChosenMask) { chosen_mask(settings()); }
 TEST_P(GpuFailure, MaskedRankIsLetInAgain) { masked_rank_is_let_in_again(settings()); }
-TEST_P(GpuFailure, PolicyMask) {
-  if (test_device() == TERN_DEVICE_CUDA)
-    policy_mask_is_refused(settings());
-  else
-    policy_mask(settings());
+TEST_P(GpuFailure, PolicyMaskNeedsTheLatencyPath) {
+  if (test_device() == TERN_DEVICE_CPU) GTEST_SKIP() << "CPU ranks have it everywhere";
+  policy_mask_needs_the_latency_path(settings());
 }
+
+// Of small batches in one call, with extent WORST.
+class GpuMasks : public testing::Test {
+ protected:
+  void SetUp() override { TERN_NEED_GPUS(2); }
+
+  // Ranks go on by themselves here, so whoever is held up for the whole timeout is given up too; and the driver holds up the processes that are
+  // left while it takes apart the one that was killed.
+  static SceneSettings settings() {
+    SceneSettings result = failure_settings(TERN_EXTENT_WORST);
+    result.run.timeout_ms = 5'000;
+    return result;
+  }
+};
+
+TEST_F(GpuMasks, OfASingleCall) { policy_mask_of_a_single_call(settings()); }
+TEST_F(GpuMasks, OfACombine) { policy_mask_of_a_combine(settings(), TERN_COMBINE_HIERARCHICAL); }
+TEST_F(GpuMasks, OfAnExactCombine) { policy_mask_of_a_combine(settings(), TERN_COMBINE_EXACT); }
+TEST_F(GpuMasks, OfWhoWasLeftOut) { policy_mask_of_who_was_left_out(settings()); }
 
 }  // namespace
 }  // namespace tern::conformance

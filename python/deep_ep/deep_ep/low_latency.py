@@ -102,16 +102,12 @@ class LowLatencyMode:
         self, group: tern.Group, streams: Any, device: torch.device, num_bytes: int, timeout_ms: int, *, masks: bool
     ) -> None:
         self._group, self._streams, self._num_bytes, self._masks = group, streams, num_bytes, masks
-        if masks and device.type == "cuda":
-            raise tern.UnsupportedError(
-                "Buffer: enable_shrink is not supported on GPU ranks yet: kernels cannot go on without a rank in the "
-                "middle of an operation"
-            )
         if masks and group.num_nodes > 1:
             raise tern.UnsupportedError(
                 f"Buffer: enable_shrink is supported inside one node; the {group.num_ranks} ranks are on "
                 f"{group.num_nodes} nodes"
             )
+        self._masks_on_gpu = masks and device.type == "cuda"
         self._nodes = Nodes.of_group(group)
         self._asked_mode = _asked_combine_mode()
         num_lanes = 1 if masks else _NUM_BANKS  # one lane alone goes on without a rank
@@ -397,7 +393,8 @@ class LowLatencyMode:
             return self._asked_mode
         # exact needs no weights before its rows, and so nothing to wait for while it sends; but it sends a row for each
         # entry. Between nodes a send waits for the node's ranks anyway, and those rows would cross the network.
-        waits_for_nobody = finish.return_recv_hook and self._nodes.num_nodes == 1
+        # On GPUs with masks every rank has slots of its own for exact rows: too much memory for the hint.
+        waits_for_nobody = finish.return_recv_hook and self._nodes.num_nodes == 1 and not self._masks_on_gpu
         return "exact" if waits_for_nobody and self._fits_exact(shape, num_topk) else "hierarchical"
 
     def _fits_exact(self, shape: Shape, num_topk: int) -> bool:

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/node_lane.h"
+
+#include <sched.h>
+
+#include "base/error.h"
+#include "domain/failure.h"
+
+namespace tern::cuda {
+namespace {
+
+// Looks at words that no bell rings for: often while something is going on, else now and then.
+class Looks {
+ public:
+  void pause() {
+    const auto waited = Deadline::Clock::now() - start_;
+    if (waited < kBusy)
+      ::sched_yield();
+    else
+      std::this_thread::sleep_for(waited < kActive ? kShort : kLong);
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kBusy{100}, kActive{10'000}, kShort{20}, kLong{200};
+  Deadline::Clock::time_point start_ = Deadline::Clock::now();
+};
+
+constexpr int kLooksPerCheck = 64;
+
+cpu::LaneOptions lane_options(int64_t timeout_ms) {
+  return {.timeout_ms = timeout_ms, .spin = std::chrono::microseconds(50), .on_timeout = TERN_ON_TIMEOUT_ABORT, .grace_ms = timeout_ms / 4};
+}
+
+layout::FailureRecord to_record(const tern_failure& failure) {
+  layout::FailureRecord record;
+  record.status = failure.status;
+  record.waiter = failure.waiter;
+  record.awaited = failure.awaited;
+  record.lane = failure.lane;
+  record.operation = failure.operation;
+  record.expected_epoch = failure.expected_epoch;
+  record.seen_epoch = failure.seen_epoch;
+  return record;
+}
+
+}  // namespace
+
+NodeLane::NodeLane(const std::shared_ptr<DevicePool>& pool, const Domain& domain, const cpu::Network& network, SpanLog& spans,
+                   Options options)
+    : options_(std::move(options)),
+      domain_(domain),
+      cell_(pool->device(), 1),
+      talk_(pool, 1),
+      lane_(domain, options_.index, lane_options(options_.timeout_ms), spans),
+      rail_(network.make_rail(lane_)),
+      thread_([this] { run(); }) {}
+
+NodeLane::~NodeLane() { stop(); }
+
+void NodeLane::stop() {
+  stop_ = true;
+  if (thread_.joinable()) thread_.join();
+}
+
+void NodeLane::abandon_memory() {
+  stop();
+  static_cast<void>(new auto(std::move(cell_)));
+  static_cast<void>(new auto(std::move(talk_)));
+}
+
+uint64_t NodeLane::add(Command command, const void* owner) {
+  const std::lock_guard lock(mutex_);
+  commands_.emplace(next_number_, Entry{std::move(command), owner});
+  return next_number_++;
+}
+
+void NodeLane::forget(const void* owner) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(commands_, [&](const auto& command) { return command.second.owner == owner; });
+}
+
+NodeLane::Command NodeLane::take(uint64_t number) {
+  const std::lock_guard lock(mutex_);
+  const auto found = commands_.find(number);
+  if (found == commands_.end())
+    fail(TERN_INTERNAL_ERROR, "lane {}: the GPU asks for command {}, which is not known", options_.index, number);
+  Command command = found->second.command;
+  if (found->second.owner == nullptr) commands_.erase(found);
+  return command;
+}
+
+bool NodeLane::has_asked() const { return load_acquire(cell_[0].asked) > asked_; }
+
+void NodeLane::answer(uint64_t epoch) {
+  cell_[0].bank = epoch % layout::kNumBanks;
+  store_release(cell_[0].answered, ++answered_);
+}
+
+// Several kernels may lie between two steps, each with waits of its own.
+void NodeLane::await_gpu(tern_operation operation) {
+  constexpr int64_t kGpuShare = 8;
+  const Deadline deadline = Deadline::in_ms(kGpuShare * options_.timeout_ms);
+  Looks looks;
+  for (int turn = 0; !has_asked(); ++turn) {
+    looks.pause();
+    if (turn % kLooksPerCheck != 0) continue;
+    options_.check_health();
+    const bool ends = deadline.passed() || stop_;
+    if (!ends || has_asked()) continue;  // who stops a lane has waited for its GPU
+    const int32_t rank = domain_.rank_of_group(domain_.rank);
+    announce_failure(domain_, {TERN_TIMEOUT, rank, rank, options_.index, operation, 0, asked_ + 1, asked_});
+    fail(TERN_TIMEOUT, "{}: rank {} waited for its own GPU, lane {}", operation_name(operation), rank, options_.index);
+  }
+  ++asked_;
+}
+
+// False: there will be none.
+bool NodeLane::await_command() {
+  Looks looks;
+  for (int turn = 1; !has_asked(); ++turn) {
+    looks.pause();
+    if (turn % kLooksPerCheck != 0) continue;
+    options_.check_health();
+    const bool stops = stop_;
+    if (stops && !has_asked()) return false;
+  }
+  ++asked_;
+  return true;
+}
+
+void NodeLane::run() {
+  try {
+    while (await_command()) take(cell_[0].command)(*this);
+  } catch (const std::exception& error) {
+    const int32_t rank = domain_.rank_of_group(domain_.rank);
+    give_up({TERN_INTERNAL_ERROR, rank, rank, options_.index, TERN_OP_NONE, 0, asked_, answered_});
+  }
+}
+
+// With what is recorded; if nothing is, with `failure`.
+void NodeLane::give_up(const tern_failure& failure) {
+  announce_failure(domain_, failure);
+  cell_[0].failure = to_record(recorded_failure(domain_).value_or(failure));
+  store_release(cell_[0].answered, kernels::HostCell::kGaveUp);
+}
+
+}  // namespace tern::cuda

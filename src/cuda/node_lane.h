@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// The host's part of a lane of a GPU rank between nodes: a thread that does what operations need of the network, when the GPU comes to it.
+//
+//   const uint64_t command = lane.add([=](NodeLane& l) { ... }, nullptr);
+//   launch_talk({.command = command, .asks = true, .awaits = true, ...});   // the command begins when this has run
+//
+//   in the command:  lane.rail().start_round(...);  lane.answer(epoch);  lane.await_gpu(operation);  lane.rail().send_round(...);  ...
+//
+// Lane and rail are those of CPU ranks: deadlines, the record of who failed, epochs, credits and the comparison of calls are the same.
+// A command that fails ends the exchange: the GPU hears of it with its next answer, and the other nodes over the network.
+//
+// Lifetime: the end waits for the command that runs, which has deadlines. Threads: one enqueues, commands run on the lane's own, which uses
+// nothing of CUDA. Memory: what the GPU wrote before it asked is visible behind await_gpu(), what a command wrote before it answered to kernels
+// behind the step that awaits the answer.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "cpu/epochs.h"
+#include "cpu/lane.h"
+#include "cpu/network.h"
+#include "cpu/rail.h"
+#include "cuda/buffers.h"
+#include "kernels/rail.h"
+
+namespace tern::cuda {
+
+class NodeLane {
+ public:
+  using Command = std::function<void(NodeLane&)>;
+  struct Options {
+    int index = 0;
+    int64_t timeout_ms = 0;
+    std::function<void()> check_health;  // throws what this rank's GPU has reported
+  };
+
+  NodeLane(const std::shared_ptr<DevicePool>& pool, const Domain& domain, const cpu::Network& network, SpanLog& spans, Options options);
+  ~NodeLane();
+
+  // ---- The caller's thread.
+
+  // `owner`: of a command that may be asked for again and again, until forget(owner); nullptr: it is asked for once.
+  uint64_t add(Command command, const void* owner);
+  void forget(const void* owner);
+  kernels::HostCell* cell() const { return cell_.data(); }
+  kernels::HostTalk* talk() const { return talk_.data(); }
+  // The rail's epochs in the order of the calls: which sends are open.
+  cpu::Epochs& epochs() { return epochs_; }
+  // A kernel uses its memory still, which must not go.
+  void abandon_memory();
+
+  // ---- Commands.
+
+  cpu::Lane& lane() { return lane_; }
+  cpu::Rail& rail() { return *rail_; }
+  // The GPU's next question is answered with the banks of `epoch`.
+  void answer(uint64_t epoch);
+  // Until the GPU has come to its next step.
+  void await_gpu(tern_operation operation);
+
+ private:
+  struct Entry {
+    Command command;
+    const void* owner;
+  };
+
+  void stop();
+  void run();
+  bool await_command();
+  bool has_asked() const;
+  Command take(uint64_t number);
+  void give_up(const tern_failure& failure);
+
+  const Options options_;
+  const Domain& domain_;
+  PinnedBuffer<kernels::HostCell> cell_;
+  DeviceBuffer<kernels::HostTalk> talk_;
+  cpu::Epochs epochs_;
+  cpu::Lane lane_;
+  std::unique_ptr<cpu::Rail> rail_;
+  uint64_t asked_ = 0;     // steps that have been seen
+  uint64_t answered_ = 0;  // questions
+  std::mutex mutex_;
+  std::map<uint64_t, Entry> commands_;  // guarded by mutex_
+  uint64_t next_number_ = 1;            // guarded by mutex_
+  std::atomic<bool> stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace tern::cuda

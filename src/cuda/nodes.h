@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an exchange on GPU ranks has between nodes: the network of CPU ranks, on banks in pinned memory that kernels fill and read; and for each
+// lane a thread that does the host's part.
+//
+// Lifetime: kernels must have ended before it does, unless abandon_memory() was called. Its end takes leave of the other nodes as cpu::Network
+// does.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/network.h"
+#include "cuda/node_lane.h"
+#include "kernels/rail.h"
+#include "trace/trace.h"
+
+namespace tern::cuda {
+
+class Nodes {
+ public:
+  // Collective. `domain`: the node's hosts, with a lane for each of the exchange, and stays. `check_health`: NodeLane::Options.
+  Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, Bootstrap& bootstrap, const tern_exchange_options& options,
+        const std::function<void()>& check_health, const Log& log, Deadline deadline);
+
+  NodeLane& lane(int32_t index) const { return *lanes_[static_cast<size_t>(index)]; }
+  int64_t bank_bytes() const { return layout_.bank_bytes; }
+  int32_t num_nodes() const { return layout_.num_nodes; }
+  uint64_t network_bytes() const;
+
+  // Slots that leave, or that have come, with those of the own node; what is in them is to be added.
+  kernels::RailSlots leaving(int32_t lane_idx) const { return slots(lane_idx, layout_.out(lane_idx, 0, 0)); }
+  kernels::RailSlots arrived(int32_t lane_idx) const { return slots(lane_idx, layout_.in(lane_idx, 0, 0)); }
+
+  void abandon_memory();
+
+ private:
+  kernels::RailSlots slots(int32_t lane_idx, int64_t begin) const;
+
+  int32_t own_node_;
+  layout::RailMemoryLayout layout_;
+  PinnedBuffer<std::byte> memory_;
+  Trace trace_;  // of the commands; nothing is recorded
+  std::unique_ptr<cpu::Network> network_;
+  std::vector<std::unique_ptr<NodeLane>> lanes_;
+};
+
+// The windows of the node's hosts: what they tell each other of a routing is as large as these options say.
+layout::WindowLayout make_host_layout(const tern_exchange_options& options, const Topology& topology);
+
+}  // namespace tern::cuda

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+// What GPU ranks do between nodes, beside the kernels of one node: see rail.h.
+#include "kernels/rail.h"
+
+#include "kernels/shared_memory.h"
+#include "kernels/sums.cuh"
+#include "kernels/token_source.cuh"
+
+namespace tern::kernels {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kCopyBlocks = 16;
+
+// ---- Steps
+
+// Until the host has answered `step`. False: the exchange has failed.
+__device__ bool await_answer(const Operation& op, const HostCell* cell, uint64_t step) {
+  constexpr uint64_t kHostShare = 4;  // its waits have deadlines of their own, and it may have several in a step
+  const uint64_t start = device::global_timer_ns();
+  for (;;) {
+    const uint64_t answered = load_acquire_sys(&cell->answered);
+    if (answered == HostCell::kGaveUp) {
+      op.give_up_as(cell->failure);
+      return false;
+    }
+    if (answered >= step) return true;
+    if (op.is_aborted()) {
+      op.report_abort();
+      return false;
+    }
+    if (device::global_timer_ns() - start <= kHostShare * op.exchange.timeout_ns) continue;
+    op.give_up(TERN_TIMEOUT, op.exchange.rank, step, answered);
+    return false;
+  }
+}
+
+// One thread. What the kernels before have written for the host is published by the step that is asked; what the host has written, or the
+// network, can be seen by the kernels behind the one that awaits the answer.
+__global__ void talk_kernel(const __grid_constant__ TalkArgs args) {
+  const Operation op{args.exchange, args.operation, 0};
+  if (op.is_aborted()) return op.report_abort();
+  if (args.asks) {
+    if (args.command != 0) args.cell->command = args.command;
+    device::fence_sys();
+    store_release_sys(&args.cell->asked, ++args.talk->asked);
+  }
+  if (!args.awaits || !await_answer(op, args.cell, ++args.talk->answered)) return;
+  args.talk->bank = args.cell->bank;
+}
+
+// ---- Copies
+
+template <typename Word>
+__device__ void copy_words(void* to, const void* from, int64_t num_bytes) {
+  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < num_bytes / static_cast<int64_t>(sizeof(Word));
+       at += int64_t{gridDim.x} * blockDim.x)
+    static_cast<Word*>(to)[at] = static_cast<const Word*>(from)[at];
+}
+
+__global__ void __launch_bounds__(kThreads) copy_kernel(void* to, const void* from, int64_t num_bytes) {
+  const uint64_t places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(num_bytes);
+  if (places % sizeof(uint4) == 0)
+    copy_words<uint4>(to, from, num_bytes);
+  else if (places % sizeof(uint32_t) == 0)
+    copy_words<uint32_t>(to, from, num_bytes);
+  else
+    copy_words<uint8_t>(to, from, num_bytes);
+}
+
+// ---- Tokens on their way to other nodes: a warp takes one after the other.
+
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackArgs args) {
+  const DispatchArgs& d = args.dispatch;
+  const TransferArgs& t = d.transfer;
+  if (Operation{t.exchange, t.operation, 0}.is_poisoned()) return;
+  const TokenSource source(d);
+  const int64_t num_warps = int64_t{gridDim.x} * (kThreads / kWarpThreads);
+  const int64_t end = min(int64_t{d.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
+  for (int64_t token = t.first_token() + (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpThreads; token < end; token += num_warps) {
+    for (int node = 0; node < args.num_nodes; ++node) {
+      if (node == args.slots.own_node && !args.packs_own) continue;
+      std::byte* const slot = args.slots.of(node, token);
+      if (slot == nullptr) continue;
+      const layout::RailSlotLayout& layout = args.slots.layout;
+      if (d.row_bytes > 0) source.put_row(token, slot + layout.payload(), slot + layout.scales());
+      if (d.scale_bytes > 0) source.put_scales(token, slot + layout.scales());
+      if (d.carries_weights) source.put_weights(token, token + 1, [&](int64_t) { return reinterpret_cast<float*>(slot + layout.words()); });
+    }
+  }
+}
+
+// ---- Sums over nodes: the Rows of sums.cuh. A warp takes one part of a row after the other.
+
+class ReturnedRows {
+ public:
+  __device__ explicit ReturnedRows(const NodeSumArgs& args)
+      : args_(args),
+        plan_(args.plan),
+        next_(args.first_token * args.num_parts + static_cast<int32_t>((blockIdx.x * kThreads + threadIdx.x) / kWarpThreads)),
+        end_token_(min(plan_.tokens_at(args.exchange.rank), args.end_token)) {}
+
+  __device__ bool next_row(SumRow& row) {
+    const int32_t token = next_ / args_.num_parts;
+    if (token >= end_token_) return false;
+    const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
+    next_ += static_cast<int32_t>(gridDim.x) * (kThreads / kWarpThreads);
+    row = {args_.exchange.rank, token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
+    if (begin == 0 && args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
+    return true;
+  }
+
+  __device__ int num_batches() const { return ((args_.per_entry ? plan_.num_topk : args_.num_nodes) + kWarpThreads - 1) / kWarpThreads; }
+  __device__ void get_terms(const SumRow& row, int batch, Terms& terms) const {
+    const int i = batch * kWarpThreads + static_cast<int>(device::lane_idx());
+    terms.address = args_.per_entry ? entry_slot(row.token, i) : node_slot(row.token, i);
+    if (terms.address != nullptr && args_.token_weights != nullptr)
+      terms.weight = args_.token_weights[int64_t{row.token} * plan_.num_topk + i];
+    terms.valid = __ballot_sync(~0u, terms.address != nullptr);
+  }
+
+  __device__ bool has_biases() const { return args_.bias[0] != nullptr || args_.bias[1] != nullptr; }
+  __device__ const std::byte* bias(const SumRow& row, int which) const {
+    return args_.bias[which] == nullptr ? nullptr : args_.bias[which] + row.token * args_.row_bytes;
+  }
+  __device__ std::byte* out(const SumRow& row) const { return args_.out_tokens + row.token * args_.row_bytes; }
+  __device__ void row_done(const SumRow&) const {}
+
+ private:
+  __device__ const std::byte* node_slot(int32_t token, int node) const {
+    return node < args_.num_nodes ? args_.slots.of(node, token) : nullptr;
+  }
+  // nullptr: there is no entry, or its row lay beyond the capacity.
+  __device__ const std::byte* entry_slot(int32_t token, int k) const {
+    if (k >= plan_.num_topk) return nullptr;
+    const int64_t entry = int64_t{token} * plan_.num_topk + k;
+    const int32_t node = args_.node_of_entry[entry];
+    const std::byte* slot = node < 0 ? nullptr : args_.slots.of(node, entry);
+    return slot != nullptr && *words_of<uint32_t>(slot) != 0 ? slot : nullptr;
+  }
+  template <typename Word>
+  __device__ const Word* words_of(const std::byte* slot) const {
+    return reinterpret_cast<const Word*>(slot + args_.slots.layout.words());
+  }
+
+  __device__ void sum_weights(int32_t token) const {
+    for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
+      float sum = 0.0f;
+      if (args_.per_entry) {
+        if (const std::byte* slot = entry_slot(token, k)) sum = __fadd_rn(sum, words_of<float>(slot)[1]);
+      } else {
+        for (int node = 0; node < args_.num_nodes; ++node)
+          if (const std::byte* slot = node_slot(token, node)) sum = __fadd_rn(sum, words_of<float>(slot)[k]);
+      }
+      args_.out_topk_weights[int64_t{token} * plan_.num_topk + k] = sum;
+    }
+  }
+
+  const NodeSumArgs& args_;
+  const PlanView& plan_;
+  int32_t next_;  // token * num_parts + part
+  const int32_t end_token_;
+};
+
+template <typename Wire>
+__global__ void __launch_bounds__(kThreads) node_sum_kernel(const __grid_constant__ NodeSumArgs args) {
+  if (Operation{args.exchange, TERN_OP_COMBINE, 0}.is_poisoned()) return;
+  ReturnedRows rows(args);
+  sum_by_threads<Wire>(rows);
+}
+
+template <typename Function>
+auto with_sum_kernel(int32_t dtype, Function function) {
+  if (dtype == TERN_DTYPE_BF16) return function(node_sum_kernel<device::Bf16>);
+  if (dtype == TERN_DTYPE_FP16) return function(node_sum_kernel<device::F16>);
+  return function(node_sum_kernel<device::F32>);
+}
+
+}  // namespace
+
+cudaError_t prepare_rail() {
+  cudaError_t error = allow_shared(talk_kernel, 0);
+  if (error == cudaSuccess) error = allow_shared(copy_kernel, 0);
+  if (error == cudaSuccess) error = allow_shared(pack_kernel, 0);
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
+    if (error == cudaSuccess) error = with_sum_kernel(dtype, [](auto kernel) { return allow_shared(kernel, 0); });
+  return error;
+}
+
+cudaError_t launch_talk(const TalkArgs& args, cudaStream_t stream) {
+  talk_kernel<<<1, 1, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_copy(void* to, const void* from, int64_t num_bytes, cudaStream_t stream) {
+  copy_kernel<<<kCopyBlocks, kThreads, 0, stream>>>(to, from, num_bytes);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_pack(const PackArgs& args, int num_blocks, cudaStream_t stream) {
+  pack_kernel<<<num_blocks, kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_node_sums(const NodeSumArgs& args, int num_blocks, cudaStream_t stream) {
+  with_sum_kernel(args.dtype, [&](auto kernel) { kernel<<<num_blocks, kThreads, 0, stream>>>(args); });
+  return cudaGetLastError();
+}
+
+}  // namespace tern::kernels

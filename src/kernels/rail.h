@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// What kernels do between nodes. The network moves slots of banks in pinned host memory (layout/rail.h), which are this rank's GPU's and its
+// host's. A thread of the host sends them, and hears of those that arrive (cuda/node_lane.h); with it the GPU talks in steps:
+//
+//   GPU asks     "the banks are filled", "what came has been read"     and goes on
+//   host answers "the banks are free", "the rows of all nodes are here"
+//
+// Which step means what follows from the operation alone, so both sides count, and a replayed graph counts on.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/dispatch.h"
+#include "kernels/exchange_view.h"
+#include "kernels/rail_slots.h"
+
+namespace tern::kernels {
+
+// One lane's words in pinned memory.
+struct HostCell {
+  static constexpr uint64_t kGaveUp = ~uint64_t{0};  // an answer to all questions
+
+  layout::FailureRecord failure;                  // why the host has given up
+  uint64_t command;                               // what the step is the first of, written before it is asked
+  uint64_t bank;                                  // that the last answer is about
+  alignas(layout::kCacheLine) uint64_t asked;     // steps, by the GPU
+  alignas(layout::kCacheLine) uint64_t answered;  // by the host
+};
+
+// The same as this rank's GPU has it, in its own memory.
+struct HostTalk {
+  uint64_t asked;
+  uint64_t answered;
+  uint64_t bank;
+};
+
+struct TalkArgs {
+  ExchangeView exchange = {};
+  int32_t operation = 0;  // tern_operation
+  HostCell* cell = nullptr;
+  HostTalk* talk = nullptr;
+  uint64_t command = 0;  // 0: the step begins none
+  bool asks = false;
+  bool awaits = false;  // the next answer, after that
+};
+
+// Tables of a batch between nodes, beside those of its PlanView; made by the host. Batches are by the node of their source: of this rank's own
+// tokens, and of those that its rail in each other node sends here.
+struct RailTables {
+  int32_t num_nodes = 1;
+  int32_t own_node = 0;
+  // Of the batches, in this node.
+  int32_t* experts = nullptr;      // [num_nodes, max_tokens, num_topk]
+  int32_t* entry_rows = nullptr;   // [num_nodes, max_tokens, num_topk]
+  MessageRef* messages = nullptr;  // [num_nodes, max_tokens, messages_per_token]
+  int32_t* here = nullptr;         // [num_nodes, max_tokens] slots of tokens that have messages here
+  int32_t* here_begin = nullptr;   // [num_nodes, kMaxChunks + 1]
+  int32_t* entries_here = nullptr;
+  int32_t* entries_here_begin = nullptr;
+  // Of this rank's tokens, in all nodes.
+  int32_t* node_of_entry = nullptr;  // [max_tokens, num_topk] -1: none
+  int32_t* there = nullptr;          // [num_nodes, max_tokens] slots of tokens that go there
+  int32_t* there_begin = nullptr;    // [num_nodes, kMaxChunks + 1]
+  int32_t* entries_there = nullptr;  // [max_tokens, num_topk] slots of entries in their nodes
+  int32_t* entries_there_begin = nullptr;
+};
+static_assert(std::is_trivially_copyable_v<RailTables>);
+
+// This rank's tokens, as they arrive, into the slots of the nodes that they go to.
+struct PackArgs {
+  DispatchArgs dispatch;  // what is to be packed, of which chunks
+  RailSlots slots;
+  int32_t num_nodes = 0;
+  bool packs_own = false;  // those of the own node too
+};
+
+// The sums of this rank's tokens over what the nodes have returned.
+struct NodeSumArgs {
+  ExchangeView exchange;
+  PlanView plan;
+  RailSlots slots;
+  int32_t num_nodes = 0;
+  int32_t dtype = 0;
+  int64_t row_bytes = 0;
+  bool per_entry = false;
+  const int32_t* node_of_entry = nullptr;
+  const float* token_weights = nullptr;  // as in CombineArgs, and what follows
+  const std::byte* bias[2] = {nullptr, nullptr};
+  std::byte* out_tokens = nullptr;
+  float* out_topk_weights = nullptr;
+  bool returns_weights = false;
+  int32_t first_token = 0, end_token = 0;
+  int32_t num_parts = 1;
+  int32_t part_bytes = 0;
+};
+
+// Loads the kernels' code on the current device.
+cudaError_t prepare_rail();
+cudaError_t launch_talk(const TalkArgs& args, cudaStream_t stream);
+// Between GPU and pinned memory, in either direction.
+cudaError_t launch_copy(void* to, const void* from, int64_t num_bytes, cudaStream_t stream);
+cudaError_t launch_pack(const PackArgs& args, int num_blocks, cudaStream_t stream);
+cudaError_t launch_node_sums(const NodeSumArgs& args, int num_blocks, cudaStream_t stream);
+
+}  // namespace tern::kernels

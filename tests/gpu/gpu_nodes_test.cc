@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// The conformance cases on GPU ranks of several nodes, which are declared on this host and reach each other over the network library: as
+// processes, each with a GPU of its own, and as threads, also several on one GPU.
+#include "engine/node_scenes.h"
+#include "engine/nodes.h"
+#include "gpu/process_cases.h"
+
+namespace tern::conformance {
+namespace {
+
+struct Nodes {
+  int32_t num_nodes, ranks_per_node;
+  int32_t most_gpus;  // of threads
+  int32_t num_ranks() const { return num_nodes * ranks_per_node; }
+};
+std::string nodes_name(const testing::TestParamInfo<Nodes>& info) {
+  return fmt::format("{}NodesOf{}On{}", info.param.num_nodes, info.param.ranks_per_node, info.param.most_gpus);
+}
+
+Case on_nodes(Case c, const Nodes& nodes) {
+  c.ranks_per_node = nodes.ranks_per_node;
+  c.wire = TERN_WIRE_AS_DTYPE;  // the other one is for small batches of one node
+  return c.normalized();
+}
+
+std::vector<Case> on_nodes(std::vector<Case> cases, const Nodes& nodes) {
+  for (Case& c : cases) c = on_nodes(c, nodes);
+  return cases;
+}
+
+// Staging that holds a few chunks of tokens: rounds within the nodes and between them.
+std::vector<Case> many_rounds(const Nodes& nodes) {
+  std::vector<Case> cases = on_nodes(rounds_cases(nodes.num_ranks()), nodes);
+  int64_t num_tokens = 4;  // of 200 in 50 chunks
+  for (Case& c : cases) c.staging_bytes = staging_for_rounds(c, num_tokens = num_tokens % 40 + 4);
+  return cases;
+}
+
+class GpuNodes : public testing::TestWithParam<Nodes> {
+ protected:
+  int32_t num_ranks() const { return GetParam().num_ranks(); }
+  std::vector<Case> random(uint64_t first, int64_t count) const {
+    return on_nodes(random_cases_of(num_ranks(), first + static_cast<uint64_t>(num_ranks() * 10'000), count), GetParam());
+  }
+};
+
+class GpuNodeProcesses : public GpuNodes {
+ protected:
+  void SetUp() override { TERN_NEED_GPUS(num_ranks()); }
+
+  RunOptions options() const {
+    RunOptions options = gpu_options(num_ranks());
+    options.ranks_per_node = GetParam().ranks_per_node;
+    return options;
+  }
+  void expect_right(const std::vector<Case>& cases) const { expect_right_as_gpu_processes(num_ranks(), cases, options()); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Ranks, GpuNodeProcesses, testing::Values(Nodes{2, 1, 2}, Nodes{2, 2, 4}, Nodes{4, 1, 4}, Nodes{4, 2, 8}),
+                         nodes_name);
+
+TEST_P(GpuNodeProcesses, EveryLayoutExtentEncodingAndOrderOfScales) { expect_right(on_nodes(layout_cases_of(num_ranks()), GetParam())); }
+TEST_P(GpuNodeProcesses, RandomCases) { expect_right(random(31'000'000, scaled(60))); }
+TEST_P(GpuNodeProcesses, ShapesOfModels) { expect_right(on_nodes(model_cases(num_ranks(), full_scale() ? 64 : 8), GetParam())); }
+TEST_P(GpuNodeProcesses, UnevenBatches) { expect_right(on_nodes(uneven_cases(num_ranks()), GetParam())); }
+TEST_P(GpuNodeProcesses, Windows) { expect_right(on_nodes(window_cases(num_ranks()), GetParam())); }
+TEST_P(GpuNodeProcesses, Rounds) { expect_right(many_rounds(GetParam())); }
+
+TEST_P(GpuNodeProcesses, ReplayedGraphs) {
+  const RunOptions how = options();
+  expect_right_as_gpu_processes(
+      num_ranks(), on_nodes(graph_cases(num_ranks()), GetParam()), how,
+      [&](const Group& group, const Case& c, RankDevice& device) { return run_graph_case(group, c, how, device); });
+}
+
+class GpuNodeFailure : public testing::Test {
+ protected:
+  void SetUp() override { TERN_NEED_GPUS(4); }
+  static RunOptions options() {
+    RunOptions options = gpu_options(4);
+    options.timeout_ms = full_scale() ? 3'000 : 10'000;
+    return options;
+  }
+};
+TEST_F(GpuNodeFailure, KilledRankIsNamedOnBothNodes) { strike(SIGKILL, 2, options()); }
+TEST_F(GpuNodeFailure, StoppedRankIsNamedOnBothNodes) { strike(SIGSTOP, 1, options()); }
+
+class GpuNodeThreads : public GpuNodes {
+ protected:
+  void SetUp() override { TERN_NEED_GPUS(1); }
+
+  RunOptions options() const { return gpu_options(num_ranks(), GetParam().most_gpus); }
+  void expect_right(const std::vector<Case>& cases, const RunOptions& how) const {
+    expect_all_right(cases, [&](const Case& c) { return run_as_threads(c, how); });
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Ranks, GpuNodeThreads,
+                         testing::Values(Nodes{2, 1, 2}, Nodes{2, 2, 4}, Nodes{2, 2, 1}, Nodes{4, 1, 2}, Nodes{3, 2, 4}), nodes_name);
+
+TEST_P(GpuNodeThreads, EveryLayoutExtentEncodingAndOrderOfScales) {
+  expect_right(on_nodes(layout_cases_of(num_ranks()), GetParam()), options());
+}
+TEST_P(GpuNodeThreads, RandomCases) { expect_right(random(41'000'000, scaled(60)), options()); }
+TEST_P(GpuNodeThreads, Rounds) { expect_right(many_rounds(GetParam()), options()); }
+
+TEST_P(GpuNodeThreads, ReplayedGraphs) {
+  RunOptions how = options();
+  how.num_replays = 5;
+  expect_right(on_nodes(graph_cases(num_ranks()), GetParam()), how);
+}
+
+// What is on the network while sends are under way.
+TEST_P(GpuNodeThreads, TwoSendsUnderWay) {
+  Case c = on_nodes(ordinary_case(num_ranks(), TERN_LAYOUT_EXPERT_MAJOR), GetParam());
+  c.phases = c.delays = true;
+  const Scenario a(c);
+  c.seed = 52;
+  const Scenario b(c);
+  RunOptions how = options();
+  how.ranks_per_node = c.ranks_per_node;
+  conformance::expect_right(
+      c, run_threads(num_ranks(), a.exchange_options(), how, [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+        RoundTrip first(a, rank, exchange, device), second(b, rank, exchange, device);
+        first.route();
+        second.route();
+        for (int batch = 0; batch < 3; ++batch) {
+          first.begin_dispatch(batch, TERN_PHASE_SEND);
+          second.begin_dispatch(batch, TERN_PHASE_SEND);
+          second.finish_dispatch(batch, TERN_PHASE_RECEIVE);
+          first.finish_dispatch(batch, TERN_PHASE_RECEIVE);
+          first.begin_combine(batch, TERN_PHASE_SEND);
+          second.begin_combine(batch, TERN_PHASE_SEND);
+          first.finish_combine(batch, TERN_PHASE_RECEIVE);
+          second.finish_combine(batch, TERN_PHASE_RECEIVE);
+        }
+        std::vector<std::string> differences = first.differences();
+        differences.insert(differences.end(), second.differences().begin(), second.differences().end());
+        return differences;
+      }));
+}
+
+}  // namespace
+}  // namespace tern::conformance
