@@ -35,6 +35,12 @@ __device__ __forceinline__ int32_t quotient(int32_t number, uint32_t reciprocal)
 // The rank of an expert.
 __device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) { return quotient(expert, args.experts_reciprocal); }
 
+// Kernels are compiled for calls under TERN_ON_TIMEOUT_MASK, and for those that are not: these have no trace of it, in their code and registers.
+template <bool kMayGoOnWithout>
+__device__ __forceinline__ void compile_for(const LatencyArgs& args) {
+  if constexpr (!kMayGoOnWithout) __builtin_assume(args.exchange.attendance == nullptr);
+}
+
 class LatencyCall {
  public:
   __device__ explicit LatencyCall(const LatencyArgs& args)

@@ -459,8 +459,9 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
   }
 }
 
-template <typename Wire, bool kLog>
+template <typename Wire, bool kLog, bool kMayGoOnWithout>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(const __grid_constant__ LatencyCombineArgs args) {
+  compile_for<kMayGoOnWithout>(args.call);
   device::await_kernel_before();
   LatencyCall call(args.call);
   ShareSender<Wire, kLog> sender(args, call);
@@ -484,33 +485,42 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
 }
 
 // Calls function(kernel) for the type of the rows and what they are on their way.
-template <typename Wire, typename Function>
+template <bool kMayGoOnWithout, typename Wire, typename Function>
 auto with_kernel_of(bool is_log, Function function) {
-  return is_log ? function(latency_combine_kernel<Wire, true>) : function(latency_combine_kernel<Wire, false>);
+  return is_log ? function(latency_combine_kernel<Wire, true, kMayGoOnWithout>)
+                : function(latency_combine_kernel<Wire, false, kMayGoOnWithout>);
 }
-template <typename Function>
+template <bool kMayGoOnWithout, typename Function>
 auto with_kernel(int32_t dtype, bool is_log, Function function) {
-  if (dtype == TERN_DTYPE_BF16) return with_kernel_of<device::Bf16>(is_log, function);
-  if (dtype == TERN_DTYPE_FP16) return with_kernel_of<device::F16>(is_log, function);
-  return with_kernel_of<device::F32>(is_log, function);
+  if (dtype == TERN_DTYPE_BF16) return with_kernel_of<kMayGoOnWithout, device::Bf16>(is_log, function);
+  if (dtype == TERN_DTYPE_FP16) return with_kernel_of<kMayGoOnWithout, device::F16>(is_log, function);
+  return with_kernel_of<kMayGoOnWithout, device::F32>(is_log, function);
+}
+
+template <bool kMayGoOnWithout>
+cudaError_t prepare() {
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
+    for (const bool is_log : {false, true}) {
+      const cudaError_t error = with_kernel<kMayGoOnWithout>(dtype, is_log, [](auto kernel) { return allow_shared(kernel, 0); });
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
 cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_blocks, cudaStream_t stream) {
-  return with_kernel(args.dtype, args.is_log, [&](auto kernel) {
+  const auto launch_one = [&](auto kernel) {
     return launch(kernel, {num_blocks, kLatencyThreads, 0, args.call.follows_closely}, stream, args);
-  });
+  };
+  return args.call.exchange.attendance != nullptr ? with_kernel<true>(args.dtype, args.is_log, launch_one)
+                                                  : with_kernel<false>(args.dtype, args.is_log, launch_one);
 }
 
 cudaError_t prepare_latency_combine() {
-  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
-    for (const bool is_log : {false, true}) {
-      const cudaError_t error = with_kernel(dtype, is_log, [](auto kernel) { return allow_shared(kernel, 0); });
-      if (error != cudaSuccess) return error;
-    }
-  }
-  return cudaSuccess;
+  const cudaError_t error = prepare<false>();
+  return error == cudaSuccess ? prepare<true>() : error;
 }
 
 }  // namespace tern::kernels

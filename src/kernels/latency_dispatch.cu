@@ -429,8 +429,9 @@ __device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call
   MessageSpreader(args, call, arrivals).run();
 }
 
-template <typename Travel>
+template <typename Travel, bool kMayGoOnWithout>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
+  compile_for<kMayGoOnWithout>(args.call);
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
   device::await_kernel_before();
@@ -447,30 +448,37 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
 }
 
 // Calls function(kernel) for how rows travel.
-template <typename Function>
+template <bool kMayGoOnWithout, typename Function>
 auto with_kernel(const DispatchInputs& in, Function function) {
-  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven>);
-  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>>);
-  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>>);
-  return function(latency_dispatch_kernel<CastFrom<device::F32>>);
+  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven, kMayGoOnWithout>);
+  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>, kMayGoOnWithout>);
+  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>, kMayGoOnWithout>);
+  return function(latency_dispatch_kernel<CastFrom<device::F32>, kMayGoOnWithout>);
+}
+
+template <bool kMayGoOnWithout>
+cudaError_t prepare() {
+  const auto prepare_one = [](const DispatchInputs& in) {
+    return with_kernel<kMayGoOnWithout>(in, [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
+  };
+  cudaError_t error = prepare_one({.encoding = TERN_ENCODING_AS_GIVEN});
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
+    if (error == cudaSuccess) error = prepare_one({.dtype = dtype, .encoding = TERN_ENCODING_FP8_F32});
+  return error;
 }
 
 }  // namespace
 
 cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
-  return with_kernel(args.in, [&](auto kernel) {
+  const auto launch_one = [&](auto kernel) {
     return launch(kernel, {num_blocks, kLatencyThreads, args.memory.num_bytes, args.call.follows_closely}, stream, args);
-  });
+  };
+  return args.call.exchange.attendance != nullptr ? with_kernel<true>(args.in, launch_one) : with_kernel<false>(args.in, launch_one);
 }
 
 cudaError_t prepare_latency_dispatch() {
-  cudaError_t error = allow_shared(latency_dispatch_kernel<AsGiven>, kMostLatencyShared);
-  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
-    if (error != cudaSuccess) return error;
-    error = with_kernel({.dtype = dtype, .encoding = TERN_ENCODING_FP8_F32},
-                        [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
-  }
-  return error;
+  const cudaError_t error = prepare<false>();
+  return error == cudaSuccess ? prepare<true>() : error;
 }
 
 }  // namespace tern::kernels
