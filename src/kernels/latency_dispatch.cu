@@ -29,11 +29,11 @@ struct CastFrom {
 };
 
 // Pushes this rank's tokens.
-template <typename Travel>
+template <typename Travel, typename Call>
 class RowSender {
  public:
   // Asks for what the call gives of the block's first token: before the epoch is known, since that comes from memory too.
-  __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
+  __device__ RowSender(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory)
       : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call, memory) {
     if (args.call.sends && !is_opening() && first_token() >= 0 && first_token() < num_tokens_given(args)) fetch(first_token());
   }
@@ -209,9 +209,9 @@ class RowSender {
 
   const LatencyDispatchArgs& args_;
   const PlanView& plan_;
-  const LatencyCall& call_;
+  const Call& call_;
   const DispatchMemory& memory_;
-  const OwnRouting routing_;
+  const OwnRouting<Call> routing_;
   int32_t fetched_ = -1;  // the token that is in
   // Of the token: an entry in each thread of a warp, with its weight in the raising one; and what a sender has of its row.
   int64_t given_ = -1;
@@ -220,9 +220,10 @@ class RowSender {
 };
 
 // Spreads the messages that arrive; a group of warps takes one at a time.
+template <typename Call>
 class MessageSpreader {
  public:
-  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals)
+  __device__ MessageSpreader(const LatencyDispatchArgs& args, const Call& call, const Arrivals<Call>& arrivals)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
@@ -389,22 +390,23 @@ class MessageSpreader {
 
   const LatencyDispatchArgs& args_;
   const PlanView& plan_;
-  const LatencyCall& call_;
-  const Arrivals& arrivals_;
+  const Call& call_;
+  const Arrivals<Call>& arrivals_;
   const int group_, thread_;
   bool waits_ = true;
 };
 
 // Openers: of the routing block all tokens, of the others those before their first.
-__device__ void count_tokens(const LatencyDispatchArgs& args, const OwnRouting& routing) {
+template <typename Call>
+__device__ void count_tokens(const LatencyDispatchArgs& args, const OwnRouting<Call>& routing) {
   routing.clear(static_cast<int>(threadIdx.x), kOpenThreads);
   sync_openers();
   const int32_t num_tokens = num_tokens_given(args);
   routing.count(0, blockIdx.x == 0 ? num_tokens : min(first_token(), num_tokens));
 }
 
-template <typename Travel>
-__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const OwnRouting& routing, RowSender<Travel>& rows) {
+template <typename Travel, typename Call>
+__device__ void send(const LatencyDispatchArgs& args, const Call& call, const OwnRouting<Call>& routing, RowSender<Travel, Call>& rows) {
   const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
   if (blockIdx.x == 0) {
     if (is_raising()) {
@@ -422,22 +424,22 @@ __device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, c
   rows.run(num_tokens);
 }
 
-__device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
+template <typename Call>
+__device__ void receive(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory) {
   Arrivals arrivals(args, call, memory);
   if (!arrivals.open()) return;
   if (is_opening()) arrivals.write_outputs();
   MessageSpreader(args, call, arrivals).run();
 }
 
-template <typename Travel, bool kMayGoOnWithout>
+template <typename Travel, bool kMasks>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
-  compile_for<kMayGoOnWithout>(args.call);
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
   device::await_kernel_before();
-  LatencyCall call(args.call);
+  LatencyCall<kMasks> call(args.call);
   const OwnRouting routing(args, call, memory);
-  RowSender<Travel> rows(args, call, memory);
+  RowSender<Travel, LatencyCall<kMasks>> rows(args, call, memory);
   if (threadIdx.x == 0) *memory.has_failed() = 0;
   if (args.call.sends && args.routes && is_opening()) count_tokens(args, routing);
   if (call.begin()) {
@@ -448,18 +450,18 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
 }
 
 // Calls function(kernel) for how rows travel.
-template <bool kMayGoOnWithout, typename Function>
+template <bool kMasks, typename Function>
 auto with_kernel(const DispatchInputs& in, Function function) {
-  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven, kMayGoOnWithout>);
-  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>, kMayGoOnWithout>);
-  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>, kMayGoOnWithout>);
-  return function(latency_dispatch_kernel<CastFrom<device::F32>, kMayGoOnWithout>);
+  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven, kMasks>);
+  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>, kMasks>);
+  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>, kMasks>);
+  return function(latency_dispatch_kernel<CastFrom<device::F32>, kMasks>);
 }
 
-template <bool kMayGoOnWithout>
+template <bool kMasks>
 cudaError_t prepare() {
   const auto prepare_one = [](const DispatchInputs& in) {
-    return with_kernel<kMayGoOnWithout>(in, [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
+    return with_kernel<kMasks>(in, [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
   };
   cudaError_t error = prepare_one({.encoding = TERN_ENCODING_AS_GIVEN});
   for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
