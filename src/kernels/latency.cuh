@@ -35,6 +35,8 @@ __device__ __forceinline__ int32_t quotient(int32_t number, uint32_t reciprocal)
 // The rank of an expert.
 __device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) { return quotient(expert, args.experts_reciprocal); }
 
+// kMasks: under TERN_ON_TIMEOUT_MASK. Kernels are compiled for that and for all else, where nothing of it takes time or registers.
+template <bool kMasks>
 class LatencyCall {
  public:
   __device__ explicit LatencyCall(const LatencyArgs& args)
@@ -52,7 +54,7 @@ class LatencyCall {
 
   // Under TERN_ON_TIMEOUT_MASK: ranks, a bit each, that nothing is sent to, known behind begin(); and that have no part in what this operation
   // receives, known behind settle_attendance().
-  __device__ bool may_go_on_without() const { return args_.exchange.attendance != nullptr; }
+  __device__ static constexpr bool may_go_on_without() { return kMasks; }
   __device__ uint64_t cut_off() const { return may_go_on_without() ? *shared_ranks(kCutOff) : 0; }
   __device__ bool is_absent(int rank) const { return may_go_on_without() && (*shared_ranks(kAbsent) >> rank & 1) != 0; }
   __device__ bool takes(int rank) const { return !is_masked(rank) && (cut_off() >> rank & 1) == 0; }

@@ -18,9 +18,10 @@ struct ArrivingEntry {
 };
 
 // What arrives here: of a call that routes, worked out from the words of all sources; else as the plan has it.
+template <typename Call>
 class Arrivals {
  public:
-  __device__ Arrivals(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
+  __device__ Arrivals(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
@@ -168,7 +169,7 @@ class Arrivals {
 
   // Openers, under TERN_ON_TIMEOUT_MASK: who has a part in this dispatch. Of a call that routes, the others send nothing.
   __device__ __noinline__ void settle() const {
-    call_.settle_attendance<kOpenThreads>([&] {
+    call_.template settle_attendance<kOpenThreads>([&] {
       if (args_.routes && !fetch_words()) *memory_.has_failed() = 1;
       sync_openers();
       await_all_rows();
@@ -422,7 +423,7 @@ class Arrivals {
 
   const LatencyDispatchArgs& args_;
   const PlanView& plan_;
-  const LatencyCall& call_;
+  const Call& call_;
   const DispatchMemory& memory_;
   const int rank_, num_ranks_, num_words_;
 };

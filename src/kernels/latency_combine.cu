@@ -17,7 +17,8 @@ namespace {
 constexpr int kPartBytes = 1024;  // of a row that a warp sums at once
 
 // Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
-__device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const LatencyCall& call, int rank, int32_t token) {
+template <typename Call>
+__device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const Call& call, int rank, int32_t token) {
   return args.shares_slots ? token : call.slot_idx(rank, token);
 }
 
@@ -62,11 +63,11 @@ __device__ __forceinline__ void sum_bytes(int begin, int end, Make make, Store s
 }
 
 // Pushes what this rank has for the owners of the messages that it received. kLog: in the 10-bit encoding.
-template <typename Wire, bool kLog>
+template <typename Wire, bool kLog, typename Call>
 class ShareSender {
  public:
   // Sums the block's first message, if it can: before the epoch is known, since that comes from memory too.
-  __device__ ShareSender(const LatencyCombineArgs& args, const LatencyCall& call)
+  __device__ ShareSender(const LatencyCombineArgs& args, const Call& call)
       : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
     if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
     if (is_raising() || !args.call.sends) return;
@@ -103,7 +104,7 @@ class ShareSender {
 
   // Where each source's messages begin, in the threads of a warp.
   struct Begins {
-    __device__ Begins(const LatencyCombineArgs& args, const LatencyCall& call) {
+    __device__ Begins(const LatencyCombineArgs& args, const Call& call) {
       for (int b = 0; b < kRankBatches; ++b) {
         const int source = b * kWarpThreads + static_cast<int>(device::lane_idx());
         end[b] = source < call.num_ranks() ? args.call.plan.received_begin[source + 1] : 0x7fffffff;
@@ -316,7 +317,7 @@ class ShareSender {
 
   const LatencyCombineArgs& args_;
   const PlanView& plan_;
-  const LatencyCall& call_;
+  const Call& call_;
   const int32_t num_messages_;
   const Begins begins_;
   int32_t first_message_ = 0;
@@ -326,10 +327,10 @@ class ShareSender {
 };
 
 // Sums the results of this rank's tokens.
-template <typename Wire, bool kLog>
+template <typename Wire, bool kLog, typename Call>
 class OwnerSums {
  public:
-  __device__ OwnerSums(const LatencyCombineArgs& args, const LatencyCall& call) : args_(args), plan_(args.call.plan), call_(call) {}
+  __device__ OwnerSums(const LatencyCombineArgs& args, const Call& call) : args_(args), plan_(args.call.plan), call_(call) {}
 
   // The workers of all blocks; a warp takes a part of a token's row at a time.
   __device__ void run() const {
@@ -365,7 +366,7 @@ class OwnerSums {
  private:
   // Under TERN_ON_TIMEOUT_MASK: who has a share in the sums.
   __device__ __noinline__ void settle(int32_t num_tokens) const {
-    call_.settle_attendance<kWorkThreads>([&] {
+    call_.template settle_attendance<kWorkThreads>([&] {
       for (auto i = static_cast<int32_t>(threadIdx.x); i < num_tokens * plan_.messages_per_token; i += kWorkThreads) {
         const int32_t rank = plan_.messages[i].rank;
         if (rank >= 0 && !call_.await_row(rank, i / plan_.messages_per_token)) call_.miss(rank);
@@ -443,11 +444,12 @@ class OwnerSums {
 
   const LatencyCombineArgs& args_;
   const PlanView& plan_;
-  const LatencyCall& call_;
+  const Call& call_;
 };
 
 // All threads of all blocks: the weights of this rank's tokens, to the ranks of their experts.
-__device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& call) {
+template <typename Call>
+__device__ void push_weights(const LatencyCombineArgs& args, const Call& call) {
   const PlanView& plan = args.call.plan;
   const int32_t num_entries = plan.num_tokens[call.rank()] * plan.num_topk;
   for (auto i = static_cast<int32_t>(blockIdx.x * kLatencyThreads + threadIdx.x); i < num_entries;
@@ -459,11 +461,11 @@ __device__ void push_weights(const LatencyCombineArgs& args, const LatencyCall& 
   }
 }
 
-template <typename Wire, bool kLog>
+template <typename Wire, bool kLog, bool kMasks>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(const __grid_constant__ LatencyCombineArgs args) {
   device::await_kernel_before();
-  LatencyCall call(args.call);
-  ShareSender<Wire, kLog> sender(args, call);
+  LatencyCall<kMasks> call(args.call);
+  ShareSender<Wire, kLog, LatencyCall<kMasks>> sender(args, call);
   if (call.begin()) {
     if (args.call.sends) {
       if (args.owner_weights != nullptr) push_weights(args, call);
@@ -473,7 +475,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
     }
     if (args.call.receives) {
       if (!is_raising()) {
-        OwnerSums<Wire, kLog>(args, call).run();
+        OwnerSums<Wire, kLog, LatencyCall<kMasks>>(args, call).run();
       } else {
         if (blockIdx.x == 0) call.await_calls();
         call.wait_no_more();
@@ -484,33 +486,41 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
 }
 
 // Calls function(kernel) for the type of the rows and what they are on their way.
-template <typename Wire, typename Function>
+template <bool kMasks, typename Wire, typename Function>
 auto with_kernel_of(bool is_log, Function function) {
-  return is_log ? function(latency_combine_kernel<Wire, true>) : function(latency_combine_kernel<Wire, false>);
+  return is_log ? function(latency_combine_kernel<Wire, true, kMasks>) : function(latency_combine_kernel<Wire, false, kMasks>);
 }
-template <typename Function>
+template <bool kMasks, typename Function>
 auto with_kernel(int32_t dtype, bool is_log, Function function) {
-  if (dtype == TERN_DTYPE_BF16) return with_kernel_of<device::Bf16>(is_log, function);
-  if (dtype == TERN_DTYPE_FP16) return with_kernel_of<device::F16>(is_log, function);
-  return with_kernel_of<device::F32>(is_log, function);
+  if (dtype == TERN_DTYPE_BF16) return with_kernel_of<kMasks, device::Bf16>(is_log, function);
+  if (dtype == TERN_DTYPE_FP16) return with_kernel_of<kMasks, device::F16>(is_log, function);
+  return with_kernel_of<kMasks, device::F32>(is_log, function);
+}
+
+template <bool kMasks>
+cudaError_t prepare() {
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
+    for (const bool is_log : {false, true}) {
+      const cudaError_t error = with_kernel<kMasks>(dtype, is_log, [](auto kernel) { return allow_shared(kernel, 0); });
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
 cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_blocks, cudaStream_t stream) {
-  return with_kernel(args.dtype, args.is_log, [&](auto kernel) {
+  const auto launch_one = [&](auto kernel) {
     return launch(kernel, {num_blocks, kLatencyThreads, 0, args.call.follows_closely}, stream, args);
-  });
+  };
+  return args.call.exchange.attendance != nullptr ? with_kernel<true>(args.dtype, args.is_log, launch_one)
+                                                  : with_kernel<false>(args.dtype, args.is_log, launch_one);
 }
 
 cudaError_t prepare_latency_combine() {
-  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
-    for (const bool is_log : {false, true}) {
-      const cudaError_t error = with_kernel(dtype, is_log, [](auto kernel) { return allow_shared(kernel, 0); });
-      if (error != cudaSuccess) return error;
-    }
-  }
-  return cudaSuccess;
+  const cudaError_t error = prepare<false>();
+  return error == cudaSuccess ? prepare<true>() : error;
 }
 
 }  // namespace tern::kernels

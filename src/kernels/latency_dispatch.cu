@@ -29,11 +29,11 @@ struct CastFrom {
 };
 
 // Pushes this rank's tokens.
-template <typename Travel>
+template <typename Travel, typename Call>
 class RowSender {
  public:
   // Asks for what the call gives of the block's first token: before the epoch is known, since that comes from memory too.
-  __device__ RowSender(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
+  __device__ RowSender(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory)
       : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call, memory) {
     if (args.call.sends && !is_opening() && first_token() >= 0 && first_token() < num_tokens_given(args)) fetch(first_token());
   }
@@ -209,9 +209,9 @@ class RowSender {
 
   const LatencyDispatchArgs& args_;
   const PlanView& plan_;
-  const LatencyCall& call_;
+  const Call& call_;
   const DispatchMemory& memory_;
-  const OwnRouting routing_;
+  const OwnRouting<Call> routing_;
   int32_t fetched_ = -1;  // the token that is in
   // Of the token: an entry in each thread of a warp, with its weight in the raising one; and what a sender has of its row.
   int64_t given_ = -1;
@@ -220,9 +220,10 @@ class RowSender {
 };
 
 // Spreads the messages that arrive; a group of warps takes one at a time.
+template <typename Call>
 class MessageSpreader {
  public:
-  __device__ MessageSpreader(const LatencyDispatchArgs& args, const LatencyCall& call, const Arrivals& arrivals)
+  __device__ MessageSpreader(const LatencyDispatchArgs& args, const Call& call, const Arrivals<Call>& arrivals)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
@@ -389,22 +390,23 @@ class MessageSpreader {
 
   const LatencyDispatchArgs& args_;
   const PlanView& plan_;
-  const LatencyCall& call_;
-  const Arrivals& arrivals_;
+  const Call& call_;
+  const Arrivals<Call>& arrivals_;
   const int group_, thread_;
   bool waits_ = true;
 };
 
 // Openers: of the routing block all tokens, of the others those before their first.
-__device__ void count_tokens(const LatencyDispatchArgs& args, const OwnRouting& routing) {
+template <typename Call>
+__device__ void count_tokens(const LatencyDispatchArgs& args, const OwnRouting<Call>& routing) {
   routing.clear(static_cast<int>(threadIdx.x), kOpenThreads);
   sync_openers();
   const int32_t num_tokens = num_tokens_given(args);
   routing.count(0, blockIdx.x == 0 ? num_tokens : min(first_token(), num_tokens));
 }
 
-template <typename Travel>
-__device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, const OwnRouting& routing, RowSender<Travel>& rows) {
+template <typename Travel, typename Call>
+__device__ void send(const LatencyDispatchArgs& args, const Call& call, const OwnRouting<Call>& routing, RowSender<Travel, Call>& rows) {
   const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
   if (blockIdx.x == 0) {
     if (is_raising()) {
@@ -422,21 +424,22 @@ __device__ void send(const LatencyDispatchArgs& args, const LatencyCall& call, c
   rows.run(num_tokens);
 }
 
-__device__ void receive(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory) {
+template <typename Call>
+__device__ void receive(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory) {
   Arrivals arrivals(args, call, memory);
   if (!arrivals.open()) return;
   if (is_opening()) arrivals.write_outputs();
   MessageSpreader(args, call, arrivals).run();
 }
 
-template <typename Travel>
+template <typename Travel, bool kMasks>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
   device::await_kernel_before();
-  LatencyCall call(args.call);
+  LatencyCall<kMasks> call(args.call);
   const OwnRouting routing(args, call, memory);
-  RowSender<Travel> rows(args, call, memory);
+  RowSender<Travel, LatencyCall<kMasks>> rows(args, call, memory);
   if (threadIdx.x == 0) *memory.has_failed() = 0;
   if (args.call.sends && args.routes && is_opening()) count_tokens(args, routing);
   if (call.begin()) {
@@ -447,30 +450,37 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
 }
 
 // Calls function(kernel) for how rows travel.
-template <typename Function>
+template <bool kMasks, typename Function>
 auto with_kernel(const DispatchInputs& in, Function function) {
-  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven>);
-  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>>);
-  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>>);
-  return function(latency_dispatch_kernel<CastFrom<device::F32>>);
+  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven, kMasks>);
+  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>, kMasks>);
+  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>, kMasks>);
+  return function(latency_dispatch_kernel<CastFrom<device::F32>, kMasks>);
+}
+
+template <bool kMasks>
+cudaError_t prepare() {
+  const auto prepare_one = [](const DispatchInputs& in) {
+    return with_kernel<kMasks>(in, [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
+  };
+  cudaError_t error = prepare_one({.encoding = TERN_ENCODING_AS_GIVEN});
+  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
+    if (error == cudaSuccess) error = prepare_one({.dtype = dtype, .encoding = TERN_ENCODING_FP8_F32});
+  return error;
 }
 
 }  // namespace
 
 cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blocks, cudaStream_t stream) {
-  return with_kernel(args.in, [&](auto kernel) {
+  const auto launch_one = [&](auto kernel) {
     return launch(kernel, {num_blocks, kLatencyThreads, args.memory.num_bytes, args.call.follows_closely}, stream, args);
-  });
+  };
+  return args.call.exchange.attendance != nullptr ? with_kernel<true>(args.in, launch_one) : with_kernel<false>(args.in, launch_one);
 }
 
 cudaError_t prepare_latency_dispatch() {
-  cudaError_t error = allow_shared(latency_dispatch_kernel<AsGiven>, kMostLatencyShared);
-  for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
-    if (error != cudaSuccess) return error;
-    error = with_kernel({.dtype = dtype, .encoding = TERN_ENCODING_FP8_F32},
-                        [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
-  }
-  return error;
+  const cudaError_t error = prepare<false>();
+  return error == cudaSuccess ? prepare<true>() : error;
 }
 
 }  // namespace tern::kernels

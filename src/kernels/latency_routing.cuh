@@ -52,9 +52,10 @@ class DispatchMemory {
 };
 
 // This rank's tokens, as the call routes them.
+template <typename Call>
 class OwnRouting {
  public:
-  __device__ OwnRouting(const LatencyDispatchArgs& args, const LatencyCall& call, const DispatchMemory& memory)
+  __device__ OwnRouting(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
@@ -169,7 +170,7 @@ class OwnRouting {
 
   const LatencyDispatchArgs& args_;
   const PlanView& plan_;
-  const LatencyCall& call_;
+  const Call& call_;
   const DispatchMemory& memory_;
   const int num_ranks_, num_presence_;
 };
