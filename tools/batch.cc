@@ -135,7 +135,8 @@ tern_combine_args RankBatch::combine_args() const {
           .mode = shape_.combine_mode,
           .hidden = shape_.hidden,
           .weighting = by_rank() ? TERN_WEIGHTS_NONE : TERN_WEIGHTS_DISPATCH,
-          .out_tokens = results_.data()};
+          .out_tokens = results_.data(),
+          .wire = shape_.wire};
 }
 
 void RankBatch::poison() {

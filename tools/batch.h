@@ -35,9 +35,12 @@ struct BatchShape {
   uint64_t seed = 0;
   int32_t expert_alignment = 1;  // expert_major: rows of a group are padded to a multiple of it
   tern_combine_mode combine_mode = TERN_COMBINE_HIERARCHICAL;
+  tern_wire wire = TERN_WIRE_AS_DTYPE;  // of a combine; AS_DTYPE or FP32
 
   // Does each expert's row travel back, and not one of each rank?
   bool combines_entries() const { return combine_mode == TERN_COMBINE_EXACT && layout != TERN_LAYOUT_RANK_MAJOR; }
+  // Of a row that is sent back within a node.
+  int64_t combine_wire_bytes() const;
 };
 
 // One row that arrives at a rank.

@@ -139,8 +139,10 @@ void RankBatch::sum_token(int64_t token, std::span<std::byte> result) const {
   const auto hidden = static_cast<size_t>(shape_.hidden);
   std::vector<float> on_rank(hidden), on_node(hidden, 0.0f), total(hidden, 0.0f);
   const auto add_rounded = [&](std::vector<float>& sum, std::vector<float>& part) {
-    store_elements(part, dtype, result.data());
-    load_elements(result.data(), dtype, part);
+    if (shape_.wire == TERN_WIRE_AS_DTYPE) {
+      store_elements(part, dtype, result.data());
+      load_elements(result.data(), dtype, part);
+    }
     for (size_t i = 0; i < hidden; ++i) sum[i] += part[i];
     std::ranges::fill(part, 0.0f);
   };

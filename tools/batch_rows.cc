@@ -98,6 +98,11 @@ int64_t window_bytes(const BatchShape& shape) {
          rounded(rows * shape.format.combine_row_bytes(shape.hidden));
 }
 
+int64_t BatchShape::combine_wire_bytes() const {
+  const bool sums = layout != TERN_LAYOUT_RANK_MAJOR && combine_mode == TERN_COMBINE_HIERARCHICAL;
+  return sums && wire == TERN_WIRE_FP32 ? hidden * element_bytes(TERN_DTYPE_FP32) : format.combine_row_bytes(hidden);
+}
+
 tern_plan_options plan_options(const BatchShape& shape, tern_extent extent) {
   return {.max_tokens = std::max<int64_t>(1, shape.routing.max_tokens()),
           .num_experts = shape.routing.num_experts,

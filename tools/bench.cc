@@ -74,7 +74,8 @@ BatchShape batch_shape(const BenchOptions& options, const Traffic& traffic) {
           .hidden = hidden,
           .seed = options.traffic.seed,
           .expert_alignment = options.alignment,
-          .combine_mode = options.combine == "exact" ? TERN_COMBINE_EXACT : TERN_COMBINE_HIERARCHICAL};
+          .combine_mode = options.combine == "exact" ? TERN_COMBINE_EXACT : TERN_COMBINE_HIERARCHICAL,
+          .wire = options.wire == "fp32" ? TERN_WIRE_FP32 : TERN_WIRE_AS_DTYPE};
 }
 
 std::vector<LinkRates> measure_links(LinkCeiling& ceiling, const std::vector<int>& num_sms) {
@@ -107,6 +108,7 @@ int run_bench(const BenchOptions& given) {
   BenchSetting setting{options, traffic, batch_shape(options, traffic), launch_options, device};
   require_memory(setting);
   setting.launch.shared_bytes = bench_board_bytes(setting);
+  setting.launch.needs_one_host = device.cuda();
   BenchJson json;
   const int code = launch(setting.launch, [&](RankContext& context) { return bench_rank(setting, context, json); });
   if (!options.json.empty()) json.write(options.json);

@@ -32,9 +32,10 @@ struct BenchRecord {
   int ranks_per_node = 0;
   Times times;
   TrafficBytes bytes;
-  double ceiling_us = 0;  // CPU: of a plain copy of the logical bytes; 0: nothing to copy
-  LinkRates links;        // GPU: of plain copies with as many SMs
-  std::string wrong;      // "": every byte was right on all ranks
+  double ceiling_us = 0;            // CPU: of a plain copy of the logical bytes; 0: nothing to copy
+  double network_ceiling_gbps = 0;  // several nodes: of a plain stream of this run, sent by the slowest rank
+  LinkRates links;                  // GPU: of plain copies with as many SMs
+  std::string wrong;                // "": every byte was right on all ranks
 
   double gbps(int64_t num_bytes) const;
   double ceiling_gbps() const;

@@ -17,16 +17,16 @@ int64_t push_row_bytes(const BatchShape& shape) {
 size_t CopyCeiling::board_bytes(const BatchShape& shape) {
   const auto messages = count_messages(shape.routing);
   const int64_t num_rows = std::accumulate(messages.begin(), messages.end(), int64_t{0});
-  return static_cast<size_t>(num_rows * std::max(push_row_bytes(shape), shape.format.combine_row_bytes(shape.hidden)));
+  return static_cast<size_t>(num_rows * std::max(push_row_bytes(shape), shape.combine_wire_bytes()));
 }
 
-CopyCeiling::CopyCeiling(const BatchShape& shape, const RankContext& context, size_t offset_bytes)
+CopyCeiling::CopyCeiling(const BatchShape& shape, const RankContext& context)
     : rank_(context.rank),
       num_ranks_(context.num_ranks),
       messages_(count_messages(shape.routing)),
       push_row_bytes_(push_row_bytes(shape)),
-      pull_row_bytes_(shape.format.combine_row_bytes(shape.hidden)),
-      shared_(context.board.shared() + offset_bytes) {
+      pull_row_bytes_(shape.combine_wire_bytes()),
+      shared_(context.board.shared()) {
   int64_t num_sent = 0;
   for (int destination = 0; destination < num_ranks_; ++destination) num_sent += num_rows(rank_, destination);
   own_ = Buffer::own(host_device(), num_sent * std::max(push_row_bytes_, pull_row_bytes_));

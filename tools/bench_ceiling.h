@@ -16,10 +16,10 @@ namespace tern::tools {
 
 class CopyCeiling {
  public:
-  // Bytes of the board's shared memory that it uses, from `offset_bytes` on.
+  // Bytes of the board's shared memory that it uses. The board is shared.
   static size_t board_bytes(const BatchShape& shape);
 
-  CopyCeiling(const BatchShape& shape, const RankContext& context, size_t offset_bytes);
+  CopyCeiling(const BatchShape& shape, const RankContext& context);
 
   Times push(const Meter& meter) const;
   Times pull(const Meter& meter) const;

@@ -71,6 +71,9 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
   app.add_option("--layout", options.layout, fmt::format("{}", fmt::join(layout_names(), ", ")))
       ->check(CLI::IsMember(layout_names()))
       ->capture_default_str();
+  app.add_option("--wire", options.wire, "As what a combine's sums travel: dtype, or fp32 (CPU)")
+      ->check(CLI::IsMember({"dtype", "fp32"}))
+      ->capture_default_str();
   app.add_option("--mode", options.mode, "auto, throughput or latency")
       ->check(CLI::IsMember({"auto", "throughput", "latency"}))
       ->capture_default_str();

@@ -36,6 +36,7 @@ struct BenchOptions {
   std::string launch;
   std::string dtype = "bf16";
   std::string layout = "rank_major";
+  std::string wire = "dtype";
   std::string mode = "auto";
   std::string buffers = "both";
   std::string json;

@@ -11,16 +11,12 @@
 #include "base/error.h"
 #include "tools/bench.h"
 #include "tools/bench_ceiling.h"
+#include "tools/network_ceiling.h"
 #include "tools/progress.h"
 #include "tools/stream_timer.h"
 
 namespace tern::tools {
 namespace {
-
-size_t stamps_bytes(const BenchSetting& setting) {
-  constexpr size_t kAlignment = 4096;
-  return (Meter::board_bytes(setting.shape.routing.num_ranks(), setting.options.iters) + kAlignment - 1) / kAlignment * kAlignment;
-}
 
 // Rows that rank r receives in a dispatch, and gives back in a combine, are column r of the messages; those it sends are row r.
 // Links carry both directions at once. Within a node it is the rail of a token's owner that sends it.
@@ -83,6 +79,7 @@ class BenchRank {
         exchange_(seat.context.group, exchange_options(setting, seat.device)),
         with_windows_(setting.options.buffers != "caller"),
         with_caller_(setting.options.buffers != "window") {
+    if (ranks_per_node() < context_.num_ranks) network_.emplace(context_);
     if (on_gpu()) timer_ = make_stream_timer(seat.device, {.num_runs = setting.options.iters, .cold = setting.options.cold});
   }
 
@@ -97,6 +94,7 @@ class BenchRank {
         record.links = seat_.links->at(record.num_sms);
       else
         record.ceiling_us = ceiling_of(record.op);
+      record.network_ceiling_gbps = network_gbps_;
     }
     return std::move(records_);
   }
@@ -107,12 +105,13 @@ class BenchRank {
     const RowFormat& format = shape.format;
     const std::vector<int>& num_sms = setting.options.num_sms;
     const bool all_given = std::ranges::all_of(num_sms, [](int count) { return count > 0; });
+    const int64_t fp32_bytes = shape.wire == TERN_WIRE_FP32 ? shape.hidden * element_bytes(TERN_DTYPE_FP32) : 0;
     const int64_t arriving = format.arriving_row_bytes(shape.hidden) + format.arriving_scale_bytes(shape.hidden);
     return {.device = device.type(),
             .device_index = device.index(),
             .window_bytes = setting.options.buffers == "caller" ? 0 : window_bytes(shape),
             .max_tokens = std::max<int64_t>(1, shape.routing.max_tokens()),
-            .max_row_bytes = std::max({arriving, format.given_row_bytes(shape.hidden), format.combine_row_bytes(shape.hidden)}),
+            .max_row_bytes = std::max({arriving, format.given_row_bytes(shape.hidden), format.combine_row_bytes(shape.hidden), fp32_bytes}),
             .max_topk = shape.routing.num_topk,
             .max_experts = shape.routing.num_experts,
             .num_sms = all_given && !num_sms.empty() ? std::ranges::max(num_sms) : 0,
@@ -124,16 +123,17 @@ class BenchRank {
 
   // On the CPU. Several times in a run, because the machine may not be equally busy all the time: the fastest counts.
   void measure_copy() {
-    if (on_gpu()) return;
+    if (network_) network_gbps_ = std::max(network_gbps_, network_->measure());
+    if (on_gpu() || !context_.board.is_shared()) return;
     progress_.show("plain copy", static_cast<int64_t>(records_.size()), num_steps());
-    const CopyCeiling ceiling(shape_, context_, stamps_bytes(setting_));
+    const CopyCeiling ceiling(shape_, context_);
     push_us_ = std::min(push_us_, ceiling.push(meter_).median_us());
     pull_us_ = std::min(pull_us_, ceiling.pull(meter_).median_us());
   }
 
-  // A round trip is a dispatch and a combine. Nothing to compare with where no rows move to another rank.
+  // A round trip is a dispatch and a combine. Nothing to compare with where no rows move to another rank, or ranks share no memory.
   double ceiling_of(const std::string& op) const {
-    if (on_gpu() || op == "plan" || dispatch_bytes().wire == 0) return 0;
+    if (on_gpu() || op == "plan" || dispatch_bytes().wire == 0 || !context_.board.is_shared()) return 0;
     if (op == "combine") return pull_us_;
     return op.starts_with("round_trip") ? push_us_ + pull_us_ : push_us_;
   }
@@ -309,7 +309,7 @@ class BenchRank {
   }
   TrafficBytes combine_bytes() const {
     return bytes_of(shape_.combines_entries() ? count_entries(shape_.routing) : count_messages(shape_.routing), context_.num_ranks,
-                    shape_.format.combine_row_bytes(shape_.hidden), ranks_per_node());
+                    shape_.combine_wire_bytes(), ranks_per_node());
   }
   TrafficBytes both_bytes() const {
     const TrafficBytes there = dispatch_bytes(), back = combine_bytes();
@@ -326,15 +326,15 @@ class BenchRank {
   bool with_windows_, with_caller_;
   bool measured_plan_ = false;
   std::unique_ptr<StreamTimer> timer_;  // GPU
+  std::optional<NetworkCeiling> network_;
+  double network_gbps_ = 0;
   double push_us_ = std::numeric_limits<double>::max(), pull_us_ = std::numeric_limits<double>::max();
   std::vector<BenchRecord> records_;
 };
 
 }  // namespace
 
-size_t bench_board_bytes(const BenchSetting& setting) {
-  return stamps_bytes(setting) + (setting.device.cuda() ? 0 : CopyCeiling::board_bytes(setting.shape));
-}
+size_t bench_board_bytes(const BenchSetting& setting) { return setting.device.cuda() ? 0 : CopyCeiling::board_bytes(setting.shape); }
 
 std::vector<BenchRecord> measure_all(const BenchSetting& setting, const BenchSeat& seat) { return BenchRank(setting, seat).run(); }
 

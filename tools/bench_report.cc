@@ -12,7 +12,8 @@ namespace tern::tools {
 namespace {
 
 constexpr double kMega = 1e-6;
-constexpr const char* kCpuRow = "{:<17} {:<7} {:>11} {:>11} {:>11} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8}  {}\n";
+constexpr const char* kCpuRow = "{:<17} {:<7} {:>11} {:>11} {:>11} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8}{}  {}\n";
+constexpr const char* kNetworkCells = " {:>9} {:>8} {:>6}";
 constexpr const char* kGpuRow = "{:<17} {:<7} {:<6} {:<6} {:>4} {:>10} {:>10} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7}  {}\n";
 
 std::string number_or_dash(double value, int digits) { return value > 0 ? fmt::format("{:.{}f}", value, digits) : "-"; }
@@ -21,28 +22,40 @@ std::string percent_or_dash(double value, double of) { return value > 0 && of > 
 
 std::string or_dash(const std::string& text) { return text.empty() ? "-" : text; }
 
-void print_cpu_row(const BenchRecord& record) {
-  fmt::print(kCpuRow, record.op, or_dash(record.buffers), fmt::format("{:.1f}", record.times.median_us()),
-             fmt::format("{:.1f}", record.times.p99_us()), number_or_dash(static_cast<double>(record.bytes.logical) * kMega, 2),
-             number_or_dash(static_cast<double>(record.bytes.wire) * kMega, 2),
-             number_or_dash(static_cast<double>(record.bytes.link) * kMega, 2),
-             number_or_dash(static_cast<double>(record.bytes.network) * kMega, 2), number_or_dash(record.gbps(record.bytes.wire), 2),
-             number_or_dash(record.ceiling_gbps(), 2),
-             record.ceiling_us > 0 ? fmt::format("{:.0f} %", record.share_of_ceiling() * 100) : "-", record.wrong.empty() ? "yes" : "NO");
+std::string network_cells(const BenchRecord& record) {
+  const double gbps = record.gbps(record.bytes.network);
+  return fmt::format(kNetworkCells, number_or_dash(gbps, 2), number_or_dash(record.network_ceiling_gbps, 2),
+                     percent_or_dash(gbps, record.network_ceiling_gbps));
+}
+
+void print_cpu_row(const BenchRecord& record, bool between_nodes) {
+  fmt::print(
+      kCpuRow, record.op, or_dash(record.buffers), fmt::format("{:.1f}", record.times.median_us()),
+      fmt::format("{:.1f}", record.times.p99_us()), number_or_dash(static_cast<double>(record.bytes.logical) * kMega, 2),
+      number_or_dash(static_cast<double>(record.bytes.wire) * kMega, 2), number_or_dash(static_cast<double>(record.bytes.link) * kMega, 2),
+      number_or_dash(static_cast<double>(record.bytes.network) * kMega, 2), number_or_dash(record.gbps(record.bytes.wire), 2),
+      number_or_dash(record.ceiling_gbps(), 2), record.ceiling_us > 0 ? fmt::format("{:.0f} %", record.share_of_ceiling() * 100) : "-",
+      between_nodes ? network_cells(record) : "", record.wrong.empty() ? "yes" : "NO");
 }
 
 void print_cpu_report(const BenchSetting& setting, const std::vector<BenchRecord>& records) {
   const CpuFacts cpu = read_cpu_facts();
   fmt::print("on {}, {} cores; {} runs each, the slowest rank counts\n\n", cpu.model, cpu.num_usable, setting.options.iters);
+  const bool between_nodes = std::ranges::any_of(records, [](const BenchRecord& record) { return record.network_ceiling_gbps > 0; });
   fmt::print(kCpuRow, "op", "buffers", "median us", "p99 us", "logical MB", "wire MB", "link MB", "net MB", "GB/s", "ceiling", "share",
-             "verified");
-  for (const BenchRecord& record : records) print_cpu_row(record);
+             between_nodes ? fmt::format(kNetworkCells, "net GB/s", "stream", "of it") : "", "verified");
+  for (const BenchRecord& record : records) print_cpu_row(record, between_nodes);
   fmt::print(
       "\nMB: one row per (token, rank) with its scales, on the rank that has most; logical holds the rank's own share, wire does not;\n"
       "link: between the ranks of a node, tokens of other nodes too; net: what the rank that sends most puts to other nodes. GB/s: wire\n"
       "bytes per rank. Ceiling: a plain memcpy of the logical bytes by all ranks at once, its GB/s counted alike; share: its time by the\n"
-      "operation's. Combine may pass 100 %: it reads these bytes but writes only the sums.\n"
-      "Verified: every byte on every rank, before and after the timed runs.\n");
+      "operation's. Combine may pass 100 %: it reads these bytes but writes only the sums.\n");
+  if (between_nodes)
+    fmt::print(
+        "Net GB/s: net MB by the time. Stream: plain writes of 1 MiB (fi_write), from every rank to its rails and back, all at once, in "
+        "this\n"
+        "run; what the slowest rank sends.\n");
+  fmt::print("Verified: every byte on every rank, before and after the timed runs.\n");
 }
 
 // The best of all numbers of SMs, either way; the copy engines are not asked.

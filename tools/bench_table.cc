@@ -133,8 +133,6 @@ int table_rank(const TableGroup& group, RankContext& context, BenchJson& json) {
   return all_right ? 0 : 2;
 }
 
-size_t board_bytes(const TableGroup& group) { return Meter::board_bytes(group.launch.num_ranks, group.options.iters); }
-
 }  // namespace
 
 int run_bench_table(const BenchOptions& options, const ChosenDevice& device) {
@@ -152,7 +150,6 @@ int run_bench_table(const BenchOptions& options, const ChosenDevice& device) {
   for (const int num_ranks : rank_counts) {
     TableGroup group{options, device, all_ranks, {}, num_ranks == all_ranks.num_ranks};
     group.launch.num_ranks = num_ranks;
-    group.launch.shared_bytes = board_bytes(group);
     std::ranges::copy_if(cases, std::back_inserter(group.cases), [&](const TableCase& one) { return one.num_ranks == num_ranks; });
     const int group_code = launch(group.launch, [&](RankContext& context) { return table_rank(group, context, json); });
     if (code == 0) code = group_code;

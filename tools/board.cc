@@ -58,6 +58,12 @@ Board Board::create(const BoardOptions& options) {
   return board;
 }
 
+Board Board::apart(const BoardOptions& options, Gather gather) {
+  Board board = create(options);
+  board.gather_ = std::move(gather);
+  return board;
+}
+
 Board Board::attach(const BoardOptions& options, pid_t owner, int owner_fd) {
   const std::string path = fmt::format("/proc/{}/fd/{}", owner, owner_fd);
   Fd fd(open(path.c_str(), O_RDWR | O_CLOEXEC));
@@ -85,13 +91,19 @@ Board::Board(Board&& other) noexcept
       mapped_bytes_(other.mapped_bytes_),
       control_(std::exchange(other.control_, nullptr)),
       areas_(other.areas_),
-      shared_(other.shared_) {}
+      shared_(other.shared_),
+      gather_(std::move(other.gather_)) {}
 
 Board::~Board() {
   if (control_ != nullptr) munmap(control_, mapped_bytes_);
 }
 
 void Board::barrier(int rank, int64_t timeout_ms) {
+  if (!is_shared()) {
+    const std::byte here{};
+    std::vector<std::byte> all(static_cast<size_t>(num_ranks_));
+    return gather_({&here, 1}, all.data(), timeout_ms);
+  }
   const Deadline deadline = Deadline::in_ms(timeout_ms);
   const uint32_t phase = control_->phase.load(std::memory_order_acquire);
   areas_[rank].next_phase.store(phase + 1, std::memory_order_relaxed);
@@ -122,6 +134,7 @@ std::vector<int> Board::missing_ranks(uint32_t phase) const {
 }
 
 void Board::allgather(int rank, std::span<const std::byte> send, std::byte* recv, int64_t timeout_ms) {
+  if (!is_shared()) return gather_(send, recv, timeout_ms);
   for (size_t at = 0; at < send.size(); at += RankArea::kGatherBytes) {
     const size_t num_bytes = std::min(send.size() - at, RankArea::kGatherBytes);
     std::memcpy(areas_[rank].gather, send.data() + at, num_bytes);

@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -32,12 +33,17 @@ class Board {
   static Board create(const BoardOptions& options);
   // That of another process of the same user, who names its own pid and fd().
   static Board attach(const BoardOptions& options, pid_t owner, int owner_fd);
+  // Of ranks on several hosts, who meet by `gather`: its shared memory is this process's alone, and so are failures. Barriers take trips
+  // of the network, and ranks leave them as far apart.
+  using Gather = std::function<void(std::span<const std::byte> send, std::byte* recv, int64_t timeout_ms)>;
+  static Board apart(const BoardOptions& options, Gather gather);
 
   Board(Board&& other) noexcept;
   Board& operator=(Board&&) = delete;
   ~Board();
 
   int fd() const { return fd_.get(); }
+  bool is_shared() const { return gather_ == nullptr; }
   int num_ranks() const { return num_ranks_; }
 
   // Returns when all ranks have called it. TERN_TIMEOUT names the ranks that do not come; TERN_ABORTED if one has failed.
@@ -69,6 +75,7 @@ class Board {
   Control* control_;
   RankArea* areas_;
   std::byte* shared_;
+  Gather gather_;
 };
 
 }  // namespace tern::tools

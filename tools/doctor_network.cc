@@ -10,28 +10,13 @@
 #include "base/error.h"
 #include "base/knobs.h"
 #include "paths/paths.h"
+#include "tools/board_bootstrap.h"
 #include "tools/launch.h"
 #include "tools/progress.h"
 #include "topology/bootstrap.h"
 
 namespace tern::tools {
 namespace {
-
-// Ranks that are forked here meet on their board.
-class BoardBootstrap final : public Bootstrap {
- public:
-  explicit BoardBootstrap(const RankContext& context) : context_(context) {}
-
-  int rank() const override { return context_.rank; }
-  int num_ranks() const override { return context_.num_ranks; }
-  void allgather(const void* send, void* recv, size_t bytes, Deadline deadline) override {
-    context_.board.allgather(context_.rank, {static_cast<const std::byte*>(send), bytes}, static_cast<std::byte*>(recv),
-                             deadline.remaining_ms());
-  }
-
- private:
-  const RankContext& context_;
-};
 
 void print_path(const PathReport& report, const PathPair& pair) {
   const auto device = [&](int rank) { return report.ranks[static_cast<size_t>(rank)].device; };

@@ -11,6 +11,8 @@
 
 #include "base/error.h"
 #include "tools/launch_processes.h"
+#include "topology/bootstrap.h"
+#include "topology/topology.h"
 
 namespace tern::tools {
 namespace {
@@ -48,38 +50,34 @@ int launch_threads(const LaunchOptions& options, const RankFunction& run_rank) {
 struct BoardAddress {
   int32_t pid = 0;
   int32_t fd = -1;
-  int64_t padding = 0;  // rows are multiples of 16 bytes
 };
 
-// Gathers one small struct from every rank by the one thing at hand: a dispatch of one token to all ranks.
-std::vector<BoardAddress> gather_addresses(const Group& group, const BoardAddress& mine, int64_t timeout_ms) {
-  const int num_ranks = group.num_ranks();
-  Exchange exchange(group, {.device = TERN_DEVICE_CPU,
-                            .max_tokens = 1,
-                            .max_row_bytes = sizeof mine,
-                            .max_topk = 1,
-                            .max_experts = num_ranks,
-                            .timeout_ms = timeout_ms});
-  Plan plan(exchange, {.max_tokens = 1, .num_experts = num_ranks});
-  const std::vector<uint8_t> to_all(static_cast<size_t>(num_ranks), 1);
-  plan.route({.num_tokens = 1, .token_in_rank = to_all.data()});
-  std::vector<BoardAddress> all(static_cast<size_t>(num_ranks));
-  plan.dispatch({.tokens = &mine, .dtype = TERN_DTYPE_BYTES, .hidden = sizeof mine, .out_tokens = all.data()});
-  return all;
+Board join_board(Bootstrap& meeting, const BoardOptions& options, Deadline deadline) {
+  std::vector<BoardAddress> all(static_cast<size_t>(meeting.num_ranks()));
+  std::optional<Board> board;
+  BoardAddress mine;
+  if (meeting.rank() == 0) {
+    board.emplace(Board::create(options));
+    mine = {.pid = getpid(), .fd = board->fd()};
+  }
+  meeting.allgather(&mine, all.data(), sizeof mine, deadline);
+  if (!board) board.emplace(Board::attach(options, all[0].pid, all[0].fd));
+  board->barrier(meeting.rank(), deadline.remaining_ms());
+  return std::move(*board);
 }
 
-Board join_board(const Group& group, const LaunchOptions& options) {
-  const BoardOptions board_options{group.num_ranks(), options.shared_bytes};
-  if (group.rank() != 0) {
-    const BoardAddress rank_0 = gather_addresses(group, {}, options.timeout_ms)[0];
-    Board board = Board::attach(board_options, rank_0.pid, rank_0.fd);
-    board.barrier(group.rank(), options.timeout_ms);
-    return board;
-  }
-  Board board = Board::create(board_options);
-  gather_addresses(group, {.pid = getpid(), .fd = board.fd()}, options.timeout_ms);
-  board.barrier(0, options.timeout_ms);
-  return board;
+// `meeting` must outlive it.
+Board make_board(Bootstrap& meeting, const LaunchOptions& options, Deadline deadline) {
+  const BoardOptions board_options{meeting.num_ranks(), options.shared_bytes};
+  const Topology hosts = discover(meeting, "", deadline);
+  bool on_one_host = true;
+  for (int rank = 0; rank < hosts.num_ranks; ++rank) on_one_host = on_one_host && hosts.same_host(rank);
+  if (on_one_host) return join_board(meeting, board_options, deadline);
+  if (options.needs_one_host)
+    fail(TERN_UNSUPPORTED, "the ranks are on several hosts, this command runs on one: start all {} ranks there", hosts.num_ranks);
+  return Board::apart(board_options, [&](std::span<const std::byte> send, std::byte* recv, int64_t timeout_ms) {
+    meeting.allgather(send.data(), recv, send.size(), Deadline::in_ms(timeout_ms));
+  });
 }
 
 int launch_environment(const LaunchOptions& options, const RankFunction& run_rank) {
@@ -88,11 +86,9 @@ int launch_environment(const LaunchOptions& options, const RankFunction& run_ran
   if (info.num_ranks != options.num_ranks)
     fail(TERN_INVALID_ARGUMENT, "{} ranks are asked for, the launcher started {}: leave --ranks out, or give --launch to start ranks here",
          options.num_ranks, info.num_ranks);
-  // The board, over which ranks compare times and results, is shared memory: nodes may only be declared.
-  if (info.num_nodes > 1 && std::getenv("TERN_RANKS_PER_NODE") == nullptr)
-    fail(TERN_UNSUPPORTED, "the ranks are on {} nodes, this command runs on one host: start all {} ranks there", info.num_nodes,
-         info.num_ranks);
-  Board board = join_board(group, options);
+  const Deadline deadline = Deadline::in_ms(options.timeout_ms);
+  const auto meeting = make_env_bootstrap("tern command", Log(), deadline);
+  Board board = make_board(*meeting, options, deadline);
   RankContext context{info.rank, info.num_ranks, group, board, options.timeout_ms};
   const int code = run_and_report(board, info.rank, [&] { return run_rank(context); });
   if (const std::string text = board.failure_of(info.rank); !text.empty()) fmt::print(stderr, "tern: rank {}: {}\n", info.rank, text);

@@ -30,6 +30,7 @@ struct LaunchOptions {
   int num_ranks = 4;
   int64_t timeout_ms = 30000;  // of the group's creation; other ranks may take a minute longer to line up
   size_t shared_bytes = 0;     // of the board
+  bool needs_one_host = true;  // the board must be shared by all ranks
 };
 
 struct RankContext {

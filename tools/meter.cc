@@ -31,33 +31,30 @@ std::vector<double> slowest_of_ranks(const RankContext& context, std::span<const
   return slowest;
 }
 
-size_t Meter::board_bytes(int num_ranks, int64_t num_iters) {
-  return sizeof(Stamp) * static_cast<size_t>(num_ranks) * static_cast<size_t>(num_iters);
-}
-
 Times Meter::collect(const std::function<void()>& run, Span span) const {
-  auto* stamps = context_.board.shared_as<Stamp>();  // [num_iters, num_ranks]
-  const int num_ranks = context_.num_ranks;
+  const auto num_iters = static_cast<size_t>(num_iters_);
+  const auto num_ranks = static_cast<size_t>(context_.num_ranks);
+  std::vector<Stamp> mine(num_iters), all(num_iters * num_ranks);  // all: [num_ranks, num_iters]
   for (int64_t i = 0; i < std::min(num_iters_, kMostWarmUps); ++i) run();
-  for (int64_t i = 0; i < num_iters_; ++i) {
+  for (Stamp& stamp : mine) {
     context_.align();
     const int64_t start_ns = now_ns();
     run();
-    stamps[i * num_ranks + context_.rank] = {start_ns, now_ns()};
+    stamp = {start_ns, now_ns()};
   }
-  context_.align();
+  context_.board.allgather(context_.rank, std::as_bytes(std::span(mine)), reinterpret_cast<std::byte*>(all.data()),
+                           context_.timeout_ms + RankContext::kPatienceMs);
   Times times;
-  for (int64_t i = 0; i < num_iters_; ++i) {
-    const Stamp* of_run = stamps + i * num_ranks;
+  for (size_t i = 0; i < num_iters; ++i) {
     int64_t slowest_ns = 0, first_ns = INT64_MAX, last_ns = 0;
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      slowest_ns = std::max(slowest_ns, of_run[rank].end_ns - of_run[rank].start_ns);
-      first_ns = std::min(first_ns, of_run[rank].start_ns);
-      last_ns = std::max(last_ns, of_run[rank].end_ns);
+    for (size_t rank = 0; rank < num_ranks; ++rank) {
+      const Stamp& stamp = all[rank * num_iters + i];
+      slowest_ns = std::max(slowest_ns, stamp.end_ns - stamp.start_ns);
+      first_ns = std::min(first_ns, stamp.start_ns);
+      last_ns = std::max(last_ns, stamp.end_ns);
     }
     times.us.push_back(static_cast<double>(span == Span::kSlowestRank ? slowest_ns : last_ns - first_ns) * 1e-3);
   }
-  context_.align();  // the stamps may be overwritten only when everybody has read them
   return times;
 }
 

@@ -5,8 +5,6 @@
 //   Meter meter(context, num_iters);                 // on every rank, same arguments
 //   const Times times = meter.measure([&] { plan.dispatch(args); });
 //   fmt::print("{} us\n", times.median_us());
-//
-// Uses the first board_bytes() of the board's shared memory.
 #pragma once
 
 #include <cstddef>
@@ -34,15 +32,13 @@ std::vector<double> slowest_of_ranks(const RankContext& context, std::span<const
 
 class Meter {
  public:
-  static size_t board_bytes(int num_ranks, int64_t num_iters);
-
   Meter(const RankContext& context, int64_t num_iters) : context_(context), num_iters_(num_iters) {}
 
   // For operations that return when the rank's part is complete: a run's time is that of its slowest rank, from its own
   // start to its own end. Warms up first.
   Times measure(const std::function<void()>& run) const { return collect(run, Span::kSlowestRank); }
 
-  // For work that a rank does without waiting for the others: from the first start to the last end.
+  // For work that a rank does without waiting for the others: from the first start to the last end. On one host, which has one clock.
   Times measure_joint(const std::function<void()>& run) const { return collect(run, Span::kFirstToLast); }
 
  private:

@@ -30,7 +30,7 @@
  * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
  * - Ranks may be on several nodes: see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
- *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK and tern_exchange_recover are TERN_UNSUPPORTED there.
+ *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover works on CPU ranks.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
  *
@@ -188,7 +188,11 @@ typedef enum tern_wire TERN_ENUM_TYPE {
    * octaves, so at most 1.6 % (normally distributed values: 0.4 % root mean square); what is more than 16 octaves below the block's largest,
    * or below 2^-126, may become zero. NaNs and infinities arrive as NaNs. The same bits on every engine and machine; src/base/log_rows.h
    * defines them. GPU ranks: on the latency path; TERN_UNSUPPORTED for larger batches */
-  TERN_WIRE_LOG10BIT = 1
+  TERN_WIRE_LOG10BIT = 1,
+  /* Sums travel in FP32, as they are: nothing is rounded but the result, at twice the bytes of bf16. Where rows travel as they are given (EXACT;
+   * rank_major within one node; FP32 rows) it is the same as AS_DTYPE. Staging must hold such rows: count them in max_row_bytes. GPU
+   * ranks: TERN_UNSUPPORTED where it is not the same */
+  TERN_WIRE_FP32 = 2
 } tern_wire;
 
 typedef enum tern_weighting TERN_ENUM_TYPE {
@@ -201,7 +205,8 @@ typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
   /* The operation goes on with a share of zero for the missing rank. CPU ranks: the next one starts a generation without it. GPU ranks: each by
    * itself waits for it no more, replayed graphs too, until tern_exchange_recover, which leaves it out of the next generation; only on the latency
-   * path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED */
+   * path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED. With several nodes making the exchange is
+   * TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
   TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 
@@ -398,6 +403,9 @@ typedef struct tern_recover_options {
  * Plans routed before are stale. From then on a masked rank sends nothing, receives nothing, and entries routed to its experts count as
  * -1: its share is zero, and tern_exchange_get_state reports it. A masked rank that comes back gets TERN_MASKED_OUT,
  * until it and all who go on call this with readmit: then it has a share again, with its exchange and its window memory as they were.
+ * Between nodes a masked rank's rail is out of service: entries of tokens of the ranks with its index in other nodes count as -1 where they
+ * name experts on its node, and in tern_plan_info.pair_counts such ranks are zeros there. Where the network is cut in two, each side can go
+ * on alone.
  * Collective among those who go on; no operation of this exchange may be running on the calling rank. GPU: waits until those that are
  * enqueued have ended, but for replays of graphs, which the caller waits for; graphs that hold operations must be captured again. */
 TERN_API tern_status tern_exchange_recover(tern_exchange* exchange, const tern_recover_options* options);
@@ -488,6 +496,11 @@ typedef struct tern_plan_info {
   const int32_t* pair_counts TERN_ZERO;         /* [num_ranks, num_ranks] messages from row rank to column rank */
   int32_t num_sms TERN_ZERO;                    /* GPU: of the last operation; 0: CPU */
   int32_t reserved TERN_ZERO;
+  /* Several nodes, what this rank passes on within its node: its own tokens, and those of its rail in every other node. NULL with one node, and on GPU
+   * ranks */
+  const int32_t* rail_tokens TERN_ZERO; /* [num_nodes] tokens that have a message to this rank's node, by their owner's node */
+  /* [sum of rail_tokens, ranks of the node] 1: the token goes to that rank of the node. By owner's node, then by token */
+  const uint8_t* rail_token_in_rank TERN_ZERO;
 } tern_plan_info;
 
 /* Exchanges counts, after which this rank knows where every row goes and what it will receive. `info` may be NULL. The
@@ -602,7 +615,7 @@ typedef struct tern_combine_args {
   /* 1: rows is window memory on every rank (a rank that received no rows, and has none, sets it too). 0: as rows lies. GPU: 1 is checked on
    * this rank, and changes nothing */
   int32_t zero_copy TERN_ZERO;
-  tern_wire wire TERN_ZERO; /* LOG10BIT: rows are never pulled in place, since their owners do not have them encoded */
+  tern_wire wire TERN_ZERO; /* not AS_DTYPE: rows are never pulled in place, since their owners do not have them like that */
   /* [num_ranks] nanoseconds that this operation has waited for each rank are added; NULL: not counted. See tern_dispatch_args.wait_ns */
   int64_t* wait_ns TERN_ZERO;
 } tern_combine_args;

@@ -102,10 +102,11 @@ class Weighting(enum.IntEnum):
 
 
 class Wire(enum.IntEnum):
-    """As what a combine's rows travel: as their dtype, or as a logarithm of 10 bits for each channel; tern.h has error and layout."""
+    """As what a combine's rows travel: as their dtype, as a logarithm of 10 bits for each channel, or sums as FP32; see tern.h."""
 
     AS_DTYPE = 0
     LOG10BIT = 1
+    FP32 = 2
 
 
 class TimeoutPolicy(enum.IntEnum):
@@ -349,6 +350,8 @@ class PlanInfo(Struct):
         ("pair_counts", POINTER(c_int32)),
         ("num_sms", c_int32),
         ("reserved", c_int32),
+        ("rail_tokens", POINTER(c_int32)),
+        ("rail_token_in_rank", POINTER(c_uint8)),
     ]
 
 

@@ -105,13 +105,16 @@ class Plan:
         self._num_rows = -1
         check(lib.tern_plan_route(self._handle, self._routing_pointer, self._launch_pointer, ctypes.byref(info)))
         self._num_rows = info.num_rows
-        return PlanInfo.of(info, self._shape.num_ranks, self.num_local_experts)
+        return self._told(info)
 
     def info(self) -> PlanInfo:
         """What the host knows of the last routing."""
         info = _c.PlanInfo()
         check(lib.tern_plan_get_info(self._handle, ctypes.byref(info)))
-        return PlanInfo.of(info, self._shape.num_ranks, self.num_local_experts)
+        return self._told(info)
+
+    def _told(self, info: _c.PlanInfo) -> PlanInfo:
+        return PlanInfo.of(info, self._shape.num_ranks, self.exchange.group.num_nodes, self.num_local_experts)
 
     def _set_routing(
         self, topk_idx: Any, token_in_rank: Any, tokens_per_expert: Any, device_num_tokens: Any
@@ -293,8 +296,8 @@ class Plan:
         bias: one [num_tokens, hidden] or a pair of them, added first.
         out: an array [num_tokens, hidden] to write to.
         zero_copy: True where a rank has no rows while on all others `rows` is window memory (CPU ranks).
-        wire: "as_dtype", or "log10bit": rows travel as 10-bit logarithms, two thirds of bf16, with an error of at most 1.6 %, 0.4 % as
-            a rule (CPU ranks).
+        wire: "as_dtype"; "fp32": sums travel unrounded (CPU ranks); or "log10bit": rows travel as 10-bit logarithms, two thirds of
+            bf16, with an error of at most 1.6 %, 0.4 % as a rule (CPU ranks).
         wait_ns: i64 [num_ranks], dense: nanoseconds waited for each rank are added to it.
         """
         call, result, _inputs = self._prepare_combine(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from typing import Any, Callable, Generic, NamedTuple, TypeVar
 
@@ -30,15 +31,19 @@ class PlanInfo:
     received_per_expert: list[int] | None
     sent_per_rank: list[int] | None
     pair_counts: list[list[int]] | None
+    # Several nodes, on CPU ranks: what this rank passes on within its node.
+    rail_tokens: list[int] | None  # of the owners in each node
+    rail_token_in_rank: bytes | None  # [sum of rail_tokens, ranks of the node] 1: goes there; else 0
 
     @classmethod
-    def of(cls, info: _c.PlanInfo, num_ranks: int, num_local_experts: int) -> PlanInfo:
+    def of(cls, info: _c.PlanInfo, num_ranks: int, num_nodes: int, num_local_experts: int) -> PlanInfo:
         """The arrays of `info` belong to the plan and change with its next routing, so they are copied."""
 
         def listed(pointer: Any, count: int) -> list[int] | None:
             return list(pointer[:count]) if pointer else None
 
         pairs = listed(info.pair_counts, num_ranks * num_ranks)
+        rail_tokens = listed(info.rail_tokens, num_nodes)
         return cls(
             num_tokens=info.num_tokens,
             num_received=info.num_received,
@@ -53,6 +58,10 @@ class PlanInfo:
             pair_counts=None
             if pairs is None
             else [pairs[r * num_ranks : (r + 1) * num_ranks] for r in range(num_ranks)],
+            rail_tokens=rail_tokens,
+            rail_token_in_rank=None
+            if rail_tokens is None
+            else ctypes.string_at(info.rail_token_in_rank, sum(rail_tokens) * (num_ranks // num_nodes)),
         )
 
 

@@ -62,18 +62,28 @@ def check_handle_between_nodes(case, rank, handle):
     until = [sum(1 for s, _ in messages if s <= i) for i in range(case.num_ranks)]
     sources = [[s // case.ranks_per_node, t] for s, t in messages]
     unused = handle[7].shape[0] - len(messages)  # with num_worst_tokens
+    # What this rank passes on: of itself and of the rank at its place in every other node.
+    own_node, first = rank // case.ranks_per_node, rank // case.ranks_per_node * case.ranks_per_node
+    passed = [[], []]  # by node: how many; by token: to which ranks of the node
+    for node in range(case.num_nodes):
+        rail = node * case.ranks_per_node + rank % case.ranks_per_node
+        here = [t for t in range(case.num_tokens[rail]) if own_node in case.nodes_of(rail, t)]
+        passed[0].append(len(here))
+        passed[1] += [
+            [0 if first + i in case.ranks_of(rail, t) else -1 for i in range(case.ranks_per_node)] for t in here
+        ]
     assert isinstance(handle, tuple) and len(handle) == 10
     expected = (
         (torch.bool, (len(tokens), case.num_ranks), in_rank),
         (torch.int32, (case.num_nodes, 1), [[sum(row[n] for row in in_node)] for n in range(case.num_nodes)]),
         (torch.int32, (case.num_ranks, 1), [[sum(row[r] for row in in_rank)] for r in range(case.num_ranks)]),
-        (torch.int32, (case.num_nodes, 1), [[0]] * case.num_nodes),
-        (torch.int32, (case.num_nodes,), [0] * case.num_nodes),
+        (torch.int32, (case.num_nodes, 1), [[count] for count in passed[0]]),
+        (torch.int32, (case.num_nodes,), [sum(passed[0][: n + 1]) for n in range(case.num_nodes)]),
         (torch.int32, (case.num_ranks, 1), [[first] for first in (0, *until[:-1])]),
         (torch.int32, (case.num_ranks,), until),
         (torch.int32, (len(messages) + unused, 2), sources + [[-1, -1]] * unused),
         (torch.int32, (len(tokens), case.num_nodes), [[0 if there else -1 for there in row] for row in in_node]),
-        (torch.int32, (0, case.ranks_per_node), []),
+        (torch.int32, (sum(passed[0]), case.ranks_per_node), passed[1]),
     )
     assert handle[7].dtype == torch.uint8 and handle[7].shape[1] == 8
     elements = (*handle[:7], handle[7].view(torch.int32), *handle[8:])

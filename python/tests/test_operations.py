@@ -352,6 +352,27 @@ def test_rows_travel_as_logarithms(layout: str, mode: str) -> None:
     as_threads(RANKS, body)
 
 
+@pytest.mark.parametrize("ranks_per_node", [0, 1])
+def test_sums_travel_in_fp32(ranks_per_node: int) -> None:
+    def body(group: tern.Group) -> None:
+        exchange = exchange_of(group, "cpu")
+        plan = plan_of(exchange, "expert_major", "exact")
+        b = batch(group.rank, torch.bfloat16)
+        plan.route(b.idx)
+        arrived = plan.dispatch(b.x)
+        # Entries of a token are the same row here: the sum is that row by the sum of the weights, if nothing is rounded on the way.
+        combined = plan.combine(arrived.tokens, topk_weights=b.weights, wire="fp32").tokens
+        weights = torch.where(b.idx >= 0, b.weights, 0.0)
+        want = sum(
+            (b.x.float() * weights[:, k : k + 1] for k in range(weights.shape[1])), torch.zeros_like(b.x.float())
+        )
+        torch.testing.assert_close(combined.float(), want, rtol=2**-8 * 1.01, atol=0.0)
+        sent = plan.combine_send(arrived.tokens, topk_weights=b.weights, wire=tern.Wire.FP32)
+        assert torch.equal(sent.receive().tokens, combined)
+
+    as_threads(RANKS, body, ranks_per_node=ranks_per_node)
+
+
 def test_waits_for_each_rank_are_counted() -> None:
     late, late_s = 2, 0.2
 

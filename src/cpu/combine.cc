@@ -401,7 +401,7 @@ class Combine {
   void receive_from_rails(int64_t rail_round) {
     std::vector<const std::byte*>& banks = scratch_.rail_banks[rail_round % layout::kNumBanks];
     for (int32_t node = 0; node < shape_.num_nodes; ++node)
-      banks[static_cast<size_t>(node)] = ctx_.rail->await_arrived(rail_trip_, rail_epoch(rail_round), node);
+      if (ctx_.rail->serves(node)) banks[static_cast<size_t>(node)] = ctx_.rail->await_arrived(rail_trip_, rail_epoch(rail_round), node);
     Span span(ctx_.lane.spans(), {.kind = TERN_SPAN_REDUCE, .operation = trip_.operation, .epoch = rail_epoch(rail_round)});
     std::fill(scratch_.rail_slots.begin(), scratch_.rail_slots.end(), 0);
     const int64_t begin = rail_round * rail_trip_.tokens_per_round;

@@ -161,7 +161,7 @@ class Dispatch {
     std::vector<const std::byte*>& banks = rail_banks(rail_round);
     const uint64_t epoch = rail_epoch_ + static_cast<uint64_t>(rail_round);
     for (int32_t node = 0; node < shape_.num_nodes; ++node)
-      if (is_packed(node)) banks[static_cast<size_t>(node)] = ctx_.rail->await_arrived(rail_trip_, epoch, node);
+      if (is_packed(node) && ctx_.rail->serves(node)) banks[static_cast<size_t>(node)] = ctx_.rail->await_arrived(rail_trip_, epoch, node);
   }
 
   // The rows of a rail's round are no longer needed: its peers may send the next but one.

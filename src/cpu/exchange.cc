@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <thread>
+#include <utility>
 
 #include "base/error.h"
 #include "base/knobs.h"
@@ -40,11 +41,12 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
     : options_(options),
       log_(log),
       sharer_(make_node_sharer(topology, bootstrap, deadline)),
-      board_(own_node(topology), *sharer_, deadline),
       heap_allocator_(options.window_bytes),
       trace_(options.num_lanes) {
   if (topology.num_nodes > 1 && options.on_timeout == TERN_ON_TIMEOUT_MASK)
-    fail(TERN_UNSUPPORTED, "exchange: TERN_ON_TIMEOUT_MASK works within one node, the ranks are on {}; use TERN_ON_TIMEOUT_ABORT",
+    fail(TERN_UNSUPPORTED,
+         "exchange: TERN_ON_TIMEOUT_MASK works within one node, the ranks are on {}; use TERN_ON_TIMEOUT_ABORT, and tern_exchange_recover "
+         "with allow_mask",
          topology.num_nodes);
   domain_.first_rank = first_rank_of_node(topology);
   domain_.rank = topology.rank - domain_.first_rank;
@@ -61,11 +63,24 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
     lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, domain_.num_ranks, topology.num_nodes), trace_.lane(i)));
   log_.write(TERN_LOG_INFO, "rank {} of {}: CPU exchange, window {} bytes, {} lanes with {} bytes a bank, heap {} bytes", topology.rank,
              topology.num_ranks, domain_.layout.total_bytes(), options.num_lanes, domain_.layout.bank_bytes, options.window_bytes);
-  if (topology.num_nodes == 1) return;
-  const auto rail_bytes = static_cast<size_t>(Network::memory_layout(topology, options).total_bytes());
-  rail_memory_ = HostSegment::create(rail_bytes, SharedBy::kThreads);
-  network_ = std::make_unique<Network>(domain_, rail_memory_->data(), bootstrap, options, log, deadline);
+  if (topology.num_nodes == 1) {
+    board_ = std::make_unique<AdmissionBoard>(topology, *sharer_, deadline);
+    return;
+  }
+  council_ = std::make_unique<NodesCouncil>(topology, bootstrap, *sharer_, deadline);
+  network_ = std::make_unique<Network>(domain_, options, log);
+  start_network(bootstrap, council_->masked(), deadline);
+}
+
+void CpuExchange::start_network(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
+  const auto rail_bytes = static_cast<size_t>(Network::memory_layout(domain_.topology, options_).total_bytes());
+  const auto old_memory = std::exchange(rail_memory_, HostSegment::create(rail_bytes, SharedBy::kThreads));  // registered until the start
+  network_->start(rail_memory_->data(), bootstrap, masked, deadline);
+  rails_.clear();
   for (const auto& lane : lanes_) rails_.push_back(network_->make_rail(*lane));
+  unreachable_ = masked;
+  for (int32_t r = 0; r < domain_.topology.num_ranks; ++r)
+    if (!rails_[0]->serves(domain_.topology.node[static_cast<size_t>(r)])) unreachable_[static_cast<size_t>(r)] = 1;
 }
 
 // Fresh internal windows for everybody who goes on; heaps keep their addresses and contents, on memory that masked ranks cannot reach.
@@ -129,6 +144,11 @@ tern_exchange_state CpuExchange::state() const {
     result.masked[rank] = domain_.is_masked(r) || given_up || (is_called && failure->awaited == rank) ? 1 : 0;
     if (result.masked[rank] != 0) result.health = TERN_HEALTH_DEGRADED;
   }
+  for (int r = 0; council_ != nullptr && r < domain_.topology.num_ranks; ++r) {
+    if (!council_->is_masked(r)) continue;
+    result.masked[r] = 1;
+    result.health = TERN_HEALTH_DEGRADED;
+  }
   if (failure && !is_called) {
     result.failure = *failure;
     result.health = TERN_HEALTH_FAILED;
@@ -157,15 +177,35 @@ tern_metrics CpuExchange::metrics() const {
 }
 
 void CpuExchange::recover(const tern_recover_options& options) {
-  if (num_nodes() > 1)
-    fail(TERN_UNSUPPORTED, "recover: the ranks are on {} nodes; destroy the exchange, and make a new one with the ranks that go on",
-         num_nodes());
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
-  const NextGeneration next = next_generation(domain_, board_, options, timeout_ms);
-  share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
+  if (council_ == nullptr) {
+    const NextGeneration next = next_generation(domain_, *board_, options, timeout_ms);
+    share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
+  } else {
+    const NextGeneration next = next_generation(*council_, options, timeout_ms);
+    begin_generation(next, Deadline::in_ms(timeout_ms));
+  }
   for (auto& lane : lanes_) lane->restart();
-  log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.rank, domain_.generation,
-             std::count(next.masked.begin(), next.masked.end(), 1), domain_.num_ranks);
+  const tern_exchange_state now = state();
+  log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.topology.rank, now.generation,
+             std::count(now.masked, now.masked + domain_.topology.num_ranks, 1), domain_.topology.num_ranks);
+}
+
+// Between nodes. If it does not come about, the exchange has failed, whatever it was before: its network is gone.
+void CpuExchange::begin_generation(const NextGeneration& next, Deadline deadline) {
+  try {
+    GoingOnBootstrap bootstrap(*council_, next);
+    network_->stop();
+    const auto first = next.masked.begin() + domain_.first_rank;
+    share_windows({first, first + domain_.num_ranks}, next.generation, deadline);
+    start_network(bootstrap, next.masked, deadline);
+    const std::lock_guard lock(generation_mutex_);
+    council_->begin(next);
+  } catch (const Failure& failure) {
+    const int rank = domain_.topology.rank;
+    announce_failure(domain_, {failure.status(), rank, rank, 0, TERN_OP_RECOVER, 0, 0, 0});
+    throw;
+  }
 }
 
 bool CpuExchange::must_restart() const {

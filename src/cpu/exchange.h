@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "cpu/lane.h"
 #include "cpu/network.h"
+#include "cpu/nodes_council.h"
 #include "domain/admission.h"
 #include "domain/domain.h"
 #include "memory/offset_allocator.h"
@@ -38,6 +39,9 @@ class CpuExchange : public DeviceExchange {
   // The lane's way to the other nodes; nullptr: there is one node.
   Rail* rail(int32_t index) { return rails_.empty() ? nullptr : rails_[static_cast<size_t>(index)].get(); }
 
+  // [num_ranks of the group] 1: what is routed there counts as routed nowhere: masked out, or on a node in which this rank's rail is.
+  const std::vector<uint8_t>& unreachable() const { return num_nodes() > 1 ? unreachable_ : domain_.masked; }
+
   // Offset of `pointer` in this rank's heap, or -1 if it does not lie there with `bytes` bytes behind it.
   int64_t heap_offset(const void* pointer, int64_t bytes) const;
 
@@ -49,14 +53,18 @@ class CpuExchange : public DeviceExchange {
 
  private:
   void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
+  void start_network(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  // `masked`, `generation`: of the group.
+  void begin_generation(const NextGeneration& next, Deadline deadline);
 
   int num_nodes() const { return domain_.topology.num_nodes; }
 
   tern_exchange_options options_;
   Log log_;
   std::unique_ptr<SegmentSharer> sharer_;
-  AdmissionBoard board_;
-  mutable std::mutex generation_mutex_;  // guards what a recovery replaces in domain_ against tern_exchange_get_state
+  std::unique_ptr<AdmissionBoard> board_;  // one node
+  std::unique_ptr<NodesCouncil> council_;  // several nodes
+  mutable std::mutex generation_mutex_;    // guards what a recovery replaces in domain_ against tern_exchange_get_state
   Domain domain_;
   mutable std::mutex heap_mutex_;
   OffsetAllocator heap_allocator_;
@@ -65,6 +73,7 @@ class CpuExchange : public DeviceExchange {
   std::shared_ptr<Segment> rail_memory_;
   std::unique_ptr<Network> network_;  // nullptr: one node
   std::vector<std::unique_ptr<Rail>> rails_;
+  std::vector<uint8_t> unreachable_;
 };
 
 // What an engine folder offers to src/engine.

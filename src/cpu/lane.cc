@@ -14,6 +14,20 @@ namespace {
 // Sleeps are cut into pieces of this length, so that a wake-up lost to a dying peer costs no more.
 constexpr std::chrono::milliseconds kLongestSleep{100};
 
+uint64_t shown_rank(int rank_of_group) { return static_cast<uint64_t>(rank_of_group) + 1; }
+
+// Lets the others of the node see for whom this rank waits.
+class ShownWait {
+ public:
+  ShownWait(uint64_t& word, int rank_of_group) : word_(word) { store_release(word_, shown_rank(rank_of_group)); }
+  ~ShownWait() { store_release(word_, 0); }
+  ShownWait(const ShownWait&) = delete;
+  ShownWait& operator=(const ShownWait&) = delete;
+
+ private:
+  uint64_t& word_;
+};
+
 }  // namespace
 
 std::string shape_text(const layout::CallShape& s) {
@@ -150,8 +164,9 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   counters_->waits.fetch_add(1, std::memory_order_relaxed);
   const auto start = Deadline::Clock::now();
   Deadline deadline = Deadline::in_ms(options_.timeout_ms);
-  bool in_grace = false;
+  int num_graces = 0;
   layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
+  const ShownWait shown(bell.awaits, awaited.rank);
   const auto done = [&](bool result) {
     const std::chrono::nanoseconds waited = Deadline::Clock::now() - start;
     counters_->wait_ns.fetch_add(static_cast<uint64_t>(waited.count()), std::memory_order_relaxed);
@@ -174,11 +189,13 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
     }
     if (deadline.passed()) {
       stop_listening(bell);
-      if (!in_grace && has_grace(awaited)) {
-        in_grace = true;
+      if (num_graces < most_graces(awaited)) {
+        ++num_graces;
         deadline = Deadline::in_ms(options_.grace_ms);
         continue;
       }
+      // A rank that seems to wait for nobody may just have named another one.
+      if (!still_waits_after_failure(awaited)) return done(false);
       return done(ready() || give_up(awaited));
     }
     counters_->sleeps.fetch_add(1, std::memory_order_relaxed);
@@ -186,8 +203,13 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   }
 }
 
-bool Lane::has_grace(const Awaited& awaited) const {
-  return options_.grace_ms > 0 && !is_known_to_be_down(domain_->topology, awaited.rank);
+int Lane::most_graces(const Awaited& awaited) const {
+  if (options_.grace_ms == 0 || is_known_to_be_down(domain_->topology, awaited.rank)) return 0;
+  const int peer = awaited.rank - domain_->first_rank;
+  if (peer < 0 || peer >= domain_->num_ranks) return 1;
+  const uint64_t theirs = load_acquire(domain_->doorbell(peer, index_).awaits);
+  const bool waits_for_another = theirs != 0 && theirs != shown_rank(domain_->rank_of_group(domain_->rank));
+  return waits_for_another ? 3 : 1;
 }
 
 // Only exchanges of one node go on without a rank.

@@ -31,7 +31,7 @@ struct LaneOptions {
   std::chrono::nanoseconds spin{0};
   tern_timeout_policy on_timeout = TERN_ON_TIMEOUT_ABORT;
   // Between nodes ranks wait for ranks that wait for others. Who waits for one that is not known to be down gives the others this much
-  // time to name the one at fault.
+  // time to name the one at fault, and twice as much again where it sees that the awaited rank waits for somebody else.
   int64_t grace_ms = 0;
 };
 
@@ -204,7 +204,8 @@ class Lane {
   template <typename Ready>
   bool keep_waiting(const Awaited& awaited, Ready ready);
   bool give_up(const Awaited& awaited);
-  bool has_grace(const Awaited& awaited) const;
+  // How often the deadline is followed by a grace before the awaited rank is named.
+  int most_graces(const Awaited& awaited) const;
   void go_on_without(int rank_of_group);
   void set_given_up(int rank, bool given_up);
   bool still_waits_after_failure(const Awaited& awaited);

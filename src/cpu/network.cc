@@ -14,6 +14,14 @@ namespace {
 
 constexpr int64_t kMostTellingMs = 1000;  // for the error record to leave; peers that are gone do not take it
 
+// Are there two ranks with the same index, on different nodes?
+bool any_rail_serves(const Topology& topology, const std::vector<uint8_t>& masked) {
+  std::vector<int> num_nodes_with(static_cast<size_t>(topology.num_ranks));
+  for (size_t r = 0; r < masked.size(); ++r)
+    if (masked[r] == 0 && ++num_nodes_with[static_cast<size_t>(topology.rank_in_node[r])] > 1) return true;
+  return false;
+}
+
 }  // namespace
 
 layout::RailMemoryLayout Network::memory_layout(const Topology& topology, const tern_exchange_options& options) {
@@ -22,15 +30,32 @@ layout::RailMemoryLayout Network::memory_layout(const Topology& topology, const 
           .bank_bytes = rail_bank_bytes(options, topology.num_ranks, topology.num_nodes)};
 }
 
-Network::Network(const Domain& domain, std::byte* memory, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
-                 Deadline deadline)
-    : domain_(domain), timeout_ms_(options.timeout_ms), log_(log), memory_(memory) {
-  const Topology& topology = domain.topology;
+Network::Network(const Domain& domain, const tern_exchange_options& options, const Log& log)
+    : domain_(domain), options_(options), log_(log) {}
+
+void Network::start(std::byte* memory, Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
+  const Topology& topology = domain_.topology;
+  const auto is_masked = [&](int rank) { return !masked.empty() && masked[static_cast<size_t>(rank)] != 0; };
+  place_ = {};
   place_.node = topology.node[static_cast<size_t>(topology.rank)];
-  for (int node = 0; node < topology.num_nodes; ++node) place_.ranks.push_back(node * domain.num_ranks + domain.rank);
-  place_.layout = memory_layout(topology, options);
+  for (int node = 0; node < topology.num_nodes; ++node) {
+    place_.ranks.push_back(node * domain_.num_ranks + domain_.rank);
+    place_.serves.push_back(is_masked(place_.ranks.back()) ? 0 : 1);
+  }
+  place_.layout = memory_layout(topology, options_);
+  failure_told_ = false;
+  region_.reset();
+  memory_ = memory;
+  if (masked.empty() || any_rail_serves(topology, masked)) return open(bootstrap, masked, deadline);
+  region_ = std::make_unique<Region>(memory_, RemoteRegion{}, nullptr, nullptr);
+  place_.memory = region_.get();
+}
+
+void Network::open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
+  const Topology& topology = domain_.topology;
   EndpointOptions endpoint_options;
-  endpoint_options.num_channels = Proxy::channels_for(options.num_lanes + 1);
+  endpoint_options.num_channels = Proxy::channels_for(options_.num_lanes + 1);
+  endpoint_options.absent = masked;
   auto endpoint = make_endpoint(bootstrap, endpoint_options, deadline);
   const auto num_bytes = static_cast<size_t>(place_.layout.total_bytes());
   region_ = std::make_unique<Region>(endpoint->register_memory(memory_, num_bytes));
@@ -39,7 +64,7 @@ Network::Network(const Domain& domain, std::byte* memory, Bootstrap& bootstrap, 
   bootstrap.allgather(&region_->remote(), all.data(), sizeof(RemoteRegion), deadline);
 
   ProxyOptions proxy_options;
-  proxy_options.num_channels = options.num_lanes + 1;
+  proxy_options.num_channels = options_.num_lanes + 1;
   proxy_options.region = region_.get();
   proxy_options.changed = [this](int channel) { notice_change(channel); };
   proxy_options.failed = [this](int peer, const std::string& text) { notice_loss(peer, text); };
@@ -47,8 +72,7 @@ Network::Network(const Domain& domain, std::byte* memory, Bootstrap& bootstrap, 
   for (int node = 0; node < topology.num_nodes; ++node) {
     const int rank = place_.ranks[static_cast<size_t>(node)];
     place_.remote.push_back(all[static_cast<size_t>(rank)]);
-    if (node == place_.node) continue;
-    proxy_options.peers.push_back({rank, place_.remote.back()});
+    if (is_peer(node)) proxy_options.peers.push_back({rank, place_.remote.back()});
   }
   log_.write(TERN_LOG_INFO, "rank {}: node {} of {}, network banks of {} bytes, {} bytes in all, over {} ({})", topology.rank, place_.node,
              topology.num_nodes, place_.layout.bank_bytes, num_bytes, endpoint->facts().provider, endpoint->facts().domain);
@@ -57,11 +81,24 @@ Network::Network(const Domain& domain, std::byte* memory, Bootstrap& bootstrap, 
   proxy_->start();
 }
 
-Network::~Network() {
+void Network::stop() {
+  const bool failed = recorded_failure(domain_).has_value();
+  if (proxy_ != nullptr && !failed) take_leave(std::min(options_.timeout_ms, kMostTellingMs));
+  if (proxy_ != nullptr) proxy_->stop();  // it looks at the pointer
+  proxy_.reset();
+  closing_ = false;
+}
+
+bool Network::take_leave(int64_t timeout_ms) {
   closing_ = true;
+  return proxy_->close(Deadline::in_ms(timeout_ms));
+}
+
+Network::~Network() {
+  if (proxy_ == nullptr) return;
   const bool failed = recorded_failure(domain_).has_value();
   if (failed) tell_failure();
-  if (!proxy_->close(Deadline::in_ms(failed ? std::min(timeout_ms_, kMostTellingMs) : timeout_ms_)) && !failed)
+  if (!take_leave(failed ? std::min(options_.timeout_ms, kMostTellingMs) : options_.timeout_ms) && !failed)
     log_.write(TERN_LOG_WARNING, "rank {}: not all other nodes took leave before its exchange was destroyed; what it sent may be lost",
                domain_.rank_of_group(domain_.rank));
 }
@@ -70,7 +107,7 @@ Network::~Network() {
 void Network::notice_change(int channel) {
   if (channel != failure_channel()) return ring(domain_.doorbell(domain_.rank, channel));
   for (int node = 0; node < place_.layout.num_nodes; ++node) {
-    if (node == place_.node || load_acquire(proxy_->arrived(place_.ranks[static_cast<size_t>(node)], channel)) == 0) continue;
+    if (!is_peer(node) || load_acquire(proxy_->arrived(place_.ranks[static_cast<size_t>(node)], channel)) == 0) continue;
     tern_failure failure;
     std::memcpy(&failure, memory_ + place_.layout.failure(node), sizeof(failure));
     announce_failure(domain_, failure);
@@ -89,7 +126,7 @@ void Network::tell_failure() {
   if (!failure || failure_told_.exchange(true)) return;
   std::memcpy(memory_ + place_.layout.own_failure(), &*failure, sizeof(*failure));
   for (int node = 0; node < place_.layout.num_nodes; ++node) {
-    if (node == place_.node) continue;
+    if (!is_peer(node)) continue;
     place_.proxy->put({.peer = place_.ranks[static_cast<size_t>(node)],
                        .from = region_.get(),
                        .from_offset = static_cast<size_t>(place_.layout.own_failure()),

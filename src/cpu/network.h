@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an exchange on CPU ranks has between nodes: an endpoint with the thread that moves its bytes, the memory that the network writes to, a
-// rail for each lane; and the error record's way to the other nodes.
+// rail for each lane; and the error record's way to the other nodes. All of it is fresh in each generation, so that a rank that was only
+// stopped finds nobody whom it could harm.
 //
 // Lifetime: the destructor waits until what this rank sent is in the other nodes' memory, at most for the exchange's deadline; after a
 // failure, for a second. Their ranks need not do anything for that. Threads: rails belong to their lanes.
@@ -24,24 +25,34 @@ class Network {
   // What the network writes to and reads from.
   static layout::RailMemoryLayout memory_layout(const Topology& topology, const tern_exchange_options& options);
 
-  // Collective. `domain` is the node's, and stays; so does `memory`, of memory_layout() and zeroed.
-  Network(const Domain& domain, std::byte* memory, Bootstrap& bootstrap, const tern_exchange_options& options, const Log& log,
-          Deadline deadline);
+  // `domain` is the node's, and stays.
+  Network(const Domain& domain, const tern_exchange_options& options, const Log& log);
+  // Collective among those who are not masked out, [num_ranks of the group]; empty: nobody is. `memory`, of memory_layout() and zeroed, stays
+  // until the next start. If no rank has another one in its rail, as when this node is all that is left, there is no network, and none is
+  // needed.
+  void start(std::byte* memory, Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
   ~Network();
   Network(const Network&) = delete;
   Network& operator=(const Network&) = delete;
 
-  // For one lane of the exchange.
+  // Ends the generation. If it has not failed, ranks that are left out may still be in its last operation: takes leave of them, as the
+  // destructor does, at most for a second.
+  void stop();
+
+  // For one lane of the exchange; until the next start.
   std::unique_ptr<Rail> make_rail(Lane& lane) const { return std::make_unique<Rail>(lane, place_); }
 
  private:
+  void open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  bool take_leave(int64_t timeout_ms);
   void notice_change(int channel);
   void notice_loss(int peer, const std::string& text);
   void tell_failure();
+  bool is_peer(int node) const { return node != place_.node && place_.serves[static_cast<size_t>(node)] != 0; }
   int failure_channel() const { return domain_.layout.num_lanes; }
 
   const Domain& domain_;
-  int64_t timeout_ms_;
+  tern_exchange_options options_;
   Log log_;
   std::atomic<bool> closing_ = false;
   std::atomic<bool> failure_told_ = false;

@@ -44,7 +44,8 @@ CpuPlan::CpuPlan(CpuExchange& exchange, const PlanShape& shape)
                std::vector<float>(topk_elements(shape.max_messages(), shape)),
                std::vector<float>(topk_elements(shape.max_messages(), shape))},
       scratch_(shape),
-      none_masked_(static_cast<size_t>(shape.num_nodes > 1 ? shape.num_ranks : 0)),
+      rail_tokens_(static_cast<size_t>(shape.num_nodes > 1 ? shape.num_nodes : 0)),
+      rail_token_in_rank_(rail_tokens_.size() * static_cast<size_t>(shape.max_tokens * shape.ranks_per_node())),
       received_per_rank_(static_cast<size_t>(shape.num_ranks)),
       received_per_expert_(static_cast<size_t>(shape.local_experts())),
       sent_per_rank_(static_cast<size_t>(shape.num_ranks)),
@@ -87,7 +88,7 @@ void CpuPlan::set_routing(Lane& lane, const tern_routing& routing) {
   tickets_ = {};
   routed_ = dispatched_ = false;
   weights_.carried = false;
-  table_.set_routing(routing, shape().num_nodes > 1 ? none_masked_ : exchange_.domain().masked);
+  table_.set_routing(routing, exchange_.unreachable());
 }
 
 void CpuPlan::finish_routing() {
@@ -98,8 +99,27 @@ void CpuPlan::finish_routing() {
     for (int32_t to = 0; to < s.num_ranks; ++to) pair_counts_[static_cast<size_t>(r * s.num_ranks + to)] = table_.messages_between(r, to);
   }
   for (int32_t e = 0; e < s.local_experts(); ++e) received_per_expert_[static_cast<size_t>(e)] = table_.received_entries(e);
+  set_rail_counts();
   generation_ = exchange_.domain().generation;
   routed_ = true;
+}
+
+void CpuPlan::set_rail_counts() {
+  if (rail_tokens_.empty()) return;
+  const PlanShape& s = shape();
+  uint8_t* in_rank = rail_token_in_rank_.data();
+  for (int32_t node = 0; node < s.num_nodes; ++node) {
+    const SourceBatch& batch = table_.batch(node);
+    int32_t& num_tokens = rail_tokens_[static_cast<size_t>(node)] = 0;
+    for (int64_t token = 0; token < batch.num_tokens(); ++token) {
+      const auto messages = batch.messages_of(token);
+      if (messages.empty()) continue;
+      std::fill_n(in_rank, s.ranks_per_node(), uint8_t{0});
+      for (const Message message : messages) in_rank[message.rank - s.first_rank()] = 1;
+      in_rank += s.ranks_per_node();
+      ++num_tokens;
+    }
+  }
 }
 
 void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
@@ -184,6 +204,10 @@ tern_plan_info CpuPlan::info() const {
   info.received_per_expert = received_per_expert_.data();
   info.sent_per_rank = sent_per_rank_.data();
   info.pair_counts = pair_counts_.data();
+  if (!rail_tokens_.empty()) {
+    info.rail_tokens = rail_tokens_.data();
+    info.rail_token_in_rank = rail_token_in_rank_.data();
+  }
   return info;
 }
 

@@ -33,11 +33,12 @@ struct RailTrip {
 // What all rails of a rank share.
 struct RailPlace {
   int node = 0;
-  std::vector<int> ranks;  // [num_nodes] the rail's rank in each node
+  std::vector<int> ranks;       // [num_nodes] the rail's rank in each node
+  std::vector<uint8_t> serves;  // [num_nodes] 0: that rank is masked out, so nothing goes to its node or comes from there
   layout::RailMemoryLayout layout;
   const Region* memory = nullptr;
   std::vector<RemoteRegion> remote;  // [num_nodes]
-  Proxy* proxy = nullptr;
+  Proxy* proxy = nullptr;            // nullptr: no rail serves
 };
 
 class Rail {
@@ -61,6 +62,8 @@ class Rail {
   std::byte* next_slot(const RailTrip& trip, uint64_t epoch, int node) {
     return out(epoch, node) + trip.bank.slot_at(num_slots_[static_cast<size_t>(node)]++);
   }
+  // Can anything go to that node, and come from there? The own node's rail always serves.
+  bool serves(int node) const { return place_.serves[static_cast<size_t>(node)] != 0; }
   // Instead: somebody else has filled so many, and the counts.
   void set_num_slots(int node, int32_t num_slots) { num_slots_[static_cast<size_t>(node)] = num_slots; }
   // Returns the bytes of the round, to all other nodes.
@@ -69,9 +72,11 @@ class Rail {
   const std::byte* await_arrived(const RailTrip& trip, uint64_t epoch, int node);
   void finish_round(uint64_t epoch);
 
+  // Those whose rail serves.
   template <typename Visitor>
   void for_each_other_node(Visitor visit) const {
-    for (int i = 1; i < num_nodes(); ++i) visit((place_.node + i) % num_nodes());
+    for (int i = 1; i < num_nodes(); ++i)
+      if (const int node = (place_.node + i) % num_nodes(); serves(node)) visit(node);
   }
 
  private:

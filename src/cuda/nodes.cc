@@ -11,7 +11,8 @@ Nodes::Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, Boot
       layout_(cpu::Network::memory_layout(domain.topology, options)),
       memory_(pool->device(), static_cast<size_t>(layout_.total_bytes())),
       trace_(options.num_lanes),
-      network_(std::make_unique<cpu::Network>(domain, memory_.data(), bootstrap, options, log, deadline)) {
+      network_(std::make_unique<cpu::Network>(domain, options, log)) {
+  network_->start(memory_.data(), bootstrap, {}, deadline);
   for (int i = 0; i < options.num_lanes; ++i)
     lanes_.push_back(
         std::make_unique<NodeLane>(pool, domain, *network_, trace_.lane(i), NodeLane::Options{i, options.timeout_ms, check_health}));

@@ -310,6 +310,8 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_carried_)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   latency_path_ = takes_latency_path(*this, call);
+  if (call.args.wire == TERN_WIRE_FP32)
+    fail(TERN_UNSUPPORTED, "combine: wire is TERN_WIRE_FP32, which CPU ranks have only; use TERN_WIRE_AS_DTYPE, or mode EXACT");
   if (call.args.wire != TERN_WIRE_AS_DTYPE && !latency_path_)
     fail(
         TERN_UNSUPPORTED,

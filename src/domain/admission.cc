@@ -13,17 +13,113 @@
 namespace tern {
 namespace {
 
-// Recoveries are rare: looking again is simpler than being woken.
-void pause() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
-
 uint64_t load(uint64_t& word) { return std::atomic_ref<uint64_t>(word).load(std::memory_order_seq_cst); }
 void store(uint64_t& word, uint64_t value) { std::atomic_ref<uint64_t>(word).store(value, std::memory_order_seq_cst); }
 
+class DomainCouncil final : public Council {
+ public:
+  DomainCouncil(const Domain& domain, AdmissionBoard& board) : domain_(domain), board_(board) {}
+
+  const Topology& topology() const override { return domain_.topology; }
+  uint32_t generation() const override { return domain_.generation; }
+  bool is_masked(int r) const override { return domain_.is_masked(r); }
+
+  void propose(const Proposal& proposal) override { write_proposal(domain_.proposal(rank()), proposal); }
+  std::optional<Proposal> proposal_of(int r) override { return read_proposal(domain_.proposal(r), num_ranks()); }
+
+  void call_roll(uint64_t generation) override { store(board_.cell(rank()).roll_call, generation); }
+  uint64_t roll_call_of(int r) override { return load(board_.cell(r).roll_call); }
+  void answer(uint64_t generation) override { store(board_.cell(rank()).present, generation); }
+  uint64_t answer_of(int r) override { return load(board_.cell(r).present); }
+  void decide(const Proposal& decision) override { write_proposal(board_.cell(rank()).decision, decision); }
+  std::optional<Proposal> decision_of(int r) override { return read_proposal(board_.cell(r).decision, num_ranks()); }
+
+  void pause() override { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
+
+ private:
+  const Domain& domain_;
+  AdmissionBoard& board_;
+};
+
+void call_roll(Council& council, NextGeneration& next, int64_t timeout_ms) {
+  council.call_roll(next.generation);
+  const Deadline deadline = Deadline::in_ms(timeout_ms);
+  for (bool all_here = false; !all_here;) {
+    all_here = true;
+    for (int r = 0; r < council.num_ranks(); ++r) {
+      if (!council.is_masked(r)) continue;
+      const bool is_here = council.answer_of(r) == next.generation;
+      next.masked[static_cast<size_t>(r)] = is_here ? 0 : 1;
+      all_here = all_here && is_here;
+    }
+    if (deadline.passed()) break;
+    if (!all_here) council.pause();
+  }
+  council.decide({next.generation, true, next.masked});
+}
+
+// For ranks that have agreed on `next`, with ranks that were masked before. Takes out of next.masked who comes back, alike on all.
+void admit(Council& council, NextGeneration& next, int64_t timeout_ms) {
+  int leader = 0;
+  while (next.masked[static_cast<size_t>(leader)] != 0) ++leader;
+  if (leader == council.rank()) return call_roll(council, next, timeout_ms);
+  const Deadline deadline = Deadline::in_ms(2 * timeout_ms);  // the leader waits itself
+  for (;;) {
+    const auto decision = council.decision_of(leader);
+    if (decision && decision->generation == next.generation) {
+      next.masked = decision->mask;
+      return;
+    }
+    if (deadline.passed())
+      fail(TERN_TIMEOUT, "recover: rank {} waited for rank {} to decide who is let in again; call it again", council.rank(), leader);
+    council.pause();
+  }
+}
+
+// The newest that anybody has made; generation 0: none.
+Proposal newest_decision(Council& council) {
+  Proposal newest;
+  for (int r = 0; r < council.num_ranks(); ++r) {
+    auto decision = council.decision_of(r);
+    if (decision && decision->generation > newest.generation) newest = std::move(*decision);
+  }
+  return newest;
+}
+
+uint64_t newest_roll_call(Council& council) {
+  uint64_t newest = 0;
+  for (int r = 0; r < council.num_ranks(); ++r) newest = std::max(newest, council.roll_call_of(r));
+  return newest;
+}
+
+// For a rank that is masked out.
+NextGeneration ask(Council& council, int64_t timeout_ms) {
+  const uint64_t before = newest_decision(council).generation;
+  uint64_t answered = council.answer_of(council.rank());
+  Deadline deadline = Deadline::in_ms(timeout_ms);
+  for (;;) {
+    const Proposal decision = newest_decision(council);
+    if (decision.generation > before && decision.mask[static_cast<size_t>(council.rank())] == 0)
+      return {static_cast<uint32_t>(decision.generation), decision.mask};
+    const uint64_t roll_call = newest_roll_call(council);
+    if (roll_call > before && roll_call > answered) {
+      council.answer(answered = roll_call);
+      deadline = Deadline::in_ms(2 * timeout_ms);  // the leader may wait for others
+    }
+    if (deadline.passed()) break;
+    council.pause();
+  }
+  council.answer(0);
+  fail(TERN_MASKED_OUT,
+       "recover: the other ranks went on without rank {}, and none of them has let it in again within {} ms; they must call "
+       "tern_exchange_recover with readmit at the same time",
+       council.rank(), timeout_ms);
+}
+
 }  // namespace
 
-AdmissionBoard::AdmissionBoard(const Topology& topology, SegmentSharer& sharer, Deadline deadline)
-    : rank_(topology.rank), num_ranks_(topology.num_ranks) {
-  const std::vector<uint8_t> everybody(static_cast<size_t>(num_ranks_), 1);
+AdmissionBoard::AdmissionBoard(const Topology& topology, SegmentSharer& sharer, Deadline deadline) {
+  const std::vector<uint8_t> everybody(static_cast<size_t>(topology.num_ranks), 1);
   segments_ = sharer.share(HostSegment::create(sizeof(layout::AdmissionCell), sharer.shared_by()), "admission", everybody, deadline);
 }
 
@@ -31,94 +127,28 @@ layout::AdmissionCell& AdmissionBoard::cell(int rank) const {
   return *reinterpret_cast<layout::AdmissionCell*>(segments_[static_cast<size_t>(rank)]->data());
 }
 
-void AdmissionBoard::admit(const std::vector<uint8_t>& masked_before, NextGeneration& next, int64_t timeout_ms) {
-  int leader = 0;
-  while (next.masked[static_cast<size_t>(leader)] != 0) ++leader;
-  if (leader == rank_) return call_roll(masked_before, next, timeout_ms);
-  const Deadline deadline = Deadline::in_ms(2 * timeout_ms);  // the leader waits itself
-  for (;;) {
-    const auto decision = read_proposal(cell(leader).decision, num_ranks_);
-    if (decision && decision->generation == next.generation) {
-      next.masked = decision->mask;
-      return;
-    }
-    if (deadline.passed())
-      fail(TERN_TIMEOUT, "recover: rank {} waited for rank {} to decide who is let in again; call it again", rank_, leader);
-    pause();
-  }
-}
-
-void AdmissionBoard::call_roll(const std::vector<uint8_t>& masked_before, NextGeneration& next, int64_t timeout_ms) {
-  store(cell(rank_).roll_call, next.generation);
-  const Deadline deadline = Deadline::in_ms(timeout_ms);
-  for (bool all_here = false; !all_here;) {
-    all_here = true;
-    for (int r = 0; r < num_ranks_; ++r) {
-      if (masked_before[static_cast<size_t>(r)] == 0) continue;
-      const bool is_here = load(cell(r).present) == next.generation;
-      next.masked[static_cast<size_t>(r)] = is_here ? 0 : 1;
-      all_here = all_here && is_here;
-    }
-    if (deadline.passed()) break;
-    if (!all_here) pause();
-  }
-  write_proposal(cell(rank_).decision, {next.generation, true, next.masked});
-}
-
-NextGeneration AdmissionBoard::ask(int64_t timeout_ms) {
-  const uint64_t before = newest_decision().generation;
-  uint64_t& present = cell(rank_).present;
-  Deadline deadline = Deadline::in_ms(timeout_ms);
-  for (;;) {
-    const Proposal decision = newest_decision();
-    if (decision.generation > before && decision.mask[static_cast<size_t>(rank_)] == 0)
-      return {static_cast<uint32_t>(decision.generation), decision.mask};
-    const uint64_t roll_call = newest_roll_call();
-    if (roll_call > before && roll_call > load(present)) {
-      store(present, roll_call);
-      deadline = Deadline::in_ms(2 * timeout_ms);  // the leader may wait for others
-    }
-    if (deadline.passed()) break;
-    pause();
-  }
-  store(present, 0);
-  fail(TERN_MASKED_OUT,
-       "recover: the other ranks went on without rank {}, and none of them has let it in again within {} ms; they must call "
-       "tern_exchange_recover with readmit at the same time",
-       rank_, timeout_ms);
-}
-
-Proposal AdmissionBoard::newest_decision() const {
-  Proposal newest;
-  for (int r = 0; r < num_ranks_; ++r) {
-    auto decision = read_proposal(cell(r).decision, num_ranks_);
-    if (decision && decision->generation > newest.generation) newest = std::move(*decision);
-  }
-  return newest;
-}
-
-uint64_t AdmissionBoard::newest_roll_call() const {
-  uint64_t newest = 0;
-  for (int r = 0; r < num_ranks_; ++r) newest = std::max(newest, load(cell(r).roll_call));
-  return newest;
-}
-
-NextGeneration next_generation(const Domain& domain, AdmissionBoard& board, const tern_recover_options& options, int64_t timeout_ms) {
-  AgreementOptions agreement{domain.generation + 1, std::vector<uint8_t>(static_cast<size_t>(domain.num_ranks)), options.allow_mask != 0,
-                             timeout_ms};
+NextGeneration next_generation(Council& council, const tern_recover_options& options, int64_t timeout_ms) {
+  AgreementOptions agreement{council.generation() + 1, std::vector<uint8_t>(static_cast<size_t>(council.num_ranks())),
+                             options.allow_mask != 0, timeout_ms};
   if (options.mask != nullptr)
-    std::transform(options.mask, options.mask + domain.num_ranks, agreement.mask.begin(),
+    std::transform(options.mask, options.mask + council.num_ranks(), agreement.mask.begin(),
                    [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
   NextGeneration next{agreement.generation, {}};
   try {
-    next.masked = agree_on_mask(domain, agreement);
+    next.masked = agree_on_mask(council, agreement);
   } catch (const Failure& failure) {
     if (failure.status() != TERN_MASKED_OUT || options.readmit == 0) throw;
-    return board.ask(timeout_ms);
+    return ask(council, timeout_ms);
   }
-  const bool any_masked = std::find(domain.masked.begin(), domain.masked.end(), 1) != domain.masked.end();
-  if (options.readmit != 0 && any_masked) board.admit(domain.masked, next, timeout_ms);
+  bool any_masked = false;
+  for (int r = 0; r < council.num_ranks(); ++r) any_masked = any_masked || council.is_masked(r);
+  if (options.readmit != 0 && any_masked) admit(council, next, timeout_ms);
   return next;
+}
+
+NextGeneration next_generation(const Domain& domain, AdmissionBoard& board, const tern_recover_options& options, int64_t timeout_ms) {
+  DomainCouncil council(domain, board);
+  return next_generation(council, options, timeout_ms);
 }
 
 }  // namespace tern

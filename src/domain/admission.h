@@ -3,10 +3,12 @@
 //
 //   AdmissionBoard board(topology, *sharer, deadline);                                  // with the exchange, all ranks
 //   const NextGeneration next = next_generation(domain, board, recover_options, timeout_ms);
+//   const NextGeneration next = next_generation(council, recover_options, timeout_ms);      // where the ranks are no single domain
 //
 // Those who go on agree through the windows they share (agreement.h). Ranks that are masked out do not share windows with them any more; the
 // board is a small segment of each rank that everybody maps for as long as the exchange lives, and that is looked at in recoveries with
-// `readmit` only. The lowest rank of those who go on calls the roll, the masked ones that are there answer, and it decides:
+// `readmit` only. Together they are the council (council.h) of a domain. The lowest rank of those who go on calls the roll, the masked ones
+// that are there answer, and it decides:
 //
 //   leader:   roll_call = generation; waits until all masked ranks have answered, or the deadline; decision = who stays masked
 //   masked:   answers each roll call; comes in with the first decision after it has asked that does not mask it
@@ -21,6 +23,7 @@
 #include <memory>
 #include <vector>
 
+#include "domain/council.h"
 #include "domain/domain.h"
 #include "domain/proposal.h"
 #include "memory/sharing.h"
@@ -37,27 +40,16 @@ class AdmissionBoard {
   // Collective.
   AdmissionBoard(const Topology& topology, SegmentSharer& sharer, Deadline deadline);
 
-  // For ranks that have agreed on `next`, with ranks that were masked before. Takes out of next.masked who comes back, alike on all.
-  // TERN_TIMEOUT if the leader does not decide.
-  void admit(const std::vector<uint8_t>& masked_before, NextGeneration& next, int64_t timeout_ms);
-
-  // For a rank that is masked out. TERN_MASKED_OUT if nobody lets it in until the deadline.
-  NextGeneration ask(int64_t timeout_ms);
+  layout::AdmissionCell& cell(int rank) const;
 
  private:
-  layout::AdmissionCell& cell(int rank) const;
-  void call_roll(const std::vector<uint8_t>& masked_before, NextGeneration& next, int64_t timeout_ms);
-  // The newest that anybody has made; generation 0: none.
-  Proposal newest_decision() const;
-  uint64_t newest_roll_call() const;
-
-  const int rank_;
-  const int num_ranks_;
   std::vector<std::shared_ptr<Segment>> segments_;  // [num_ranks]
 };
 
 // One recovery, up to the windows of the new generation. Collective among those who go on, and with options.readmit those who come back.
-// TERN_TIMEOUT, TERN_MASKED_OUT: see agree_on_mask and ask.
+// TERN_TIMEOUT: somebody did not answer, or the leader did not decide. TERN_MASKED_OUT: the others go on without this rank, and nobody lets
+// it in until the deadline.
+NextGeneration next_generation(Council& council, const tern_recover_options& options, int64_t timeout_ms);
 NextGeneration next_generation(const Domain& domain, AdmissionBoard& board, const tern_recover_options& options, int64_t timeout_ms);
 
 }  // namespace tern

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the ranks that are left agree on who goes on, through the proposal cells in their windows.
+// How the ranks that are left agree on who goes on, through what each of them proposes.
 //
 // Everybody publishes the set of ranks to go on without, and takes over what the others propose, until all who go on have
 // published the same set; then everybody publishes that it has seen this (commits), and is done when all have. A set only
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/deadline.h"
+#include "domain/council.h"
 #include "domain/domain.h"
 
 namespace tern {
@@ -22,7 +23,7 @@ struct AgreementOptions {
 };
 
 // Returns the agreed set, [num_ranks]. TERN_TIMEOUT names who did not answer; TERN_MASKED_OUT if the others go on without this rank.
-std::vector<uint8_t> agree_on_mask(const Domain& domain, const AgreementOptions& options);
+std::vector<uint8_t> agree_on_mask(Council& council, const AgreementOptions& options);
 
 // TERN_MASKED_OUT if others have agreed on the generation behind the domain's own, without this rank. Looks once, and waits for nothing.
 void refuse_if_left_out(const Domain& domain);

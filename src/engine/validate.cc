@@ -127,10 +127,15 @@ CombineCall make_combine_call(const tern_combine_args& args, const DevicePlan& p
     fail(kBad, "combine: mode is {}, which is no tern_combine_mode", static_cast<int>(a.mode));
   if (a.weighting < TERN_WEIGHTS_NONE || a.weighting > TERN_WEIGHTS_OWNER)
     fail(kBad, "combine: weighting is {}, which is no tern_weighting", static_cast<int>(a.weighting));
-  if (a.wire != TERN_WIRE_AS_DTYPE && a.wire != TERN_WIRE_LOG10BIT)
+  if (a.wire < TERN_WIRE_AS_DTYPE || a.wire > TERN_WIRE_FP32)
     fail(kBad, "combine: wire is {}, which is no tern_wire", static_cast<int>(a.wire));
   call.row_bytes = checked_row_bytes("combine", a.hidden, a.dtype);
-  call.wire_bytes = a.wire == TERN_WIRE_LOG10BIT ? log_row_bytes(a.hidden) : call.row_bytes;
+  // What is not summed on the way, or is FP32 anyway, has nothing to lose.
+  const bool travels_as_given = shape.has_expert_rows() ? a.mode == TERN_COMBINE_EXACT : shape.num_nodes == 1;
+  if (a.wire == TERN_WIRE_FP32 && (travels_as_given || a.dtype == TERN_DTYPE_FP32)) call.args.wire = TERN_WIRE_AS_DTYPE;
+  call.wire_bytes = a.wire == TERN_WIRE_LOG10BIT ? log_row_bytes(a.hidden)
+                    : a.wire == TERN_WIRE_FP32   ? a.hidden * static_cast<int64_t>(sizeof(float))
+                                                 : call.row_bytes;
   if (!shape.has_expert_rows() && a.weighting != TERN_WEIGHTS_NONE)
     fail(kBad,
          "combine: rows of rank_major hold several experts' results, so they cannot be weighted here; weight them before, or use an expert "

@@ -32,10 +32,12 @@ struct alignas(kCacheLine) FlagCell {
 };
 static_assert(sizeof(FlagCell) == kCacheLine);
 
-// A futex word that peers count up after they have written to a lane's cells, and the number of threads asleep on it.
+// A futex word that peers count up after they have written to a lane's cells, and the number of threads asleep on it. Peers that wait for
+// the owner look there whether it is waiting itself.
 struct alignas(kCacheLine) Doorbell {
   uint32_t rings;
   uint32_t sleepers;
+  uint64_t awaits;  // 1 + the rank of the group that the owner waits for on this lane; 0: none
 };
 static_assert(sizeof(Doorbell) == kCacheLine);
 

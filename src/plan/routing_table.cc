@@ -58,6 +58,7 @@ void RoutingTable::set_routing(const tern_routing& routing, std::span<const uint
   std::fill(own_entries_.begin(), own_entries_.end(), 0);
   for (SourceBatch& batch : batches_) batch.clear();
   for (auto& tokens : tokens_to_) tokens.clear();
+  knows_all_counts_ = shape_.num_nodes == 1 || std::find(masked.begin(), masked.end(), 1) == masked.end();
   if (shape_.num_topk > 0)
     set_topk(routing, masked);
   else
@@ -193,6 +194,7 @@ void RoutingTable::set_batch_rows() {
 }
 
 int64_t RoutingTable::most_tokens_of_any_rank() const {
+  if (!knows_all_counts_) return shape_.max_tokens;
   int32_t most = 0;
   for (int32_t rank = 0; rank < shape_.num_ranks; ++rank) most = std::max(most, tokens_of(rank));
   return most;

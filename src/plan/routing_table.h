@@ -26,7 +26,8 @@ class RoutingTable {
   // TERN_INVALID_ARGUMENT if the routing does not fit the shape. Changes nothing.
   void check(const tern_routing& routing) const;
 
-  // Step 1: this rank's side. Entries and messages to ranks with masked[rank] != 0 are dropped. `routing` has been checked.
+  // Step 1: this rank's side. Entries and messages to ranks with masked[rank] != 0 are dropped. `routing` has been checked. Between nodes,
+  // ranks from which none of this node's are reached have no counts then.
   void set_routing(const tern_routing& routing, std::span<const uint8_t> masked);
 
   // Step 2: entries per expert of this node [node_experts], messages per rank [num_ranks] and the number of tokens, of each rank; this
@@ -51,6 +52,7 @@ class RoutingTable {
 
   const PlanShape& shape() const { return shape_; }
   int64_t num_tokens() const { return tokens_of(shape_.rank); }
+  // The same on all ranks; where not all counts are known, what the plan allows.
   int64_t most_tokens_of_any_rank() const;
 
   // --- This rank as a sender.
@@ -108,6 +110,7 @@ class RoutingTable {
   std::vector<int32_t> source_tokens_;           // [max_messages]
   std::vector<int32_t> placed_rows_;             // [max_messages, num_topk]
   bool exceeds_capacity_ = false;
+  bool knows_all_counts_ = true;
 };
 
 }  // namespace tern

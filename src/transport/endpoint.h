@@ -30,6 +30,7 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "base/deadline.h"
 #include "base/knobs.h"
@@ -75,6 +76,7 @@ struct Put {
   int64_t epoch = 0;
   bool last = false;      // of its (peer, channel, epoch)
   bool confirmed = true;  // outstanding until it is in the peer's memory; false: until it has left
+  bool counted = true;    // false: outside of all epochs; the peer is not told, and finds the bytes in its memory some time, in any order
 };
 
 // Empty texts and zeros mean the default.
@@ -87,6 +89,7 @@ struct EndpointOptions {
   std::string domain = knobs().fabric_domain.value_or("");
   // best_effort, low_latency, dedicated_access, bulk_data, scavenger, network_ctrl, dscp:0 ... dscp:63. Default: TERN_FABRIC_TCLASS.
   std::string traffic_class = knobs().fabric_tclass.value_or("");
+  std::vector<uint8_t> absent;  // [num_ranks] 1: takes no part, and cannot be put to; empty: all do
   int num_channels = 1;
   int most_outstanding = 256;     // messages that are outstanding; fewer if the provider has fewer
   size_t most_message_bytes = 0;  // longer puts are several messages; default: the provider's limit
@@ -126,8 +129,11 @@ class Endpoint {
   // TERN_TIMEOUT names the peers that did not take theirs.
   virtual void flush(Deadline deadline) = 0;
   virtual int num_outstanding() const = 0;
+  virtual int num_outstanding_to(int peer) const = 0;
   // The peer cannot be reached any more, as a call has said or will say.
   virtual bool lost(int peer) const = 0;
+  // The peer may be put to again: it may have come back. For puts that are not counted, since epochs that were under way are not whole.
+  virtual void try_again(int peer) = 0;
 
   // All that `peer` put here in this epoch of this channel has arrived. True for epochs that were retired.
   virtual bool complete(int peer, int channel, int64_t epoch) const = 0;

@@ -72,7 +72,7 @@ void FabricConnection::open_queue(size_t num_entries) {
   queue_ = open_fid<fid_cq>("fi_cq_open", *info_, [&](fid_cq** out) { return fi_cq_open(domain_.get(), &attributes, out, nullptr); });
 }
 
-void FabricConnection::meet(Bootstrap& bootstrap, Deadline deadline) {
+void FabricConnection::meet(Bootstrap& bootstrap, const std::vector<uint8_t>& absent, Deadline deadline) {
   AddressMessage mine;
   size_t num_bytes = sizeof(mine.bytes);
   check("fi_getname", fi_getname(&endpoint_->fid, mine.bytes, &num_bytes));
@@ -81,6 +81,7 @@ void FabricConnection::meet(Bootstrap& bootstrap, Deadline deadline) {
   bootstrap.allgather(&mine, all.data(), sizeof(mine), deadline);
   addresses_.assign(all.size(), FI_ADDR_UNSPEC);
   for (size_t r = 0; r < all.size(); ++r) {
+    if (!absent.empty() && absent[r] != 0) continue;
     const int inserted = fi_av_insert(peers_.get(), all[r].bytes, 1, &addresses_[r], 0, nullptr);
     if (inserted != 1)
       fail(TERN_SYSTEM_ERROR, "transport: the address of rank {} ({} bytes) is none for provider {}, device {}: fi_av_insert gave {}", r,

@@ -36,8 +36,8 @@ class FabricConnection {
  public:
   FabricConnection(FabricInfo info, int most_outstanding, int num_ranks);
 
-  // Collective: exchanges addresses.
-  void meet(Bootstrap& bootstrap, Deadline deadline);
+  // Collective: exchanges addresses. `absent` as in EndpointOptions.
+  void meet(Bootstrap& bootstrap, const std::vector<uint8_t>& absent, Deadline deadline);
 
   Region register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes);
 

@@ -29,7 +29,7 @@ class FabricEndpoint final : public Endpoint {
     if (num_outstanding() != 0) abandon(connection_);
   }
 
-  void meet(Bootstrap& bootstrap, Deadline deadline) { connection_->meet(bootstrap, deadline); }
+  void meet(Bootstrap& bootstrap, const std::vector<uint8_t>& absent, Deadline deadline) { connection_->meet(bootstrap, absent, deadline); }
 
   const EndpointFacts& facts() const override { return facts_; }
   Region register_memory(void* address, size_t num_bytes) override { return connection_->register_memory(connection_, address, num_bytes); }
@@ -39,7 +39,9 @@ class FabricEndpoint final : public Endpoint {
   void wake() override;
   void flush(Deadline deadline) override;
   int num_outstanding() const override { return static_cast<int>(connection_->departing().size() - idle_.size()); }
+  int num_outstanding_to(int peer) const override { return num_outstanding_to_[peer]; }
   bool lost(int peer) const override { return !lost_[peer].empty(); }
+  void try_again(int peer) override { lost_[peer].clear(); }
   bool complete(int peer, int channel, int64_t epoch) const override { return arrivals_.complete(peer, channel, epoch); }
   void retire(int peer, int channel, int64_t epoch) override { arrivals_.retire(peer, channel, epoch); }
 
@@ -91,7 +93,7 @@ FabricEndpoint::FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& opti
 }
 
 void FabricEndpoint::check(const Put& put) const {
-  departures_.check(put.peer, put.channel, put.epoch);
+  if (put.counted) departures_.check(put.peer, put.channel, put.epoch);
   if (put.peer == rank_) fail(TERN_INVALID_ARGUMENT, "transport: rank {} puts to itself; it can copy", rank_);
   if (put.from == nullptr) fail(TERN_INVALID_ARGUMENT, "transport: put to rank {} without a region to put from", put.peer);
   const auto outside = [&](uint64_t offset, uint64_t region_bytes) {
@@ -120,7 +122,7 @@ bool FabricEndpoint::try_put(Put& put) {
 
 bool FabricEndpoint::send_message(const Put& put, size_t num_bytes, bool last) {
   if (idle_.empty()) return false;
-  const uint64_t num_messages = departures_.num_sent(put.peer, put.channel, put.epoch) + 1;
+  const uint64_t num_messages = put.counted ? departures_.num_sent(put.peer, put.channel, put.epoch) + 1 : 0;
   if (num_messages > code_.most_messages())
     fail(TERN_CAPACITY_EXCEEDED,
          "transport: more than {} messages to rank {} in epoch {} of channel {}; put more bytes at once or use more epochs",
@@ -137,10 +139,11 @@ bool FabricEndpoint::send_message(const Put& put, size_t num_bytes, bool last) {
   rma.rma_iov = &to;
   rma.rma_iov_count = 1;
   rma.context = &message->context;
-  rma.data = code_.encode({rank_, put.channel, put.epoch, last ? num_messages : 0});
+  if (put.counted) rma.data = code_.encode({rank_, put.channel, put.epoch, last ? num_messages : 0});
   const uint64_t inject = num_bytes <= connection_->info().tx_attr->inject_size ? FI_INJECT : 0;
   const uint64_t confirmed = put.confirmed ? FI_DELIVERY_COMPLETE : 0;
-  const ssize_t code = fi_writemsg(connection_->endpoint(), &rma, FI_REMOTE_CQ_DATA | FI_COMPLETION | confirmed | inject);
+  const uint64_t counted = put.counted ? FI_REMOTE_CQ_DATA : 0;
+  const ssize_t code = fi_writemsg(connection_->endpoint(), &rma, counted | FI_COMPLETION | confirmed | inject);
   if (code == -FI_EAGAIN) return false;
   if (code != 0) {
     lose(put.peer, fabric_library().error_text(static_cast<int>(code)));
@@ -149,7 +152,7 @@ bool FabricEndpoint::send_message(const Put& put, size_t num_bytes, bool last) {
   idle_.pop_back();
   message->peer = put.peer;
   ++num_outstanding_to_[put.peer];
-  departures_.count(put.peer, put.channel, put.epoch, last);
+  if (put.counted) departures_.count(put.peer, put.channel, put.epoch, last);
   return true;
 }
 
@@ -283,9 +286,10 @@ void check(const EndpointOptions& options) {
 std::unique_ptr<Endpoint> make_endpoint(Bootstrap& bootstrap, const EndpointOptions& options, Deadline deadline) {
   check(options);
   const FabricChoices choices(options);
-  const std::string provider = agree_on_provider(bootstrap, {choices.providers(), choices.problem(), options.num_channels}, deadline);
+  const std::string provider =
+      agree_on_provider(bootstrap, {choices.providers(), choices.problem(), options.num_channels}, options.absent, deadline);
   auto endpoint = std::make_unique<FabricEndpoint>(bootstrap, options, choices.first_of(provider));
-  endpoint->meet(bootstrap, deadline);
+  endpoint->meet(bootstrap, options.absent, deadline);
   return endpoint;
 }
 

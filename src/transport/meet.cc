@@ -37,25 +37,30 @@ bool has(const OfferMessage& offer, const std::string& provider) { return std::r
 
 }  // namespace
 
-std::string agree_on_provider(Bootstrap& bootstrap, const Offer& offer, Deadline deadline) {
+std::string agree_on_provider(Bootstrap& bootstrap, const Offer& offer, const std::vector<uint8_t>& absent, Deadline deadline) {
   OfferMessage mine;
   mine.num_channels = offer.num_channels;
   copy_text(mine.providers, fmt::format("{}", fmt::join(offer.providers, ",")));
   copy_text(mine.problem, offer.problem);
   std::vector<OfferMessage> all(bootstrap.num_ranks());
   bootstrap.allgather(&mine, all.data(), sizeof(mine), deadline);
+  std::vector<size_t> present;
+  for (size_t r = 0; r < all.size(); ++r)
+    if (absent.empty() || absent[r] == 0) present.push_back(r);
 
-  for (size_t r = 0; r < all.size(); ++r) {
+  const size_t first = present[0];
+  for (const size_t r : present) {
     if (all[r].providers[0] == '\0') fail(TERN_UNSUPPORTED, "transport: rank {}: {}", r, all[r].problem);
-    if (all[r].num_channels != all[0].num_channels)
-      fail(TERN_MISMATCH, "transport: rank {} has {} channels, rank 0 has {}; all ranks must agree", r, all[r].num_channels,
-           all[0].num_channels);
+    if (all[r].num_channels != all[first].num_channels)
+      fail(TERN_MISMATCH, "transport: rank {} has {} channels, rank {} has {}; all ranks must agree", r, all[r].num_channels, first,
+           all[first].num_channels);
   }
-  for (const std::string& provider : split(all[0].providers))
-    if (std::ranges::all_of(all, [&](const OfferMessage& other) { return has(other, provider); })) return provider;
-  const auto first_without = std::ranges::find_if(all, [&](const OfferMessage& other) { return !has(other, split(all[0].providers)[0]); });
-  fail(TERN_UNSUPPORTED, "transport: no provider is on all {} ranks: rank 0 has {}, rank {} has {}; TERN_FABRIC_PROVIDER chooses one",
-       all.size(), all[0].providers, first_without - all.begin(), first_without->providers);
+  const std::vector<std::string> firsts = split(all[first].providers);
+  for (const std::string& provider : firsts)
+    if (std::ranges::all_of(present, [&](size_t r) { return has(all[r], provider); })) return provider;
+  const auto without = *std::ranges::find_if(present, [&](size_t r) { return !has(all[r], firsts[0]); });
+  fail(TERN_UNSUPPORTED, "transport: no provider is on all {} ranks: rank {} has {}, rank {} has {}; TERN_FABRIC_PROVIDER chooses one",
+       present.size(), first, all[first].providers, without, all[without].providers);
 }
 
 }  // namespace tern

@@ -15,8 +15,9 @@ struct Offer {
   int num_channels = 1;
 };
 
-// Collective. The first of rank 0's providers that all have. TERN_UNSUPPORTED, on every rank, if there is none: with the problem of the
+// Collective. The first of the first rank's providers that all have. TERN_UNSUPPORTED, on every rank, if there is none: with the problem of the
 // first rank that offers nothing, else with what the ranks have. TERN_MISMATCH if they do not have as many channels.
-std::string agree_on_provider(Bootstrap& bootstrap, const Offer& offer, Deadline deadline);
+// `absent` as in EndpointOptions.
+std::string agree_on_provider(Bootstrap& bootstrap, const Offer& offer, const std::vector<uint8_t>& absent, Deadline deadline);
 
 }  // namespace tern

@@ -10,6 +10,7 @@ namespace tern {
 namespace {
 
 constexpr int kLongestSleepMs = 20;
+constexpr int64_t kProbeEveryMs = 100;
 constexpr int kRetryMs = 1;  // a provider that cannot take a put now does not always say when it can
 
 // Of the farewell channel. They come in any order.
@@ -32,7 +33,9 @@ Proxy::Proxy(std::unique_ptr<Endpoint> endpoint, const ProxyOptions& options)
   }
 }
 
-Proxy::~Proxy() {
+Proxy::~Proxy() { stop(); }
+
+void Proxy::stop() {
   if (!thread_.joinable()) return;
   stop_ = true;
   endpoint_->wake();
@@ -164,6 +167,18 @@ void Proxy::hear_farewell(Peer& peer) {
   peer.has_agreed = peer.has_agreed || endpoint_->complete(peer.rank, farewell_channel(), kAgreed);
 }
 
+// A peer that went while the goodbye was on its way to it does not answer. Whether it is still there shows when something is put to it.
+void Proxy::probe_silent_peers() {
+  if (!next_probe_.passed()) return;
+  next_probe_ = Deadline::in_ms(kProbeEveryMs);
+  for (const Peer& peer : peers_) {
+    if (peer.closed()) continue;
+    Put probe{.peer = peer.rank, .from = options_.region, .to = peer.region};
+    probe.confirmed = probe.counted = false;
+    try_put(probe);
+  }
+}
+
 bool Proxy::all_delivered() const { return pending_.empty() && endpoint_->num_outstanding() == 0; }
 
 // A peer that has left before needs none, since it has got everything that it waited for.
@@ -174,6 +189,7 @@ void Proxy::say_farewell() {
     peer.was_left = true;
   }
   said_farewell_ = true;
+  probe_silent_peers();
   const std::lock_guard lock(mutex_);
   closed_ = queue_.empty() && all_delivered() && std::ranges::all_of(peers_, &Peer::closed);
   if (closed_) has_closed_.notify_all();

@@ -27,6 +27,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/deadline.h"
 #include "transport/endpoint.h"
 
 namespace tern {
@@ -70,6 +71,8 @@ class Proxy {
   // Nothing is put or finished any more: waits until everything is with its peers, says goodbye to those that have not done so themselves,
   // and waits for their answers. Their other threads have nothing to do for that. False: the deadline has passed.
   bool close(Deadline deadline);
+  // Ends the thread: when this returns, nothing is called any more. The destructor does it too.
+  void stop();
 
  private:
   struct Peer {
@@ -102,6 +105,7 @@ class Proxy {
   void give_credits(Line& line);
   void hear_farewell(Peer& peer);
   void say_farewell();
+  void probe_silent_peers();
   bool all_delivered() const;
   template <typename Call>
   void report_problems(Call call);
@@ -114,6 +118,7 @@ class Proxy {
   std::vector<Peer> peers_;
   std::vector<Put> pending_;  // taken from the queue, not yet handed to the endpoint
   bool said_farewell_ = false;
+  Deadline next_probe_ = Deadline::in_ms(0);
 
   std::atomic<bool> closing_ = false;
   std::atomic<bool> stop_ = false;

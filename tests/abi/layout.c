@@ -134,7 +134,7 @@ FIELD(tern_launch, own_stream, 28);
 FIELD(tern_launch, after_event, 32);
 FIELD(tern_launch, done_event, 40);
 
-SIZE(tern_plan_info, 88);
+SIZE(tern_plan_info, 104);
 FIELD(tern_plan_info, struct_size, 0);
 FIELD(tern_plan_info, num_tokens, 8);
 FIELD(tern_plan_info, num_received, 16);
@@ -148,6 +148,8 @@ FIELD(tern_plan_info, sent_per_rank, 64);
 FIELD(tern_plan_info, pair_counts, 72);
 FIELD(tern_plan_info, num_sms, 80);
 FIELD(tern_plan_info, reserved, 84);
+FIELD(tern_plan_info, rail_tokens, 88);
+FIELD(tern_plan_info, rail_token_in_rank, 96);
 
 SIZE(tern_routing_counts, 40);
 FIELD(tern_routing_counts, struct_size, 0);

@@ -43,6 +43,7 @@ int64_t Case::combine_row_bytes() const { return combine_hidden() * element_byte
 
 int64_t Case::combine_wire_bytes() const {
   if (wire == TERN_WIRE_AS_DTYPE) return combine_row_bytes();
+  if (wire == TERN_WIRE_FP32) return combine_hidden() * element_bytes(TERN_DTYPE_FP32);
   return divide_up(divide_up(combine_hidden(), 128) * 168, 16) * 16;
 }
 
@@ -121,6 +122,7 @@ std::string Case::name() const {
   add(true, "combine=", kDtypeNames[combine_dtype]);
   add(combine_mode == TERN_COMBINE_EXACT, "exact_sums", "");
   add(wire == TERN_WIRE_LOG10BIT, "log10bit", "");
+  add(wire == TERN_WIRE_FP32, "fp32 wire", "");
   add(weighting != TERN_WEIGHTS_NONE, "weighting=", kWeightingNames[weighting]);
   add(num_biases != 0, "biases=", num_biases);
   add(return_weights, "return_weights", "");

@@ -43,8 +43,19 @@ struct Placement {
   std::vector<int64_t> topk_idx;             // this rank's own, entries to masked ranks replaced by -1
 };
 
-// masked: [num_ranks], nonzero for ranks that take no part; empty: none.
+// masked: [num_ranks], nonzero for ranks that take no part; empty: none. With nodes, a masked rank's rail is out of service too: tokens of
+// the ranks with its index do not reach its node.
+bool reaches(const Case& c, const std::vector<uint8_t>& masked, int32_t source, int32_t target);
+
 std::vector<Placement> place(const Case& c, const std::vector<RankRouting>& routings, const std::vector<uint8_t>& masked);
+
+// With nodes: what a rank passes on within its node, as tern_plan_info says.
+struct RailCounts {
+  std::vector<int32_t> tokens;         // [num_nodes]
+  std::vector<uint8_t> token_in_rank;  // [sum of tokens, ranks_per_node]
+};
+RailCounts rail_oracle(const Case& c, const std::vector<Placement>& placements, const std::vector<RankRouting>& routings,
+                       const std::vector<uint8_t>& masked, int32_t rank);
 
 using Bytes = std::vector<uint8_t>;
 

@@ -58,7 +58,7 @@ class Summer {
   void add_rounded(std::vector<float>& acc, std::vector<float>& sum) const {
     if (c_.wire == TERN_WIRE_LOG10BIT) {
       round_to_log10bit(sum);
-    } else {
+    } else if (c_.wire == TERN_WIRE_AS_DTYPE) {
       uint8_t wire[4];
       for (float& value : sum) {
         encode(c_.combine_dtype, value, wire, 0);

@@ -16,13 +16,14 @@ struct Routes {
   const std::vector<uint8_t>& masked;
 
   bool is_masked(int32_t rank) const { return !masked.empty() && masked[static_cast<size_t>(rank)] != 0; }
+  bool are_cut(int32_t source, int32_t target) const { return !reaches(c, masked, source, target); }
 
   int64_t expert(int32_t rank, int64_t token, int32_t k) const {
     return placements[static_cast<size_t>(rank)].topk_idx[static_cast<size_t>(token * c.num_topk + k)];
   }
 
   bool goes_to(int32_t source, int64_t token, int32_t target) const {
-    if (is_masked(source) || is_masked(target)) return false;
+    if (are_cut(source, target)) return false;
     if (c.masks_ranks()) return routings[static_cast<size_t>(source)].token_in_rank[static_cast<size_t>(token * c.num_ranks + target)] != 0;
     for (int32_t k = 0; k < c.num_topk; ++k) {
       const int64_t e = expert(source, token, k);
@@ -94,7 +95,7 @@ void take_reported_counts(const Routes& routes, int32_t rank, Placement& result)
   const Case& c = routes.c;
   result.received_per_expert.assign(static_cast<size_t>(c.experts_per_rank), 0);
   for (int32_t source = 0; source < c.num_ranks; ++source) {
-    if (routes.is_masked(source)) continue;
+    if (routes.are_cut(source, rank)) continue;
     for (int32_t local = 0; local < c.experts_per_rank; ++local)
       result.received_per_expert[static_cast<size_t>(local)] +=
           routes.routings[static_cast<size_t>(source)].tokens_per_expert[static_cast<size_t>(rank * c.experts_per_rank + local)];
@@ -112,6 +113,13 @@ void apply_extent(const Case& c, Placement& result) {
 
 }  // namespace
 
+bool reaches(const Case& c, const std::vector<uint8_t>& masked, int32_t source, int32_t target) {
+  if (masked.empty()) return true;
+  const auto takes_part = [&](int32_t rank) { return masked[static_cast<size_t>(rank)] == 0; };
+  const int32_t rail = c.node_of(source) == c.node_of(target) ? source : c.node_of(target) * c.ranks_per_node + source % c.ranks_per_node;
+  return takes_part(source) && takes_part(target) && takes_part(rail);
+}
+
 std::vector<Placement> place(const Case& c, const std::vector<RankRouting>& routings, const std::vector<uint8_t>& masked) {
   std::vector<Placement> placements(static_cast<size_t>(c.num_ranks));
   const Routes routes{c, placements, routings, masked};
@@ -119,7 +127,7 @@ std::vector<Placement> place(const Case& c, const std::vector<RankRouting>& rout
     placements[rank].num_tokens = routings[rank].num_tokens;
     placements[rank].topk_idx = routings[rank].topk_idx;
     for (int64_t& expert : placements[rank].topk_idx)
-      if (expert >= 0 && routes.is_masked(static_cast<int32_t>(expert / c.experts_per_rank))) expert = -1;
+      if (expert >= 0 && routes.are_cut(static_cast<int32_t>(rank), static_cast<int32_t>(expert / c.experts_per_rank))) expert = -1;
   }
   for (int32_t rank = 0; rank < c.num_ranks; ++rank) {
     Placement& result = placements[static_cast<size_t>(rank)];
@@ -131,6 +139,26 @@ std::vector<Placement> place(const Case& c, const std::vector<RankRouting>& rout
     apply_extent(c, result);
   }
   return placements;
+}
+
+RailCounts rail_oracle(const Case& c, const std::vector<Placement>& placements, const std::vector<RankRouting>& routings,
+                       const std::vector<uint8_t>& masked, int32_t rank) {
+  const Routes routes{c, placements, routings, masked};
+  const int32_t first = c.node_of(rank) * c.ranks_per_node;
+  RailCounts result;
+  for (int32_t owner = rank % c.ranks_per_node; owner < c.num_ranks; owner += c.ranks_per_node) {
+    int32_t count = 0;
+    for (int64_t token = 0; token < routes.num_tokens(owner); ++token) {
+      std::vector<uint8_t> in_rank;
+      for (int32_t target = first; target < first + c.ranks_per_node; ++target)
+        in_rank.push_back(routes.goes_to(owner, token, target) ? 1 : 0);
+      if (std::find(in_rank.begin(), in_rank.end(), 1) == in_rank.end()) continue;
+      result.token_in_rank.insert(result.token_in_rank.end(), in_rank.begin(), in_rank.end());
+      ++count;
+    }
+    result.tokens.push_back(count);
+  }
+  return result;
 }
 
 }  // namespace tern::conformance

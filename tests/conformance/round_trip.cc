@@ -240,11 +240,22 @@ void RoundTrip::check_known_counts(const tern_plan_info& info) {
     const auto peer = static_cast<size_t>(r);
     expect("received_per_rank", info.received_per_rank[r], placement().received_per_rank[peer]);
     expect("sent_per_rank", info.sent_per_rank[r], placement().sent_per_rank[peer]);
+    // Nobody here knows the counts of a rank that reaches nobody here.
+    const bool known = reaches(c(), scenario_->masked, r, place_.rank);
     for (int32_t to = 0; to < c().num_ranks; ++to)
-      expect("pair_counts", info.pair_counts[r * c().num_ranks + to], scenario_->placements[peer].sent_per_rank[static_cast<size_t>(to)]);
+      expect("pair_counts", info.pair_counts[r * c().num_ranks + to],
+             known ? scenario_->placements[peer].sent_per_rank[static_cast<size_t>(to)] : 0);
   }
+  if (c().num_nodes() > 1 && !place_.on_gpu()) check_rail_counts(info);
   for (int32_t e = 0; e < c().experts_per_rank; ++e)
     expect("received_per_expert", info.received_per_expert[e], placement().received_per_expert[static_cast<size_t>(e)]);
+}
+
+void RoundTrip::check_rail_counts(const tern_plan_info& info) {
+  const RailCounts expected = rail_oracle(c(), scenario_->placements, scenario_->routings, scenario_->masked, place_.rank);
+  for (size_t node = 0; node < expected.tokens.size(); ++node) expect("rail_tokens", info.rail_tokens[node], expected.tokens[node]);
+  for (size_t i = 0; i < expected.token_in_rank.size(); ++i)
+    expect("rail_token_in_rank", info.rail_token_in_rank[i], expected.token_in_rank[i]);
 }
 
 // What only the device knows; what the host knows anyway may be told.

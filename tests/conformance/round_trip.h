@@ -79,6 +79,7 @@ class RoundTrip {
   void make_room();
   void check_info(const tern_plan_info& info);
   void check_known_counts(const tern_plan_info& info);
+  void check_rail_counts(const tern_plan_info& info);
   void check_unknown_counts(const tern_plan_info& info);
   void call_route(tern_plan_info* info);
   void call_dispatch(tern_phase phase);

@@ -46,7 +46,7 @@ std::vector<Scenario> scenarios_of(Case c, const RunOptions& options) {
   // GPU ranks have other wires on the latency path only.
   constexpr int64_t kMostLatencyTokens = 1024;
   const bool is_small = c.mode == TERN_MODE_LATENCY && c.num_topk > 0 && c.max_tokens <= kMostLatencyTokens;
-  if (options.device == TERN_DEVICE_CUDA && !is_small) c.wire = TERN_WIRE_AS_DTYPE;
+  if (options.device == TERN_DEVICE_CUDA && (!is_small || c.wire == TERN_WIRE_FP32)) c.wire = TERN_WIRE_AS_DTYPE;
   const bool as_graph = options.num_replays > 0 && c.extent == TERN_EXTENT_WORST;
   return replay_scenarios(c, as_graph ? std::min(options.num_replays, kMostScenarios) : 1);
 }

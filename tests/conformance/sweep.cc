@@ -96,7 +96,7 @@ Case random_case(uint64_t seed) {
   c = c.normalized();
   if (c.extent == TERN_EXTENT_WORST && c.layout != TERN_LAYOUT_EXPERT_PADDED && choose.one_in(2))
     c.row_capacity = choose_capacity(c, choose);
-  if (choose.one_in(4)) c.wire = TERN_WIRE_LOG10BIT;
+  c.wire = choose.of({TERN_WIRE_AS_DTYPE, TERN_WIRE_AS_DTYPE, TERN_WIRE_LOG10BIT, TERN_WIRE_FP32});
   return c;
 }
 

@@ -148,7 +148,8 @@ void struck_anywhere(const SceneSettings& settings, int signal) {
       }
     });
     if (seat.rank() == settings.victim()) return std::string();  // an error is all that it can get
-    require(text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
+    const bool lost = settings.run.ranks_per_node > 0 && text.find("lost its connection") != std::string::npos;
+    require(lost || text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
     recover_masking(member);
     require_masked(member, only_victim(settings), 1);
     require_right(without, member);

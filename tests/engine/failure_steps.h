@@ -23,6 +23,7 @@ inline Case ordinary_case(const SceneSettings& settings) {
   Case c;
   c.seed = 7;
   c.num_ranks = settings.num_ranks;
+  c.ranks_per_node = settings.run.ranks_per_node;
   c.num_topk = 3;
   c.layout = TERN_LAYOUT_EXPERT_MAJOR;
   c.extent = settings.extent;
@@ -55,9 +56,10 @@ struct Member {
         group(Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat, group_options(name))),
         exchange(group, exchange_options(scenario, policy)) {}
 
-  static tern_group_options group_options(const std::string& name) {
+  tern_group_options group_options(const std::string& name) const {
     tern_group_options options;
     options.name = name.c_str();
+    options.ranks_per_node = settings.run.ranks_per_node;
     return options;
   }
   tern_exchange_options exchange_options(const Scenario& scenario, tern_timeout_policy policy) const {
@@ -120,9 +122,13 @@ inline void await_failed(const Member& member) {
   }
 }
 
-// The error and the record name the rank, the operation and the epoch.
+// The error and the record name the rank, the operation and the epoch. Between nodes the network may say at once that a rank is gone.
 inline void require_names_victim(const std::string& text, const char* operation, tern_operation recorded, const Member& member) {
   const int32_t victim = member.settings.victim();
+  if (member.exchange.state().failure.status == TERN_SYSTEM_ERROR && member.settings.run.ranks_per_node > 0) {
+    require(member.exchange.state().health == TERN_HEALTH_FAILED, "health is not FAILED");
+    return require(text.find(fmt::format("lost its connection to rank {}", victim)) != std::string::npos, text);
+  }
   require(text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
   for (const std::string& part : {fmt::format("rank {}", victim), std::string(operation), std::string("epoch")})
     require(text.find(part) != std::string::npos, fmt::format("\"{}\" is not in: {}", part, text));

@@ -6,6 +6,7 @@
 //   nodes.enter(1);                       // the calling thread; a process of one thread is then on that node
 //   nodes.disturb("delay 2ms loss 1%");   // netem, on every device
 //   nodes.cut(1);                         // its cable
+//   nodes.mend(1);
 //
 // Needs root, ip and for disturbances tc with netem. Nothing is left behind when this is destroyed.
 #pragma once
@@ -62,6 +63,9 @@ class Namespaces {
   }
   void cut(int node) const {
     if (!run(fmt::format("ip -n {} link set to{} down", hub(), node))) throw std::runtime_error("cannot cut a link");
+  }
+  void mend(int node) const {
+    if (!run(fmt::format("ip -n {} link set to{} up", hub(), node))) throw std::runtime_error("cannot mend a link");
   }
 
  private:

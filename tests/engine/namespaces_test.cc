@@ -95,36 +95,90 @@ TEST(Namespaces, DelayJitterLossAndReorderingChangeNothingButTime) {
   for (const Case& c : some_cases(2, 2)) expect_right_on(nodes, c);
 }
 
-// The cable is pulled between two operations: every rank of both nodes gets an error that names a rank of the other node.
-TEST(Namespaces, ACutLinkIsAnErrorForAllInTime) {
+// The operations of a rank whose link was cut, or that waits for ranks behind it: they must fail in time, with a record of two ranks of which
+// one is on the node that was cut. "": so they do.
+std::string fail_in_time(Seated& seated, const Case& c, int64_t timeout_ms) {
+  const auto start = std::chrono::steady_clock::now();
+  std::string error = "the operations went through";
+  try {
+    for (int batch = 0; batch < 4; ++batch) seated.trip.dispatch(batch);
+  } catch (const std::runtime_error& failure) {
+    error = failure.what();
+  }
+  const auto elapsed = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start).count();
+  const tern_exchange_state state = seated.exchange.state();
+  const bool across = c.node_of(state.failure.waiter) != c.node_of(state.failure.awaited);
+  const bool right = state.health == TERN_HEALTH_FAILED && across && elapsed < 4 * timeout_ms;
+  return right ? std::string() : fmt::format("after {} ms: {}", elapsed, error);
+}
+
+std::string run_without(const Scenario& scenario, Seated& seated, int repeats) {
+  RoundTrip trip(scenario, seated.group.rank(), seated.exchange.get());
+  for (int repeat = 0; repeat < repeats; ++repeat) trip.run();
+  return join_lines(trip.differences());
+}
+
+void recover(Seated& seated, tern_recover_options options) {
+  if (tern_exchange_recover(seated.exchange.get(), &options) != TERN_OK) throw std::runtime_error(tern_last_error());
+}
+
+// The cable is pulled between two operations: every rank gets an error that names a rank of the other side. Then both sides go on alone.
+TEST(Namespaces, ACutLinkIsAnErrorForAllAndBothSidesGoOn) {
   const Namespaces nodes(2);
   if (!nodes.problem().empty()) GTEST_SKIP() << nodes.problem();
   const int64_t timeout_ms = full_scale() ? 2'000 : 10'000;
   Case c;
   c.num_ranks = 4;
   c.ranks_per_node = 2;
-  const Scenario scenario(c);
+  const Scenario scenario(c), sides[] = {Scenario(c, {0, 0, 1, 1}), Scenario(c, {1, 1, 0, 0})};
   RankProcesses ranks(c.num_ranks, kSceneMs, [&](RankSeat& seat) {
     Seated seated(seat, nodes, scenario, timeout_ms);
     seated.trip.run();
     seat.set_stage(1);
     seat.wait_for_stage(-1, 1);
-    const auto start = std::chrono::steady_clock::now();
-    std::string error = "the operations went through";
-    try {
-      for (int batch = 0; batch < 4; ++batch) seated.trip.dispatch(batch);
-    } catch (const std::runtime_error& failure) {
-      error = failure.what();
-    }
-    const auto elapsed = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start).count();
-    const tern_exchange_state state = seated.exchange.state();
-    const bool across = c.node_of(state.failure.waiter) != c.node_of(state.failure.awaited);
-    const bool right = state.health == TERN_HEALTH_FAILED && across && elapsed < 4 * timeout_ms;
-    return right ? std::string() : fmt::format("after {} ms: {}", elapsed, error);
+    const std::string problem = fail_in_time(seated, c, timeout_ms);
+    if (!problem.empty()) return problem;
+    recover(seated, {.allow_mask = 1});
+    return run_without(sides[c.node_of(seat.rank())], seated, 3);
   });
   for (int32_t rank = 0; rank < c.num_ranks; ++rank) ranks.wait_for_stage(rank, 1);
   nodes.cut(1);
   ranks.set_stage(1);
+  expect_clean(c, ranks.join());
+}
+
+// One of three nodes vanishes. The others go on without it, and let it in again when its cable is back.
+TEST(Namespaces, AVanishedNodeIsLetInAgain) {
+  const Namespaces nodes(3);
+  if (!nodes.problem().empty()) GTEST_SKIP() << nodes.problem();
+  const int64_t timeout_ms = full_scale() ? 2'000 : 10'000;
+  Case c;
+  c.num_ranks = 6;
+  c.ranks_per_node = 2;
+  c.layout = TERN_LAYOUT_EXPERT_MAJOR;
+  const Scenario scenario(c), without(c, {0, 0, 0, 0, 1, 1});
+  RankProcesses ranks(c.num_ranks, kSceneMs, [&](RankSeat& seat) {
+    Seated seated(seat, nodes, scenario, timeout_ms);
+    seated.trip.run();
+    seat.set_stage(1);
+    seat.wait_for_stage(-1, 1);
+    std::string problem = fail_in_time(seated, c, timeout_ms);
+    if (problem.empty() && c.node_of(seat.rank()) != 2) {
+      recover(seated, {.allow_mask = 1});
+      problem = run_without(without, seated, 3);
+    }
+    seat.set_stage(2);
+    seat.wait_for_stage(-1, 2);
+    if (!problem.empty()) return problem;
+    recover(seated, {.timeout_ms = kSceneMs / 4, .readmit = 1});  // the network takes its time to find out that the cable is back
+    return run_without(scenario, seated, 3);
+  });
+  for (int32_t rank = 0; rank < c.num_ranks; ++rank) ranks.wait_for_stage(rank, 1);
+  nodes.cut(2);
+  ranks.set_stage(1);
+  for (int32_t rank = 0; rank < c.num_ranks; ++rank) ranks.wait_for_stage(rank, 2);
+  nodes.mend(2);
+  ranks.set_stage(2);
   expect_clean(c, ranks.join());
 }
 

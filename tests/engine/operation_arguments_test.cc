@@ -144,7 +144,7 @@ TEST_F(Arguments, Combine) {
       {"hidden huge", [](auto& a) { a.hidden = kHuge; }},
       {"hidden of 8 bytes", [](auto& a) { a.hidden = 4; }},
       {"weighting", [](auto& a) { a.weighting = no_such<tern_weighting>(3); }},
-      {"wire", [](auto& a) { a.wire = no_such<tern_wire>(2); }},
+      {"wire", [](auto& a) { a.wire = no_such<tern_wire>(3); }},
       {"owner without weights", [](auto& a) { a.weighting = TERN_WEIGHTS_OWNER; }},
       {"no out_tokens", [](auto& a) { a.out_tokens = nullptr; }},
       {"weights back without row_weights", [&](auto& a) { a.out_topk_weights = weights_; }},

@@ -297,7 +297,7 @@ TEST(Compare, SaysWhereAndHowMuch) {
 }
 
 TEST(Sweep, RandomCasesAreNormalAndCoverTheOptions) {
-  int num_overflows = 0, num_fused = 0, num_phases = 0, num_encoded = 0;
+  int num_overflows = 0, num_fused = 0, num_phases = 0, num_encoded = 0, num_unrounded = 0;
   for (uint64_t seed = 1; seed <= 300; ++seed) {
     const Case c = random_case(seed);
     EXPECT_EQ(c.name(), c.normalized().name());
@@ -305,12 +305,14 @@ TEST(Sweep, RandomCasesAreNormalAndCoverTheOptions) {
     num_fused += c.fused ? 1 : 0;
     num_phases += c.phases ? 1 : 0;
     num_encoded += c.wire == TERN_WIRE_LOG10BIT ? 1 : 0;
+    num_unrounded += c.wire == TERN_WIRE_FP32 ? 1 : 0;
     for (const Placement& placement : Scenario(c).placements) num_overflows += placement.overflow ? 1 : 0;
   }
   EXPECT_GT(num_overflows, 10);
   EXPECT_GT(num_fused, 30);
   EXPECT_GT(num_phases, 50);
   EXPECT_GT(num_encoded, 50);
+  EXPECT_GT(num_unrounded, 50);
 }
 
 }  // namespace

@@ -257,7 +257,7 @@ tern_combine_args Session::any_combine(const TestedPlan& plan) {
   args.hidden = any_hidden(input_);
   if (has_expert_rows(plan) || input_.is_wild()) args.weighting = input_.value_of<tern_weighting>(3);
   if (plan.options.num_topk > 0 || input_.is_wild()) args.carry_weights = input_.small_number(0, 1);
-  args.wire = input_.value_of<tern_wire>(2);
+  args.wire = input_.value_of<tern_wire>(3);
   return args;
 }
 

@@ -117,7 +117,8 @@ TEST(AgreeOnProvider, TheFirstThatAllHave) {
   const auto meet = [](const std::vector<Offer>& offers, std::vector<std::string>& chosen) {
     auto bootstraps = make_local_bootstraps(static_cast<int>(offers.size()));
     chosen.resize(offers.size());
-    return run_threads(static_cast<int>(offers.size()), [&](int r) { chosen[r] = agree_on_provider(*bootstraps[r], offers[r], ample()); });
+    return run_threads(static_cast<int>(offers.size()),
+                       [&](int r) { chosen[r] = agree_on_provider(*bootstraps[r], offers[r], {}, ample()); });
   };
   std::vector<std::string> chosen;
   for (const auto& text : meet({{{"verbs;ofi_rxm", "efa", "tcp"}, "", 1}, {{"tcp", "efa"}, "", 1}}, chosen)) EXPECT_EQ(text, "ok");
@@ -475,6 +476,24 @@ TEST_F(Endpoints, TrafficClassesAreAccepted) {
     options.traffic_class = name;
     run_ok(2, options, [](const Rank& me) { EXPECT_EQ(me.endpoint.facts().domain, "lo"); });
   }
+}
+
+// Ranks that take no part in an endpoint need no address.
+TEST_F(Endpoints, SomeAreAbsent) {
+  EndpointOptions options = over_loopback();
+  options.absent = {0, 1, 0};
+  const auto texts = run(3, options, [](const Rank& rank) {
+    std::vector<std::byte> memory(64);
+    const Region here = rank.endpoint.register_memory(memory.data(), memory.size());
+    const std::vector<RemoteRegion> remotes = rank.exchange(here);
+    if (rank.rank() == 1) return rank.finish();
+    const int peer = 2 - rank.rank();
+    rank.endpoint.put({.peer = peer, .from = &here, .to = remotes[static_cast<size_t>(peer)], .num_bytes = 8, .epoch = 1, .last = true},
+                      ample());
+    rank.await(peer, 0, 1);
+    rank.finish();
+  });
+  for (const std::string& text : texts) EXPECT_EQ(text, "ok");
 }
 
 }  // namespace

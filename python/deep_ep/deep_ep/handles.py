@@ -91,14 +91,16 @@ class _InternodeFields(NamedTuple):
     is_token_in_rank: torch.Tensor  # bool [T, R]
     rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: tokens sent to each node
     gbl_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: rows sent to each rank
-    # What this rank passes on to others of its node is in the plan alone: there is nothing of it here.
-    recv_rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: zeros
-    recv_rdma_rank_prefix_sum: torch.Tensor  # i32 [nodes]: zeros
+    # Of the tokens that this rank passes on within its node, M of them: its own, and those of the same place in other nodes.
+    recv_rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: from each node
+    recv_rdma_rank_prefix_sum: torch.Tensor  # i32 [nodes]: from nodes 0..i
     recv_gbl_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: the first row from each rank
     recv_gbl_rank_prefix_sum: torch.Tensor  # i32 [R]: rows received from ranks 0..i
     recv_src_meta: torch.Tensor  # u8 [N, 8]: two i32, the node and the token that a row comes from; -1 in unused rows
     send_rdma_head: torch.Tensor  # i32 [T, nodes]: -1 where the token does not go to the node
-    send_nvl_head: torch.Tensor  # i32 [0, ranks of a node]
+    send_nvl_head: (
+        torch.Tensor
+    )  # i32 [M, ranks of a node]: by node, then by token; -1 where the token does not go to the rank
 
 
 class InternodeHandle(_InternodeFields):
@@ -147,21 +149,29 @@ def handle_between_nodes(lease: PlanLease, in_rank: torch.Tensor, arrived: Any, 
     in_node = layout.is_token_in_node(in_rank, nodes.num_nodes)
     received = arrived.rank_counts.cumsum(0, dtype=torch.int32)
     source_node = torch.div(arrived.source_rank, nodes.ranks_per_node, rounding_mode="floor")
-    zeros = torch.zeros(nodes.num_nodes, dtype=torch.int32, device=in_rank.device)
+    passed_on, passed_to = _passed_on(lease.plan.info(), nodes)
+    passed_on, passed_to = passed_on.to(in_rank.device), passed_to.to(in_rank.device)
     handle = InternodeHandle(
         is_token_in_rank=in_rank,
         rdma_channel_prefix_matrix=in_node.sum(dim=0, dtype=torch.int32).unsqueeze(1),
         gbl_channel_prefix_matrix=in_rank.sum(dim=0, dtype=torch.int32).unsqueeze(1),
-        recv_rdma_channel_prefix_matrix=zeros.unsqueeze(1),
-        recv_rdma_rank_prefix_sum=zeros.clone(),
+        recv_rdma_channel_prefix_matrix=passed_on.unsqueeze(1),
+        recv_rdma_rank_prefix_sum=passed_on.cumsum(0, dtype=torch.int32),
         recv_gbl_channel_prefix_matrix=(received - arrived.rank_counts).unsqueeze(1),
         recv_gbl_rank_prefix_sum=received,
         recv_src_meta=torch.stack((source_node, arrived.source_token), dim=1).view(torch.uint8),
         send_rdma_head=in_node.to(torch.int32) - 1,
-        send_nvl_head=zeros.new_empty((0, nodes.ranks_per_node)),
+        send_nvl_head=passed_to - 1,
     )
     handle.lease = lease
     return handle
+
+
+def _passed_on(info: tern.PlanInfo, nodes: Nodes) -> tuple[torch.Tensor, torch.Tensor]:
+    """i32 [nodes]: tokens from each node; i32 [M, ranks of a node]: 1 where one goes to the rank. Where the host does not know, none."""
+    counts = info.rail_tokens or [0] * nodes.num_nodes
+    in_rank = torch.tensor(list(info.rail_token_in_rank or b""), dtype=torch.int32)
+    return torch.tensor(counts, dtype=torch.int32), in_rank.view(-1, nodes.ranks_per_node)
 
 
 def plan_of(handle: tuple[Any, ...]) -> tern.Plan:

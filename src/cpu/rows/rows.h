@@ -60,7 +60,7 @@ struct SumArgs {
   void* out;
   Store store;
   // TERN_WIRE_LOG10BIT: rows as base/log_rows.h encodes them, [log_row_bytes(hidden)] at multiples of 8 bytes, instead of dtype. The terms are
-  // then added one by one, and NaNs of the sum are encoded as NaNs.
+  // then added one by one, and NaNs of the sum are encoded as NaNs. TERN_WIRE_FP32: rows of floats; the same holds for terms.
   tern_wire terms_wire = TERN_WIRE_AS_DTYPE;
   tern_wire out_wire = TERN_WIRE_AS_DTYPE;
 };

@@ -422,6 +422,8 @@ void sum_block(const SumArgs& args, size_t first, size_t num) {
   }
   if (args.terms_wire == TERN_WIRE_LOG10BIT) {
     for (const SumTerm& term : args.terms) add_log_row<kWeighted>(term, first, num, total);
+  } else if (args.terms_wire == TERN_WIRE_FP32) {
+    add_terms<F32, kWeighted>(args.terms, first, num, total);
   } else if (args.group_ends.empty()) {
     add_terms<Wire, kWeighted>(args.terms, first, num, total);
   }
@@ -431,6 +433,7 @@ void sum_block(const SumArgs& args, size_t first, size_t num) {
     begin = end;
   }
   if (args.out_wire == TERN_WIRE_LOG10BIT) return write_encoded(total, first, num, args.out);
+  if (args.out_wire == TERN_WIRE_FP32) return write_rounded<F32>(total, num, args.store, static_cast<float*>(args.out) + first);
   write_rounded<Wire>(total, num, args.store, static_cast<typename Wire::Element*>(args.out) + first);
 }
 
