@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sending half of a small combine: what the experts' ranks push to the owners of tokens. And how a warp makes a part of a row's sum, which
+// both halves do.
+#pragma once
+
+#include "kernels/latency.cuh"
+#include "kernels/log_rows.cuh"
+#include "kernels/sums.cuh"
+
+namespace tern::kernels {
+
+inline constexpr int kPartBytes = 1024;  // of a row that a warp sums at once
+
+// Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
+template <typename Call>
+__device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const Call& call, int rank, int32_t token) {
+  return args.shares_slots ? token : call.slot_idx(rank, token);
+}
+
+// Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on. kLog: rows are in the 10-bit encoding.
+template <typename Wire, bool kLog, int kVecs>
+__device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
+  if constexpr (!kLog) {
+    add_batch<Wire, kVecs>(terms, at, end, sums);
+  } else {
+    constexpr int kStep = 32 * sizeof(Vec16);
+    for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+      const int t = __ffs(static_cast<int>(left)) - 1;
+      const auto row = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+      const float weight = __shfl_sync(~0u, terms.weight, t);
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v)
+        if (const int here = at + v * kStep; here < end)
+          LogRow<Wire>::add(sums[v], LogRow<Wire>::load(row, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements), weight);
+    }
+  }
+}
+
+// What a warp sums at once: of each thread two times 16 bytes.
+inline constexpr int kSumVecs = kPartBytes / 512;
+template <typename Wire>
+using PartSums = float[kSumVecs][Wire::kElements];
+
+// Sums over bytes [begin, end) of a row of Wire, as one warp makes them: make(at, sums) adds to zeros what there is for the thread at bytes `at`, and
+// one step of the warp further on. All threads call store(at, sum), also beyond the end.
+template <typename Wire, typename Make, typename Store>
+__device__ __forceinline__ void sum_bytes(int begin, int end, Make make, Store store) {
+  constexpr int kStep = 32 * sizeof(Vec16);
+#pragma unroll 1
+  for (int first = begin; first < end; first += kPartBytes) {
+    const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+    PartSums<Wire> sums = {};
+    make(at, sums);
+#pragma unroll
+    for (int v = 0; v < kSumVecs; ++v)
+      if (first + v * kStep < end) store(at + v * kStep, sums[v]);
+  }
+}
+
+// Pushes what this rank has for the owners of the messages that it received. kLog: in the 10-bit encoding.
+template <typename Wire, bool kLog, typename Call>
+class ShareSender {
+ public:
+  // Sums the block's first message, if it can: before the epoch is known, since that comes from memory too.
+  __device__ ShareSender(const LatencyCombineArgs& args, const Call& call)
+      : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
+    if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
+    if (is_raising() || !args.call.sends) return;
+    ahead_ = fetch(message_at(first()));
+    sum_first();
+  }
+
+  // All threads of all blocks. The workers of a block take a message at a time, each warp a part of it; the raising warp follows them.
+  __device__ void run() {
+    if (is_raising()) {
+      raise();
+      return;
+    }
+    for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
+      if (nth >= kAhead) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
+      const Share share = ahead_;
+      ahead_ = fetch(message_at(i + step()));
+      push(share, message_at(i), nth == 0 && has_sums_);
+      device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
+    }
+  }
+
+ private:
+  static constexpr int kRankBatches = layout::kMostLatencyRanks / kWarpThreads;
+  // The workers are ahead of the raising warp by up to so many messages, with a pair of barriers for each.
+  static constexpr int kAhead = 4, kDoneBarrier = 1, kFreeBarrier = kDoneBarrier + kAhead;
+
+  // A message, as the plan has it, with entry lane_idx().
+  struct Share {
+    int32_t token;
+    int32_t row;
+    float weight;
+  };
+
+  // Where each source's messages begin, in the threads of a warp.
+  struct Begins {
+    __device__ Begins(const LatencyCombineArgs& args, const Call& call) {
+      for (int b = 0; b < kRankBatches; ++b) {
+        const int source = b * kWarpThreads + static_cast<int>(device::lane_idx());
+        end[b] = source < call.num_ranks() ? args.call.plan.received_begin[source + 1] : 0x7fffffff;
+      }
+    }
+    // All threads of a warp.
+    __device__ int source_of(int32_t message) const {
+      int source = 0;
+      for (int b = 0; b < kRankBatches; ++b) source += __popc(__ballot_sync(~0u, end[b] <= message));
+      return source;
+    }
+    int32_t end[kRankBatches];
+  };
+
+  __device__ static int32_t first() { return static_cast<int32_t>(blockIdx.x); }
+  __device__ static int32_t step() { return static_cast<int32_t>(gridDim.x); }
+
+  // Where blocks have several messages, a rank begins with those of the next rank: not all of them send to the same one at a time.
+  __device__ bool goes_round() const { return plan_.max_tokens * call_.num_ranks() > step(); }
+  // The i-th message to be pushed.
+  __device__ int32_t message_at(int32_t i) const {
+    if (!goes_round()) return i;
+    i += first_message_;
+    return i < num_messages_ ? i : i - num_messages_;
+  }
+
+  // Bytes of a row that a warp takes.
+  struct Part {
+    int begin, end;
+  };
+  __device__ Part part() const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    const auto size = static_cast<int>(layout::align_up((args_.row_bytes + kRaisingWarp - 1) / kRaisingWarp, 512));
+    const int begin = min(warp * size, args_.row_bytes);
+    return {begin, min(begin + size, args_.row_bytes)};
+  }
+
+  __device__ Terms terms_of(const Share& share) const {
+    Terms terms;
+    terms.valid = __ballot_sync(~0u, share.row >= 0);
+    terms.address = args_.rows + int64_t{share.row} * args_.row_bytes;
+    terms.weight = share.weight;
+    return terms;
+  }
+
+  // Of the first message, the first bytes of the warp's part. The plan of a failed exchange may say anything, so that no row is read by it.
+  __device__ void sum_first() {
+    const bool can = plan_.has_expert_rows() && !args_.per_entry && !args_.sums_owner_weights && first() < num_messages_;
+    has_sums_ = __all_sync(~0u, can && !call_.operation().is_aborted()) != 0;
+    const Part mine = part();
+    if (has_sums_)
+      add_terms<Wire, false, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end,
+                                       sums_);
+  }
+
+  // May be asked for beyond the last message, and in a failed exchange, where the plan may say anything, for any.
+  __device__ Share fetch(int32_t message) const {
+    Share share = {};
+    if (static_cast<uint32_t>(message) >= static_cast<uint32_t>(plan_.max_tokens * call_.num_ranks())) return share;
+    share.token = plan_.source_token[message];
+    const int k = static_cast<int>(device::lane_idx());
+    const int32_t entry = message * plan_.topk_stride + k;
+    share.row = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
+    share.weight = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
+    return share;
+  }
+
+  // One warp: raises the flag of each message that the workers have pushed.
+  __device__ void raise() const {
+    for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
+      const int source = begins_.source_of(message_at(i));
+      const int32_t token = plan_.source_token[message_at(i)];
+      device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
+      // Without the owner's weights, because the exchange has failed, the row is not right.
+      const bool is_right = !args_.sums_owner_weights || !call_.operation().is_aborted();
+      if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> source & 1) == 0) call_.raise_row(source, token);
+      __syncwarp();
+      // Without waiting for the workers, who come here some messages later.
+      if (i + kAhead * step() < num_messages_) device::arrive_at_barrier(kFreeBarrier + nth % kAhead, kLatencyThreads);
+    }
+  }
+
+  // has_sums: sums_ are of this message.
+  __device__ void push(const Share& share, int32_t message, bool has_sums) const {
+    const int source = begins_.source_of(message);
+    if (is_cut_off(source)) return;
+    std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
+    if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
+    const Part mine = part();
+    if (!plan_.has_expert_rows()) {
+      if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, mine);
+      return;
+    }
+    Terms terms = terms_of(share);
+    if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(source, share.token);
+    __syncwarp();
+    if (args_.per_entry)
+      copy_entries(terms, slot, mine);
+    else
+      sum_into(terms, slot, mine, has_sums);
+  }
+
+  // All threads of a warp alike, though other warps may add to the set meanwhile.
+  __device__ bool is_cut_off(int owner) const {
+    return call_.may_go_on_without() && __shfl_sync(~0u, static_cast<int>(call_.cut_off() >> owner & 1), 0) != 0;
+  }
+
+  __device__ void sum_into(const Terms& terms, std::byte* row, const Part& mine, bool has_sums) const {
+    sum_bytes<Wire>(
+        mine.begin, mine.end,
+        [&](int at, PartSums<Wire>& sums) {
+          if (has_sums && at < mine.begin + kPartBytes)
+            take_sums(sums);
+          else
+            add_terms<Wire, false, kSumVecs>(terms, at, mine.end, sums);
+        },
+        [&](int at, const auto& sum) {
+          if constexpr (kLog)
+            LogRow<Wire>::store(sum, at < mine.end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
+          else if (at < mine.end)
+            *reinterpret_cast<Vec16*>(row + at) = Wire::narrow(sum);
+        });
+  }
+  __device__ void take_sums(PartSums<Wire>& sums) const {
+#pragma unroll
+    for (int v = 0; v < kSumVecs; ++v)
+#pragma unroll
+      for (int i = 0; i < Wire::kElements; ++i) sums[v][i] = sums_[v][i];
+  }
+
+  __device__ float owner_weight(int source, int32_t token) const {
+    const int k = static_cast<int>(device::lane_idx());
+    uint32_t bits = 0;
+    const bool is_there = call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
+    if (!is_there && call_.may_go_on_without()) call_.cut_off(source);
+    return __uint_as_float(bits);
+  }
+
+  __device__ void copy_entries(const Terms& terms, std::byte* slot, const Part& mine) const {
+    if constexpr (kLog) {
+      for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+        const int k = __ffs(static_cast<int>(left)) - 1;
+        copy(address_of(terms, k), slot + k * args_.wire_bytes, mine);
+      }
+    } else {
+      for (uint32_t left = terms.valid; left != 0;) left = copy_some(terms, left, slot, mine);
+    }
+  }
+  __device__ static const std::byte* address_of(const Terms& terms, int k) {
+    return reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), k));
+  }
+
+  // The first few entries of those that are left, with all their loads under way together; returns the others.
+  __device__ uint32_t copy_some(const Terms& terms, uint32_t left, std::byte* slot, const Part& mine) const {
+    constexpr int kAtOnce = 4, kStep = 32 * sizeof(Vec16);
+    const std::byte* from[kAtOnce];
+    std::byte* to[kAtOnce];
+    const int num = min(kAtOnce, __popc(left));
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (u >= num) break;
+      const int k = __ffs(static_cast<int>(left)) - 1;
+      left &= left - 1;
+      from[u] = address_of(terms, k);
+      to[u] = slot + k * args_.wire_bytes;
+    }
+#pragma unroll 1
+    for (int at = mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)); at < mine.end; at += kPartBytes) {
+      Vec16 values[kAtOnce][kSumVecs];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+#pragma unroll
+        for (int v = 0; v < kSumVecs; ++v)
+          if (u < num && at + v * kStep < mine.end) values[u][v] = device::load_vec16(from[u] + at + v * kStep);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+#pragma unroll
+        for (int v = 0; v < kSumVecs; ++v)
+          if (u < num && at + v * kStep < mine.end) *reinterpret_cast<Vec16*>(to[u] + at + v * kStep) = values[u][v];
+    }
+    return left;
+  }
+
+  // The warp's part of a row.
+  __device__ void copy(const std::byte* from, std::byte* to, const Part& mine) const {
+    if constexpr (kLog) {
+      Terms one;
+      one.valid = 1;
+      one.address = from;
+      sum_into(one, to, mine, false);
+    } else {
+      copy_row(from + mine.begin, mine.end - mine.begin, [&](auto visit) { visit(to + mine.begin); });
+    }
+  }
+
+  // Weights as they came for each entry; per_entry, those of other ranks' entries are left alone.
+  __device__ void return_weights(int32_t message, float* to) const {
+    for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kWorkThreads) {
+      const int64_t entry = int64_t{message} * plan_.topk_stride + k;
+      if (args_.per_entry && plan_.received_experts[entry] < 0) continue;
+      float weight = 0.0f;
+      if (plan_.has_expert_rows()) {
+        if (plan_.received_rows[entry] >= 0) weight = args_.returned_weights[plan_.received_rows[entry]];
+      } else if (message < plan_.row_capacity) {
+        weight = args_.returned_weights[int64_t{message} * plan_.num_topk + k];
+      }
+      to[k] = weight;
+    }
+  }
+
+  const LatencyCombineArgs& args_;
+  const PlanView& plan_;
+  const Call& call_;
+  const int32_t num_messages_;
+  const Begins begins_;
+  int32_t first_message_ = 0;
+  Share ahead_ = {};
+  bool has_sums_ = false;  // of the block's first message
+  PartSums<Wire> sums_ = {};
+};
+
+}  // namespace tern::kernels
