@@ -49,14 +49,17 @@ struct Operation {
   __device__ bool is_aborted() const { return load_relaxed_sys(abort_word()) != 0; }
 
   // One thread. Waits until *word has reached `expected`; false: the exchange has failed. Adds to *wait_ns how long it took, if that is given.
+  // kMasks: under TERN_ON_TIMEOUT_MASK; false also when the rank is given up.
+  template <bool kMasks = false>
   __device__ bool await(const uint64_t* word, uint64_t expected, int peer, int64_t* wait_ns = nullptr) const {
-    return load_acquire_sys(word) >= expected || await_flag(*this, word, expected, peer, wait_ns);
+    return load_acquire_sys(word) >= expected || await_flag<kMasks>(*this, word, expected, peer, wait_ns);
   }
 
   // The same until a word of the latency path is of this epoch, and gives its value.
+  template <bool kMasks = false>
   __device__ bool await_word(const uint64_t* word, int peer, uint32_t& value, int64_t* wait_ns = nullptr) const {
     uint64_t seen = load_relaxed_sys(word);
-    if (!is_of_epoch(seen) && !await_epoch(*this, word, peer, seen, wait_ns)) return false;
+    if (!is_of_epoch(seen) && !await_epoch<kMasks>(*this, word, peer, seen, wait_ns)) return false;
     value = static_cast<uint32_t>(seen);
     return true;
   }
@@ -68,13 +71,14 @@ struct Operation {
     return load_acquire_sys(word) >= expected || look_patiently(*this, word, expected, peer);
   }
 
-  // Under TERN_ON_TIMEOUT_MASK: the rank has been waited for in vain.
-  __device__ bool is_given_up(int peer) const { return exchange.attendance != nullptr && given_up_in(peer) != 0; }
+  // Under TERN_ON_TIMEOUT_MASK: in which epoch the rank has been given up; 0: not.
+  __device__ uint64_t given_up_in(int peer) const { return *const_cast<const volatile uint64_t*>(&exchange.attendance->given_up[peer]); }
 
   // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
+  template <bool kMasks = false>
   __device__ bool await_bank(int peer) const {
     if (epoch <= layout::kNumBanks) return true;
-    return await(&progress(exchange.rank, peer)->consumed, epoch - layout::kNumBanks, peer);
+    return await<kMasks>(&progress(exchange.rank, peer)->consumed, epoch - layout::kNumBanks, peer);
   }
 
   // Records why this rank stops, in every window and for the host, unless it has been recorded already. Never waits.
@@ -143,13 +147,15 @@ struct Operation {
 
  private:
   // What is seldom done is not inlined: kernels stay small, and begin sooner.
+  template <bool kMasks>
   static __device__ __noinline__ bool await_flag(Operation op, const uint64_t* word, uint64_t expected, int peer, int64_t* wait_ns) {
     uint64_t seen = 0;
-    return op.spin(expected, peer, seen, wait_ns, [&] { return (seen = load_acquire_sys(word)) >= expected; });
+    return op.spin<kMasks>(expected, peer, seen, wait_ns, [&] { return (seen = load_acquire_sys(word)) >= expected; });
   }
+  template <bool kMasks>
   static __device__ __noinline__ bool await_epoch(Operation op, const uint64_t* word, int peer, uint64_t& word_seen, int64_t* wait_ns) {
     uint64_t epoch_seen = 0;  // its lower half
-    return op.spin(op.epoch, peer, epoch_seen, wait_ns, [&] {
+    return op.spin<kMasks>(op.epoch, peer, epoch_seen, wait_ns, [&] {
       word_seen = load_relaxed_sys(word);
       epoch_seen = word_seen >> 32;
       return op.is_of_epoch(word_seen);
@@ -164,11 +170,11 @@ struct Operation {
       device::pause(kPauseNs);
       return (seen = load_relaxed_sys(word)) >= expected;
     };
-    return op.spin(expected, peer, seen, nullptr, look) && load_acquire_sys(word) >= expected;
+    return op.spin<false>(expected, peer, seen, nullptr, look) && load_acquire_sys(word) >= expected;
   }
 
   // Looks until look() says that it is there, or the deadline passes, or the exchange fails otherwise.
-  template <typename Look>
+  template <bool kMasks, typename Look>
   __device__ bool spin(uint64_t expected, int peer, const uint64_t& seen, int64_t* wait_ns, Look look) const {
     const uint64_t start = device::global_timer_ns();
     const auto count_wait = [&] {
@@ -182,15 +188,16 @@ struct Operation {
       if (turn % kSpinsPerLook != 0) continue;
       if (is_aborted()) return false;
       const uint64_t waited = device::global_timer_ns() - start;
-      if (exchange.attendance == nullptr) {
+      if constexpr (!kMasks) {
         if (waited <= exchange.timeout_ns) continue;
         give_up(TERN_TIMEOUT, peer, expected, seen);
         return false;
+      } else {
+        if (given_up_in(peer) == 0 && (waited <= exchange.timeout_ns || waited <= patience_ns(peer))) continue;
+        go_without(peer);
+        count_wait();
+        return false;
       }
-      if (!is_given_up(peer) && (waited <= exchange.timeout_ns || waited <= patience_ns(peer))) continue;
-      go_without(peer);
-      count_wait();
-      return false;
     }
   }
 
@@ -218,8 +225,6 @@ struct Operation {
     }
     return exchange.timeout_ns + (is_tied ? exchange.timeout_ns / 4 : 0);
   }
-  // The epoch; 0: not given up.
-  __device__ uint64_t given_up_in(int peer) const { return *const_cast<const volatile uint64_t*>(&exchange.attendance->given_up[peer]); }
   __device__ void go_without(int peer) const {
     using Word = unsigned long long;
     if (atomicCAS(reinterpret_cast<Word*>(&exchange.attendance->given_up[peer]), Word{0}, static_cast<Word>(epoch)) == 0)
