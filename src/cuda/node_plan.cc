@@ -106,6 +106,10 @@ void NodePlan::tell_messages(cpu::Lane& lane) {
                       .bank = {.num_counts = 0, .slot = {.num_experts = shape().num_topk}},
                       .num_tokens = table_.num_tokens()};
   trip.tokens_per_round = trip.bank.slots_in(lane.domain().layout.bank_bytes) / shape().num_nodes;
+  if (trip.tokens_per_round <= 0)
+    fail(TERN_OUT_OF_MEMORY,
+         "route: the hosts of a node tell each other the experts of a token of each of {} nodes, top-{}, in banks of {} bytes, too few",
+         shape().num_nodes, shape().num_topk, lane.domain().layout.bank_bytes);
   trip.shape.tokens_per_round = trip.tokens_per_round;
   trip.num_rounds = std::max<int64_t>(1, (table_.most_tokens_of_any_rank() + trip.tokens_per_round - 1) / trip.tokens_per_round);
   const auto fill = [&](int64_t round, uint64_t epoch) {
