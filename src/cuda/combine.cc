@@ -115,10 +115,9 @@ void CombineOperation::check(const Ticket& ticket) const {
 
 void CombineOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
-  for (int32_t round = 0; round < num_weight_rounds_; ++round)
-    enqueue_weights_round({.plan = plan_.tables(), .chunks = chunks_of_round(plan_.tables().num_chunks, weight_chunks_per_round_, round)},
-                          stream);
   const int32_t num_chunks = plan_.tables().num_chunks;
+  for (int32_t round = 0; round < num_weight_rounds_; ++round)
+    enqueue_weights_round({.plan = plan_.tables(), .chunks = chunks_of_round(num_chunks, weight_chunks_per_round_, round)}, stream);
   for (int32_t round = 0; round < num_rounds_; ++round)
     enqueue_round({.plan = plan_.tables(), .chunks = chunks_of_round(num_chunks, chunks_per_round_, round)}, stream);
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);

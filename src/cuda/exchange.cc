@@ -46,14 +46,9 @@ DeviceIdentity identify(int device) {
 }
 
 tern_failure to_failure(const layout::FailureRecord& record) {
-  return {static_cast<tern_status>(record.status),
-          record.waiter,
-          record.awaited,
-          record.lane,
-          record.operation,
-          0,
-          record.expected_epoch,
-          record.seen_epoch};
+  tern_failure failure;
+  copy_failure(record, failure);
+  return failure;
 }
 
 template <typename T>
@@ -67,8 +62,8 @@ void require_supported(const tern_exchange_options& options, const Topology& top
   if (options.mode == TERN_MODE_THROUGHPUT || topology.num_nodes > 1 || topology.num_ranks > layout::kMostLatencyRanks)
     fail(TERN_UNSUPPORTED,
          "exchange: on_timeout is TERN_ON_TIMEOUT_MASK, which GPU ranks have on the latency path: on one node, not {}, with at most {} "
-         "ranks, not {}, "
-         "and not with TERN_MODE_THROUGHPUT; use TERN_ON_TIMEOUT_ABORT, and after an error tern_exchange_recover with allow_mask",
+         "ranks, not {}, and not with TERN_MODE_THROUGHPUT; use TERN_ON_TIMEOUT_ABORT, and after an error tern_exchange_recover with "
+         "allow_mask",
          topology.num_nodes, layout::kMostLatencyRanks, topology.num_ranks);
 }
 
@@ -172,7 +167,7 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
              topology.num_ranks, device_name(facts_.device), layout_.total_bytes(), options.num_lanes, options.window_bytes,
              facts_.has_bulk_copies ? "with" : "without");
   if (topology.num_nodes > 1)
-    nodes_ = std::make_unique<Nodes>(pool_, control_, bootstrap, options, [this] { check_health(); }, log, deadline);
+    nodes_ = std::make_unique<Nodes>(pool_, control_, bootstrap, Nodes::Setup{options, [this] { check_health(); }, log}, deadline);
 }
 
 CudaExchange::~CudaExchange() {

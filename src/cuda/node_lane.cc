@@ -31,18 +31,6 @@ cpu::LaneOptions lane_options(int64_t timeout_ms) {
   return {.timeout_ms = timeout_ms, .spin = std::chrono::microseconds(50), .on_timeout = TERN_ON_TIMEOUT_ABORT, .grace_ms = timeout_ms / 4};
 }
 
-layout::FailureRecord to_record(const tern_failure& failure) {
-  layout::FailureRecord record;
-  record.status = failure.status;
-  record.waiter = failure.waiter;
-  record.awaited = failure.awaited;
-  record.lane = failure.lane;
-  record.operation = failure.operation;
-  record.expected_epoch = failure.expected_epoch;
-  record.seen_epoch = failure.seen_epoch;
-  return record;
-}
-
 }  // namespace
 
 NodeLane::NodeLane(const std::shared_ptr<DevicePool>& pool, const Domain& domain, const cpu::Network& network, SpanLog& spans,
@@ -140,7 +128,7 @@ void NodeLane::run() {
 // With what is recorded; if nothing is, with `failure`.
 void NodeLane::give_up(const tern_failure& failure) {
   announce_failure(domain_, failure);
-  cell_[0].failure = to_record(recorded_failure(domain_).value_or(failure));
+  copy_failure(recorded_failure(domain_).value_or(failure), cell_[0].failure);
   store_release(cell_[0].answered, kernels::HostCell::kGaveUp);
 }
 

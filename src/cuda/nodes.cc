@@ -5,17 +5,16 @@
 
 namespace tern::cuda {
 
-Nodes::Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, Bootstrap& bootstrap, const tern_exchange_options& options,
-             const std::function<void()>& check_health, const Log& log, Deadline deadline)
+Nodes::Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, Bootstrap& bootstrap, const Setup& setup, Deadline deadline)
     : own_node_(domain.topology.node[static_cast<size_t>(domain.topology.rank)]),
-      layout_(cpu::Network::memory_layout(domain.topology, options)),
+      layout_(cpu::Network::memory_layout(domain.topology, setup.options)),
       memory_(pool->device(), static_cast<size_t>(layout_.total_bytes())),
-      trace_(options.num_lanes),
-      network_(std::make_unique<cpu::Network>(domain, options, log)) {
+      trace_(setup.options.num_lanes),
+      network_(std::make_unique<cpu::Network>(domain, setup.options, setup.log)) {
   network_->start(memory_.data(), bootstrap, {}, deadline);
-  for (int i = 0; i < options.num_lanes; ++i)
-    lanes_.push_back(
-        std::make_unique<NodeLane>(pool, domain, *network_, trace_.lane(i), NodeLane::Options{i, options.timeout_ms, check_health}));
+  for (int i = 0; i < setup.options.num_lanes; ++i)
+    lanes_.push_back(std::make_unique<NodeLane>(pool, domain, *network_, trace_.lane(i),
+                                                NodeLane::Options{i, setup.options.timeout_ms, setup.check_health}));
 }
 
 uint64_t Nodes::network_bytes() const {

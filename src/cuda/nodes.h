@@ -6,6 +6,7 @@
 // does.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -18,9 +19,15 @@ namespace tern::cuda {
 
 class Nodes {
  public:
-  // Collective. `domain`: the node's hosts, with a lane for each of the exchange, and stays. `check_health`: NodeLane::Options.
-  Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, Bootstrap& bootstrap, const tern_exchange_options& options,
-        const std::function<void()>& check_health, const Log& log, Deadline deadline);
+  // What the exchange has for them.
+  struct Setup {
+    const tern_exchange_options& options;
+    std::function<void()> check_health;  // NodeLane::Options
+    const Log& log;
+  };
+
+  // Collective. `domain`: the node's hosts, with a lane for each of the exchange, and stays.
+  Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, Bootstrap& bootstrap, const Setup& setup, Deadline deadline);
 
   NodeLane& lane(int32_t index) const { return *lanes_[static_cast<size_t>(index)]; }
   int64_t bank_bytes() const { return layout_.bank_bytes; }

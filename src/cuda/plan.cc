@@ -71,12 +71,11 @@ void CudaPlan::check_ready(const char* operation, bool must_be_dispatched) const
 }
 
 // Kernels of the throughput path cannot go on without a rank.
-void CudaPlan::check_may_wait(const char* operation) const {
+void CudaPlan::check_throughput_path(const char* operation) const {
   if (!exchange_.masks_late_ranks()) return;
   fail(TERN_UNSUPPORTED,
        "{}: under TERN_ON_TIMEOUT_MASK GPU ranks have the latency path alone: dispatches that route, of at most {} tokens with {} experts "
-       "each, and "
-       "rows that fit the staging; this operation does not take it",
+       "each, and rows that fit the staging; this operation does not take it",
        operation, layout::kMostLatencyTokens, layout::kMostLatencyTopk);
 }
 
@@ -166,7 +165,7 @@ void CudaPlan::run(const Operation& operation, const tern_launch& launch, Ticket
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
   const ProfiledRange range("route");
   const DeviceGuard guard(exchange_.facts().device);
-  check_may_wait("route");
+  check_throughput_path("route");
   exchange_.check_health();
   check_not_under_way("route");
   check_route_room(launch);
@@ -283,7 +282,7 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
       if (routes) begin_routing(*call.args.routing);
     });
   } else {
-    check_may_wait("dispatch");
+    check_throughput_path("dispatch");
     const DispatchOperation operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
     operation.check(dispatch_ticket_, routes ? 1 : 0);
     run(operation, launch, dispatch_ticket_, [&](cudaStream_t stream) {
@@ -327,7 +326,7 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
     operation.check(combine_ticket_);
     run(operation, launch, combine_ticket_, [](cudaStream_t) {});
   } else {
-    check_may_wait("combine");
+    check_throughput_path("combine");
     const CombineOperation operation(*this, call, launch);
     operation.check(combine_ticket_);
     run(operation, launch, combine_ticket_, [](cudaStream_t) {});

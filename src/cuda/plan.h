@@ -53,7 +53,7 @@ class CudaPlan : public DevicePlan {
 
  private:
   void check_ready(const char* operation, bool must_be_dispatched) const;
-  void check_may_wait(const char* operation) const;
+  void check_throughput_path(const char* operation) const;
   void check_not_under_way(const char* operation) const;
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.generation(); }
   kernels::RouteArgs route_args(const tern_routing& routing, int32_t lane_idx) const;

@@ -44,13 +44,7 @@ std::optional<tern_failure> recorded_failure(const Domain& domain) {
   layout::FailureCell& cell = domain.failure(domain.rank);
   if (std::atomic_ref<uint32_t>(cell.state).load(std::memory_order_acquire) != layout::kFailureSet) return std::nullopt;
   tern_failure failure;
-  failure.status = static_cast<tern_status>(cell.status);
-  failure.waiter = cell.waiter;
-  failure.awaited = cell.awaited;
-  failure.lane = cell.lane;
-  failure.operation = cell.operation;
-  failure.expected_epoch = cell.expected_epoch;
-  failure.seen_epoch = cell.seen_epoch;
+  copy_failure(cell, failure);
   return failure;
 }
 
@@ -60,13 +54,7 @@ void announce_failure(const Domain& domain, const tern_failure& failure) {
     std::atomic_ref<uint32_t> state(cell.state);
     uint32_t expected = layout::kFailureNone;
     if (!state.compare_exchange_strong(expected, layout::kFailureClaimed, std::memory_order_acq_rel)) return;
-    cell.status = failure.status;
-    cell.waiter = failure.waiter;
-    cell.awaited = failure.awaited;
-    cell.lane = failure.lane;
-    cell.operation = failure.operation;
-    cell.expected_epoch = failure.expected_epoch;
-    cell.seen_epoch = failure.seen_epoch;
+    copy_failure(failure, cell);
     state.store(layout::kFailureSet, std::memory_order_release);
     for (int lane = 0; lane < domain.layout.num_lanes; ++lane) ring(domain.doorbell(owner, lane));
   });

@@ -20,6 +20,18 @@ std::string failure_text(const Domain& domain, const tern_failure& failure);
 // What is recorded in this rank's window, if anything.
 std::optional<tern_failure> recorded_failure(const Domain& domain);
 
+// The same record elsewhere: tern_failure, layout::FailureCell (but for its state), layout::FailureRecord.
+template <typename From, typename To>
+void copy_failure(const From& from, To& to) {
+  to.status = static_cast<decltype(to.status)>(from.status);
+  to.waiter = from.waiter;
+  to.awaited = from.awaited;
+  to.lane = from.lane;
+  to.operation = from.operation;
+  to.expected_epoch = from.expected_epoch;
+  to.seen_epoch = from.seen_epoch;
+}
+
 // Records the failure in every window where none is yet, and wakes everybody up. Never waits.
 void announce_failure(const Domain& domain, const tern_failure& failure);
 

@@ -23,8 +23,8 @@ struct Mailbox {
 // Under TERN_ON_TIMEOUT_MASK, in this rank's own device memory: who has been missed, and who has a part in an operation. Zero at the start of a
 // generation.
 struct Attendance {
-  uint64_t given_up
-      [layout::kMostLatencyRanks];  // not 0: the epoch in which this rank has waited for that one until the deadline; nobody waits again
+  // Not 0: the epoch in which this rank has waited for that one until the deadline; it is not waited for again.
+  uint64_t given_up[layout::kMostLatencyRanks];
   // Of the last operation whose receiving side has begun: 2 * epoch, + 1 if it goes on without the rank. All blocks go by the first one's word.
   uint64_t decided[layout::kMostLatencyRanks];
 };

@@ -76,7 +76,7 @@ class LatencyCall {
   }
   __device__ void put_word(int owner, int32_t word, uint32_t value) const { op_.put_word(words(owner, rank()) + word, value); }
   __device__ bool await_word(int source, int32_t word, uint32_t& value, int64_t* wait_ns = nullptr) const {
-    return reported(op_.template await_word<kMasks>(words(rank(), source) + word, source, value, wait_ns));
+    return reported(op_.await_word<kMasks>(words(rank(), source) + word, source, value, wait_ns));
   }
 
   // All threads of the block. False: the exchange has failed, and nothing is to be done.
@@ -138,11 +138,11 @@ class LatencyCall {
   __device__ void raise_row(int owner, int32_t token) const { store_release_sys(row_flag(owner, rank(), token), op_.epoch); }
   // One thread.
   __device__ bool await_row(int source, int32_t token) const {
-    return reported(op_.template await<kMasks>(row_flag(rank(), source, token), op_.epoch, source));
+    return reported(op_.await<kMasks>(row_flag(rank(), source, token), op_.epoch, source));
   }
 
-  // The first kThreads of a block, under TERN_ON_TIMEOUT_MASK, when they have called await_all(), which waits for all that this block will use of others
-  // and calls miss() for what does not come: who has a part in the operation.
+  // The first kThreads of a block, under TERN_ON_TIMEOUT_MASK: finds out who has a part in the operation. await_all() waits for all that this block
+  // will use of others, and calls miss() for what does not come.
   template <int kThreads, typename AwaitAll>
   __device__ void settle_attendance(AwaitAll await_all) const {
     do {
@@ -215,7 +215,7 @@ class LatencyCall {
 
   // Nothing is sent to a rank that was given up, nor to one that still needs what it was sent two epochs ago.
   __device__ __noinline__ void await_bank_or_cut_off(int peer) const {
-    if (op_.given_up_in(peer) != 0 || (args_.sends && !op_.template await_bank<kMasks>(peer))) add_rank(kCutOff, peer);
+    if (op_.given_up_in(peer) != 0 || (args_.sends && !op_.await_bank<kMasks>(peer))) add_rank(kCutOff, peer);
   }
 
   // One thread: has `source` a part in what this operation receives? The first block that knows decides.
@@ -238,7 +238,7 @@ class LatencyCall {
     const uint64_t consumed = load_acquire_sys(&progress(rank(), peer)->consumed);
     if (blockIdx.x == 0) post_consumed_before(peer);
     if (may_go_on_without()) await_bank_or_cut_off(peer);
-    return may_go_on_without() || !args_.sends || consumed + layout::kNumBanks >= op_.epoch || op_.template await_bank<kMasks>(peer);
+    return may_go_on_without() || !args_.sends || consumed + layout::kNumBanks >= op_.epoch || op_.await_bank<kMasks>(peer);
   }
 
   // What earlier kernels took is read: they have ended.

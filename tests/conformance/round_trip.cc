@@ -305,4 +305,19 @@ void RoundTrip::report(const std::string& text) {
   if (differences_.size() < kMostReports) differences_.push_back(fmt::format("rank {}: {}", place_.rank, text));
 }
 
+void run_two_in_flight(RoundTrip& first, RoundTrip& second, const ReceiveOrder& order) {
+  const auto each = [&](bool in_order, auto finish) {
+    finish(in_order ? first : second);
+    finish(in_order ? second : first);
+  };
+  for (int batch = 0; batch < 3; ++batch) {
+    first.begin_dispatch(batch, TERN_PHASE_SEND);
+    second.begin_dispatch(batch, TERN_PHASE_SEND);
+    each(order.dispatches_in_order, [&](RoundTrip& trip) { trip.finish_dispatch(batch, TERN_PHASE_RECEIVE); });
+    first.begin_combine(batch, TERN_PHASE_SEND);
+    second.begin_combine(batch, TERN_PHASE_SEND);
+    each(order.combines_in_order, [&](RoundTrip& trip) { trip.finish_combine(batch, TERN_PHASE_RECEIVE); });
+  }
+}
+
 }  // namespace tern::conformance

@@ -103,4 +103,12 @@ class RoundTrip {
   std::vector<std::string> differences_;
 };
 
+// Two trips that have been routed: three batches, with both sends of a dispatch, then of a combine, under way before the first is received.
+// In order: that of the first trip is received first.
+struct ReceiveOrder {
+  bool dispatches_in_order = true;
+  bool combines_in_order = true;
+};
+void run_two_in_flight(RoundTrip& first, RoundTrip& second, const ReceiveOrder& order);
+
 }  // namespace tern::conformance

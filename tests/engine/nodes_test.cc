@@ -94,18 +94,7 @@ TEST_F(Nodes, TwoSendsUnderWay) {
                      RoundTrip first(a, rank, exchange, device), second(b, rank, exchange, device);
                      first.route();
                      second.route();
-                     RoundTrip& earlier = in_order ? first : second;
-                     RoundTrip& later = in_order ? second : first;
-                     for (int batch = 0; batch < 3; ++batch) {
-                       first.begin_dispatch(batch, TERN_PHASE_SEND);
-                       second.begin_dispatch(batch, TERN_PHASE_SEND);
-                       earlier.finish_dispatch(batch, TERN_PHASE_RECEIVE);
-                       later.finish_dispatch(batch, TERN_PHASE_RECEIVE);
-                       first.begin_combine(batch, TERN_PHASE_SEND);
-                       second.begin_combine(batch, TERN_PHASE_SEND);
-                       earlier.finish_combine(batch, TERN_PHASE_RECEIVE);
-                       later.finish_combine(batch, TERN_PHASE_RECEIVE);
-                     }
+                     run_two_in_flight(first, second, {in_order, in_order});
                      std::vector<std::string> differences = first.differences();
                      differences.insert(differences.end(), second.differences().begin(), second.differences().end());
                      return differences;

@@ -106,23 +106,12 @@ TEST(Rounds, AreCounted) {
 }
 
 // Two sends under way before the first is received, along two plans.
-void run_two_in_flight(const Scenario& a, const Scenario& b, bool receive_in_order, int32_t rank, tern_exchange* exchange,
-                       std::vector<std::string>& differences) {
+void run_two_plans(const Scenario& a, const Scenario& b, bool receive_in_order, int32_t rank, tern_exchange* exchange,
+                   std::vector<std::string>& differences) {
   RoundTrip first(a, rank, exchange), second(b, rank, exchange);
   if (!a.c.fused) first.route();
   if (!b.c.fused) second.route();
-  RoundTrip& earlier = receive_in_order ? first : second;
-  RoundTrip& later = receive_in_order ? second : first;
-  for (int batch = 0; batch < 3; ++batch) {
-    first.begin_dispatch(batch, TERN_PHASE_SEND);
-    second.begin_dispatch(batch, TERN_PHASE_SEND);
-    earlier.finish_dispatch(batch, TERN_PHASE_RECEIVE);
-    later.finish_dispatch(batch, TERN_PHASE_RECEIVE);
-    first.begin_combine(batch, TERN_PHASE_SEND);
-    second.begin_combine(batch, TERN_PHASE_SEND);
-    earlier.finish_combine(batch, TERN_PHASE_RECEIVE);
-    later.finish_combine(batch, TERN_PHASE_RECEIVE);
-  }
+  run_two_in_flight(first, second, {receive_in_order, receive_in_order});
   for (const RoundTrip* trip : {&first, &second})
     differences.insert(differences.end(), trip->differences().begin(), trip->differences().end());
 }
@@ -142,7 +131,7 @@ TEST(Phases, TwoSendsInFlight) {
         const Scenario b(c);
         expect_right(c, run_threads(c.num_ranks, a.exchange_options(2), {}, [&](int32_t rank, tern_exchange* exchange, RankDevice&) {
                        std::vector<std::string> differences;
-                       run_two_in_flight(a, b, receive_in_order, rank, exchange, differences);
+                       run_two_plans(a, b, receive_in_order, rank, exchange, differences);
                        return differences;
                      }));
       }

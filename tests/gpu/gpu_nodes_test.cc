@@ -124,16 +124,7 @@ TEST_P(GpuNodeThreads, TwoSendsUnderWay) {
         RoundTrip first(a, rank, exchange, device), second(b, rank, exchange, device);
         first.route();
         second.route();
-        for (int batch = 0; batch < 3; ++batch) {
-          first.begin_dispatch(batch, TERN_PHASE_SEND);
-          second.begin_dispatch(batch, TERN_PHASE_SEND);
-          second.finish_dispatch(batch, TERN_PHASE_RECEIVE);
-          first.finish_dispatch(batch, TERN_PHASE_RECEIVE);
-          first.begin_combine(batch, TERN_PHASE_SEND);
-          second.begin_combine(batch, TERN_PHASE_SEND);
-          first.finish_combine(batch, TERN_PHASE_RECEIVE);
-          second.finish_combine(batch, TERN_PHASE_RECEIVE);
-        }
+        run_two_in_flight(first, second, {.dispatches_in_order = false});
         std::vector<std::string> differences = first.differences();
         differences.insert(differences.end(), second.differences().begin(), second.differences().end());
         return differences;
