@@ -56,6 +56,25 @@ void DispatchOperation::set_parts() {
   slot_ = all_;
   if (rows_at_ >= 0) slot_.row_bytes = 0;
   if (scales_at_ >= 0) slot_.scale_bytes = 0;
+  set_delivery();
+}
+
+// In rank_major everybody knows where rows come to lie. Those in place are written by their source into outputs that are window memory, if scales
+// can be too: then a row is loaded once, and not once for each rank that it goes to.
+void DispatchOperation::set_delivery() {
+  const tern_dispatch_args& a = call_.args;
+  const bool is_known = plan_.shape().layout == TERN_LAYOUT_RANK_MAJOR && plan_.shape().num_nodes == 1;
+  const bool dense_scales = call_.scale_bytes % kPartAlignment == 0 && a.out_scale_order == TERN_SCALES_ROW_MAJOR &&
+                            reinterpret_cast<uintptr_t>(a.out_scales) % kPartAlignment == 0;
+  if (!is_known || !dense_scales || launch_.phase != TERN_PHASE_WHOLE || a.encoding != TERN_ENCODING_AS_GIVEN ||
+      !plan_.exchange().lane(launch_.lane).open_sends.empty())
+    return;
+  delivers_ = rows_at_ >= 0 && slot_.scale_bytes == 0;
+  const int64_t num_rows = dispatch_outputs(plan_, call_).num_rows;
+  takes_rows_at_ = plan_.exchange().heap_offset(a.out_tokens, num_rows * call_.wire_bytes);
+  if (call_.scale_bytes == 0 || a.out_scales == nullptr) return;
+  takes_scales_at_ = plan_.exchange().heap_offset(a.out_scales, num_rows * call_.scale_bytes);
+  if (takes_scales_at_ < 0) takes_rows_at_ = -1;
 }
 
 layout::CallShape dispatch_shape(const CudaPlan& plan, const DispatchCall& call) {
@@ -84,10 +103,11 @@ void DispatchOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
 }
 
 void DispatchOperation::enqueue_round(const BatchRound& round, cudaStream_t stream) const {
-  const kernels::DispatchArgs args = round_args(round);
+  kernels::DispatchArgs args = round_args(round);
   // Scales of many KiB leave no room for rings.
   const int64_t least_bytes = int64_t{kLeastStages} * args.roles.num_pull_warps * args.pieces.stage_bytes;
   const bool bulk = plan_.exchange().facts().has_bulk_copies && least_bytes <= ring_bytes(plan_.exchange().num_ranks());
+  args.transfer.delivers = args.transfer.delivers && bulk;
   tern::cuda::check(kernels::launch_dispatch(args, bulk, num_sms_, stream), "launching the kernel of dispatch");
 }
 
@@ -132,7 +152,8 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles, in
   p.scales = p.piece_bytes;
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
   p.entries = p.weights + (call_.carries_weights ? topk : 0);
-  p.stage_bytes = static_cast<int32_t>(layout::align_up(p.entries + topk + kernels::kPieceTagBytes, layout::kBulkLine));
+  const auto refs = static_cast<int32_t>(plan_.tables().messages_per_token * sizeof(kernels::MessageRef));
+  p.stage_bytes = static_cast<int32_t>(layout::align_up(p.entries + std::max(topk, refs) + kernels::kPieceTagBytes, layout::kBulkLine));
   p.num_stages = ring_stages(most_bytes, roles.num_pull_warps, p.stage_bytes, kLeastStages);
   return p;
 }
@@ -194,6 +215,9 @@ kernels::DispatchArgs DispatchOperation::round_args(const BatchRound& round) con
   args.pieces = pieces(args.roles, deals ? std::min(kRingBytesBesideLoads, most_bytes) : most_bytes);
   kernels::TransferArgs& t = args.transfer;
   t.in_place = rows_at >= 0 || scales_at >= 0;
+  t.delivers = delivers_ && !is_packed;
+  t.takes_rows_at = takes_rows_at_;
+  t.takes_scales_at = takes_scales_at_;
   t.rows = rows_at >= 0 ? heap_part(rows_at, a.token_stride_bytes) : staged_part(t, slot, slot.row(), slot.row_bytes);
   t.scales = scales_at >= 0 ? heap_part(scales_at, a.scale_token_stride_bytes) : staged_part(t, slot, slot.scales(), slot.scale_bytes);
   t.weights = staged_part(t, slot, slot.weights(), slot.weight_bytes);

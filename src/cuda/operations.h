@@ -37,6 +37,7 @@ class DispatchOperation {
 
  private:
   void set_parts();
+  void set_delivery();
   kernels::RowPieces pieces(const kernels::WarpRoles& roles, int64_t most_bytes) const;
   int32_t stage_run(const kernels::WarpRoles& roles, const layout::StagedSlot& slot) const;
   kernels::DispatchArgs batch_args(const BatchRound& round) const;
@@ -48,6 +49,9 @@ class DispatchOperation {
   int64_t num_tokens_;
   int64_t rows_at_ = -1;  // in the heap, where the peers pull them; -1: they are staged
   int64_t scales_at_ = -1;
+  bool delivers_ = false;       // into the outputs of the others, as far as they take rows
+  int64_t takes_rows_at_ = -1;  // in the heap, where the others may write this rank's outputs
+  int64_t takes_scales_at_ = -1;
   layout::StagedSlot all_;   // a token with all its parts
   layout::StagedSlot slot_;  // what goes through the staging
   layout::CallShape shape_;

@@ -7,6 +7,7 @@
 //   pulling warps   walk over the received messages, wait for their chunks, and copy
 //
 // A staging warp waits for nothing that another rank does in this operation, so every chunk is finished some time.
+#include "kernels/delivery.cuh"
 #include "kernels/dispatch.h"
 #include "kernels/dispatch_outputs.cuh"
 #include "kernels/message_arrivals.cuh"
@@ -23,6 +24,7 @@ constexpr int kMostThreads = 512;
 // A row of 7168 bytes: few warps stage, so each has much on its way.
 constexpr int kStageUnroll = 14;
 constexpr int kPullBarrier = 1;
+constexpr int kOpenBarrier = 2;  // of all warps: the sources are open
 
 __host__ __device__ constexpr SharedLayout shared_layout_of(const DispatchArgs& args, bool bulk_copies) {
   return {args.transfer.exchange.num_ranks, args.roles.num_pull_warps, args.pieces.num_stages, args.pieces.stage_bytes, bulk_copies};
@@ -244,6 +246,12 @@ class MessagePuller {
   std::byte* fetched_for_ = nullptr;
 };
 
+// What all warps of a block know of the others' calls.
+struct Sources {
+  SourceView* views;
+  bool* are_open;  // false: the exchange has failed
+};
+
 // The part of a staging warp.
 __device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
   const int num_warps = args.roles.num_stage_warps, warp = static_cast<int>(threadIdx.x) / kWarpThreads;
@@ -255,30 +263,53 @@ __device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
   if (args.writes_outputs) OutputWriter(args).write();
 }
 
+// What staging warps do in the end.
+__device__ void take_weights(const DispatchArgs& args, const Transfer& transfer, const Sources& sources) {
+  device::sync_some_warps(kOpenBarrier, args.roles.num_threads());
+  const auto num_threads = static_cast<uint32_t>(args.roles.num_stage_warps * kWarpThreads);
+  if (*sources.are_open) receive_weights(args, transfer, sources.views, blockIdx.x * num_threads + threadIdx.x, gridDim.x * num_threads);
+}
+
 // All pulling warps of a block: waits for the calls of all sources. False: the exchange has failed.
-__device__ bool open_sources(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, int thread) {
-  __shared__ int all_ok;
+__device__ bool open_sources(const DispatchArgs& args, const Transfer& transfer, const Sources& sources, int thread) {
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
-  if (thread == 0) all_ok = 1;
+  if (!transfer.open_sources(sources.views, thread, num_threads)) *sources.are_open = false;
+  device::fence_async_proxy();  // the copy engine reads what lies in place, and writes outputs
   device::sync_some_warps(kPullBarrier, num_threads);
-  if (!transfer.open_sources(sources, thread, num_threads)) all_ok = 0;
-  device::fence_async_proxy();  // the copy engine reads what lies in place
-  device::sync_some_warps(kPullBarrier, num_threads);
-  return all_ok != 0;
+  if (args.takes_weights()) device::arrive_at_barrier(kOpenBarrier, args.roles.num_threads());
+  return *sources.are_open;
 }
 
 // The part of a pulling warp.
 template <bool kBulk, typename Arrivals>
-__device__ void pull(const DispatchArgs& args, const Transfer& transfer, SourceView* sources, const Ring& ring) {
+__device__ void pull(const DispatchArgs& args, const Transfer& transfer, const Sources& sources, const Ring& ring) {
   const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
   const int32_t warp = thread / kWarpThreads * num_blocks + block, num_warps = args.roles.num_pull_warps * num_blocks;
-  MessagePuller<Arrivals> puller(args, sources, Arrivals(args, transfer, sources, warp, num_warps));
+  MessagePuller<Arrivals> puller(args, sources.views, Arrivals(args, transfer, sources.views, warp, num_warps));
   if (!open_sources(args, transfer, sources, thread)) return;
   if constexpr (kBulk)
     run_ring(ring, puller);
   else
     puller.pull_by_threads();
+}
+
+// The part of a pulling warp where this rank's rows are delivered: first these, then it pulls from those who do not deliver theirs.
+__device__ void deliver(const DispatchArgs& args, const Transfer& transfer, const Sources& sources, const Ring& ring) {
+  const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
+  const int32_t warp = thread / kWarpThreads * num_blocks + block, num_warps = args.roles.num_pull_warps * num_blocks;
+  if (!open_sources(args, transfer, sources, thread)) return;
+  RowDelivery delivery(args, sources.views, warp, num_warps);
+  run_ring(ring, delivery);
+  device::fence_async_proxy();  // what the copy engine has written, the end of the kernel publishes
+  bool pulls = false;
+  for (int source = 0; source < transfer.num_ranks(); ++source) pulls = pulls || !(sources.views[source].delivers || transfer.operation().is_masked(source));
+  if (!pulls) return;
+  ring.end();
+  ring.init();
+  MessagePuller<AheadArrivals> puller(args, sources.views, AheadArrivals(args, transfer, sources.views, warp, num_warps));
+  run_ring(ring, puller);
 }
 
 template <bool kBulk>
@@ -287,17 +318,22 @@ __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_con
   device::await_kernel_before();
   const SharedLayout shared_layout = shared_layout_of(args, kBulk);
   const Transfer transfer(args.transfer);
+  __shared__ bool are_open;
+  if (threadIdx.x == 0) are_open = true;
   if (transfer.operation().is_poisoned()) return;
+  const Sources sources{reinterpret_cast<SourceView*>(shared), &are_open};
   const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
   if (nth < 0) {
     stage(args, transfer);
+    if (args.takes_weights()) take_weights(args, transfer, sources);
   } else if (args.transfer.receives) {
     const RowPieces& p = args.pieces;
     const Ring ring{shared + shared_layout.rings + nth * p.num_stages * p.stage_bytes,
                     reinterpret_cast<uint64_t*>(shared + shared_layout.arrivals) + nth * p.num_stages, p.num_stages, p.stage_bytes};
     if constexpr (kBulk) ring.init();
-    auto* const sources = reinterpret_cast<SourceView*>(shared);
-    if (args.pull_run > 0)
+    if (kBulk && args.transfer.delivers)
+      deliver(args, transfer, sources, ring);
+    else if (args.pull_run > 0)
       pull<kBulk, DealtArrivals>(args, transfer, sources, ring);
     else
       pull<kBulk, AheadArrivals>(args, transfer, sources, ring);

@@ -69,7 +69,7 @@ struct RowPieces {
   int32_t piece_bytes = 0;
   int32_t scales = 0;
   int32_t weights = 0;
-  int32_t entries = 0;  // rows or experts of the message's entries
+  int32_t entries = 0;  // rows or experts of the message's entries; where a row is delivered, its MessageRefs
   int32_t stage_bytes = 0;
   int32_t num_stages = 0;
 };
@@ -94,6 +94,9 @@ struct DispatchArgs {
   bool follows_route = false;   // the kernel before it on the stream is that of its routing
 
   RowPieces pieces;
+
+  // The rows that are delivered to this rank come without their weights.
+  constexpr bool takes_weights() const { return transfer.takes_rows_at >= 0 && carries_weights; }
 };
 
 // Loads the kernels' code on the current device; `bulk_copies`: also those that use them, which need sm_90.

@@ -22,7 +22,12 @@ class AheadArrivals {
   __device__ AheadArrivals(const DispatchArgs& args, const Transfer& transfer, const SourceView* sources, int32_t warp, int32_t num_warps)
       : transfer_(transfer), sources_(sources), walk_(args.transfer, args.plan, warp, num_warps) {}
 
-  __device__ bool next(Message& message) { return walk_.next(message); }
+  // Those that are pulled.
+  __device__ bool next(Message& message) {
+    while (walk_.next(message))
+      if (!sources_[message.source].delivers) return true;
+    return false;
+  }
 
   // For the message that next() gave last. Waits for it if it may; false then: the exchange has failed. All threads look at once, each for its own
   // message of the batch. Nobody waits for those behind this one.
@@ -59,7 +64,12 @@ class DealtArrivals {
         sources_(sources),
         walk_({args.transfer, args.plan, num_warps, args.pull_run}, warp, &args.transfer.exchange.state->parts_taken) {}
 
-  __device__ bool next(Message& message) { return walk_.next(message); }
+  // Those that are pulled.
+  __device__ bool next(Message& message) {
+    while (walk_.next(message))
+      if (!sources_[message.source].delivers) return true;
+    return false;
+  }
 
   // Waits for it if it may; false then: the exchange has failed. The threads look at the flags of the next chunks as well, and the block's warps
   // tell each other what they have seen.

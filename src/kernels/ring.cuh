@@ -21,6 +21,12 @@ struct Ring {
     }
     __syncwarp();
   }
+  // After the last use, before the next init().
+  __device__ void end() const {
+    if (device::lane_idx() == 0)
+      for (int n = 0; n < num_stages; ++n) device::end_arrivals(arrivals + n);
+    __syncwarp();
+  }
 };
 
 // Goes round and round a ring.

@@ -13,7 +13,7 @@ namespace tern::kernels {
 // Of a block with bulk copies: what an SM of sm_90 and newer has, less what the system and static variables take.
 inline constexpr int64_t kMostSharedBytes = 226 << 10;
 // What blocks keep of each rank.
-inline constexpr int64_t kSourceViewBytes = 64;
+inline constexpr int64_t kSourceViewBytes = 80;
 inline constexpr int64_t kMostSourceBytes = layout::kMaxRanks * kSourceViewBytes;
 
 // The dynamic shared memory of a block: sources, then with bulk copies the rings of its pulling warps, whose arrivals stand before the stages.

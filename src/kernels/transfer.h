@@ -29,6 +29,11 @@ struct TransferArgs {
   bool pushes = false;
   int64_t sender_bytes = 0;
 
+  // Of a dispatch: see CallCell.
+  int64_t takes_rows_at = -1;
+  int64_t takes_scales_at = -1;
+  bool delivers = false;
+
   constexpr int64_t first_token() const { return int64_t{first_chunk} * tokens_per_chunk; }
 };
 static_assert(std::is_trivially_copyable_v<TransferArgs>);

@@ -55,6 +55,10 @@ struct alignas(kCacheLine) CallCell {
   int32_t operation = 0;
   int32_t num_tokens = 0;
   PulledPart rows, scales, weights;
+  // Of a dispatch in rank_major. Where src's outputs begin in its heap, if others may write there; -1: they may not, or there are none.
+  int64_t takes_rows_at = -1;
+  int64_t takes_scales_at = -1;
+  int32_t delivers = 0;  // 1: src writes its rows and scales into the outputs of all ranks that take rows
 };
 
 // Bulk copies between addresses that differ in where they begin in a line of this many bytes take twice the requests.
