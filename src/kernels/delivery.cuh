@@ -3,8 +3,9 @@
 // memory too (rank_major). A row is loaded once, with its scales, and stored to all ranks that it goes to. Weights are staged, and what the receiver
 // does for them its staging warps do in the end.
 //
-//   RowDelivery delivery(args, ranks, warp, num_warps);   // all threads of a warp
-//   run_ring(ring, delivery);                             // and then device::fence_async_proxy()
+//   RowDelivery delivery(args, ranks, warp, num_warps, open);   // all threads of a warp
+//   run_ring(ring, delivery);                                   // and then device::fence_async_proxy()
+//   if (!delivery.is_open()) ...                                // the exchange has failed
 //   receive_weights(args, transfer, sources, thread, num_threads);
 //
 // Memory: a rank's outputs may be written once its call has been seen (open_sources()); they are complete when all sources have posted `consumed`.
@@ -16,22 +17,31 @@
 
 namespace tern::kernels {
 
-// The rows of one warp, which it takes as it comes to them: a flow of ring.cuh.
+// The rows of one warp, which it takes as it comes to them: a flow of ring.cuh. The first rows are loaded while open() waits for the others' calls;
+// it says whether they have come, and `ranks` are valid then.
+template <typename Open>
 class RowDelivery {
  public:
   static constexpr int kPendingStores = 1;
 
-  __device__ RowDelivery(const DispatchArgs& args, const SourceView* ranks, int32_t warp, int32_t num_warps)
-      : args_(args), plan_(args.plan), ranks_(ranks), own_(ranks[args.transfer.exchange.rank]), num_warps_(num_warps) {
+  __device__ RowDelivery(const DispatchArgs& args, const SourceView* ranks, int32_t warp, int32_t num_warps, Open open)
+      : args_(args), plan_(args.plan), ranks_(ranks), num_warps_(num_warps), open_(open) {
     const TransferArgs& t = args.transfer;
     end_token_ = static_cast<int32_t>(min(int64_t{plan_.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk));
     look_ahead(warp);
   }
 
+  // Warps that have no rows ask too.
+  __device__ bool is_open() {
+    if (!has_asked_) is_open_ = open_();
+    has_asked_ = true;
+    return is_open_;
+  }
+
   __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool) {
     const RowPieces& p = args_.pieces;
     if (load_piece_ == 0) {
-      if (next_token_ >= end_token_) return RingLoad::kNoMore;
+      if (next_token_ >= end_token_ || (has_asked_ && !is_open_)) return RingLoad::kNoMore;
       token_ = next_token_;
 #pragma unroll
       for (int i = 0; i < kMostRefs; ++i) refs_[i] = refs_ahead_[i];
@@ -41,8 +51,8 @@ class RowDelivery {
       const bool is_last = load_piece_ + 1 == p.num_pieces;
       const uint32_t row_part = piece_size(load_piece_), scale_part = is_last ? static_cast<uint32_t>(args_.scale_bytes) : 0;
       device::expect_bytes(arrivals, row_part + scale_part);
-      device::bulk_load(stage, own_.rows + token_ * own_.row_stride + int64_t{load_piece_} * p.piece_bytes, row_part, arrivals);
-      if (scale_part > 0) device::bulk_load(stage + p.scales, own_.scales + token_ * own_.scale_stride, scale_part, arrivals);
+      device::bulk_load(stage, own(args_.transfer.rows) + int64_t{load_piece_} * p.piece_bytes, row_part, arrivals);
+      if (scale_part > 0) device::bulk_load(stage + p.scales, own(args_.transfer.scales), scale_part, arrivals);
     }
 #pragma unroll
     for (int i = 0; i < kMostRefs; ++i)
@@ -53,6 +63,7 @@ class RowDelivery {
 
   // Each thread stores to its ranks, which it wrote down itself.
   __device__ void store(std::byte* stage) {
+    if (!is_open()) return;
     const RowPieces& p = args_.pieces;
     const bool is_last = store_piece_ + 1 == p.num_pieces;
     const int64_t at = int64_t{store_piece_} * p.piece_bytes;
@@ -78,27 +89,38 @@ class RowDelivery {
     return static_cast<uint32_t>(min(int64_t{args_.pieces.piece_bytes}, args_.row_bytes - int64_t{piece} * args_.pieces.piece_bytes));
   }
 
-  // Nothing waits here: where token `nth` of the round goes is asked for a token ahead, and which one comes after it is two ahead.
+  // What lies in place, of the token that is loaded.
+  __device__ const std::byte* own(const layout::PulledPart& part) const {
+    const ExchangeView& exchange = args_.transfer.exchange;
+    return exchange.heap(exchange.rank) + part.offset + token_ * part.stride;
+  }
+
+  // Nothing waits here: where token `nth` of the round goes is asked for a token ahead, and which one comes after it is two ahead. Tokens begin with
+  // different ranks, or all would send to the same one at a time.
   __device__ void look_ahead(int32_t nth) {
     next_token_ = static_cast<int32_t>(args_.transfer.first_token()) + nth;
     if (next_token_ >= end_token_) return;
+    const int num_refs = plan_.messages_per_token;
+    const int shift = (args_.transfer.exchange.rank + nth) % num_refs;
 #pragma unroll
-    for (int i = 0; i < kMostRefs; ++i)
-      if (nth_ref(i) < plan_.messages_per_token)
-        refs_ahead_[i] = plan_.messages[int64_t{next_token_} * plan_.messages_per_token + nth_ref(i)];
+    for (int i = 0; i < kMostRefs; ++i) {
+      const int ref = nth_ref(i) + shift;
+      if (nth_ref(i) < num_refs) refs_ahead_[i] = plan_.messages[int64_t{next_token_} * num_refs + (ref < num_refs ? ref : ref - num_refs)];
+    }
     if (device::lane_idx() == 0) taken_ = atomicAdd(&args_.transfer.exchange.state->parts_taken, 1u);
   }
 
   const DispatchArgs& args_;
   const PlanView& plan_;
   const SourceView* const ranks_;
-  const SourceView& own_;
   const int32_t num_warps_;
   int32_t end_token_;
   int32_t token_ = 0, next_token_ = 0;
-  uint32_t taken_ = 0;  // thread 0's
+  uint32_t taken_ = 0;                                            // thread 0's
   MessageRef refs_[kMostRefs] = {}, refs_ahead_[kMostRefs] = {};  // the thread's, of the two tokens
   int load_piece_ = 0, store_piece_ = 0;
+  Open open_;
+  bool has_asked_ = false, is_open_ = false;
 };
 
 // Puts the weights of the messages whose rows are delivered to their places. Thread `thread` of `num_threads`: four weights at a time.

@@ -299,12 +299,13 @@ __device__ void deliver(const DispatchArgs& args, const Transfer& transfer, cons
   const auto num_blocks = static_cast<int32_t>(gridDim.x), block = static_cast<int32_t>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x) - args.roles.num_stage_warps * kWarpThreads;
   const int32_t warp = thread / kWarpThreads * num_blocks + block, num_warps = args.roles.num_pull_warps * num_blocks;
-  if (!open_sources(args, transfer, sources, thread)) return;
-  RowDelivery delivery(args, sources.views, warp, num_warps);
+  RowDelivery delivery(args, sources.views, warp, num_warps, [&] { return open_sources(args, transfer, sources, thread); });
   run_ring(ring, delivery);
   device::fence_async_proxy();  // what the copy engine has written, the end of the kernel publishes
+  if (!delivery.is_open()) return;
   bool pulls = false;
-  for (int source = 0; source < transfer.num_ranks(); ++source) pulls = pulls || !(sources.views[source].delivers || transfer.operation().is_masked(source));
+  for (int source = 0; source < transfer.num_ranks(); ++source)
+    pulls = pulls || !(sources.views[source].delivers || transfer.operation().is_masked(source));
   if (!pulls) return;
   ring.end();
   ring.init();

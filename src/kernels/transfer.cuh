@@ -21,13 +21,14 @@ struct SourceView {
   const std::byte* scales;
   const std::byte* weights;
   int64_t row_stride, scale_stride, weight_stride;
-  std::byte* takes_rows;    // the rank's outputs, where this one puts its rows and scales, if it delivers them; nullptr: there are none, or the
+  std::byte*
+      takes_rows;  // the rank's outputs, where this one puts its rows and scales, if it delivers them; nullptr: there are none, or the
   std::byte* takes_scales;  // rank pulls
-  bool is_staged;        // there are chunk flags to wait for
-  bool sides_follow;     // all parts are staged, so that scales and weights stand right behind the row
-  bool delivers;         // rows and scales are not pulled: the rank writes them into this one's outputs
-  bool rows_in_heap;     // rows lie in the order of the source's outputs, otherwise in that of this rank's tokens (combine)
-  uint64_t chunks_seen;  // that are there, as far as the block's warps tell each other: a bit each (dispatch)
+  bool is_staged;           // there are chunk flags to wait for
+  bool sides_follow;        // all parts are staged, so that scales and weights stand right behind the row
+  bool delivers;            // rows and scales are not pulled: the rank writes them into this one's outputs
+  bool rows_in_heap;        // rows lie in the order of the source's outputs, otherwise in that of this rank's tokens (combine)
+  uint64_t chunks_seen;     // that are there, as far as the block's warps tell each other: a bit each (dispatch)
 };
 static_assert(sizeof(SourceView) == kSourceViewBytes);
 
