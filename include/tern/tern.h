@@ -342,7 +342,7 @@ TERN_API tern_status tern_exchange_get_info(const tern_exchange* exchange, tern_
 
 /* Memory inside this rank's window, aligned to 256 bytes: what lies there is used in place by the other ranks (zero copy). CPU ranks
  * push, so that is the outputs of dispatch and the rows of combine. GPU ranks pull, so it is the tokens and scales of dispatch and the
- * rows of combine; each argument and rank by itself. Local: ranks may allocate different sizes in different orders.
+ * rows of combine, and in rank_major the outputs of dispatch besides; each argument and rank by itself. Local: ranks may allocate different sizes in different orders.
  * TERN_OUT_OF_MEMORY says how much is left. Thread-safe. */
 TERN_API tern_status tern_window_alloc(tern_exchange* exchange, int64_t bytes, void** pointer);
 TERN_API tern_status tern_window_free(tern_exchange* exchange, void* pointer);
@@ -535,7 +535,7 @@ typedef struct tern_dispatch_args {
 
   /* What goes out. */
   /* [num_tokens, hidden]; NULL allowed only with 0 tokens. GPU: pulled in place where they lie in window memory, with encoding AS_GIVEN and
-   * phase WHOLE and no send of the lane under way; the operation then ends when every rank has pulled. Otherwise they are staged */
+   * phase WHOLE and no send of the lane under way; the operation then ends when every rank has its rows. Otherwise they are staged */
   const void* tokens TERN_ZERO;
   tern_dtype dtype TERN_ZERO;
   tern_encoding encoding TERN_ZERO;
@@ -557,8 +557,9 @@ typedef struct tern_dispatch_args {
   /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where the outputs have rows.
    * Counts, offsets and ranges are those of the routing, also where rows were left out for want of capacity. */
   tern_scale_order out_scale_order TERN_ZERO;
-  /* [rows, hidden]. CPU: window memory on every rank (zero copy), or on none; see zero_copy. GPU: any; this rank itself writes it, so
-   * window memory does nothing here (it does for the rows of a combine) */
+  /* [rows, hidden]. CPU: window memory on every rank (zero copy), or on none; see zero_copy. GPU: any, each rank by itself. In rank_major,
+   * where this and out_scales are window memory, sources whose tokens and scales lie in place write their rows here directly (sm_90 and
+   * newer), from the time on when this operation begins on the stream until it ends; should it fail, until the next recovery */
   void* out_tokens TERN_ZERO;
   void* out_scales TERN_ZERO; /* scales as they arrive, by out_scale_order */
   int32_t* out_topk_idx

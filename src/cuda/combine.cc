@@ -14,16 +14,19 @@ struct Division {
   int64_t stage_share = 1, pull_share = 1;
 };
 
-// All times below are of 4 ranks, 4096 tokens of 7168 bf16 channels, in us with 24 / 32 SMs.
+// All times below are of 4 ranks, 4096 tokens of 7168 bf16 channels, in us with 24 / 32 SMs, where one stands alone with 8.
 Division division(const kernels::CombineArgs& args, bool bulk_copies, int32_t num_sms) {
   // Ordinary loads and stores: many warps.
   if (!bulk_copies) return !args.rows_staged ? Division{1, 15} : args.copies_rows() ? Division{10, 6} : Division{12, 4};
-  // Rows from windows: with 15 pulling warps and pieces of 1 KiB 514 / 542, so 508 / 520.
-  if (!args.rows_staged) return {1, 7, 2, 3};
+  // Rows from windows: with 15 pulling warps and pieces of 1 KiB 514 / 542, so 508 / 520. A few SMs wait for their instructions, which more warps
+  // make good for: with 7 of them 730, 9 647, 11 560, 15 590.
+  if (!args.rows_staged) return num_sms <= kFewSms ? Division{1, 11} : Division{1, 7, 2, 3};
   // Sums take an SM's instructions, more than the link: 8 + 4 warps 956 / 738, 10 + 6 860 / 663, so 765 / 585.
   if (!args.copies_rows()) return {12, 4, 4, 3};
-  // Copies fill the link with about 100 warps of 28 KiB; more of them only keep the slowest chunks waiting: 4 + 6 517 / 553, 2 + 8 555 / 531.
+  // Copies fill the link with about 100 warps; more of them only keep the slowest chunks waiting: 4 + 6 517 / 553, 2 + 8 555 / 531. Where they
+  // cannot be too many: 4 + 6 1248, 8 + 8 896.
   constexpr int32_t kCopyWarps = 96;
+  if (num_sms * 8 <= kCopyWarps) return {8, 8};
   return num_sms * 4 <= kCopyWarps ? Division{4, 6, 5, 3} : Division{3, 8, 5, 3};
 }
 

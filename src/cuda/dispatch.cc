@@ -15,9 +15,6 @@ constexpr int32_t kPullRun = 4;
 // Beside warps that stage rows: leaves the SM a cache for their loads, which have no ring. With what else a block has it fits the 132 KiB that
 // an SM of sm_90 divides off for shared memory.
 constexpr int64_t kRingBytesBesideLoads = 124 << 10;
-// So few SMs do not fill the link, and want much under way: whole rings, and messages that are known far ahead. fp8, 4 ranks, 8 SMs, from the caller's
-// memory: 592 us with what is best for 24 SMs, and 412 with messages dealt out beforehand, whole rings and more warps.
-constexpr int32_t kFewSms = 16;
 
 }  // namespace
 
@@ -202,8 +199,11 @@ kernels::DispatchArgs DispatchOperation::round_args(const BatchRound& round) con
   if (a.wait_ns != nullptr) args.transfer.wait_ns = a.wait_ns + plan_.shape().first_rank();
   if (is_packed) args.in = {.encoding = TERN_ENCODING_AS_GIVEN, .slots = round.slots, .node = round.node};
   const bool stages_rows = slot.row_bytes > 0 && launch_.phase != TERN_PHASE_RECEIVE;
-  args.roles = {.num_stage_warps = stages_rows ? 8 : 4, .num_pull_warps = 8};
+  // Few warps deliver enough to fill the link, with 24 SMs: fp8 250 and bf16 466 us with 4 of them, 252 and 470 with 8, 254 and 473 with 12.
+  const bool is_delivery = delivers_ && !is_packed;
+  args.roles = {.num_stage_warps = stages_rows ? 8 : 4, .num_pull_warps = is_delivery && num_sms_ > kFewSms ? 4 : 8};
   args.stage_run = stage_run(args.roles, slot);
+  // Few SMs want messages that are known far ahead, and whole rings: fp8 from the caller's memory with 8 SMs 592 us as with 24, so 412.
   const bool deals = stages_rows && num_sms_ > kFewSms;
   args.pull_run = deals ? kPullRun : 0;
   const bool is_behind_route = a.routing != nullptr && args.transfer.sends && round.is_first && plan_.shape().num_nodes == 1;
@@ -215,7 +215,7 @@ kernels::DispatchArgs DispatchOperation::round_args(const BatchRound& round) con
   args.pieces = pieces(args.roles, deals ? std::min(kRingBytesBesideLoads, most_bytes) : most_bytes);
   kernels::TransferArgs& t = args.transfer;
   t.in_place = rows_at >= 0 || scales_at >= 0;
-  t.delivers = delivers_ && !is_packed;
+  t.delivers = is_delivery;
   t.takes_rows_at = takes_rows_at_;
   t.takes_scales_at = takes_scales_at_;
   t.rows = rows_at >= 0 ? heap_part(rows_at, a.token_stride_bytes) : staged_part(t, slot, slot.row(), slot.row_bytes);

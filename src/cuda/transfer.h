@@ -42,6 +42,8 @@ int choose_num_sms(const CudaExchange& exchange, const tern_launch& launch, int6
 // One SM moves at least this much while the others use up the link's rate: batches up to here need one SM for each.
 inline constexpr int64_t kBytesPerSm = 512 << 10;
 inline constexpr int kSaturatingSms = 24;
+// So few SMs do not fill the link: they want more warps, and more of what is known beforehand.
+inline constexpr int kFewSms = 16;
 
 // Chunks of tokens that fit one round. TERN_OUT_OF_MEMORY says what staging would be needed if not even one does.
 int32_t chunks_per_round(const CudaPlan& plan, int64_t staging_bytes, int64_t token_bytes, const char* operation);

@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_con
     else
       pull<kBulk, AheadArrivals>(args, transfer, sources, ring);
   }
-  transfer.finish();
+  transfer.finish(sources.views);
 }
 
 }  // namespace

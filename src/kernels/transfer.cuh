@@ -21,12 +21,11 @@ struct SourceView {
   const std::byte* scales;
   const std::byte* weights;
   int64_t row_stride, scale_stride, weight_stride;
-  std::byte*
-      takes_rows;  // the rank's outputs, where this one puts its rows and scales, if it delivers them; nullptr: there are none, or the
-  std::byte* takes_scales;  // rank pulls
+  std::byte* takes_rows;    // the source's outputs, into which this rank may deliver its rows; nullptr: none
+  std::byte* takes_scales;  // and its scales
   bool is_staged;           // there are chunk flags to wait for
   bool sides_follow;        // all parts are staged, so that scales and weights stand right behind the row
-  bool delivers;            // rows and scales are not pulled: the rank writes them into this one's outputs
+  bool delivers;            // rows and scales are not pulled: the source writes them into this rank's outputs
   bool rows_in_heap;        // rows lie in the order of the source's outputs, otherwise in that of this rank's tokens (combine)
   uint64_t chunks_seen;     // that are there, as far as the block's warps tell each other: a bit each (dispatch)
 };
@@ -129,13 +128,13 @@ class Transfer {
     return (seen & 1) != 0;
   }
 
-  // All threads of all blocks, at the end.
-  __device__ void finish() const {
+  // All threads of all blocks, at the end. `sources` as opened, where some may deliver.
+  __device__ void finish(const SourceView* sources = nullptr) const {
     LaneState* state = args_.exchange.state;
     if (!op_.is_last_block(&state->blocks_done)) return;
     if (args_.receives) op_.post_consumed();
     if (op_.is_aborted() && threadIdx.x == 0) op_.report_abort();
-    if (args_.in_place || args_.takes_rows_at >= 0) await_others();
+    if (args_.in_place || args_.takes_rows_at >= 0) await_others(sources);
     __syncthreads();
     if (threadIdx.x != 0) return;
     state->runs_taken = state->parts_taken = 0;
@@ -168,7 +167,7 @@ class Transfer {
     view.weight_stride = cell.weights.stride;
     view.is_staged = (cell.rows.staged | cell.scales.staged | cell.weights.staged) != 0;
     view.sides_follow = (cell.rows.in_heap | cell.scales.in_heap | cell.weights.in_heap) == 0;
-    view.delivers = is_delivered_by(cell);
+    view.delivers = cell.delivers != 0 && args_.takes_rows_at >= 0;
     view.rows_in_heap = cell.rows.in_heap != 0;
     view.takes_rows = cell.takes_rows_at >= 0 ? args_.exchange.heap(source) + cell.takes_rows_at : nullptr;
     view.takes_scales = cell.takes_scales_at >= 0 ? args_.exchange.heap(source) + cell.takes_scales_at : nullptr;
@@ -180,12 +179,10 @@ class Transfer {
     return args_.exchange.window(args_.pushes ? rank() : source) + part.offset;
   }
 
-  __device__ bool is_delivered_by(const layout::CallCell& cell) const { return cell.delivers != 0 && args_.takes_rows_at >= 0; }
-
   // Until they have pulled what lies in place here, and delivered what they do.
-  __device__ void await_others() const {
+  __device__ void await_others(const SourceView* sources) const {
     for (int peer = static_cast<int>(threadIdx.x); peer < num_ranks(); peer += static_cast<int>(blockDim.x)) {
-      if (op_.is_masked(peer) || !(args_.in_place || is_delivered_by(*op_.call(rank(), peer)))) continue;
+      if (op_.is_masked(peer) || !(args_.in_place || sources[peer].delivers)) continue;
       if (!op_.await(&op_.progress(rank(), peer)->consumed, op_.epoch, peer)) return;
     }
   }

@@ -130,6 +130,7 @@ std::string Case::name() const {
   add(window_tokens, "window_tokens", "");
   add(window_dispatch, "window_dispatch", "");
   add(window_combine, "window_combine", "");
+  add(mixed_windows, "mixed_windows", "");
   add(staging_bytes != 0, "staging=", staging_bytes);
   add(mode != TERN_MODE_AUTO, "mode=", kModeNames[mode]);
   add(num_lanes != 1, "lane=", fmt::format("{}/{}", lane, num_lanes));

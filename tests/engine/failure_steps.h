@@ -28,6 +28,14 @@ inline Case ordinary_case(const SceneSettings& settings) {
   c.layout = TERN_LAYOUT_EXPERT_MAJOR;
   c.extent = settings.extent;
   c.weighting = TERN_WEIGHTS_DISPATCH;
+  if (settings.in_windows) {
+    c.layout = TERN_LAYOUT_RANK_MAJOR;
+    c.weighting = TERN_WEIGHTS_NONE;
+    c.max_tokens = 200;
+    c.hidden = 2048;
+    c.window_tokens = c.window_dispatch = c.window_combine = true;
+    c.mode = TERN_MODE_THROUGHPUT;
+  }
   return c;
 }
 
@@ -63,7 +71,8 @@ struct Member {
     return options;
   }
   tern_exchange_options exchange_options(const Scenario& scenario, tern_timeout_policy policy) const {
-    tern_exchange_options options = with(scenario.exchange_options(), settings.run, *device);
+    constexpr int32_t kMostTrips = 2;  // a rank keeps that before the failure
+    tern_exchange_options options = with(scenario.exchange_options(kMostTrips), settings.run, *device);
     options.on_timeout = policy;
     return options;
   }

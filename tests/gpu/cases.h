@@ -58,6 +58,33 @@ inline std::vector<Case> window_cases(int32_t num_ranks) {
   return result;
 }
 
+// Large rows that go from window to window, in pieces too: on all ranks, or on some, where windows then begin elsewhere. With few rows, rows
+// beyond the capacity, graphs (extent WORST) and several rounds, the staging of which is chosen where they run.
+inline std::vector<Case> delivery_cases(int32_t num_ranks) {
+  std::vector<Case> result;
+  for (const tern_extent extent : {TERN_EXTENT_EXACT, TERN_EXTENT_WORST})
+    for (const int64_t scale_bytes : {0, 32})
+      for (const bool mixed : {false, true})
+        for (const bool few : {false, true}) {
+          Case c = ordinary_case(num_ranks, TERN_LAYOUT_RANK_MAJOR);
+          c.seed = 11 + result.size();
+          c.extent = extent;
+          c.max_tokens = 140;
+          c.spread = few ? Spread::kRandom : Spread::kFull;
+          c.routing = few ? Routing::kHoles : Routing::kUniform;
+          c.few_outputs = few;
+          c.row_capacity = few && scale_bytes > 0 ? 90 : 0;
+          c.hidden = few ? 1032 : 7168;
+          c.scale_bytes = scale_bytes;
+          c.window_tokens = c.window_dispatch = c.window_combine = true;
+          c.mixed_windows = mixed;
+          c.mode = TERN_MODE_THROUGHPUT;
+          c.delays = mixed && few;
+          result.push_back(c.normalized());
+        }
+  return result;
+}
+
 // Rows of DeepSeek-V3 (7168, top-8 of 256) and gpt-oss (2880, top-4 of 128).
 inline std::vector<Case> model_cases(int32_t num_ranks, int64_t max_tokens) {
   std::vector<Case> result;

@@ -26,8 +26,9 @@ class GpuFailure : public testing::TestWithParam<tern_extent> {
   SceneSettings settings() const { return failure_settings(GetParam()); }
 };
 
-INSTANTIATE_TEST_SUITE_P(Extents, GpuFailure, testing::Values(TERN_EXTENT_EXACT, TERN_EXTENT_WORST),
-                         [](const auto& chosen) { return chosen.param == TERN_EXTENT_EXACT ? "Exact" : "Worst"; });
+std::string extent_name(const testing::TestParamInfo<tern_extent>& chosen) { return chosen.param == TERN_EXTENT_EXACT ? "Exact" : "Worst"; }
+
+INSTANTIATE_TEST_SUITE_P(Extents, GpuFailure, testing::Values(TERN_EXTENT_EXACT, TERN_EXTENT_WORST), extent_name);
 
 TEST_P(GpuFailure, KilledRankIsNamedAndMasked) { killed_rank_is_named_and_masked(settings()); }
 TEST_P(GpuFailure, StoppedRankWakesUpAndHarmsNobody) { stopped_rank_wakes_up_and_harms_nobody(settings()); }
@@ -43,6 +44,24 @@ TEST_P(GpuFailure, PolicyMaskNeedsTheLatencyPath) {
   if (test_device() == TERN_DEVICE_CPU) GTEST_SKIP() << "CPU ranks have it everywhere";
   policy_mask_needs_the_latency_path(settings());
 }
+
+// Ranks write into each other's outputs.
+class GpuFailureInWindows : public GpuFailure {
+ protected:
+  SceneSettings settings() const {
+    SceneSettings result = GpuFailure::settings();
+    result.in_windows = true;
+    return result;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Extents, GpuFailureInWindows, testing::Values(TERN_EXTENT_EXACT, TERN_EXTENT_WORST), extent_name);
+
+TEST_P(GpuFailureInWindows, KilledRankIsNamedAndMasked) { killed_rank_is_named_and_masked(settings()); }
+TEST_P(GpuFailureInWindows, StoppedRankWakesUpAndHarmsNobody) { stopped_rank_wakes_up_and_harms_nobody(settings()); }
+TEST_P(GpuFailureInWindows, StoppedAnywhere) { struck_anywhere(settings(), SIGSTOP); }
+TEST_P(GpuFailureInWindows, KilledAnywhere) { struck_anywhere(settings(), SIGKILL); }
+TEST_P(GpuFailureInWindows, RecoveryOfAllRanks) { recovery_of_all_ranks(settings()); }
 
 // Of small batches in one call, with extent WORST.
 class GpuMasks : public testing::Test {

@@ -31,6 +31,11 @@ TEST_P(GpuProcesses, UnevenBatches) { expect_right_on_gpus(uneven_cases(GetParam
 
 TEST_P(GpuProcesses, Windows) { expect_right_on_gpus(window_cases(GetParam())); }
 
+TEST_P(GpuProcesses, RowsFromWindowToWindow) {
+  if (test_device() == TERN_DEVICE_CPU) GTEST_SKIP() << "CPU ranks have outputs in windows on all ranks or on none";
+  expect_right_on_gpus(delivery_cases(GetParam()));
+}
+
 // A third of the staging that would hold the batch.
 TEST_P(GpuProcesses, Rounds) {
   expect_right_on_gpus(rounds_cases(GetParam()), [how = options()](const Group& group, Case c, RankDevice& device) {

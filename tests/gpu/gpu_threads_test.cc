@@ -17,6 +17,16 @@ class GpuThreads : public testing::TestWithParam<Placing> {
   void expect_right_on_gpus(const std::vector<Case>& cases, const RunOptions& how) const {
     expect_all_right(cases, [&](const Case& c) { return run_as_threads(c, how); });
   }
+  // With a third of the staging that would hold the batch.
+  void expect_right_in_rounds(const std::vector<Case>& cases, const RunOptions& how) const {
+    const std::vector<Group> groups = Group::local(num_ranks());
+    expect_all_right(cases, [&](Case c) {
+      tern_exchange_options wanted = Scenario(c).exchange_options();
+      wanted.device = how.device;
+      c.staging_bytes = Exchange::query_memory(groups.front(), wanted).staging_bytes / 3;
+      return run_as_threads(c, how);
+    });
+  }
 };
 
 INSTANTIATE_TEST_SUITE_P(Ranks, GpuThreads,
@@ -43,17 +53,16 @@ TEST_P(GpuThreads, UnevenBatches) { expect_right_on_gpus(uneven_cases(num_ranks(
 
 TEST_P(GpuThreads, Windows) { expect_right_on_gpus(window_cases(num_ranks()), options()); }
 
-// A third of the staging that would hold the batch.
-TEST_P(GpuThreads, Rounds) {
-  const std::vector<Group> groups = Group::local(num_ranks());
-  const RunOptions how = options();
-  expect_all_right(rounds_cases(num_ranks()), [&](Case c) {
-    tern_exchange_options wanted = Scenario(c).exchange_options();
-    wanted.device = how.device;
-    c.staging_bytes = Exchange::query_memory(groups.front(), wanted).staging_bytes / 3;
-    return run_as_threads(c, how);
-  });
+TEST_P(GpuThreads, RowsFromWindowToWindow) {
+  if (test_device() == TERN_DEVICE_CPU) GTEST_SKIP() << "CPU ranks have outputs in windows on all ranks or on none";
+  RunOptions how = options();
+  expect_right_on_gpus(delivery_cases(num_ranks()), how);
+  expect_right_in_rounds(delivery_cases(num_ranks()), how);
+  how.num_replays = 5;
+  expect_right_on_gpus(delivery_cases(num_ranks()), how);
 }
+
+TEST_P(GpuThreads, Rounds) { expect_right_in_rounds(rounds_cases(num_ranks()), options()); }
 
 TEST_P(GpuThreads, ReplayedGraphs) {
   RunOptions how = options();

@@ -136,6 +136,8 @@ Costs round_costs() {
   costs.workers = 100;
   costs.link_gbps = costs.copy_gbps = costs.spread_gbps = costs.stage_gbps = costs.sum_gbps = costs.net_gbps = costs.small_gbps = 10;
   costs.staged_link_share = 0.5;
+  costs.deliver_gbps = 10;
+  costs.delivered_link_share = 1;
   costs.memory_gbps = kUnbounded;
   costs.worker_net_gbps = kUnbounded;
   costs.dispatch_us = costs.combine_us = costs.route_us = 100;
@@ -157,6 +159,24 @@ TEST(Forecast, GpuStagesOverlapAndTheSlowestCounts) {
   EXPECT_DOUBLE_EQ(two.predict({.op = "dispatch", .in_windows = false, .num_sms = 1}).us(), 100 + 3000);
   EXPECT_DOUBLE_EQ(two.predict({.op = "combine", .num_sms = 50}).us(), 100 + 1000);
   EXPECT_DOUBLE_EQ(two.predict({.op = "combine", .in_windows = false, .num_sms = 50}).us(), 100 + 2000);
+}
+
+// Where the source knows the rows, and reaches them.
+TEST(Forecast, RowsFromWindowToWindowHaveRatesOfTheirOwn) {
+  Costs costs = round_costs();
+  costs.deliver_gbps = 20;
+  costs.delivered_link_share = 4;
+  const auto predict = [&](const ForecastBatch& batch, const OperationChoice& choice) {
+    return Forecaster(batch, TERN_DEVICE_CUDA, costs).predict(choice).us();
+  };
+  ForecastBatch batch = full_batch({1, 2}, 10000, 1000);
+  EXPECT_DOUBLE_EQ(predict(batch, {.op = "dispatch", .num_sms = 1}), 100 + 1000);
+  EXPECT_DOUBLE_EQ(predict(batch, {.op = "dispatch", .num_sms = 50}), 100 + 250);
+  EXPECT_DOUBLE_EQ(predict(batch, {.op = "dispatch", .in_windows = false, .num_sms = 50}), 100 + 1000);
+  EXPECT_DOUBLE_EQ(predict(full_batch({2, 2}, 10000, 1000), {.op = "dispatch", .num_sms = 50}),
+                   gpus({2, 2}, 10000).predict({.op = "dispatch", .num_sms = 50}).us());
+  batch.layout = TERN_LAYOUT_EXPERT_MAJOR;
+  EXPECT_DOUBLE_EQ(predict(batch, {.op = "dispatch", .num_sms = 50}), 100 + 1000);
 }
 
 TEST(Forecast, OperationsInARowAddUp) {

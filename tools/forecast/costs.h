@@ -22,7 +22,9 @@ struct Costs {
   double workers = 0;
   double link_gbps = 0;
   double staged_link_share = 0;
+  double delivered_link_share = 0;
   double copy_gbps = 0;
+  double deliver_gbps = 0;
   double spread_gbps = 0;
   double stage_gbps = 0;
   double sum_gbps = 0;

@@ -194,18 +194,20 @@ Step Forecaster::dispatch(const OperationChoice& choice, bool routed) const {
   if (on_gpu() && choice.may_be_small && is_small(row_bytes_of("dispatch")))
     return small_step("dispatch", costs_.small_dispatch_us - (routed ? costs_.small_route_us : 0), load);
 
-  // On a GPU a token is staged once, and pulled by all; on a CPU it is pushed into the bank of each other rank.
+  // On a GPU a token is staged once, and pulled by all; or it is delivered, from window to window. On a CPU it is pushed into the bank of each
+  // other rank.
   const double staged = choice.in_windows ? 0 : on_gpu() ? load.tokens : load.link;
+  const bool is_delivered = choice.in_windows && on_gpu() && batch_.layout == TERN_LAYOUT_RANK_MAJOR && batch_.places.num_nodes == 1;
   Step step{.name = "dispatch", .stages = {}};
   add_rows(step,
            {.rows = load.rows(),
-            .rows_gbps = costs_.copy_gbps,
+            .rows_gbps = is_delivered ? costs_.deliver_gbps : costs_.copy_gbps,
             .staged = staged,
             .staged_gbps = costs_.stage_gbps,
             .entries = load.entries,
             .entries_gbps = costs_.spread_gbps},
            choice.num_sms);
-  if (on_gpu()) step.stages.push_back(transfer("link", load.link, costs_.link_gbps));
+  if (on_gpu()) step.stages.push_back(transfer("link", load.link, costs_.link_gbps * (is_delivered ? costs_.delivered_link_share : 1)));
   const double fixed_us = costs_.dispatch_us + (choice.in_windows ? 0 : costs_.stage_us);
   add_trips(step, fixed_us,
             fmt::format("{:g} us{}", costs_.dispatch_us, choice.in_windows ? "" : fmt::format(" + {:g} us staging", costs_.stage_us)));
