@@ -82,7 +82,7 @@ constexpr CostEntry kCosts[] = {
      &Costs::stage_us,
      "us",
      "a dispatch from the caller's memory: until the first rows are staged, and what staging takes from pulling",
-     {10, "4 H200: fp8 and bf16 dispatch with 24 and 32 SMs, 280.2, 290.0, 514.8 and 525.9 us, less link and dispatch-us"},
+     {10, "4 H200: fp8 and bf16 dispatch with 24 and 32 SMs, 280.2, 290.0, 515.4 and 526.4 us, less link and dispatch-us"},
      {0, nullptr}},
     {"combine-us",
      &Costs::combine_us,
