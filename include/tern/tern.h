@@ -557,9 +557,8 @@ typedef struct tern_dispatch_args {
   /* What comes in. rows = tern_plan_info.num_rows (exact), row_capacity (worst). Each may be NULL except out_tokens where the outputs have rows.
    * Counts, offsets and ranges are those of the routing, also where rows were left out for want of capacity. */
   tern_scale_order out_scale_order TERN_ZERO;
-  /* [rows, hidden]. CPU: window memory on every rank (zero copy), or on none; see zero_copy. GPU: any, each rank by itself. In rank_major,
-   * where this and out_scales are window memory, sources whose tokens and scales lie in place write their rows here directly (sm_90 and
-   * newer), from the time on when this operation begins on the stream until it ends; should it fail, until the next recovery */
+  /* [rows, hidden]. CPU: window memory on every rank (zero copy), or on none; see zero_copy. GPU: any. In rank_major, where this and
+   * out_scales are window memory, ranks whose tokens are in place write here while the operation runs; if it fails, until the recovery */
   void* out_tokens TERN_ZERO;
   void* out_scales TERN_ZERO; /* scales as they arrive, by out_scale_order */
   int32_t* out_topk_idx

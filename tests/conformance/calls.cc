@@ -12,12 +12,12 @@
 namespace tern::conformance {
 namespace {
 
-enum Stream : uint64_t { kDropped = 101, kWindowed, kMixed };
-enum class WindowUse { kTokens, kOutputs, kRows };
+enum Stream : uint64_t { kDropped = 101, kWindowed };
 
-// The window that this rank has such memory in, if the case wants that; NULL: its own memory.
+// The window that this rank has such memory in, if the case wants that; NULL: its own memory. Of four ranks each has it otherwise.
+enum class WindowUse { kInput = 1, kOutput = 2 };
 tern_exchange* window_for(WindowUse use, bool is_wanted, const Case& c, const RankPlace& place) {
-  const bool is_left_out = c.mixed_windows && Draw(c.seed, kMixed, place.rank).one_in(static_cast<int64_t>(use), 2);
+  const bool is_left_out = c.mixed_windows && (place.rank & static_cast<int32_t>(use)) != 0;
   return is_wanted && !is_left_out ? place.exchange : nullptr;
 }
 
@@ -87,7 +87,7 @@ void DispatchCall::load_inputs(const Case& c, const RankPlace& place, int64_t nu
     weights.push_back(make_weight(c, batch_, place.rank, WeightUse::kDispatch, i));
 
   const int64_t room = place.room_tokens;
-  tern_exchange* const window = window_for(WindowUse::kTokens, c.window_tokens, c, place);
+  tern_exchange* const window = window_for(WindowUse::kInput, c.window_tokens, c, place);
   args.tokens = tokens_.load(*place.device, tokens, static_cast<size_t>(room * token_stride), window);
   args.dtype = c.dtype;
   args.encoding = c.encoding;
@@ -104,7 +104,7 @@ void DispatchCall::load_inputs(const Case& c, const RankPlace& place, int64_t nu
 
 void DispatchCall::make_outputs(const Case& c, const RankPlace& place) {
   // The rows alone in the window, or the scales too.
-  tern_exchange* const window = window_for(WindowUse::kOutputs, c.window_dispatch, c, place);
+  tern_exchange* const window = window_for(WindowUse::kOutput, c.window_dispatch, c, place);
   tern_exchange* const scale_window = Draw(c.seed, kWindowed).one_in(0, 2) ? window : nullptr;
   std::vector<int64_t> sizes;
   expected_.for_each([&](const char*, const Bytes& bytes) { sizes.push_back(static_cast<int64_t>(bytes.size())); });
@@ -174,7 +174,7 @@ void CombineCall::load_rows(const Case& c, const RankPlace& place, const Placeme
       handed_back.push_back(holds_token ? make_weight(c, batch_, place.rank, WeightUse::kRow, row * per_row + k) : __builtin_nanf(""));
   }
   if (rows_.data() == nullptr)
-    rows_ = GuardedBuffer(static_cast<int64_t>(rows.size()), window_for(WindowUse::kRows, c.window_combine, c, place), *place.device);
+    rows_ = GuardedBuffer(static_cast<int64_t>(rows.size()), window_for(WindowUse::kInput, c.window_combine, c, place), *place.device);
   rows_.write(rows);
   args.rows = rows_.data();
   args.row_weights = row_weights_.load(*place.device, handed_back, handed_back.size());

@@ -72,7 +72,7 @@ struct Case {
   bool window_tokens = false;    // tokens and scales to be sent lie in the window
   bool window_dispatch = false;  // outputs of dispatch lie in the window
   bool window_combine = false;   // rows of combine lie in the window
-  bool mixed_windows = false;    // GPU: on some ranks alone, each draws for itself which of them
+  bool mixed_windows = false;    // GPU: every second rank has its inputs, every second pair of ranks its outputs elsewhere
   int64_t staging_bytes = 0;     // 0: enough for one round
   tern_mode mode = TERN_MODE_AUTO;
   int32_t num_lanes = 1;
