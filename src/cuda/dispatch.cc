@@ -60,7 +60,8 @@ void DispatchOperation::set_parts() {
 // can be too: then a row is loaded once, and not once for each rank that it goes to.
 void DispatchOperation::set_delivery() {
   const tern_dispatch_args& a = call_.args;
-  const bool is_known = plan_.shape().layout == TERN_LAYOUT_RANK_MAJOR && plan_.shape().num_nodes == 1;
+  const bool is_known = plan_.shape().layout == TERN_LAYOUT_RANK_MAJOR && plan_.shape().num_nodes == 1 &&
+                        plan_.tables().messages_per_token <= kernels::kMostDelivered;
   const bool dense_scales = call_.scale_bytes % kPartAlignment == 0 && a.out_scale_order == TERN_SCALES_ROW_MAJOR &&
                             reinterpret_cast<uintptr_t>(a.out_scales) % kPartAlignment == 0;
   if (!is_known || !dense_scales || launch_.phase != TERN_PHASE_WHOLE || a.encoding != TERN_ENCODING_AS_GIVEN ||
@@ -149,7 +150,7 @@ kernels::RowPieces DispatchOperation::pieces(const kernels::WarpRoles& roles, in
   p.scales = p.piece_bytes;
   p.weights = p.scales + static_cast<int32_t>(layout::align_up(call_.scale_bytes, kPartAlignment));
   p.entries = p.weights + (call_.carries_weights ? topk : 0);
-  const auto refs = static_cast<int32_t>(plan_.tables().messages_per_token * sizeof(kernels::MessageRef));
+  const auto refs = delivers_ ? static_cast<int32_t>(plan_.tables().messages_per_token * sizeof(kernels::MessageRef)) : 0;
   p.stage_bytes = static_cast<int32_t>(layout::align_up(p.entries + std::max(topk, refs) + kernels::kPieceTagBytes, layout::kBulkLine));
   p.num_stages = ring_stages(most_bytes, roles.num_pull_warps, p.stage_bytes, kLeastStages);
   return p;

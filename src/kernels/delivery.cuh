@@ -81,7 +81,7 @@ class RowDelivery {
   }
 
  private:
-  static constexpr int kMostRefs = 2;  // of a thread: a token has at most 64 messages
+  static constexpr int kMostRefs = kMostDelivered / kWarpThreads;  // of a thread
 
   __device__ static int nth_ref(int i) { return static_cast<int>(device::lane_idx()) + i * kWarpThreads; }
   __device__ MessageRef* refs_of(std::byte* stage) const { return reinterpret_cast<MessageRef*>(stage + args_.pieces.entries); }

@@ -75,6 +75,7 @@ struct RowPieces {
 };
 
 inline constexpr int32_t kPieceTagBytes = 16;  // at the end of a stage
+inline constexpr int32_t kMostDelivered = 64;  // ranks that a row is delivered to
 
 struct DispatchArgs {
   TransferArgs transfer;

@@ -71,7 +71,7 @@ inline std::vector<Case> delivery_cases(int32_t num_ranks) {
           c.extent = extent;
           c.max_tokens = 140;
           c.spread = few ? Spread::kRandom : Spread::kFull;
-          c.routing = few ? Routing::kHoles : Routing::kUniform;
+          c.routing = !few ? Routing::kUniform : mixed ? Routing::kRankMask : Routing::kHoles;
           c.few_outputs = few;
           c.row_capacity = few && scale_bytes > 0 ? 90 : 0;
           c.hidden = few ? 1032 : 7168;
