@@ -4,7 +4,8 @@
 //
 //   staging warps   put this rank's tokens (cast, if asked for) into its window and raise a flag for each finished chunk, unless they are
 //                   in window memory already; then write what follows from the plan alone
-//   pulling warps   walk over the received messages, wait for their chunks, and copy
+//   pulling warps   walk over the received messages, wait for their chunks, and copy; before that they deliver this rank's rows where that is
+//                   possible (delivery.cuh), which nobody pulls then
 //
 // A staging warp waits for nothing that another rank does in this operation, so every chunk is finished some time.
 #include "kernels/delivery.cuh"
