@@ -39,10 +39,15 @@ __device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) 
 template <bool kMasks>
 class LatencyCall {
  public:
+  // Asks for what begin() looks at before all else, since it comes from memory.
   __device__ explicit LatencyCall(const LatencyArgs& args)
       : args_(args),
         last_epoch_(args.exchange.state->epoch),
-        op_{args.exchange, args.operation, args.sends ? last_epoch_ + 1 : *args.ticket} {}
+        op_{args.exchange, args.operation, args.sends ? last_epoch_ + 1 : *args.ticket},
+        aborted_(load_relaxed_sys(op_.abort_word())) {
+    const int peer = static_cast<int>(device::lane_idx());
+    if (is_raising() && peer < num_ranks() && !is_masked(peer)) consumed_ = load_relaxed_sys(&progress(rank(), peer)->consumed);
+  }
 
   __device__ const Operation& operation() const { return op_; }
   __device__ int rank() const { return args_.exchange.rank; }
@@ -51,6 +56,8 @@ class LatencyCall {
   // There are never more ranks than these.
   __device__ std::byte* window(int rank) const { return args_.exchange.inline_windows[rank]; }
   __device__ bool is_masked(int rank) const { return window(rank) == nullptr; }
+  // When the kernel began. What the plan says may be used: it is not that of a failed exchange, which may be anything.
+  __device__ bool was_healthy() const { return aborted_ == 0; }
 
   // Under TERN_ON_TIMEOUT_MASK: ranks, a bit each, that nothing is sent to, known behind begin(); and that have no part in what this operation
   // receives, known behind settle_attendance().
@@ -85,7 +92,7 @@ class LatencyCall {
     if (threadIdx.x == 0) warps_done_waiting() = 0;
     // By a warp that comes here at once: the others ask for something first, or sum it.
     if (is_raising()) {
-      ok = !op_.is_aborted();
+      ok = was_healthy();
       if (may_go_on_without()) clear_shared_ranks();
 #pragma unroll 1
       for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
@@ -100,11 +107,14 @@ class LatencyCall {
     return ok;
   }
 
-  // At least as many threads as there may be ranks: says to everybody what this rank calls.
-  __device__ void announce(int peer, int32_t num_tokens) const {
-    if (peer >= num_ranks() || !takes(peer)) return;
-    put_word(peer, args_.words.call(), args_.call_hash);
-    put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
+  // One warp: says to everybody what this rank calls.
+  __device__ void announce(int32_t num_tokens) const {
+#pragma unroll 1
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads) {
+      if (!takes(peer)) continue;
+      put_word(peer, args_.words.call(), args_.call_hash);
+      put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
+    }
   }
   // One warp: the same for ranks that run an operation of the throughput path, by mistake.
   __device__ void announce_to_throughput() const {
@@ -234,12 +244,14 @@ class LatencyCall {
 
   // One thread: has the peer used up what was pushed two epochs ago?
   __device__ bool begin(int peer) const {
-    // Asked for before the epoch is known, which comes from memory too.
-    const uint64_t consumed = load_acquire_sys(&progress(rank(), peer)->consumed);
     if (blockIdx.x == 0) post_consumed_before(peer);
     if (may_go_on_without()) await_bank_or_cut_off(peer);
-    return may_go_on_without() || !args_.sends || consumed + layout::kNumBanks >= op_.epoch || op_.await_bank<kMasks>(peer);
+    return may_go_on_without() || !args_.sends || has_consumed(peer) || op_.await_bank<kMasks>(peer);
   }
+
+  // By what was seen at the start; of further ranks than a warp has threads nothing was. Nothing of the peer's is read behind this, only written,
+  // and stores are not done ahead of a branch: so there is nothing to acquire.
+  __device__ bool has_consumed(int peer) const { return peer < kWarpThreads && consumed_ + layout::kNumBanks >= op_.epoch; }
 
   // What earlier kernels took is read: they have ended.
   __device__ void post_consumed_before(int peer) const {
@@ -249,6 +261,8 @@ class LatencyCall {
   const LatencyArgs& args_;
   const uint64_t last_epoch_;  // that the lane has begun before
   const Operation op_;
+  const uint64_t aborted_;
+  uint64_t consumed_ = 0;  // of rank lane_idx(), in the raising warp
   bool began_last_ = false;
 };
 

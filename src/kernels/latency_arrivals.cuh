@@ -9,7 +9,7 @@ namespace tern::kernels {
 struct ArrivingMessage {
   int32_t source;
   int32_t token;  // at its source
-  int32_t index;  // among all received messages
+  int32_t index;  // among all received messages, when it has been placed
 };
 
 struct ArrivingEntry {
@@ -63,8 +63,8 @@ class Arrivals {
     return most_tokens * num_ranks_;
   }
   __device__ bool candidate(int32_t i, ArrivingMessage& message) const {
-    const int lane = static_cast<int>(device::lane_idx());
     if (!args_.routes) {
+      const int lane = static_cast<int>(device::lane_idx());
       message = {0, plan_.source_token[i], i};
 #pragma unroll 1
       for (int first = 0; first < num_ranks_; first += kWarpThreads)
@@ -74,15 +74,17 @@ class Arrivals {
     message.token = quotient(i, args_.call.ranks_reciprocal);
     message.source = rank_ + i - message.token * num_ranks_;
     if (message.source >= num_ranks_) message.source -= num_ranks_;
+    return (presence(message.source)[message.token / 32] >> message.token % 32 & 1) != 0;
+  }
+  // All threads of a warp: where a candidate stands.
+  __device__ void place(ArrivingMessage& message) const {
+    if (!args_.routes) return;
+    const int lane = static_cast<int>(device::lane_idx()), word = message.token / 32;
     const uint32_t* present = presence(message.source);
-    const int word = message.token / 32;
-    const uint32_t bit = 1u << message.token % 32;
-    if ((present[word] & bit) == 0) return false;
     int lower = lane < word ? __popc(present[lane]) : 0;
 #pragma unroll 1
     for (int source = lane; source < message.source; source += kWarpThreads) lower += num_messages(source);
-    message.index = __reduce_add_sync(~0u, lower) + __popc(present[word] & (bit - 1));
-    return true;
+    message.index = __reduce_add_sync(~0u, lower) + __popc(present[word] & ((1u << message.token % 32) - 1));
   }
 
   // One thread: entry k of a message, whose entries are `sent`.
@@ -115,8 +117,24 @@ class Arrivals {
       clear_all_rows();
     }
     if (blockIdx.x != 0) return;
-    if (args_.routes) keep_plan();
+    if (args_.routes) keep_groups();
     write_counts();
+  }
+
+  // The senders of the first block of a call that routes, meanwhile: what the sources have said, into the plan; a warp takes a source at a time.
+  __device__ void keep_counts() const {
+    const int lane = static_cast<int>(device::lane_idx()), num_counts = plan_.num_counts(num_ranks_);
+    constexpr int kEnds = layout::kMaxChunks + 1;
+#pragma unroll 1
+    for (int source = sender_idx() / kWarpThreads; source < num_ranks_; source += kSendThreads / kWarpThreads) {
+#pragma unroll 1
+      for (int c = lane; c < num_counts; c += kWarpThreads) plan_.counts[source * num_counts + c] = count(source, c);
+#pragma unroll 1
+      for (int chunk = lane; chunk < kEnds; chunk += kWarpThreads)
+        plan_.chunk_begin[source * kEnds + chunk] = num_present(source, chunk * plan_.tokens_per_chunk);
+      if (lane == 0) plan_.num_tokens[source] = num_tokens(source);
+    }
+    if (sender_idx() <= num_ranks_) plan_.received_begin[sender_idx()] = received_begin(sender_idx());
   }
 
  private:
@@ -279,20 +297,10 @@ class Arrivals {
     return args_.routes ? count(source, counter) : plan_.counts[source * plan_.num_counts(num_ranks_) + counter];
   }
 
-  // The openers of one block, into the plan: everything but what belongs to single tokens and messages.
-  __device__ void keep_plan() const {
-    const int thread = static_cast<int>(threadIdx.x), num_counts = plan_.num_counts(num_ranks_);
-    constexpr int kEnds = layout::kMaxChunks + 1;
-#pragma unroll 1
-    for (int source = 0; source < num_ranks_; ++source) {
-#pragma unroll 1
-      for (int c = thread; c < num_counts; c += kOpenThreads) plan_.counts[source * num_counts + c] = count(source, c);
-#pragma unroll 1
-      for (int chunk = thread; chunk < kEnds; chunk += kOpenThreads)
-        plan_.chunk_begin[source * kEnds + chunk] = num_present(source, chunk * plan_.tokens_per_chunk);
-    }
-    if (thread < num_ranks_) plan_.num_tokens[thread] = num_tokens(thread);
-    if (thread <= num_ranks_) plan_.received_begin[thread] = received_begin(thread);
+  // The openers of the first block, into the plan: where the experts' rows begin. With keep_counts() that is all but what belongs to single
+  // tokens and messages.
+  __device__ void keep_groups() const {
+    const int thread = static_cast<int>(threadIdx.x);
     bool overflow = !plan_.has_expert_rows() && received_begin(num_ranks_) > plan_.row_capacity;
 #pragma unroll 1
     for (int e = thread; e < plan_.local_experts && plan_.has_expert_rows(); e += kOpenThreads) {
@@ -395,7 +403,7 @@ class Arrivals {
     }
   }
 
-  // The openers of one block: the counts that the caller asked for.
+  // The openers of the first block: the counts that the caller asked for.
   __device__ void write_counts() const {
     const DispatchOutputs& out = args_.out;
     const int thread = static_cast<int>(threadIdx.x);

@@ -31,7 +31,9 @@ class OwnerSums {
       const int32_t token = i / num_parts, part = i % num_parts;
       // Where the terms will be, before they are there.
       const MessageRef message = message_of(token, static_cast<int>(device::lane_idx()));
-      const Terms terms = args_.per_entry ? terms_of_entries(token) : terms_of_shares(token, message);
+      Terms terms = args_.per_entry ? terms_of_entries(token) : terms_of_shares(token, message);
+      TermBatch batch = {};
+      if (!kLog) batch = take_batch(terms);
       if (!await_share(token, message)) return;
       if (i + num_warps >= num_tokens * num_parts) call_.wait_no_more();
       const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
@@ -41,7 +43,12 @@ class OwnerSums {
           begin, end,
           [&](int at, PartSums<Wire>& sums) {
             add_biases(token, at, end, sums);
-            add_terms<Wire, kLog, kSumVecs>(terms, at, end, sums);
+            if constexpr (kLog) {
+              add_log_terms<Wire, kSumVecs>(terms, at, end, sums);
+            } else {
+              add_batch<Wire, kSumVecs>(batch, at, end, sums);
+              add_terms<Wire, kSumVecs>(terms, at, end, sums);
+            }
           },
           [&](int at, const auto& sum) {
             if (at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
@@ -155,7 +162,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
   if (call.begin()) {
     if (args.call.sends) {
       if (args.owner_weights != nullptr) push_weights(args, call);
-      if (blockIdx.x == 0) call.announce(static_cast<int>(threadIdx.x), 0);
+      if (blockIdx.x == 0 && is_raising()) call.announce(0);
       sender.run();
       if (blockIdx.x == 0 && is_raising()) call.announce_to_throughput();
     }

@@ -74,6 +74,7 @@ class RowSender {
     if (args_.routes) given_ = routing_.own_given_expert(token);
     if (!is_raising()) {
       load(token, 0);
+      ranks_ = ranks_of(token);
       return;
     }
     const int k = static_cast<int>(device::lane_idx());
@@ -88,9 +89,8 @@ class RowSender {
     }
   }
 
-  // All threads of a warp.
-  __device__ uint64_t ranks_of(int32_t token) {
-    if (token != fetched_) fetch(token);
+  // All threads of a warp: the ranks that the token which is in goes to.
+  __device__ uint64_t ranks_of(int32_t token) const {
     if (args_.routes) return routing_.ranks_of(given_);
     uint64_t ranks = 0;
 #pragma unroll 1
@@ -105,17 +105,22 @@ class RowSender {
   template <typename Visit>
   __device__ void for_each_slot(int32_t token, uint64_t ranks, Visit visit) const {
     const int32_t slot_idx = call_.slot_idx(call_.rank(), token), num_ranks = call_.num_ranks();
-    int32_t rank = call_.rank() + 1 + token;
-    rank -= quotient(rank, args_.call.ranks_reciprocal) * num_ranks;
+    int32_t first = call_.rank() + 1 + token;
+    first -= quotient(first, args_.call.ranks_reciprocal) * num_ranks;
+    uint64_t left = first == 0 ? ranks : ranks >> first | ranks << (num_ranks - first);  // bit n: n ranks behind the first
+    left &= ~uint64_t{0} >> (layout::kMostLatencyRanks - num_ranks);
 #pragma unroll 1
-    for (int n = 0; n < num_ranks; ++n, rank = rank + 1 < num_ranks ? rank + 1 : 0)
-      if ((ranks >> rank & 1) != 0) visit(call_.slot(rank, slot_idx));
+    for (; left != 0; left &= left - 1) {
+      const int32_t rank = first + __ffsll(static_cast<long long>(left)) - 1;
+      visit(call_.slot(rank < num_ranks ? rank : rank - num_ranks, slot_idx));
+    }
   }
 
   // The raising warp: what stands behind the row; then the flags. What nobody waits for comes last, unless the senders go on.
   __device__ void finish(int32_t token, bool awaits_counts, bool more) {
     using Entry = layout::LatencySlot::Entry;
     const layout::LatencySlot& slot = args_.call.slot;
+    if (token != fetched_) fetch(token);
     const uint64_t ranks = ranks_of(token), takers = ranks & ~call_.cut_off();
     const int k = static_cast<int>(device::lane_idx());
     if (awaits_counts) device::sync_some_warps(kCountedBarrier, kCountThreads);
@@ -159,7 +164,8 @@ class RowSender {
 
   // Senders: the row into its slots, scales into the tail.
   __device__ void push(int32_t token) {
-    push_row(token, ranks_of(token) & ~call_.cut_off());
+    if (token != fetched_) fetch(token);
+    push_row(token, ranks_ & ~call_.cut_off());
     if (std::is_same_v<Travel, AsGiven> && args_.scale_bytes > 0) {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
@@ -215,6 +221,7 @@ class RowSender {
   int32_t fetched_ = -1;  // the token that is in
   // Of the token: an entry in each thread of a warp, with its weight in the raising one; and what a sender has of its row.
   int64_t given_ = -1;
+  uint64_t ranks_ = 0;  // in the senders
   float weight_ = 0.0f;
   Vec16 chunk_[kVecs];
 };
@@ -282,7 +289,7 @@ class MessageSpreader {
     return all_ok;
   }
 
-  __device__ void spread(const ArrivingMessage& message) const {
+  __device__ void spread(ArrivingMessage& message) const {
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
@@ -298,6 +305,7 @@ class MessageSpreader {
       for (int v = 0; v < kVecs; ++v)
         if (begin + v * kStep < args_.row_bytes) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
       if (first == 0) {  // while the row is on its way
+        arrivals_.place(message);
         if (k < plan_.num_topk) entry = arrivals_.entry(message, k, entries);
         rows = rows_of(message, entry);
       }
@@ -322,7 +330,8 @@ class MessageSpreader {
   }
 
   // Zeros in place of what its source has not sent, of a call along a plan.
-  __device__ __noinline__ void clear(const ArrivingMessage& message) const {
+  __device__ __noinline__ void clear(ArrivingMessage& message) const {
+    arrivals_.place(message);
     const int k = static_cast<int>(device::lane_idx());
     const ArrivingEntry entry = k < plan_.num_topk ? arrivals_.entry(message, k, nullptr) : ArrivingEntry{-1, -1};
     rows_of(message, entry).for_each([&](int32_t row) {
@@ -410,10 +419,10 @@ __device__ void send(const LatencyDispatchArgs& args, const Call& call, const Ow
   const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
   if (blockIdx.x == 0) {
     if (is_raising()) {
+      call.announce(num_tokens);
       call.announce_to_throughput();
-    } else if (!is_opening()) {
-      call.announce(sender_idx(), num_tokens);
-      if (args.routes) routing.publish();
+    } else if (args.routes) {
+      routing.publish();
     }
     if (gridDim.x > 1) return;
     // The same block goes on with the rows, and counts again.
@@ -428,7 +437,10 @@ template <typename Call>
 __device__ void receive(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory) {
   Arrivals arrivals(args, call, memory);
   if (!arrivals.open()) return;
-  if (is_opening()) arrivals.write_outputs();
+  if (is_opening())
+    arrivals.write_outputs();
+  else if (blockIdx.x == 0 && args.routes)
+    arrivals.keep_counts();
   MessageSpreader(args, call, arrivals).run();
 }
 

@@ -17,22 +17,23 @@ __device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, c
   return args.shares_slots ? token : call.slot_idx(rank, token);
 }
 
-// Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on. kLog: rows are in the 10-bit encoding.
-template <typename Wire, bool kLog, int kVecs>
-__device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
-  if constexpr (!kLog) {
-    add_batch<Wire, kVecs>(terms, at, end, sums);
-  } else {
-    constexpr int kStep = 32 * sizeof(Vec16);
-    for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
-      const int t = __ffs(static_cast<int>(left)) - 1;
-      const auto row = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
-      const float weight = __shfl_sync(~0u, terms.weight, t);
+// Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on.
+template <typename Wire, int kVecs>
+__device__ __forceinline__ void add_terms(Terms terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
+  while (terms.valid != 0) add_batch<Wire, kVecs>(take_batch(terms), at, end, sums);
+}
+// The same of rows in the 10-bit encoding.
+template <typename Wire, int kVecs>
+__device__ __forceinline__ void add_log_terms(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
+  constexpr int kStep = 32 * sizeof(Vec16);
+  for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+    const int t = __ffs(static_cast<int>(left)) - 1;
+    const auto row = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+    const float weight = __shfl_sync(~0u, terms.weight, t);
 #pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (const int here = at + v * kStep; here < end)
-          LogRow<Wire>::add(sums[v], LogRow<Wire>::load(row, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements), weight);
-    }
+    for (int v = 0; v < kVecs; ++v)
+      if (const int here = at + v * kStep; here < end)
+        LogRow<Wire>::add(sums[v], LogRow<Wire>::load(row, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements), weight);
   }
 }
 
@@ -61,13 +62,14 @@ __device__ __forceinline__ void sum_bytes(int begin, int end, Make make, Store s
 template <typename Wire, bool kLog, typename Call>
 class ShareSender {
  public:
-  // Sums the block's first message, if it can: before the epoch is known, since that comes from memory too.
+  // Sums the block's first message, if it can: meanwhile the raising warp looks whether anything may be sent at all.
   __device__ ShareSender(const LatencyCombineArgs& args, const Call& call)
       : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
     if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
     if (is_raising() || !args.call.sends) return;
     ahead_ = fetch(message_at(first()));
     sum_first();
+    target_ = target_of(message_at(first()), ahead_);
   }
 
   // All threads of all blocks. The workers of a block take a message at a time, each warp a part of it; the raising warp follows them.
@@ -82,6 +84,7 @@ class ShareSender {
       ahead_ = fetch(message_at(i + step()));
       push(share, message_at(i), nth == 0 && has_sums_);
       device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
+      target_ = target_of(message_at(i + step()), ahead_);
     }
   }
 
@@ -95,6 +98,12 @@ class ShareSender {
     int32_t token;
     int32_t row;
     float weight;
+  };
+
+  // Where it goes.
+  struct Target {
+    int owner;
+    std::byte* slot;
   };
 
   // Where each source's messages begin, in the threads of a warp.
@@ -148,11 +157,10 @@ class ShareSender {
   // Of the first message, the first bytes of the warp's part. The plan of a failed exchange may say anything, so that no row is read by it.
   __device__ void sum_first() {
     const bool can = plan_.has_expert_rows() && !args_.per_entry && !args_.sums_owner_weights && first() < num_messages_;
-    has_sums_ = __all_sync(~0u, can && !call_.operation().is_aborted()) != 0;
+    has_sums_ = __all_sync(~0u, can && call_.was_healthy()) != 0;
     const Part mine = part();
     if (has_sums_)
-      add_terms<Wire, false, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end,
-                                       sums_);
+      add_terms<Wire, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end, sums_);
   }
 
   // May be asked for beyond the last message, and in a failed exchange, where the plan may say anything, for any.
@@ -165,6 +173,12 @@ class ShareSender {
     share.row = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
     share.weight = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
     return share;
+  }
+
+  // All threads of a warp. In a failed exchange some rank and any address.
+  __device__ Target target_of(int32_t message, const Share& share) const {
+    const int owner = min(begins_.source_of(message), call_.num_ranks() - 1);
+    return {owner, call_.slot(owner, slot_idx_of(args_, call_, call_.rank(), share.token))};
   }
 
   // One warp: raises the flag of each message that the workers have pushed.
@@ -184,9 +198,8 @@ class ShareSender {
 
   // has_sums: sums_ are of this message.
   __device__ void push(const Share& share, int32_t message, bool has_sums) const {
-    const int source = begins_.source_of(message);
-    if (is_cut_off(source)) return;
-    std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
+    const auto [owner, slot] = target_;
+    if (is_cut_off(owner)) return;
     if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
     const Part mine = part();
     if (!plan_.has_expert_rows()) {
@@ -194,7 +207,7 @@ class ShareSender {
       return;
     }
     Terms terms = terms_of(share);
-    if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(source, share.token);
+    if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(owner, share.token);
     __syncwarp();
     if (args_.per_entry)
       copy_entries(terms, slot, mine);
@@ -214,7 +227,7 @@ class ShareSender {
           if (has_sums && at < mine.begin + kPartBytes)
             take_sums(sums);
           else
-            add_terms<Wire, false, kSumVecs>(terms, at, mine.end, sums);
+            add_terms<Wire, kSumVecs>(terms, at, mine.end, sums);
         },
         [&](int at, const auto& sum) {
           if constexpr (kLog)
@@ -316,7 +329,8 @@ class ShareSender {
   const int32_t num_messages_;
   const Begins begins_;
   int32_t first_message_ = 0;
-  Share ahead_ = {};
+  Share ahead_ = {};       // the next message
+  Target target_ = {};     // where it goes
   bool has_sums_ = false;  // of the block's first message
   PartSums<Wire> sums_ = {};
 };
