@@ -18,7 +18,7 @@
 namespace tern::kernels {
 
 // The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on.
-inline constexpr int kRaisingWarp = kLatencyThreads / kWarpThreads - 1;
+inline constexpr int kRaisingWarp = kPushingWarps;
 inline constexpr int kWorkThreads = kRaisingWarp * kWarpThreads;
 __device__ __forceinline__ bool is_raising() { return threadIdx.x >= kWorkThreads; }
 // The first kThreads of a block.
@@ -145,11 +145,23 @@ class LatencyCall {
   }
 
   // Threads that have written the row have met at a barrier before: one of them tells the owner of the slot.
-  __device__ void raise_row(int owner, int32_t token) const { store_release_sys(row_flag(owner, rank(), token), op_.epoch); }
-  // One thread.
-  __device__ bool await_row(int source, int32_t token) const {
-    return reported(op_.await<kMasks>(row_flag(rank(), source, token), op_.epoch, source));
+  __device__ void raise_row(int owner, int32_t token, int part) const {
+    store_release_sys(row_flag(owner, rank(), token, part), op_.epoch);
   }
+  // One thread.
+  __device__ bool await_row(int source, int32_t token, int part) const {
+    const uint64_t* flag = row_flag(rank(), source, token, part);
+    // Most waits are short, and those that are not keep what they are called with in memory.
+#pragma unroll 1
+    for (int look = 0; look < Operation::kSpinsPerLook; ++look)
+      if (load_acquire_sys(flag) >= op_.epoch) return true;
+    return reported(op_.await<kMasks>(flag, op_.epoch, source));
+  }
+
+  // Rows in parts, one behind the other: number `i` belongs to row i / num_parts.
+  __device__ int32_t row_of(int32_t i) const { return i >> args_.parts_log2; }
+  __device__ int part_of(int32_t i) const { return i & ((1 << args_.parts_log2) - 1); }
+  __device__ int32_t num_parts_of(int32_t num_rows) const { return num_rows << args_.parts_log2; }
 
   // The first kThreads of a block, under TERN_ON_TIMEOUT_MASK: finds out who has a part in the operation. await_all() waits for all that this block
   // will use of others, and calls miss() for what does not come.
@@ -195,9 +207,8 @@ class LatencyCall {
   }
 
   // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
-  __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
-    return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) +
-           source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
+  __device__ uint64_t* row_flag(int owner, int source, int32_t token, int part) const {
+    return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) + source * args_.flags_stride + num_parts_of(token) + part;
   }
 
   __device__ int64_t* wait_of(int source) const { return args_.wait_ns == nullptr ? nullptr : args_.wait_ns + source; }

@@ -164,12 +164,12 @@ class Arrivals {
 
   // One warp: where this rank's messages and entries come to lie, into the plan. Of the tokens that this block has placed.
   __device__ void settle_own() const {
-    const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
-    const int32_t first = first_token();
-    if (first < 0) return;
+    if (first_part() < 0) return;
     const int lane = static_cast<int>(device::lane_idx());
 #pragma unroll 1
-    for (int32_t token = first; token < num_tokens(rank_); token += num_senders) {
+    for (int32_t i = first_part(); i < call_.num_parts_of(num_tokens(rank_)); i += part_step()) {
+      const int32_t token = call_.row_of(i);
+      if (call_.part_of(i) != 0) continue;
       // Positions become rows.
       if (lane < plan_.num_topk) {
         int32_t& row = plan_.entry_rows[token * plan_.num_topk + lane];
@@ -196,12 +196,13 @@ class Arrivals {
       for (int i = static_cast<int>(threadIdx.x); i < num_words_ && call_.is_absent(source); i += kOpenThreads) words(source)[i] = 0;
     sync_openers();
   }
+  // Under TERN_ON_TIMEOUT_MASK rows are in one part.
   __device__ void await_all_rows() const {
     if (!args_.routes) {
       for (int i = static_cast<int>(threadIdx.x); i < plan_.received_begin[num_ranks_]; i += kOpenThreads) {
         int source = 0;
         while (plan_.received_begin[source + 1] <= i) ++source;
-        if (!call_.await_row(source, plan_.source_token[i])) call_.miss(source);
+        if (!call_.await_row(source, plan_.source_token[i], 0)) call_.miss(source);
       }
       return;
     }
@@ -209,7 +210,7 @@ class Arrivals {
     for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * max_tokens; i += kOpenThreads) {
       const int source = i / max_tokens, token = i % max_tokens;
       const bool is_sent = (presence(source)[token / 32] >> token % 32 & 1) != 0;
-      if (is_sent && !call_.await_row(source, token)) call_.miss(source);
+      if (is_sent && !call_.await_row(source, token, 0)) call_.miss(source);
     }
   }
 
@@ -229,8 +230,8 @@ class Arrivals {
 #pragma unroll 1
     for (int first = lane; first < num_words_; first += kAtOnce * kWarpThreads) {
       uint64_t seen[kAtOnce] = {};  // of a source that is masked
-      // Until all are there: those that were not are looked at again together, when the last of them has come.
-      for (int missing = call_.is_masked(source) ? -1 : first; missing >= 0;) {
+      // Until all are there: all are looked at again and again, since most waits are short, and in longer ones when the last of them has come.
+      for (int missing = call_.is_masked(source) ? -1 : first, look = 0; missing >= 0; ++look) {
         missing = -1;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
@@ -239,7 +240,7 @@ class Arrivals {
         for (int u = 0; u < kAtOnce; ++u)
           if (first + u * kWarpThreads < num_words_ && !call_.operation().is_of_epoch(seen[u])) missing = first + u * kWarpThreads;
         uint32_t value;
-        if (missing < 0 || call_.await_word(source, missing, value)) continue;
+        if (missing < 0 || look < Operation::kSpinsPerLook || call_.await_word(source, missing, value)) continue;
         if (!call_.may_go_on_without() || call_.operation().is_aborted()) return false;
         // What has not come says nothing.
         call_.miss(source);

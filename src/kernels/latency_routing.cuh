@@ -16,8 +16,9 @@ __device__ __forceinline__ bool is_opening() { return threadIdx.x < kOpenThreads
 __device__ __forceinline__ int sender_idx() { return static_cast<int>(threadIdx.x) - kOpenThreads; }
 __device__ __forceinline__ void sync_openers() { sync_first<kOpenThreads>(); }
 
-// That the block sends: blocks but the first, which routes, take tokens in turn; a block that is alone does both. -1: none.
-__device__ __forceinline__ int32_t first_token() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
+// What the block sends: blocks but the first, which routes, take parts of tokens in turn; a block that is alone does both. -1: nothing.
+__device__ __forceinline__ int32_t first_part() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
+__device__ __forceinline__ int32_t part_step() { return gridDim.x == 1 ? 1 : static_cast<int32_t>(gridDim.x) - 1; }
 
 // Shared memory of a block.
 class DispatchMemory {
