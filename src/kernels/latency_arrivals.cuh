@@ -41,13 +41,16 @@ class Arrivals {
         sync_openers();
         set_first_rows();
       }
-      // The others come when they have sent.
+      // The others come when they have sent: senders, and later the raising warp.
       sync_openers();
-      device::arrive_at_barrier(kOpenedBarrier, kLatencyThreads);
+      device::arrive_at_barrier(kOpenedBarrier, kWorkThreads);
+      device::arrive_at_barrier(kSettleBarrier, kSettleThreads);
+    } else if (is_raising()) {
+      if (blockIdx.x == 0) call_.await_calls();
+      call_.wait_no_more();
+      device::sync_some_warps(kSettleBarrier, kSettleThreads);
     } else {
-      if (is_raising() && blockIdx.x == 0) call_.await_calls();
-      if (is_raising()) call_.wait_no_more();
-      device::sync_some_warps(kOpenedBarrier, kLatencyThreads);
+      device::sync_some_warps(kOpenedBarrier, kWorkThreads);
     }
     if (*memory_.has_failed() != 0) return false;
     if (is_raising() && args_.routes) settle_own();
@@ -138,7 +141,7 @@ class Arrivals {
   }
 
  private:
-  static constexpr int kOpenedBarrier = 14;
+  static constexpr int kOpenedBarrier = 14, kSettleBarrier = 13, kSettleThreads = kOpenThreads + kWarpThreads;
 
   // What the source says.
   __device__ uint32_t* words(int source) const { return memory_.words() + source * num_words_; }

@@ -38,20 +38,20 @@ class RowSender {
     if (args.call.sends && !is_opening() && first_part() >= 0 && call.row_of(first_part()) < num_tokens_given(args)) fetch(first_part());
   }
 
-  // All threads of all blocks. The openers have counted the tokens before the first.
+  // All threads of all blocks. The openers have counted the tokens before the first, though not all of them may know it.
   __device__ void run(int32_t num_tokens) {
     const int32_t first = first_part(), end = call_.num_parts_of(num_tokens);
 #pragma unroll 1
     for (int32_t i = first; i < end; i += part_step()) {
       if (is_raising()) {
-        finish(i, i > first, i + part_step() < end);
+        finish(i, i + part_step() < end);
         continue;
       }
       if (i > first) device::sync_some_warps(kFreeBarrier, kLatencyThreads);
       if (!is_opening()) {
         push(i);
-      } else if (i > first) {
-        if (args_.routes) routing_.count(call_.row_of(i - part_step()), call_.row_of(i));
+      } else {
+        if (args_.routes && i > first) routing_.count(call_.row_of(i - part_step()), call_.row_of(i));
         device::arrive_at_barrier(kCountedBarrier, kCountThreads);
       }
     }
@@ -124,7 +124,7 @@ class RowSender {
 
   // The raising warp: with the first part what stands behind the row; then the flags. What nobody waits for comes last, unless the senders go
   // on.
-  __device__ void finish(int32_t i, bool awaits_counts, bool more) {
+  __device__ void finish(int32_t i, bool more) {
     using Entry = layout::LatencySlot::Entry;
     const layout::LatencySlot& slot = args_.call.slot;
     const int32_t token = call_.row_of(i);
@@ -132,7 +132,7 @@ class RowSender {
     if (i != fetched_) fetch(i);
     const uint64_t ranks = ranks_of(token), takers = ranks & ~call_.cut_off();
     const int k = static_cast<int>(device::lane_idx());
-    if (awaits_counts) device::sync_some_warps(kCountedBarrier, kCountThreads);
+    device::sync_some_warps(kCountedBarrier, kCountThreads);
     Entry entry{-1, 0};
     if (args_.routes) entry = routing_.place(given_);
     if (k < plan_.num_topk) {
@@ -426,6 +426,15 @@ __device__ void count_tokens(const LatencyDispatchArgs& args, const Call& call, 
   routing.count(0, blockIdx.x == 0 ? num_tokens : min(call.row_of(first_part()), num_tokens));
 }
 
+// All threads. Senders begin without the openers, who count.
+template <typename Call>
+__device__ bool begin(const Call& call, const DispatchMemory& memory) {
+  constexpr typename Call::Start kOpeners = {4, kOpenThreads + kWarpThreads}, kSenders = {5, kSendThreads + kWarpThreads};
+  if (!is_raising()) return call.follow(is_opening() ? kOpeners : kSenders);
+  if (device::lane_idx() == 0) *memory.has_failed() = 0;
+  return call.lead(kOpeners, kSenders);
+}
+
 template <typename Travel, typename Call>
 __device__ void send(const LatencyDispatchArgs& args, const Call& call, const OwnRouting<Call>& routing, RowSender<Travel, Call>& rows) {
   const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
@@ -433,7 +442,8 @@ __device__ void send(const LatencyDispatchArgs& args, const Call& call, const Ow
     if (is_raising()) {
       call.announce(num_tokens);
       call.announce_to_throughput();
-    } else if (args.routes) {
+    } else if (is_opening() && args.routes) {
+      sync_openers();
       routing.publish();
     }
     if (gridDim.x > 1) return;
@@ -464,12 +474,11 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
   LatencyCall<kMasks> call(args.call);
   const OwnRouting routing(args, call, memory);
   RowSender<Travel, LatencyCall<kMasks>> rows(args, call, memory);
-  if (threadIdx.x == 0) *memory.has_failed() = 0;
   if (args.call.sends && args.routes && is_opening()) count_tokens(args, call, routing);
-  if (call.begin()) {
-    if (args.call.sends) send(args, call, routing, rows);
-    if (args.call.receives) receive(args, call, memory);
-  }
+  const bool ok = begin(call, memory);
+  if (ok && args.call.sends) send(args, call, routing, rows);
+  if (is_raising()) call.count_begun();
+  if (ok && args.call.receives) receive(args, call, memory);
   call.finish();
 }
 

@@ -88,13 +88,13 @@ class OwnRouting {
     }
   }
 
-  // The workers of a block whose openers have counted all tokens: tells every rank all counts, and which tokens have a message for it.
+  // The openers of a block, when they have counted all tokens: tells every rank all counts, and which tokens have a message for it.
   __device__ void publish() const {
     const layout::LatencyWords& words = args_.call.words;
     const auto counts = static_cast<int32_t>(words.counts()), presence = static_cast<int32_t>(words.presence());
     const int num_counts = plan_.num_counts(num_ranks_), num_words = num_counts + num_ranks_ * num_presence_;
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < num_words; c += kWorkThreads) {
+    for (int c = static_cast<int>(threadIdx.x); c < num_words; c += kOpenThreads) {
       if (c < plan_.num_experts)
         put_everywhere(counts + c, memory_.entries_sent()[c]);
       else if (c < num_counts)
