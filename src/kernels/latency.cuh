@@ -3,7 +3,7 @@
 //
 //   sending    announce();  write slots;  raise_row(...) behind each
 //   receiving  await_calls(): the sources run the same call, or the exchange fails;  await_row(...): a row is there
-//   both       lead() and follow(): what was pushed two epochs ago is used up;  finish()
+//   both       begin(), or lead() and follow(): what was pushed two epochs ago is used up;  finish()
 //
 // Under TERN_ON_TIMEOUT_MASK a rank is in an operation with all that it sends, or not at all: each block first waits for everything that comes,
 // and the first one that has all of a rank, or misses something at the deadline, decides for all blocks (settle_attendance()).
@@ -39,7 +39,7 @@ __device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) 
 template <bool kMasks>
 class LatencyCall {
  public:
-  // Asks for what lead() looks at before all else, since it comes from memory.
+  // Asks for what begin() looks at before all else, since it comes from memory.
   __device__ explicit LatencyCall(const LatencyArgs& args)
       : args_(args),
         last_epoch_(args.exchange.state->epoch),
@@ -59,7 +59,7 @@ class LatencyCall {
   // When the kernel began. What the plan says may be used: it is not that of a failed exchange, which may be anything.
   __device__ bool was_healthy() const { return aborted_ == 0; }
 
-  // Under TERN_ON_TIMEOUT_MASK: ranks, a bit each, that nothing is sent to, known behind follow(); and that have no part in what this operation
+  // Under TERN_ON_TIMEOUT_MASK: ranks, a bit each, that nothing is sent to, known behind begin(); and that have no part in what this operation
   // receives, known behind settle_attendance().
   __device__ static constexpr bool may_go_on_without() { return kMasks; }
   __device__ uint64_t cut_off() const { return may_go_on_without() ? *shared_ranks(kCutOff) : 0; }
@@ -86,26 +86,26 @@ class LatencyCall {
     return reported(op_.await_word<kMasks>(words(rank(), source) + word, source, value, wait_ns));
   }
 
-  // Where some warps of a block wait for the word of the raising warp, whose threads are counted too.
+  // All threads of the block. False: the exchange has failed, and nothing is to be done. The raising warp finds out, while the others ask for
+  // something, or sum it.
+  __device__ bool begin() {
+    bool ok = !is_raising() || may_begin();
+    // All have the epoch now: when all blocks have come here it may be advanced.
+    ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
+    if (threadIdx.x == 0) count_begun();
+    return ok;
+  }
+
+  // The same where the block's warps do not all wait for each other: the raising warp leads, and says what it has found at the barriers where
+  // the others follow. Its threads are counted there too.
   struct Start {
     int barrier;
     int num_threads;
   };
-  // The raising warp finds out for all warps of the block, which ask for something meanwhile, or sum it, whether there is anything to be done;
-  // false: no, the exchange has failed. Each of them waits at one of `starts`.
   template <typename... Starts>
   __device__ bool lead(Starts... starts) const {
-    bool ok = was_healthy() && op_.epoch != 0;
-    if (may_go_on_without()) clear_shared_ranks();
-#pragma unroll 1
-    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
-      if (!is_masked(peer)) ok = begin(peer) && ok;
-    ok = __all_sync(~0u, ok) != 0;
-    if (device::lane_idx() == 0) {
-      warps_done_waiting() = 0;
-      may_begin() = ok;
-      if (!ok) op_.report_abort();
-    }
+    const bool ok = may_begin();
+    if (device::lane_idx() == 0) has_begun() = ok;
     __syncwarp();
     (device::arrive_at_barrier(starts.barrier, starts.num_threads), ...);
     return ok;
@@ -114,12 +114,12 @@ class LatencyCall {
     const bool has_epoch = __all_sync(~0u, op_.epoch != 0) != 0;  // it has come from memory
     device::arrive_at_barrier(kBegunBarrier, kLatencyThreads);
     device::sync_some_warps(start.barrier, start.num_threads);
-    return has_epoch && may_begin();
+    return has_epoch && has_begun();
   }
-  // The raising warp, when it has nothing better to do: all warps have the epoch. When those of all blocks have, it may be advanced.
-  __device__ void count_begun() {
+  // Behind lead(), when all warps have the epoch.
+  __device__ void count_followers() {
     device::sync_some_warps(kBegunBarrier, kLatencyThreads);
-    if (device::lane_idx() == 0) began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1;
+    if (device::lane_idx() == 0) count_begun();
   }
 
   // One warp: says to everybody what this rank calls.
@@ -222,8 +222,8 @@ class LatencyCall {
     __shared__ uint32_t num_warps;
     return num_warps;
   }
-  // The raising warp's word.
-  __device__ static bool& may_begin() {
+  // What the leading warp has found.
+  __device__ static bool& has_begun() {
     __shared__ bool ok;
     return ok;
   }
@@ -274,6 +274,21 @@ class LatencyCall {
     }
     return seen % 2 == 0;
   }
+
+  // One warp: is there anything to be done, and has everybody used up what was pushed two epochs ago?
+  __device__ bool may_begin() const {
+    if (device::lane_idx() == 0) warps_done_waiting() = 0;
+    if (may_go_on_without()) clear_shared_ranks();
+    bool ok = was_healthy() && op_.epoch != 0;
+#pragma unroll 1
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
+      if (!is_masked(peer)) ok = begin(peer) && ok;
+    ok = __all_sync(~0u, ok) != 0;
+    if (!ok && device::lane_idx() == 0) op_.report_abort();
+    return ok;
+  }
+  // One thread: when those of all blocks have come here the epoch may be advanced.
+  __device__ void count_begun() { began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1; }
 
   // One thread: has the peer used up what was pushed two epochs ago?
   __device__ bool begin(int peer) const {

@@ -435,12 +435,16 @@ __device__ bool begin(const Call& call, const DispatchMemory& memory) {
   return call.lead(kOpeners, kSenders);
 }
 
+template <typename Call>
+__device__ int32_t num_tokens_of(const LatencyDispatchArgs& args, const Call& call) {
+  return args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
+}
+
 template <typename Travel, typename Call>
 __device__ void send(const LatencyDispatchArgs& args, const Call& call, const OwnRouting<Call>& routing, RowSender<Travel, Call>& rows) {
-  const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
+  const int32_t num_tokens = num_tokens_of(args, call);
   if (blockIdx.x == 0) {
     if (is_raising()) {
-      call.announce(num_tokens);
       call.announce_to_throughput();
     } else if (is_opening() && args.routes) {
       sync_openers();
@@ -476,8 +480,11 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
   RowSender<Travel, LatencyCall<kMasks>> rows(args, call, memory);
   if (args.call.sends && args.routes && is_opening()) count_tokens(args, call, routing);
   const bool ok = begin(call, memory);
+  if (is_raising()) {
+    if (ok && args.call.sends && blockIdx.x == 0) call.announce(num_tokens_of(args, call));
+    call.count_followers();
+  }
   if (ok && args.call.sends) send(args, call, routing, rows);
-  if (is_raising()) call.count_begun();
   if (ok && args.call.receives) receive(args, call, memory);
   call.finish();
 }
