@@ -72,7 +72,8 @@ void send(NodeLane& lane, const RailRounds& rounds, uint64_t first, int32_t roun
 // What came is there; the GPU reads it; it is no longer needed.
 void receive(NodeLane& lane, const RailRounds& rounds, uint64_t first, int32_t round) {
   const uint64_t epoch = first + static_cast<uint64_t>(round);
-  for (int node = 0; node < lane.rail().num_nodes(); ++node) lane.rail().await_arrived(rounds.trip.rail, epoch, node);
+  for (int node = 0; node < lane.rail().num_nodes(); ++node)
+    if (lane.rail().serves(node)) lane.rail().await_arrived(rounds.trip.rail, epoch, node);
   lane.answer(epoch);
   lane.await_gpu(rounds.trip.rail.operation);
   lane.rail().finish_round(epoch);
@@ -363,6 +364,7 @@ void NodeCombine::sum_nodes(cudaStream_t stream, int32_t round) const {
   args.num_nodes = nodes.num_nodes();
   args.dtype = a.dtype;
   args.row_bytes = call_.row_bytes;
+  args.wire = a.wire;
   args.node_of_entry = plan_.rails().node_of_entry;
   args.token_weights = in_node_.token_weights();
   args.bias[0] = static_cast<const std::byte*>(a.bias[0]);

@@ -25,8 +25,7 @@ void set_chunk_begin(const kernels::PlanView& v, int32_t* chunk_begin, SlotOf sl
 
 }  // namespace
 
-NodePlan::NodePlan(int device, const PlanShape& shape, NodeLane& any_lane)
-    : table_(shape), scratch_(shape), none_masked_(static_cast<size_t>(shape.num_ranks)), placed_(shape, nullptr) {
+NodePlan::NodePlan(int device, const PlanShape& shape, NodeLane& any_lane) : table_(shape), scratch_(shape), placed_(shape, nullptr) {
   const int64_t routing_bytes = shape.max_tokens * (shape.num_topk > 0 ? shape.num_topk * static_cast<int64_t>(sizeof(int64_t))
                                                                        : static_cast<int64_t>(shape.num_ranks));
   experts_at_ = layout::align_up(routing_bytes, kInputAlignment);
@@ -85,17 +84,17 @@ bool NodePlan::drop_invalid(tern_routing& routing) const {
   return found;
 }
 
-void NodePlan::route(NodeLane& lane, const tern_routing& routing, const std::function<void(tern_status)>& note) {
-  tern_routing own = routing;
-  if (drop_invalid(own)) note(TERN_INVALID_ARGUMENT);
-  table_.set_routing(own, none_masked_);
+void NodePlan::route(NodeLane& lane, const Route& route) {
+  tern_routing own = route.routing;
+  if (drop_invalid(own)) route.note(TERN_INVALID_ARGUMENT);
+  table_.set_routing(own, *route.unreachable);
   cpu::run_route({lane.lane(), &lane.rail(), table_, scratch_});
   tell_messages(lane.lane());
   write_sources();
   for (int32_t node = 0; node < shape().num_nodes; ++node) write_batch(node);
   write_own();
-  if (table_.exceeds_capacity()) note(TERN_CAPACITY_EXCEEDED);
-  ++num_routed_;
+  if (table_.exceeds_capacity()) route.note(TERN_CAPACITY_EXCEEDED);
+  routed_ = route.ticket;
   lane.answer(0);
 }
 

@@ -3,7 +3,7 @@
 // tokens come, the ranks of the node what their batches hold, as CPU ranks do; the tables that follow go to the GPU in one piece.
 //
 // Memory: all is taken at creation. Lifetime: commands that use it keep it. Threads: commands on the lane's thread, one at a time; the caller's
-// reads info when num_routed() has grown.
+// reads info when routed() has come to its ticket.
 #pragma once
 
 #include <atomic>
@@ -32,9 +32,15 @@ class NodePlan {
   // Enqueues copies of what is given, and returns it with the addresses of the copies.
   tern_routing bring(const tern_routing& routing, cudaStream_t stream) const;
 
-  // A command: routes what was brought. What is left out of it is noted by `note`.
-  void route(NodeLane& lane, const tern_routing& routing, const std::function<void(tern_status)>& note);
-  uint64_t num_routed() const { return num_routed_; }
+  // A command: routes what was brought, without ranks that are `unreachable`. What is left out of it is noted by `note`.
+  struct Route {
+    tern_routing routing;
+    uint64_t ticket = 0;  // routed() when it is done
+    const std::vector<uint8_t>* unreachable = nullptr;
+    std::function<void(tern_status)> note;
+  };
+  void route(NodeLane& lane, const Route& route);
+  uint64_t routed() const { return routed_; }
 
   // Epochs of the rail from a send to its receive; of commands.
   uint64_t dispatch_epoch = 0;
@@ -52,12 +58,11 @@ class NodePlan {
 
   RoutingTable table_;
   cpu::PlanScratch scratch_;
-  std::vector<uint8_t> none_masked_;
   PinnedBuffer<std::byte> inputs_, tables_;
   PlacedTables placed_;
   int64_t experts_at_ = 0, num_tokens_at_ = 0;  // in inputs_: tokens of each expert, tokens
   int64_t rounds_of_route_ = 0;
-  std::atomic<uint64_t> num_routed_ = 0;
+  std::atomic<uint64_t> routed_ = 0;
 };
 
 }  // namespace tern::cuda

@@ -129,7 +129,8 @@ void CudaPlan::enqueue_route_between_nodes(const tern_routing& routing, const te
   const tern_routing brought = node_plan_->bring(routing, stream);
   const NodeSteps steps(*this, launch, TERN_OP_ROUTE, stream);
   const auto note = [exchange = &exchange_, lane = launch.lane](tern_status status) { exchange->note(status, lane, TERN_OP_ROUTE); };
-  steps.begin([brought, note, plan = node_plan_](NodeLane& lane) { plan->route(lane, brought, note); });
+  const NodePlan::Route route{brought, awaited_ticket_, &exchange_.nodes()->unreachable(), note};
+  steps.begin([route, plan = node_plan_](NodeLane& lane) { plan->route(lane, route); });
   steps.await();
   check(kernels::launch_copy(memory_.tables.data(), node_plan_->tables_data(), node_plan_->tables().routed_bytes, stream),
         "launching the kernel that brings the tables of a routing to the GPU");
@@ -177,7 +178,7 @@ void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
     const SpanFacts wait{.kind = TERN_SPAN_WAIT, .operation = TERN_OP_ROUTE, .peer = shape_.rank, .awaited = TERN_AWAITED_OWN_GPU};
     with_span(exchange_.trace().lane(launch.lane), wait, [&](Span&) {
       if (node_plan_ != nullptr) {
-        await_routing(launch, [&] { return node_plan_->num_routed() >= awaited_ticket_; });
+        await_routing(launch, [&] { return node_plan_->routed() == awaited_ticket_; });
         read_table();
       } else {
         await_routing(launch, [&] {
@@ -309,14 +310,6 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_carried_)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   latency_path_ = takes_latency_path(*this, call);
-  if (call.args.wire == TERN_WIRE_FP32)
-    fail(TERN_UNSUPPORTED, "combine: wire is TERN_WIRE_FP32, which CPU ranks have only; use TERN_WIRE_AS_DTYPE, or mode EXACT");
-  if (call.args.wire != TERN_WIRE_AS_DTYPE && !latency_path_)
-    fail(
-        TERN_UNSUPPORTED,
-        "combine: wire is TERN_WIRE_LOG10BIT, which GPU ranks have on the latency path only, and {} tokens of {} bytes do not take it; use "
-        "TERN_WIRE_AS_DTYPE, an exchange with TERN_MODE_LATENCY, or a larger TERN_LATENCY_MAX_KB",
-        shape_.max_tokens, call.row_bytes);
   if (node_plan_ != nullptr) {
     const NodeCombine operation(*this, call, launch);
     operation.check(combine_ticket_);

@@ -82,6 +82,7 @@ struct NodeSumArgs {
   int32_t num_nodes = 0;
   int32_t dtype = 0;
   int64_t row_bytes = 0;
+  int32_t wire = 0;  // tern_wire
   bool per_entry = false;
   const int32_t* node_of_entry = nullptr;
   const float* token_weights = nullptr;  // as in CombineArgs, and what follows
