@@ -16,6 +16,7 @@
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
 #include "kernels/latency.h"
+#include "kernels/node_route.h"
 #include "kernels/rail.h"
 #include "kernels/route.h"
 #include "kernels/wire_combine.h"
@@ -86,6 +87,7 @@ void load_kernels(bool bulk_copies) {
   check(kernels::prepare_latency_dispatch(), "loading the kernel of dispatch for small batches");
   check(kernels::prepare_latency_combine(), "loading the kernels of combine for small batches");
   check(kernels::prepare_rail(), "loading the kernels between nodes");
+  check(kernels::prepare_node_route(), "loading the kernels of route between nodes");
 }
 
 std::unique_ptr<SegmentSharer> make_node_sharer(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {

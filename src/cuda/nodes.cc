@@ -11,7 +11,8 @@ Nodes::Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, cons
       setup_(setup),
       layout_(cpu::Network::memory_layout(domain.topology, setup.options)),
       trace_(setup.options.num_lanes),
-      network_(std::make_unique<cpu::Network>(domain, setup.options, setup.log)) {}
+      network_(std::make_unique<cpu::Network>(domain, setup.options, setup.log)),
+      unreachable_on_gpu_(pool, static_cast<size_t>(domain.topology.num_ranks)) {}
 
 void Nodes::start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
   auto memory = PinnedBuffer<std::byte>(pool_->device(), static_cast<size_t>(layout_.total_bytes()));
@@ -28,6 +29,10 @@ void Nodes::start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dead
   unreachable_ = masked;
   for (size_t r = 0; r < unreachable_.size(); ++r)
     if (!lane(0).rail().serves(topology().node[r])) unreachable_[r] = 1;
+  check(
+      cudaMemcpyAsync(unreachable_on_gpu_.data(), unreachable_.data(), unreachable_.size(), cudaMemcpyHostToDevice, pool_->stream().get()),
+      "copying which ranks are masked");
+  pool_->stream().wait(deadline, "copying which ranks are masked");
 }
 
 void Nodes::stop() {
@@ -55,6 +60,7 @@ kernels::RailSlots Nodes::slots(int32_t lane_idx, int64_t begin) const {
 void Nodes::abandon_memory() {
   for (const auto& lane : lanes_) lane->abandon_memory();
   static_cast<void>(new auto(std::move(memory_)));
+  static_cast<void>(new auto(std::move(unreachable_on_gpu_)));
 }
 
 layout::WindowLayout make_host_layout(const tern_exchange_options& options, const Topology& topology) {
@@ -63,6 +69,7 @@ layout::WindowLayout make_host_layout(const tern_exchange_options& options, cons
   tern_exchange_options of_routing = options;
   of_routing.staging_bytes = 0;
   of_routing.max_row_bytes = layout::SlotLayout::kPartAlignment;
+  of_routing.max_tokens = 1;
   return make_window_layout(of_routing, topology.num_ranks, topology.num_nodes);
 }
 

@@ -39,6 +39,8 @@ class Nodes {
   NodeLane& lane(int32_t index) const { return *lanes_[static_cast<size_t>(index)]; }
   int64_t bank_bytes() const { return layout_.bank_bytes; }
   int32_t num_nodes() const { return layout_.num_nodes; }
+  // The same in GPU memory.
+  const uint8_t* unreachable_on_gpu() const { return unreachable_on_gpu_.data(); }
   uint64_t network_bytes() const;
 
   // Slots that leave, or that have come, with those of the own node; what is in them is to be added.
@@ -60,10 +62,11 @@ class Nodes {
   Trace trace_;  // of the commands; nothing is recorded
   std::unique_ptr<cpu::Network> network_;
   std::vector<uint8_t> unreachable_;  // [num_ranks]
+  DeviceBuffer<uint8_t> unreachable_on_gpu_;
   std::vector<std::unique_ptr<NodeLane>> lanes_;
 };
 
-// The windows of the node's hosts: what they tell each other of a routing is as large as these options say.
+// The windows of the node's hosts: what they tell each other are counts.
 layout::WindowLayout make_host_layout(const tern_exchange_options& options, const Topology& topology);
 
 }  // namespace tern::cuda
