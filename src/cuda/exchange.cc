@@ -366,7 +366,10 @@ kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
                              .attendance = masks_late_ranks() ? attendance_.data() : nullptr,
                              .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
   // Ranks wait for ranks whose hosts wait for other nodes: those shall find out first who is missing.
-  if (nodes_ != nullptr) view.timeout_ns += view.timeout_ns / 2;
+  if (nodes_ != nullptr) {
+    view.timeout_ns += view.timeout_ns / 2;
+    view.host = nodes_->lane(lane_idx).cell();
+  }
   const auto data = [](const std::shared_ptr<Segment>& segment) { return segment == nullptr ? nullptr : segment->data(); };
   for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) view.inline_windows[r] = data(windows_[r]);
   for (size_t r = 0; r < heaps_.size() && r < kernels::ExchangeView::kInlineHeaps; ++r) view.inline_heaps[r] = data(heaps_[r]);

@@ -80,7 +80,7 @@ class GpuNodeFailure : public testing::Test {
   void SetUp() override { TERN_NEED_GPUS(4); }
   static RunOptions options() {
     RunOptions options = gpu_options(4);
-    options.timeout_ms = full_scale() ? 3'000 : 10'000;
+    options.timeout_ms = full_scale() ? 1'500 : 10'000;
     return options;
   }
 };
