@@ -268,7 +268,7 @@ kernels::RouteArgs NodeRoute::batch_args(int32_t node) const {
   v.first_source = 0;
   v.alignment = 1;
   v.row_capacity = INT32_MAX;
-  v.padded_group_rows = args_.batch_messages();
+  v.padded_group_rows = args_.batch_group_rows();
   if (v.has_expert_rows()) v.layout = TERN_LAYOUT_EXPERT_PADDED;
   v.num_tokens += first_source;
   v.counts += int64_t{first_source} * v.num_counts(num_ranks);

@@ -10,11 +10,11 @@ namespace {
 
 // What kernels count in 32 bits, or in shared memory.
 void check_shape(const PlanShape& shape) {
-  const int64_t rows = shape.local_experts() * shape.ranks_per_node() * shape.max_tokens;
+  const int64_t rows = int64_t{shape.local_experts()} * shape.ranks_per_node() * shape.max_tokens * std::max(1, shape.num_topk);
   if (shape.has_expert_rows() && rows > INT32_MAX)
     fail(TERN_UNSUPPORTED,
-         "plan: {} experts on a rank with up to {} tokens each from {} ranks of a node are {} rows, at most {} are supported",
-         shape.local_experts(), shape.max_tokens, shape.ranks_per_node(), rows, INT32_MAX);
+         "plan: {} experts on a rank with up to {} tokens of {} entries from {} ranks of a node make {} rows, at most {} are supported",
+         shape.local_experts(), shape.max_tokens, shape.num_topk, shape.ranks_per_node(), rows, INT32_MAX);
   if (shape.node_experts() + shape.ranks_per_node() > kernels::kMostNodeCounters)
     fail(TERN_UNSUPPORTED, "plan: {} experts on a node, at most {} are supported with GPU ranks on {} nodes", shape.node_experts(),
          kernels::kMostNodeCounters - shape.ranks_per_node(), shape.num_nodes);

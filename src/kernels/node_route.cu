@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kThreads) unpack_routing_kernel(const __grid_c
 class Settle {
  public:
   __device__ explicit Settle(const NodeRouteArgs& args)
-      : args_(args), plan_(args.plan), num_ranks_(args.exchange.num_ranks), group_rows_(args.batch_messages()) {}
+      : args_(args), plan_(args.plan), num_ranks_(args.exchange.num_ranks), group_rows_(args.batch_group_rows()) {}
 
   __device__ void run(int32_t node) const {
     settle_received(node);

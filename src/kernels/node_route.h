@@ -65,6 +65,8 @@ struct NodeRouteArgs {
   constexpr int32_t num_group_ranks() const { return rails.num_nodes * exchange.num_ranks; }
   constexpr int32_t num_group_experts() const { return rails.num_nodes * plan.num_experts; }
   constexpr int64_t batch_messages() const { return exchange.num_ranks * plan.max_tokens; }
+  // Of an expert in a batch alone: room for all that may come, also where tokens name it more than once.
+  constexpr int64_t batch_group_rows() const { return batch_messages() * (plan.num_topk > 0 ? plan.num_topk : 1); }
 };
 
 // Counters of the experts and ranks of a node must fit shared memory.
