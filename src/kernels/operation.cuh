@@ -186,7 +186,7 @@ struct Operation {
         return true;
       }
       if (turn % kSpinsPerLook != 0) continue;
-      if (is_aborted() || is_stopped_by_host()) return false;
+      if (is_aborted() || (turn > 0 && is_stopped_by_host())) return false;  // the host's word is far away
       const uint64_t waited = device::global_timer_ns() - start;
       if constexpr (!kMasks) {
         if (waited <= exchange.timeout_ns) continue;

@@ -80,7 +80,7 @@ class GpuNodeFailure : public testing::Test {
   void SetUp() override { TERN_NEED_GPUS(4); }
   static RunOptions options() {
     RunOptions options = gpu_options(4);
-    options.timeout_ms = full_scale() ? 1'500 : 10'000;
+    options.timeout_ms = 1'500;
     return options;
   }
 };
@@ -95,7 +95,7 @@ class GpuNodeRecovery : public testing::Test {
   static SceneSettings nodes() {
     SceneSettings settings;
     settings.run = gpu_options(4);
-    settings.run.timeout_ms = full_scale() ? 3'000 : 10'000;
+    settings.run.timeout_ms = 3'000;
     settings.run.ranks_per_node = 2;
     settings.process_timeout_ms = 60'000 + 30 * settings.run.timeout_ms;
     return settings;
