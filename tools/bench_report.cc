@@ -14,7 +14,8 @@ namespace {
 constexpr double kMega = 1e-6;
 constexpr const char* kCpuRow = "{:<17} {:<7} {:>11} {:>11} {:>11} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8}{}  {}\n";
 constexpr const char* kNetworkCells = " {:>9} {:>8} {:>6}";
-constexpr const char* kGpuRow = "{:<17} {:<7} {:<6} {:<6} {:>4} {:>10} {:>10} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7}{}  {}\n";
+constexpr const char* kGpuRow =
+    "{:<17} {:<7} {:<6} {:<6} {:>4} {:>10} {:>10} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7}{}  {}\n";
 
 std::string number_or_dash(double value, int digits) { return value > 0 ? fmt::format("{:.{}f}", value, digits) : "-"; }
 
@@ -36,8 +37,8 @@ std::string network_head() { return fmt::format(kNetworkCells, "net GB/s", "stre
 
 void print_network_note() {
   fmt::print(
-      "Net GB/s: what the rank that sends most puts to other nodes, by the time. Stream: plain writes of 1 MiB (fi_write), from every rank\n"
-      "to its rails and back, all at once, in this run; what the slowest rank sends.\n");
+      "Net GB/s: what the rank that sends most puts to other nodes, by the time. Stream: plain writes of 1 MiB (fi_write), from every\n"
+      "rank to its rails and back, all at once, in this run; what the slowest rank sends.\n");
 }
 
 void print_cpu_row(const BenchRecord& record, bool with_network) {
