@@ -158,7 +158,7 @@ void CudaPlan::run(const Operation& operation, const tern_launch& launch, Ticket
 
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
   const ProfiledRange range("route");
-  const DeviceGuard guard(exchange_.facts().device);
+  const CurrentContext current(exchange_.facts().context);
   check_throughput_path("route");
   exchange_.check_health();
   check_not_under_way("route");
@@ -250,7 +250,7 @@ void CudaPlan::dispatch_between_nodes(const DispatchCall& call, const tern_launc
 
 void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   const ProfiledRange range("dispatch");
-  const DeviceGuard guard(exchange_.facts().device);
+  const CurrentContext current(exchange_.facts().context);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
   const bool routes = call.args.routing != nullptr && !receives_only;
   if (routes)
@@ -287,7 +287,7 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
 
 void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   const ProfiledRange range("combine");
-  const DeviceGuard guard(exchange_.facts().device);
+  const CurrentContext current(exchange_.facts().context);
   check_ready("combine", true);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
   if (is_under_way(dispatch_ticket_)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
