@@ -126,7 +126,8 @@ def mistakes(ranks):
 def not_between_nodes(ranks):
     """What is there inside one node only says so, on every rank."""
     text = refused(
-        lambda: Buffer(ranks.group, 0, 64 << 20, low_latency_mode=True, enable_shrink=True), "enable_shrink is supported"
+        lambda: Buffer(ranks.group, 0, 64 << 20, low_latency_mode=True, enable_shrink=True),
+        "enable_shrink is supported",
     )
     assert f"the {ranks.num_ranks} ranks are on" in text
 
