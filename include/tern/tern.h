@@ -496,8 +496,8 @@ typedef struct tern_plan_info {
   const int32_t* pair_counts TERN_ZERO;         /* [num_ranks, num_ranks] messages from row rank to column rank */
   int32_t num_sms TERN_ZERO;                    /* GPU: of the last operation; 0: CPU */
   int32_t reserved TERN_ZERO;
-  /* Several nodes, what this rank passes on within its node: its own tokens, and those of its rail in every other node. NULL with one node, and
-   * where the host does not know the counts */
+  /* Several nodes, what this rank passes on within its node: its own tokens, and those of its rail in every other node. NULL with one node, and on GPU
+   * ranks */
   const int32_t* rail_tokens TERN_ZERO; /* [num_nodes] tokens that have a message to this rank's node, by their owner's node */
   /* [sum of rail_tokens, ranks of the node] 1: the token goes to that rank of the node. By owner's node, then by token */
   const uint8_t* rail_token_in_rank TERN_ZERO;

@@ -31,7 +31,7 @@ class PlanInfo:
     received_per_expert: list[int] | None
     sent_per_rank: list[int] | None
     pair_counts: list[list[int]] | None
-    # Several nodes: what this rank passes on within its node.
+    # Several nodes, on CPU ranks: what this rank passes on within its node.
     rail_tokens: list[int] | None  # of the owners in each node
     rail_token_in_rank: bytes | None  # [sum of rail_tokens, ranks of the node] 1: goes there; else 0
 

@@ -44,7 +44,7 @@ CpuPlan::CpuPlan(CpuExchange& exchange, const PlanShape& shape)
                std::vector<float>(topk_elements(shape.max_messages(), shape)),
                std::vector<float>(topk_elements(shape.max_messages(), shape))},
       scratch_(shape),
-      counts_(shape) {}
+      counts_(shape, true) {}
 
 template <typename Operation>
 void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operation) {

@@ -21,7 +21,7 @@ constexpr int64_t kTokensPerRouteBlock = 64;
 }  // namespace
 
 CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
-    : exchange_(exchange), shape_(shape), memory_(exchange.pool(), shape, exchange.num_lanes()), counts_(shape) {
+    : exchange_(exchange), shape_(shape), memory_(exchange.pool(), shape, exchange.num_lanes()), counts_(shape, false) {
   if (exchange.nodes() != nullptr) {
     node_plan_ = std::make_shared<NodePlan>(exchange.facts().device, shape, exchange.nodes()->lane(0));
     return;

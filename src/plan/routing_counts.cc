@@ -5,12 +5,12 @@
 
 namespace tern {
 
-RoutingCounts::RoutingCounts(const PlanShape& shape)
+RoutingCounts::RoutingCounts(const PlanShape& shape, bool with_rails)
     : received_per_rank(static_cast<size_t>(shape.num_ranks)),
       sent_per_rank(static_cast<size_t>(shape.num_ranks)),
       received_per_expert(static_cast<size_t>(shape.local_experts())),
       pair_counts(static_cast<size_t>(shape.num_ranks) * static_cast<size_t>(shape.num_ranks)),
-      rail_tokens(static_cast<size_t>(shape.num_nodes > 1 ? shape.num_nodes : 0)),
+      rail_tokens(static_cast<size_t>(with_rails && shape.num_nodes > 1 ? shape.num_nodes : 0)),
       rail_token_in_rank(rail_tokens.size() * static_cast<size_t>(shape.max_tokens * shape.ranks_per_node())) {}
 
 void RoutingCounts::set(const RoutingTable& table) {

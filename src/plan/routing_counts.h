@@ -12,7 +12,8 @@
 namespace tern {
 
 struct RoutingCounts {
-  explicit RoutingCounts(const PlanShape& shape);
+  // `with_rails`: tables have batches, and not counts alone.
+  RoutingCounts(const PlanShape& shape, bool with_rails);
 
   // Of a finished table.
   void set(const RoutingTable& table);
@@ -22,7 +23,7 @@ struct RoutingCounts {
   std::vector<int32_t> received_per_rank, sent_per_rank;  // [num_ranks]
   std::vector<int32_t> received_per_expert;               // [local_experts]
   std::vector<int32_t> pair_counts;                       // [num_ranks, num_ranks]
-  std::vector<int32_t> rail_tokens;                       // [num_nodes], none with one
+  std::vector<int32_t> rail_tokens;                       // [num_nodes], none with one node, or without rails
   std::vector<uint8_t> rail_token_in_rank;                // [num_nodes * max_tokens, ranks of the node]
 
  private:

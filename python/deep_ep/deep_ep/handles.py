@@ -92,7 +92,7 @@ class _InternodeFields(NamedTuple):
     rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: tokens sent to each node
     gbl_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: rows sent to each rank
     # Of the tokens that this rank passes on within its node, M of them: its own, and those of the same place in other nodes.
-    # Where the host does not know them (GPU ranks with num_worst_tokens) they are 0, and M too.
+    # The hosts of GPU ranks do not know them: they are 0 there, and M too.
     recv_rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: from each node
     recv_rdma_rank_prefix_sum: torch.Tensor  # i32 [nodes]: from nodes 0..i
     recv_gbl_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: the first row from each rank
