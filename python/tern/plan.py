@@ -13,7 +13,7 @@ from ._calls import CombineCall, CombineKind, DispatchCall, DispatchKind, Shape
 from ._library import direct, lib
 from .errors import InvalidArgumentError, InvalidStateError, check
 from .exchange import Exchange, choice
-from .results import Combined, Dispatched, Pending, PlanInfo
+from .results import Combined, Dispatched, Pending, PlanInfo, Prepared
 
 Result = TypeVar("Result")
 
@@ -213,6 +213,20 @@ class Plan:
         self._set_launch(call.arrays, lane, num_sms, stream)
         return self._send(_dispatch, call, result, inputs)
 
+    def prepare_dispatch(
+        self, tokens: Array, *, lane: int = 0, num_sms: int = 0, **arguments: Any
+    ) -> Prepared[Dispatched]:
+        """A dispatch with the same arguments, not run yet: to be called again and again for what the same arrays hold by then. With
+        topk_idx, or along a routing of as many tokens and rows as now. Outputs that are not given are made here, once. Arrays whose strides
+        make the other methods copy them are refused."""
+        call, result, inputs = self._prepare_dispatch(tokens, **arguments)
+        self._set_launch(call.arrays, lane, num_sms, None)
+        given = [tokens, *(arguments.get(name) for name in ("topk_idx", "device_num_tokens", "scales", "topk_weights"))]
+        args, routing = call.args, self._routing
+        used = (args.tokens, routing.topk_idx, routing.device_num_tokens, args.scales, args.topk_weights)
+        _refuse_copies(call.arrays, given, used)
+        return self._prepared(_dispatch, call, result, inputs)
+
     def _prepare_dispatch(
         self,
         tokens: Any,
@@ -321,6 +335,16 @@ class Plan:
         self._set_launch(call.arrays, lane, num_sms, stream)
         return self._send(_combine, call, result, inputs)
 
+    def prepare_combine(self, rows: Array, *, lane: int = 0, num_sms: int = 0, **arguments: Any) -> Prepared[Combined]:
+        """A combine with the same arguments, not run yet, as prepare_dispatch: along a routing of as many tokens and rows as now."""
+        call, result, inputs = self._prepare_combine(rows, **arguments)
+        self._set_launch(call.arrays, lane, num_sms, None)
+        bias, args = arguments.get("bias"), call.args
+        given = [rows, arguments.get("topk_weights"), arguments.get("row_weights")]
+        given += bias if isinstance(bias, (tuple, list)) else [bias]
+        _refuse_copies(call.arrays, given, (args.rows, args.topk_weights, args.row_weights, *args.bias))
+        return self._prepared(_combine, call, result, inputs)
+
     def _prepare_combine(
         self,
         rows: Any,
@@ -407,10 +431,7 @@ class Plan:
         launch.lane, launch.num_sms = lane, num_sms
 
     def _send(self, function: Any, call: DispatchCall | CombineCall, result: Result, inputs: Any) -> Pending[Result]:
-        # Copies: the structs are filled in anew by whatever the plan is used for before the receive.
-        args, launch = type(call.args).from_buffer_copy(call.args), _c.Launch.from_buffer_copy(self._launch)
-        if isinstance(args, _c.DispatchArgs) and args.routing:
-            args.routing = ctypes.pointer(_c.Routing.from_buffer_copy(self._routing))
+        args, launch, _ = self._copies(call)
         launch.phase = _c.Phase.SEND
         check(function(self._handle, ctypes.byref(args), ctypes.byref(launch)))
 
@@ -421,7 +442,51 @@ class Plan:
 
         return Pending(result, receive, (inputs, self))
 
+    def _prepared(
+        self, function: Any, call: DispatchCall | CombineCall, result: Result, inputs: Any
+    ) -> Prepared[Result]:
+        args, launch, routes = self._copies(call)
+        handle, args_pointer, launch_pointer = self._handle, ctypes.byref(args), ctypes.byref(launch)
+        current_stream = call.arrays.current_stream
+        num_tokens, num_rows = self._num_tokens, self._num_rows
+
+        def run(stream: Any) -> None:
+            if routes:
+                self._num_tokens = num_tokens
+            elif self._num_tokens != num_tokens or self._num_rows != num_rows:
+                raise InvalidStateError(
+                    f"prepared for {num_tokens} tokens and {num_rows} rows, but {self._num_tokens} tokens were routed, with "
+                    f"{self._num_rows} rows; prepare it anew"
+                )
+            launch.stream = current_stream() if stream is None else _raw(stream)
+            status = function(handle, args_pointer, launch_pointer)
+            if status != 0:
+                check(status, result)
+
+        return Prepared(result, run, inputs)
+
+    def _copies(self, call: DispatchCall | CombineCall) -> tuple[Any, _c.Launch, bool]:
+        """Of the structs, which are filled in anew by whatever the plan is used for next; and whether the operation routes."""
+        args, launch = type(call.args).from_buffer_copy(call.args), _c.Launch.from_buffer_copy(self._launch)
+        routes = isinstance(args, _c.DispatchArgs) and bool(args.routing)
+        if routes:
+            args.routing = ctypes.pointer(_c.Routing.from_buffer_copy(self._routing))
+        return args, launch, routes
+
 
 def _raw(stream: Any) -> int:
     """A torch.cuda.Stream, or the handle itself."""
     return int(getattr(stream, "cuda_stream", stream))
+
+
+def _refuse_copies(arrays: Arrays, given: Sequence[Any], used: Sequence[int | None]) -> None:
+    """A copy would hold what an array held when the operation was prepared."""
+    for array in given:
+        if array is None:
+            continue
+        adopted = arrays.adopt(array, "an array")
+        if (arrays.pointer(adopted) or None) not in (*used, None):
+            raise InvalidArgumentError(
+                f"an array of shape {list(adopted.shape)} and strides {list(arrays.strides(adopted))} would be copied at every run; a "
+                "prepared operation needs dense ones"
+            )
