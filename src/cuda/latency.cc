@@ -10,6 +10,8 @@ namespace tern::cuda {
 namespace {
 
 constexpr int64_t kLatencyKb = 4096;
+// Parts of rows that are sent: each has an SM on every GPU that there is, and is long enough for all warps of a block.
+constexpr int64_t kMostParts = 128, kLeastPartBytes = 2048;
 constexpr int32_t kLatencyChoice = 1 << 24;  // in CallShape::choices: what others call for a large batch is something else
 
 layout::LatencyWords words_of(const CudaPlan& plan) {
@@ -81,10 +83,32 @@ uint32_t call_hash(tern_operation operation, const layout::CallShape& shape) {
   return static_cast<uint32_t>(hash ^ hash >> 32);
 }
 
+// Into how many parts the rows go, of which a rank sends at most so many. All ranks must come to the same.
+int32_t parts_log2(const CudaPlan& plan, int64_t num_rows, int64_t row_bytes) {
+  int32_t log2 = 0;
+  if (plan.exchange().masks_late_ranks()) return log2;
+  while (log2 < layout::kMostRowPartsLog2 && num_rows << (log2 + 1) <= kMostParts && row_bytes >> (log2 + 1) >= kLeastPartBytes) ++log2;
+  return log2;
+}
+// What is cast goes with scales of its channels, in one part.
+int32_t dispatch_parts_log2(const CudaPlan& plan, const DispatchCall& call) {
+  return call.args.encoding == TERN_ENCODING_AS_GIVEN ? parts_log2(plan, plan.shape().max_tokens, call.wire_bytes) : 0;
+}
+int32_t combine_parts_log2(const CudaPlan& plan, const CombineCall& call) {
+  return parts_log2(plan, plan.shape().max_messages(), call.row_bytes);
+}
+
+int32_t part_bytes(int64_t row_bytes, int32_t parts_log2) {
+  return static_cast<int32_t>(parts_log2 == 0 ? row_bytes
+                                              : layout::align_up((row_bytes + (1 << parts_log2) - 1) >> parts_log2, kernels::kPieceBytes));
+}
+
 struct CallFacts {
   tern_operation operation;
   const layout::CallShape& shape;
   const layout::LatencySlot& slot;
+  int64_t row_bytes;  // that are dealt out
+  int32_t parts_log2;
   uint64_t* epoch_kept;  // from a send to its receive, in GPU memory
   int32_t lag_before;
   int64_t* wait_ns;
@@ -105,6 +129,8 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.wait_ns = facts.wait_ns;
   args.words = words_of(plan);
   args.slot = facts.slot;
+  args.parts_log2 = facts.parts_log2;
+  args.part_bytes = part_bytes(facts.row_bytes, facts.parts_log2);
   const layout::DeviceWindowLayout& window = args.exchange.layout;
   for (int bank = 0; bank < layout::kNumBanks; ++bank) {
     args.words_at[bank] = window.words(launch.lane, static_cast<uint64_t>(bank), 0);
@@ -113,6 +139,7 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.row_flags_at = window.row_flags(launch.lane, 0);
   args.progress_at = window.progress(launch.lane, 0);
   args.words_stride = static_cast<int32_t>(window.latency_words);
+  args.flags_stride = static_cast<int32_t>(window.num_row_flags());
   args.slot_stride = static_cast<int32_t>(facts.slot.stride());
   args.experts_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().local_experts());
   args.topk_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_topk);
@@ -120,10 +147,10 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   return args;
 }
 
-// A block for each message that may arrive and one for the routing, or fewer, as the caller or the exchange wants it: what a block does one after
-// the other takes its time, since it is code that is fetched and loads that are waited for.
-int latency_sms(const CudaPlan& plan, const tern_launch& launch) {
-  const int64_t blocks = plan.shape().max_messages() + 1;
+// A block for each message that may arrive or part that is sent, and one for the routing, or fewer, as the caller or the exchange wants it: what
+// a block does one after the other takes its time, since it is code that is fetched and loads that are waited for.
+int latency_sms(const CudaPlan& plan, const tern_launch& launch, int64_t num_parts) {
+  const int64_t blocks = std::max(plan.shape().max_messages(), num_parts) + 1;
   const int64_t bytes_for_all = blocks * kBytesPerSm;
   const int asked = launch.num_sms > 0 ? launch.num_sms : plan.exchange().options().num_sms;
   const DeviceFacts& facts = plan.exchange().facts();
@@ -145,7 +172,11 @@ bool takes_latency_path(const CudaPlan& plan, const CombineCall& call) {
 }
 
 LatencyDispatch::LatencyDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch)
-    : plan_(plan), call_(call), launch_(launch), shape_(dispatch_shape(plan, call)), num_sms_(latency_sms(plan, launch)) {
+    : plan_(plan),
+      call_(call),
+      launch_(launch),
+      shape_(dispatch_shape(plan, call)),
+      num_sms_(latency_sms(plan, launch, plan.shape().max_tokens << dispatch_parts_log2(plan, call))) {
   const tern_dispatch_args& a = call.args;
   check_alignment("dispatch", "tokens", a.tokens, a.token_stride_bytes);
   check_alignment("dispatch", "out_tokens", a.out_tokens);
@@ -174,7 +205,9 @@ void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
 kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_before) const {
   const layout::LatencySlot slot = dispatch_slot(plan_, call_);
   kernels::LatencyDispatchArgs args;
-  args.call = make_call(plan_, launch_, {TERN_OP_DISPATCH, shape_, slot, plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
+  args.call = make_call(plan_, launch_,
+                        {TERN_OP_DISPATCH, shape_, slot, call_.wire_bytes, dispatch_parts_log2(plan_, call_),
+                         plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
   args.memory = dispatch_memory(plan_, slot);
   args.routes = routes;
   if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
@@ -193,7 +226,11 @@ kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_befo
 }
 
 LatencyCombine::LatencyCombine(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch)
-    : plan_(plan), call_(call), launch_(launch), shape_(combine_shape(plan, call)), num_sms_(latency_sms(plan, launch)) {
+    : plan_(plan),
+      call_(call),
+      launch_(launch),
+      shape_(combine_shape(plan, call)),
+      num_sms_(latency_sms(plan, launch, plan.shape().max_messages() << combine_parts_log2(plan, call))) {
   const tern_combine_args& a = call.args;
   check_alignment("combine", "rows", a.rows);
   check_alignment("combine", "out_tokens", a.out_tokens);
@@ -223,10 +260,14 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   const layout::LatencySlot slot = combine_slot(plan_, call_);
   const bool weighs_with_owners = a.weighting == TERN_WEIGHTS_OWNER;
   kernels::LatencyCombineArgs args;
-  args.call = make_call(plan_, launch_, {TERN_OP_COMBINE, shape_, slot, tables.combine_ticket, lag_before, a.wait_ns});
+  args.call = make_call(
+      plan_, launch_,
+      {TERN_OP_COMBINE, shape_, slot, call_.row_bytes, combine_parts_log2(plan_, call_), tables.combine_ticket, lag_before, a.wait_ns});
   args.dtype = a.dtype;
   args.row_bytes = static_cast<int32_t>(call_.row_bytes);
   args.wire_bytes = static_cast<int32_t>(call_.wire_bytes);
+  args.piece_bytes =
+      static_cast<int32_t>(layout::align_up((args.call.part_bytes + kernels::kPushingWarps - 1) / kernels::kPushingWarps, 512));
   args.is_log = a.wire == TERN_WIRE_LOG10BIT;
   args.per_entry = is_per_entry(plan_, call_);
   args.shares_slots = shares_slots(plan_, call_);

@@ -3,7 +3,7 @@
 //
 //   sending    announce();  write slots;  raise_row(...) behind each
 //   receiving  await_calls(): the sources run the same call, or the exchange fails;  await_row(...): a row is there
-//   both       begin(): what was pushed two epochs ago is used up;  finish()
+//   both       begin(), or lead() and follow(): what was pushed two epochs ago is used up;  finish()
 //
 // Under TERN_ON_TIMEOUT_MASK a rank is in an operation with all that it sends, or not at all: each block first waits for everything that comes,
 // and the first one that has all of a rank, or misses something at the deadline, decides for all blocks (settle_attendance()).
@@ -18,7 +18,7 @@
 namespace tern::kernels {
 
 // The last warp of a block waits until rows have arrived at their owners, and raises their flags. Meanwhile the others, the workers, go on.
-inline constexpr int kRaisingWarp = kLatencyThreads / kWarpThreads - 1;
+inline constexpr int kRaisingWarp = kPushingWarps;
 inline constexpr int kWorkThreads = kRaisingWarp * kWarpThreads;
 __device__ __forceinline__ bool is_raising() { return threadIdx.x >= kWorkThreads; }
 // The first kThreads of a block.
@@ -39,10 +39,15 @@ __device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) 
 template <bool kMasks>
 class LatencyCall {
  public:
+  // Asks for what begin() looks at before all else, since it comes from memory.
   __device__ explicit LatencyCall(const LatencyArgs& args)
       : args_(args),
         last_epoch_(args.exchange.state->epoch),
-        op_{args.exchange, args.operation, args.sends ? last_epoch_ + 1 : *args.ticket} {}
+        op_{args.exchange, args.operation, args.sends ? last_epoch_ + 1 : *args.ticket},
+        aborted_(load_relaxed_sys(op_.abort_word())) {
+    const int peer = static_cast<int>(device::lane_idx());
+    if (is_raising() && peer < num_ranks() && !is_masked(peer)) consumed_ = load_relaxed_sys(&progress(rank(), peer)->consumed);
+  }
 
   __device__ const Operation& operation() const { return op_; }
   __device__ int rank() const { return args_.exchange.rank; }
@@ -51,6 +56,8 @@ class LatencyCall {
   // There are never more ranks than these.
   __device__ std::byte* window(int rank) const { return args_.exchange.inline_windows[rank]; }
   __device__ bool is_masked(int rank) const { return window(rank) == nullptr; }
+  // When the kernel began. What the plan says may be used: it is not that of a failed exchange, which may be anything.
+  __device__ bool was_healthy() const { return aborted_ == 0; }
 
   // Under TERN_ON_TIMEOUT_MASK: ranks, a bit each, that nothing is sent to, known behind begin(); and that have no part in what this operation
   // receives, known behind settle_attendance().
@@ -79,32 +86,50 @@ class LatencyCall {
     return reported(op_.await_word<kMasks>(words(rank(), source) + word, source, value, wait_ns));
   }
 
-  // All threads of the block. False: the exchange has failed, and nothing is to be done.
+  // All threads of the block. False: the exchange has failed, and nothing is to be done. The raising warp finds out, while the others ask for
+  // something, or sum it.
   __device__ bool begin() {
-    bool ok = true;
-    if (threadIdx.x == 0) warps_done_waiting() = 0;
-    // By a warp that comes here at once: the others ask for something first, or sum it.
-    if (is_raising()) {
-      ok = !op_.is_aborted();
-      if (may_go_on_without()) clear_shared_ranks();
-#pragma unroll 1
-      for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
-        if (!is_masked(peer)) ok = begin(peer) && ok;
-    }
+    bool ok = !is_raising() || may_begin();
     // All have the epoch now: when all blocks have come here it may be advanced.
     ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
-    if (threadIdx.x == 0) {
-      began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1;
-      if (!ok) op_.report_abort();
-    }
+    if (threadIdx.x == 0) count_begun();
     return ok;
   }
 
-  // At least as many threads as there may be ranks: says to everybody what this rank calls.
-  __device__ void announce(int peer, int32_t num_tokens) const {
-    if (peer >= num_ranks() || !takes(peer)) return;
-    put_word(peer, args_.words.call(), args_.call_hash);
-    put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
+  // The same where the block's warps do not all wait for each other: the raising warp leads, and says what it has found at the barriers where
+  // the others follow. Its threads are counted there too.
+  struct Start {
+    int barrier;
+    int num_threads;
+  };
+  template <typename... Starts>
+  __device__ bool lead(Starts... starts) const {
+    const bool ok = may_begin();
+    if (device::lane_idx() == 0) has_begun() = ok;
+    __syncwarp();
+    (device::arrive_at_barrier(starts.barrier, starts.num_threads), ...);
+    return ok;
+  }
+  __device__ bool follow(Start start) const {
+    const bool has_epoch = __all_sync(~0u, op_.epoch != 0) != 0;  // it has come from memory
+    device::arrive_at_barrier(kBegunBarrier, kLatencyThreads);
+    device::sync_some_warps(start.barrier, start.num_threads);
+    return has_epoch && has_begun();
+  }
+  // Behind lead(), when all warps have the epoch.
+  __device__ void count_followers() {
+    device::sync_some_warps(kBegunBarrier, kLatencyThreads);
+    if (device::lane_idx() == 0) count_begun();
+  }
+
+  // One warp: says to everybody what this rank calls.
+  __device__ void announce(int32_t num_tokens) const {
+#pragma unroll 1
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads) {
+      if (!takes(peer)) continue;
+      put_word(peer, args_.words.call(), args_.call_hash);
+      put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
+    }
   }
   // One warp: the same for ranks that run an operation of the throughput path, by mistake.
   __device__ void announce_to_throughput() const {
@@ -135,11 +160,23 @@ class LatencyCall {
   }
 
   // Threads that have written the row have met at a barrier before: one of them tells the owner of the slot.
-  __device__ void raise_row(int owner, int32_t token) const { store_release_sys(row_flag(owner, rank(), token), op_.epoch); }
-  // One thread.
-  __device__ bool await_row(int source, int32_t token) const {
-    return reported(op_.await<kMasks>(row_flag(rank(), source, token), op_.epoch, source));
+  __device__ void raise_row(int owner, int32_t token, int part) const {
+    store_release_sys(row_flag(owner, rank(), token, part), op_.epoch);
   }
+  // One thread.
+  __device__ bool await_row(int source, int32_t token, int part) const {
+    const uint64_t* flag = row_flag(rank(), source, token, part);
+    // Most waits are short, and those that are not keep what they are called with in memory.
+#pragma unroll 1
+    for (int look = 0; look < Operation::kSpinsPerLook; ++look)
+      if (load_acquire_sys(flag) >= op_.epoch) return true;
+    return reported(op_.await<kMasks>(flag, op_.epoch, source));
+  }
+
+  // Rows in parts, one behind the other: number `i` belongs to row i / num_parts.
+  __device__ int32_t row_of(int32_t i) const { return i >> args_.parts_log2; }
+  __device__ int part_of(int32_t i) const { return i & ((1 << args_.parts_log2) - 1); }
+  __device__ int32_t num_parts_of(int32_t num_rows) const { return num_rows << args_.parts_log2; }
 
   // The first kThreads of a block, under TERN_ON_TIMEOUT_MASK: finds out who has a part in the operation. await_all() waits for all that this block
   // will use of others, and calls miss() for what does not come.
@@ -170,7 +207,7 @@ class LatencyCall {
 
   // All threads of all blocks, at the end.
   __device__ void finish() const {
-    if (threadIdx.x != 0 || !began_last_) return;
+    if (!began_last_) return;
     LaneState* state = args_.exchange.state;
     state->blocks_begun = 0;
     if (!args_.sends) return;
@@ -179,15 +216,21 @@ class LatencyCall {
   }
 
  private:
+  static constexpr int kBegunBarrier = 12;
+
   __device__ static uint32_t& warps_done_waiting() {
     __shared__ uint32_t num_warps;
     return num_warps;
   }
+  // What the leading warp has found.
+  __device__ static bool& has_begun() {
+    __shared__ bool ok;
+    return ok;
+  }
 
   // Flags are of a token: of the sender's in dispatch, of the receiver's in combine.
-  __device__ uint64_t* row_flag(int owner, int source, int32_t token) const {
-    return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) +
-           source * static_cast<int32_t>(args_.exchange.layout.latency_tokens) + token;
+  __device__ uint64_t* row_flag(int owner, int source, int32_t token, int part) const {
+    return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) + source * args_.flags_stride + num_parts_of(token) + part;
   }
 
   __device__ int64_t* wait_of(int source) const { return args_.wait_ns == nullptr ? nullptr : args_.wait_ns + source; }
@@ -232,14 +275,31 @@ class LatencyCall {
     return seen % 2 == 0;
   }
 
+  // One warp: is there anything to be done, and has everybody used up what was pushed two epochs ago?
+  __device__ bool may_begin() const {
+    if (device::lane_idx() == 0) warps_done_waiting() = 0;
+    if (may_go_on_without()) clear_shared_ranks();
+    bool ok = was_healthy() && op_.epoch != 0;
+#pragma unroll 1
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
+      if (!is_masked(peer)) ok = begin(peer) && ok;
+    ok = __all_sync(~0u, ok) != 0;
+    if (!ok && device::lane_idx() == 0) op_.report_abort();
+    return ok;
+  }
+  // One thread: when those of all blocks have come here the epoch may be advanced.
+  __device__ void count_begun() { began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1; }
+
   // One thread: has the peer used up what was pushed two epochs ago?
   __device__ bool begin(int peer) const {
-    // Asked for before the epoch is known, which comes from memory too.
-    const uint64_t consumed = load_acquire_sys(&progress(rank(), peer)->consumed);
     if (blockIdx.x == 0) post_consumed_before(peer);
     if (may_go_on_without()) await_bank_or_cut_off(peer);
-    return may_go_on_without() || !args_.sends || consumed + layout::kNumBanks >= op_.epoch || op_.await_bank<kMasks>(peer);
+    return may_go_on_without() || !args_.sends || has_consumed(peer) || op_.await_bank<kMasks>(peer);
   }
+
+  // By what was seen at the start; of further ranks than a warp has threads nothing was. Nothing of the peer's is read behind this, only written,
+  // and stores are not done ahead of a branch: so there is nothing to acquire.
+  __device__ bool has_consumed(int peer) const { return peer < kWarpThreads && consumed_ + layout::kNumBanks >= op_.epoch; }
 
   // What earlier kernels took is read: they have ended.
   __device__ void post_consumed_before(int peer) const {
@@ -249,7 +309,9 @@ class LatencyCall {
   const LatencyArgs& args_;
   const uint64_t last_epoch_;  // that the lane has begun before
   const Operation op_;
-  bool began_last_ = false;
+  const uint64_t aborted_;
+  uint64_t consumed_ = 0;    // of rank lane_idx(), in the raising warp
+  bool began_last_ = false;  // one thread of the block that came last knows it
 };
 
 }  // namespace tern::kernels

@@ -23,13 +23,17 @@ struct LatencyArgs {
   int64_t* wait_ns = nullptr;    // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
   layout::LatencyWords words;
   layout::LatencySlot slot;
+  // Each row goes in so many parts, of so many bytes but for the last, each by a block of its own: an SM alone fills a tenth of the link.
+  int32_t parts_log2 = 0;
+  int32_t part_bytes = 0;
 
   // Where things are in every window, so that kernels, which run their code once, need not work it out.
   int64_t words_at[layout::kNumBanks] = {};  // of source 0
   int64_t slots_at[layout::kNumBanks] = {};
   int64_t row_flags_at = 0;  // of source 0
   int64_t progress_at = 0;   // of source 0
-  int32_t words_stride = 0;  // from source to source, in words; so are flags: latency_tokens
+  int32_t words_stride = 0;  // from source to source, in words; so are flags
+  int32_t flags_stride = 0;
   int32_t slot_stride = 0;
   uint32_t experts_reciprocal = 0;  // of local_experts: rank_of()
   uint32_t topk_reciprocal = 0;
@@ -95,9 +99,10 @@ struct LatencyCombineArgs {
   LatencyArgs call;
   int32_t dtype = 0;
   int32_t row_bytes = 0;
-  int32_t wire_bytes = 0;  // of a row on its way
-  bool is_log = false;     // on their way rows are in the 10-bit encoding (base/log_rows.h)
-  bool per_entry = false;  // every entry's row goes to the owner
+  int32_t wire_bytes = 0;   // of a row on its way
+  int32_t piece_bytes = 0;  // that a warp pushes of a part
+  bool is_log = false;      // on their way rows are in the 10-bit encoding (base/log_rows.h)
+  bool per_entry = false;   // every entry's row goes to the owner
   // Rows of a token's entries lie in one slot, whichever ranks they come from. Not where a rank that was given up may still write.
   bool shares_slots = false;
   bool returns_weights = false;
@@ -116,8 +121,10 @@ struct LatencyCombineArgs {
   float* out_topk_weights = nullptr;
 };
 
-// Threads of a block.
-inline constexpr int kLatencyThreads = 512;
+// Of a row, that a warp of its owner sums at once: parts are multiples of that.
+inline constexpr int kPieceBytes = 1024;
+// Threads of a block; the last warp does not push.
+inline constexpr int kLatencyThreads = 512, kPushingWarps = kLatencyThreads / 32 - 1;
 // The most shared memory that a block may have: every GPU has it.
 inline constexpr int64_t kMostLatencyShared = 96 << 10;
 

@@ -9,7 +9,7 @@ namespace tern::kernels {
 struct ArrivingMessage {
   int32_t source;
   int32_t token;  // at its source
-  int32_t index;  // among all received messages
+  int32_t index;  // among all received messages, when it has been placed
 };
 
 struct ArrivingEntry {
@@ -41,13 +41,16 @@ class Arrivals {
         sync_openers();
         set_first_rows();
       }
-      // The others come when they have sent.
+      // The others come when they have sent: senders, and later the raising warp.
       sync_openers();
-      device::arrive_at_barrier(kOpenedBarrier, kLatencyThreads);
+      device::arrive_at_barrier(kOpenedBarrier, kWorkThreads);
+      device::arrive_at_barrier(kSettleBarrier, kSettleThreads);
+    } else if (is_raising()) {
+      if (blockIdx.x == 0) call_.await_calls();
+      call_.wait_no_more();
+      device::sync_some_warps(kSettleBarrier, kSettleThreads);
     } else {
-      if (is_raising() && blockIdx.x == 0) call_.await_calls();
-      if (is_raising()) call_.wait_no_more();
-      device::sync_some_warps(kOpenedBarrier, kLatencyThreads);
+      device::sync_some_warps(kOpenedBarrier, kWorkThreads);
     }
     if (*memory_.has_failed() != 0) return false;
     if (is_raising() && args_.routes) settle_own();
@@ -63,8 +66,8 @@ class Arrivals {
     return most_tokens * num_ranks_;
   }
   __device__ bool candidate(int32_t i, ArrivingMessage& message) const {
-    const int lane = static_cast<int>(device::lane_idx());
     if (!args_.routes) {
+      const int lane = static_cast<int>(device::lane_idx());
       message = {0, plan_.source_token[i], i};
 #pragma unroll 1
       for (int first = 0; first < num_ranks_; first += kWarpThreads)
@@ -74,15 +77,17 @@ class Arrivals {
     message.token = quotient(i, args_.call.ranks_reciprocal);
     message.source = rank_ + i - message.token * num_ranks_;
     if (message.source >= num_ranks_) message.source -= num_ranks_;
+    return (presence(message.source)[message.token / 32] >> message.token % 32 & 1) != 0;
+  }
+  // All threads of a warp: where a candidate stands.
+  __device__ void place(ArrivingMessage& message) const {
+    if (!args_.routes) return;
+    const int lane = static_cast<int>(device::lane_idx()), word = message.token / 32;
     const uint32_t* present = presence(message.source);
-    const int word = message.token / 32;
-    const uint32_t bit = 1u << message.token % 32;
-    if ((present[word] & bit) == 0) return false;
     int lower = lane < word ? __popc(present[lane]) : 0;
 #pragma unroll 1
     for (int source = lane; source < message.source; source += kWarpThreads) lower += num_messages(source);
-    message.index = __reduce_add_sync(~0u, lower) + __popc(present[word] & (bit - 1));
-    return true;
+    message.index = __reduce_add_sync(~0u, lower) + __popc(present[word] & ((1u << message.token % 32) - 1));
   }
 
   // One thread: entry k of a message, whose entries are `sent`.
@@ -115,12 +120,28 @@ class Arrivals {
       clear_all_rows();
     }
     if (blockIdx.x != 0) return;
-    if (args_.routes) keep_plan();
+    if (args_.routes) keep_groups();
     write_counts();
   }
 
+  // The senders of the first block of a call that routes, meanwhile: what the sources have said, into the plan; a warp takes a source at a time.
+  __device__ void keep_counts() const {
+    const int lane = static_cast<int>(device::lane_idx()), num_counts = plan_.num_counts(num_ranks_);
+    constexpr int kEnds = layout::kMaxChunks + 1;
+#pragma unroll 1
+    for (int source = sender_idx() / kWarpThreads; source < num_ranks_; source += kSendThreads / kWarpThreads) {
+#pragma unroll 1
+      for (int c = lane; c < num_counts; c += kWarpThreads) plan_.counts[source * num_counts + c] = count(source, c);
+#pragma unroll 1
+      for (int chunk = lane; chunk < kEnds; chunk += kWarpThreads)
+        plan_.chunk_begin[source * kEnds + chunk] = num_present(source, chunk * plan_.tokens_per_chunk);
+      if (lane == 0) plan_.num_tokens[source] = num_tokens(source);
+    }
+    if (sender_idx() <= num_ranks_) plan_.received_begin[sender_idx()] = received_begin(sender_idx());
+  }
+
  private:
-  static constexpr int kOpenedBarrier = 14;
+  static constexpr int kOpenedBarrier = 14, kSettleBarrier = 13, kSettleThreads = kOpenThreads + kWarpThreads;
 
   // What the source says.
   __device__ uint32_t* words(int source) const { return memory_.words() + source * num_words_; }
@@ -146,12 +167,12 @@ class Arrivals {
 
   // One warp: where this rank's messages and entries come to lie, into the plan. Of the tokens that this block has placed.
   __device__ void settle_own() const {
-    const int32_t num_senders = max(1, static_cast<int32_t>(gridDim.x) - 1);
-    const int32_t first = first_token();
-    if (first < 0) return;
+    if (first_part() < 0) return;
     const int lane = static_cast<int>(device::lane_idx());
 #pragma unroll 1
-    for (int32_t token = first; token < num_tokens(rank_); token += num_senders) {
+    for (int32_t i = first_part(); i < call_.num_parts_of(num_tokens(rank_)); i += part_step()) {
+      const int32_t token = call_.row_of(i);
+      if (call_.part_of(i) != 0) continue;
       // Positions become rows.
       if (lane < plan_.num_topk) {
         int32_t& row = plan_.entry_rows[token * plan_.num_topk + lane];
@@ -178,12 +199,13 @@ class Arrivals {
       for (int i = static_cast<int>(threadIdx.x); i < num_words_ && call_.is_absent(source); i += kOpenThreads) words(source)[i] = 0;
     sync_openers();
   }
+  // Under TERN_ON_TIMEOUT_MASK rows are in one part.
   __device__ void await_all_rows() const {
     if (!args_.routes) {
       for (int i = static_cast<int>(threadIdx.x); i < plan_.received_begin[num_ranks_]; i += kOpenThreads) {
         int source = 0;
         while (plan_.received_begin[source + 1] <= i) ++source;
-        if (!call_.await_row(source, plan_.source_token[i])) call_.miss(source);
+        if (!call_.await_row(source, plan_.source_token[i], 0)) call_.miss(source);
       }
       return;
     }
@@ -191,7 +213,7 @@ class Arrivals {
     for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * max_tokens; i += kOpenThreads) {
       const int source = i / max_tokens, token = i % max_tokens;
       const bool is_sent = (presence(source)[token / 32] >> token % 32 & 1) != 0;
-      if (is_sent && !call_.await_row(source, token)) call_.miss(source);
+      if (is_sent && !call_.await_row(source, token, 0)) call_.miss(source);
     }
   }
 
@@ -211,8 +233,8 @@ class Arrivals {
 #pragma unroll 1
     for (int first = lane; first < num_words_; first += kAtOnce * kWarpThreads) {
       uint64_t seen[kAtOnce] = {};  // of a source that is masked
-      // Until all are there: those that were not are looked at again together, when the last of them has come.
-      for (int missing = call_.is_masked(source) ? -1 : first; missing >= 0;) {
+      // Until all are there: all are looked at again and again, since most waits are short, and in longer ones when the last of them has come.
+      for (int missing = call_.is_masked(source) ? -1 : first, look = 0; missing >= 0; ++look) {
         missing = -1;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
@@ -221,7 +243,7 @@ class Arrivals {
         for (int u = 0; u < kAtOnce; ++u)
           if (first + u * kWarpThreads < num_words_ && !call_.operation().is_of_epoch(seen[u])) missing = first + u * kWarpThreads;
         uint32_t value;
-        if (missing < 0 || call_.await_word(source, missing, value)) continue;
+        if (missing < 0 || look < Operation::kSpinsPerLook || call_.await_word(source, missing, value)) continue;
         if (!call_.may_go_on_without() || call_.operation().is_aborted()) return false;
         // What has not come says nothing.
         call_.miss(source);
@@ -279,20 +301,10 @@ class Arrivals {
     return args_.routes ? count(source, counter) : plan_.counts[source * plan_.num_counts(num_ranks_) + counter];
   }
 
-  // The openers of one block, into the plan: everything but what belongs to single tokens and messages.
-  __device__ void keep_plan() const {
-    const int thread = static_cast<int>(threadIdx.x), num_counts = plan_.num_counts(num_ranks_);
-    constexpr int kEnds = layout::kMaxChunks + 1;
-#pragma unroll 1
-    for (int source = 0; source < num_ranks_; ++source) {
-#pragma unroll 1
-      for (int c = thread; c < num_counts; c += kOpenThreads) plan_.counts[source * num_counts + c] = count(source, c);
-#pragma unroll 1
-      for (int chunk = thread; chunk < kEnds; chunk += kOpenThreads)
-        plan_.chunk_begin[source * kEnds + chunk] = num_present(source, chunk * plan_.tokens_per_chunk);
-    }
-    if (thread < num_ranks_) plan_.num_tokens[thread] = num_tokens(thread);
-    if (thread <= num_ranks_) plan_.received_begin[thread] = received_begin(thread);
+  // The openers of the first block, into the plan: where the experts' rows begin. With keep_counts() that is all but what belongs to single
+  // tokens and messages.
+  __device__ void keep_groups() const {
+    const int thread = static_cast<int>(threadIdx.x);
     bool overflow = !plan_.has_expert_rows() && received_begin(num_ranks_) > plan_.row_capacity;
 #pragma unroll 1
     for (int e = thread; e < plan_.local_experts && plan_.has_expert_rows(); e += kOpenThreads) {
@@ -395,7 +407,7 @@ class Arrivals {
     }
   }
 
-  // The openers of one block: the counts that the caller asked for.
+  // The openers of the first block: the counts that the caller asked for.
   __device__ void write_counts() const {
     const DispatchOutputs& out = args_.out;
     const int thread = static_cast<int>(threadIdx.x);

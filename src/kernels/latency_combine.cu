@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combine of a small batch, in one launch. Rows are pushed.
 //
-//   at the experts' ranks   a block for each received message: its row, summed over its entries (or the rows of its entries as they
+//   at the experts' ranks   a block for each part of a received message's row: summed over its entries (or the rows of its entries as they
 //                           are) into the slot of (this rank, token) at the token's owner
 //   at the owners           a warp for each part of a token's row: waits for the ranks that have a share of it, and sums in the contract's order
 //
@@ -18,30 +18,37 @@ class OwnerSums {
  public:
   __device__ OwnerSums(const LatencyCombineArgs& args, const Call& call) : args_(args), plan_(args.call.plan), call_(call) {}
 
-  // The workers of all blocks; a warp takes a part of a token's row at a time.
+  // The workers of all blocks; a warp takes a piece of a token's row at a time, which is not of more than one part.
   __device__ void run() const {
-    const int32_t num_parts = (args_.row_bytes + kPartBytes - 1) / kPartBytes;
+    const int32_t num_pieces = (args_.row_bytes + kPieceBytes - 1) / kPieceBytes;
     const int32_t num_tokens = plan_.num_tokens[call_.rank()];
     const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     const auto num_warps = static_cast<int32_t>(kRaisingWarp * gridDim.x);
     const auto first = static_cast<int32_t>(warp * gridDim.x + blockIdx.x);
     if (call_.may_go_on_without()) settle(num_tokens);
-    if (first >= num_tokens * num_parts) call_.wait_no_more();
-    for (int32_t i = first; i < num_tokens * num_parts; i += num_warps) {
-      const int32_t token = i / num_parts, part = i % num_parts;
+    if (first >= num_tokens * num_pieces) call_.wait_no_more();
+    for (int32_t i = first; i < num_tokens * num_pieces; i += num_warps) {
+      const int32_t token = i / num_pieces, piece = i % num_pieces;
       // Where the terms will be, before they are there.
       const MessageRef message = message_of(token, static_cast<int>(device::lane_idx()));
-      const Terms terms = args_.per_entry ? terms_of_entries(token) : terms_of_shares(token, message);
-      if (!await_share(token, message)) return;
-      if (i + num_warps >= num_tokens * num_parts) call_.wait_no_more();
-      const int begin = part * kPartBytes, end = min(begin + kPartBytes, args_.row_bytes);
-      if (part == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
+      Terms terms = args_.per_entry ? terms_of_entries(token) : terms_of_shares(token, message);
+      TermBatch batch = {};
+      if (!kLog) batch = take_batch(terms);
+      const int begin = piece * kPieceBytes, end = min(begin + kPieceBytes, args_.row_bytes);
+      if (!await_share(token, begin / args_.call.part_bytes, message)) return;
+      if (i + num_warps >= num_tokens * num_pieces) call_.wait_no_more();
+      if (piece == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
       std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
       sum_bytes<Wire>(
           begin, end,
-          [&](int at, PartSums<Wire>& sums) {
+          [&](int at, PieceSums<Wire>& sums) {
             add_biases(token, at, end, sums);
-            add_terms<Wire, kLog, kSumVecs>(terms, at, end, sums);
+            if constexpr (kLog) {
+              add_log_terms<Wire, kSumVecs>(terms, at, end, sums);
+            } else {
+              add_batch<Wire, kSumVecs>(batch, at, end, sums);
+              add_terms<Wire, kSumVecs>(terms, at, end, sums);
+            }
           },
           [&](int at, const auto& sum) {
             if (at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
@@ -50,12 +57,12 @@ class OwnerSums {
   }
 
  private:
-  // Under TERN_ON_TIMEOUT_MASK: who has a share in the sums.
+  // Under TERN_ON_TIMEOUT_MASK, where rows are in one part: who has a share in the sums.
   __device__ __noinline__ void settle(int32_t num_tokens) const {
     call_.template settle_attendance<kWorkThreads>([&] {
       for (auto i = static_cast<int32_t>(threadIdx.x); i < num_tokens * plan_.messages_per_token; i += kWorkThreads) {
         const int32_t rank = plan_.messages[i].rank;
-        if (rank >= 0 && !call_.await_row(rank, i / plan_.messages_per_token)) call_.miss(rank);
+        if (rank >= 0 && !call_.await_row(rank, i / plan_.messages_per_token, 0)) call_.miss(rank);
       }
     });
   }
@@ -66,14 +73,14 @@ class OwnerSums {
   }
 
   // Each thread waits for one of the ranks that have a share of the token.
-  __device__ bool await_share(int32_t token, const MessageRef& message) const {
-    const bool ok = message.rank < 0 || call_.is_absent(message.rank) || call_.await_row(message.rank, token);
+  __device__ bool await_share(int32_t token, int part, const MessageRef& message) const {
+    const bool ok = message.rank < 0 || call_.is_absent(message.rank) || call_.await_row(message.rank, token, part);
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what each thread has acquired, all may read
     return all_ok;
   }
 
-  __device__ void add_biases(int32_t token, int at, int end, PartSums<Wire>& sums) const {
+  __device__ void add_biases(int32_t token, int at, int end, PieceSums<Wire>& sums) const {
     constexpr int kStep = 32 * sizeof(Vec16);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
@@ -153,17 +160,18 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
   LatencyCall<kMasks> call(args.call);
   ShareSender<Wire, kLog, LatencyCall<kMasks>> sender(args, call);
   if (call.begin()) {
+    const bool announces = is_raising() && blockIdx.x == gridDim.x - 1;  // in a block that seldom has a message
     if (args.call.sends) {
       if (args.owner_weights != nullptr) push_weights(args, call);
-      if (blockIdx.x == 0) call.announce(static_cast<int>(threadIdx.x), 0);
+      if (announces) call.announce(0);
       sender.run();
-      if (blockIdx.x == 0 && is_raising()) call.announce_to_throughput();
+      if (announces) call.announce_to_throughput();
     }
     if (args.call.receives) {
       if (!is_raising()) {
         OwnerSums<Wire, kLog, LatencyCall<kMasks>>(args, call).run();
       } else {
-        if (blockIdx.x == 0) call.await_calls();
+        if (announces) call.await_calls();
         call.wait_no_more();
       }
     }

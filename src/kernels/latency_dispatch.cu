@@ -35,23 +35,23 @@ class RowSender {
   // Asks for what the call gives of the block's first token: before the epoch is known, since that comes from memory too.
   __device__ RowSender(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory)
       : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call, memory) {
-    if (args.call.sends && !is_opening() && first_token() >= 0 && first_token() < num_tokens_given(args)) fetch(first_token());
+    if (args.call.sends && !is_opening() && first_part() >= 0 && call.row_of(first_part()) < num_tokens_given(args)) fetch(first_part());
   }
 
-  // All threads of all blocks. The openers have counted the tokens before the first.
+  // All threads of all blocks. The openers have counted the tokens before the first, though not all of them may know it.
   __device__ void run(int32_t num_tokens) {
-    const int32_t first = first_token(), step = gridDim.x == 1 ? 1 : static_cast<int32_t>(gridDim.x) - 1;
+    const int32_t first = first_part(), end = call_.num_parts_of(num_tokens);
 #pragma unroll 1
-    for (int32_t token = first; token < num_tokens; token += step) {
+    for (int32_t i = first; i < end; i += part_step()) {
       if (is_raising()) {
-        finish(token, token > first, token + step < num_tokens);
+        finish(i, i + part_step() < end);
         continue;
       }
-      if (token > first) device::sync_some_warps(kFreeBarrier, kLatencyThreads);
+      if (i > first) device::sync_some_warps(kFreeBarrier, kLatencyThreads);
       if (!is_opening()) {
-        push(token);
-      } else if (token > first) {
-        if (args_.routes) routing_.count(token - step, token);
+        push(i);
+      } else {
+        if (args_.routes && i > first) routing_.count(call_.row_of(i - part_step()), call_.row_of(i));
         device::arrive_at_barrier(kCountedBarrier, kCountThreads);
       }
     }
@@ -67,30 +67,36 @@ class RowSender {
   static constexpr int kVecs = 4;
   static constexpr int32_t kStep = kSendThreads * static_cast<int32_t>(sizeof(Vec16));
 
-  __device__ int32_t row_bytes_given() const { return args_.row_bytes * Travel::kShrink; }
+  // Of the row as it is given, the bytes of part `i`.
+  __device__ int32_t begin_of(int32_t i) const { return call_.part_of(i) * args_.call.part_bytes * Travel::kShrink; }
+  __device__ int32_t end_of(int32_t i) const {
+    return min(begin_of(i) + args_.call.part_bytes * Travel::kShrink, args_.row_bytes * Travel::kShrink);
+  }
 
-  __device__ void fetch(int32_t token) {
-    fetched_ = token;
+  // Part `i` of this rank's tokens.
+  __device__ void fetch(int32_t i) {
+    fetched_ = i;
+    const int32_t token = call_.row_of(i);
     if (args_.routes) given_ = routing_.own_given_expert(token);
     if (!is_raising()) {
-      load(token, 0);
+      load(token, begin_of(i), end_of(i));
+      ranks_ = ranks_of(token);
       return;
     }
     const int k = static_cast<int>(device::lane_idx());
     if (args_.carries_weights && k < plan_.num_topk) weight_ = args_.in.weights[token * plan_.num_topk + k];
   }
-  __device__ void load(int32_t token, int32_t first) {
+  __device__ void load(int32_t token, int32_t first, int32_t end) {
     const std::byte* row = args_.in.tokens + token * args_.in.token_stride_bytes;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
       const int32_t at = first + v * kStep + sender_idx() * static_cast<int32_t>(sizeof(Vec16));
-      chunk_[v] = at < row_bytes_given() ? device::load_vec16(row + at) : Vec16{};
+      chunk_[v] = at < end ? device::load_vec16(row + at) : Vec16{};
     }
   }
 
-  // All threads of a warp.
-  __device__ uint64_t ranks_of(int32_t token) {
-    if (token != fetched_) fetch(token);
+  // All threads of a warp: the ranks that the token which is in goes to.
+  __device__ uint64_t ranks_of(int32_t token) const {
     if (args_.routes) return routing_.ranks_of(given_);
     uint64_t ranks = 0;
 #pragma unroll 1
@@ -105,20 +111,28 @@ class RowSender {
   template <typename Visit>
   __device__ void for_each_slot(int32_t token, uint64_t ranks, Visit visit) const {
     const int32_t slot_idx = call_.slot_idx(call_.rank(), token), num_ranks = call_.num_ranks();
-    int32_t rank = call_.rank() + 1 + token;
-    rank -= quotient(rank, args_.call.ranks_reciprocal) * num_ranks;
+    int32_t first = call_.rank() + 1 + token;
+    first -= quotient(first, args_.call.ranks_reciprocal) * num_ranks;
+    uint64_t left = first == 0 ? ranks : ranks >> first | ranks << (num_ranks - first);  // bit n: n ranks behind the first
+    left &= ~uint64_t{0} >> (layout::kMostLatencyRanks - num_ranks);
 #pragma unroll 1
-    for (int n = 0; n < num_ranks; ++n, rank = rank + 1 < num_ranks ? rank + 1 : 0)
-      if ((ranks >> rank & 1) != 0) visit(call_.slot(rank, slot_idx));
+    for (; left != 0; left &= left - 1) {
+      const int32_t rank = first + __ffsll(static_cast<long long>(left)) - 1;
+      visit(call_.slot(rank < num_ranks ? rank : rank - num_ranks, slot_idx));
+    }
   }
 
-  // The raising warp: what stands behind the row; then the flags. What nobody waits for comes last, unless the senders go on.
-  __device__ void finish(int32_t token, bool awaits_counts, bool more) {
+  // The raising warp: with the first part what stands behind the row; then the flags. What nobody waits for comes last, unless the senders go
+  // on.
+  __device__ void finish(int32_t i, bool more) {
     using Entry = layout::LatencySlot::Entry;
     const layout::LatencySlot& slot = args_.call.slot;
+    const int32_t token = call_.row_of(i);
+    const int part = call_.part_of(i);
+    if (i != fetched_) fetch(i);
     const uint64_t ranks = ranks_of(token), takers = ranks & ~call_.cut_off();
     const int k = static_cast<int>(device::lane_idx());
-    if (awaits_counts) device::sync_some_warps(kCountedBarrier, kCountThreads);
+    device::sync_some_warps(kCountedBarrier, kCountThreads);
     Entry entry{-1, 0};
     if (args_.routes) entry = routing_.place(given_);
     if (k < plan_.num_topk) {
@@ -126,19 +140,19 @@ class RowSender {
       if (args_.carries_weights) reinterpret_cast<float*>(tail(slot.weights()))[k] = weight_;
     }
     __syncwarp();
-    push_tail(token, takers, slot.weights(), slot.end());
+    if (part == 0) push_tail(token, takers, slot.weights(), slot.end());
     device::sync_some_warps(kPushedBarrier, kPushThreads);
-    if (args_.scale_bytes > 0) push_tail(token, takers, slot.scales(), slot.weights());
+    if (args_.scale_bytes > 0 && part == 0) push_tail(token, takers, slot.scales(), slot.weights());
     __syncwarp();
     if (more) {
-      keep(token, entry, ranks);
+      if (part == 0) keep(token, entry, ranks);
       device::arrive_at_barrier(kFreeBarrier, kLatencyThreads);
     }
 #pragma unroll 1
     for (int rank = k; rank < call_.num_ranks(); rank += kWarpThreads)
-      if ((takers >> rank & 1) != 0) call_.raise_row(rank, token);
+      if ((takers >> rank & 1) != 0) call_.raise_row(rank, token, part);
     __syncwarp();
-    if (!more) keep(token, entry, ranks);
+    if (!more && part == 0) keep(token, entry, ranks);
   }
   // Into the plan.
   __device__ void keep(int32_t token, const layout::LatencySlot::Entry& entry, uint64_t ranks) const {
@@ -157,10 +171,12 @@ class RowSender {
   // `offset` in the slot, of what stands behind the row.
   __device__ std::byte* tail(int64_t offset) const { return memory_.tail() + (offset - args_.call.slot.scales()); }
 
-  // Senders: the row into its slots, scales into the tail.
-  __device__ void push(int32_t token) {
-    push_row(token, ranks_of(token) & ~call_.cut_off());
-    if (std::is_same_v<Travel, AsGiven> && args_.scale_bytes > 0) {
+  // Senders: the row's part into its slots, with the first one scales into the tail.
+  __device__ void push(int32_t i) {
+    if (i != fetched_) fetch(i);
+    const int32_t token = call_.row_of(i);
+    push_row(token, ranks_ & ~call_.cut_off(), begin_of(i), end_of(i));
+    if (std::is_same_v<Travel, AsGiven> && args_.scale_bytes > 0 && call_.part_of(i) == 0) {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
       for (int64_t at = sender_idx(); at < args_.scale_bytes; at += kSendThreads)
@@ -171,11 +187,10 @@ class RowSender {
   }
 
   // Its first chunk is there already.
-  __device__ void push_row(int32_t token, uint64_t ranks) {
-    const int32_t end = row_bytes_given();
+  __device__ void push_row(int32_t token, uint64_t ranks, int32_t part_begin, int32_t end) {
 #pragma unroll 1
-    for (int32_t first = 0; first < end; first += kVecs * kStep) {
-      if (first > 0) load(token, first);
+    for (int32_t first = part_begin; first < end; first += kVecs * kStep) {
+      if (first > part_begin) load(token, first, end);
       const int32_t begin = first + sender_idx() * static_cast<int32_t>(sizeof(Vec16));
       typename Travel::Sent values[kVecs];
 #pragma unroll
@@ -212,14 +227,15 @@ class RowSender {
   const Call& call_;
   const DispatchMemory& memory_;
   const OwnRouting<Call> routing_;
-  int32_t fetched_ = -1;  // the token that is in
-  // Of the token: an entry in each thread of a warp, with its weight in the raising one; and what a sender has of its row.
+  int32_t fetched_ = -1;  // the part that is in
+  // Of its token: an entry in each thread of a warp, with its weight in the raising one; and what a sender has of the row.
   int64_t given_ = -1;
+  uint64_t ranks_ = 0;  // in the senders
   float weight_ = 0.0f;
   Vec16 chunk_[kVecs];
 };
 
-// Spreads the messages that arrive; a group of warps takes one at a time.
+// Spreads the messages that arrive; a group of warps takes a part of one at a time.
 template <typename Call>
 class MessageSpreader {
  public:
@@ -231,24 +247,24 @@ class MessageSpreader {
         group_(kGroups - 1 - static_cast<int>(threadIdx.x) / kThreads),
         thread_(static_cast<int>(threadIdx.x) % kThreads) {}
 
-  // The workers of all blocks, but for the routing block. Groups take messages in turn, those of all sources side by side; first those of
+  // The workers of all blocks, but for the routing block. Groups take parts in turn, those of all sources side by side; first those of
   // a block that do not write outputs meanwhile.
   __device__ void run() {
     const bool is_alone = gridDim.x == 1;
     const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
     const int32_t num_groups = kGroups * num_blocks, first = group_ * num_blocks + block;
-    const int32_t end = block < 0 ? first : arrivals_.num_candidates();
+    const int32_t end = block < 0 ? first : call_.num_parts_of(arrivals_.num_candidates());
 #pragma unroll 1
     for (int32_t i = first; i < end; i += num_groups) {
       ArrivingMessage message;
-      if (!arrivals_.candidate(i, message)) continue;
+      if (!arrivals_.candidate(call_.row_of(i), message)) continue;
       const bool is_absent = call_.is_absent(message.source);
-      if (!is_absent && !await(message)) return;
+      if (!is_absent && !await(message, call_.part_of(i))) return;
       if (i + num_groups >= end) wait_no_more();
       if (is_absent)
         clear(message);
       else
-        spread(message);
+        spread(message, call_.part_of(i));
     }
     wait_no_more();
   }
@@ -274,15 +290,16 @@ class MessageSpreader {
     waits_ = false;
   }
 
-  // Each warp by itself. False: the exchange has failed.
-  __device__ bool await(const ArrivingMessage& message) const {
-    const bool ok = device::lane_idx() != 0 || call_.await_row(message.source, message.token);
+  // Each warp by itself: the part, and the first one, which says where the row is to go. False: the exchange has failed.
+  __device__ bool await(const ArrivingMessage& message, int part) const {
+    const auto lane = static_cast<int>(device::lane_idx());
+    const bool ok = (lane != 0 && (lane != 1 || part == 0)) || call_.await_row(message.source, message.token, lane == 0 ? 0 : part);
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what one thread has acquired, all may read
     return all_ok;
   }
 
-  __device__ void spread(const ArrivingMessage& message) const {
+  __device__ void spread(ArrivingMessage& message, int part) const {
     const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
@@ -290,14 +307,16 @@ class MessageSpreader {
     const int k = static_cast<int>(device::lane_idx());
     ArrivingEntry entry{-1, -1};
     Rows rows;
+    const int32_t part_begin = part * args_.call.part_bytes, end = min(part_begin + args_.call.part_bytes, args_.row_bytes);
 #pragma unroll 1
-    for (int32_t first = 0; first == 0 || first < args_.row_bytes; first += kVecs * kStep) {
+    for (int32_t first = part_begin; first == part_begin || first < end; first += kVecs * kStep) {
       Vec16 values[kVecs];
       const int32_t begin = first + thread_ * static_cast<int32_t>(sizeof(Vec16));
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
-        if (begin + v * kStep < args_.row_bytes) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
-      if (first == 0) {  // while the row is on its way
+        if (begin + v * kStep < end) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
+      if (first == part_begin) {  // while the row is on its way
+        arrivals_.place(message);
         if (k < plan_.num_topk) entry = arrivals_.entry(message, k, entries);
         rows = rows_of(message, entry);
       }
@@ -305,9 +324,10 @@ class MessageSpreader {
         std::byte* to = args_.out.tokens + int64_t{row} * args_.row_bytes;
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-          if (begin + v * kStep < args_.row_bytes) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
+          if (begin + v * kStep < end) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
       });
     }
+    if (part != 0) return;
     if (args_.out.scales != nullptr && args_.scale_bytes > 0) write_scales(rows, slot + args_.call.slot.scales());
     if (thread_ < kWarpThreads) keep(message, entry, slot);
   }
@@ -322,7 +342,8 @@ class MessageSpreader {
   }
 
   // Zeros in place of what its source has not sent, of a call along a plan.
-  __device__ __noinline__ void clear(const ArrivingMessage& message) const {
+  __device__ __noinline__ void clear(ArrivingMessage& message) const {
+    arrivals_.place(message);
     const int k = static_cast<int>(device::lane_idx());
     const ArrivingEntry entry = k < plan_.num_topk ? arrivals_.entry(message, k, nullptr) : ArrivingEntry{-1, -1};
     rows_of(message, entry).for_each([&](int32_t row) {
@@ -398,22 +419,36 @@ class MessageSpreader {
 
 // Openers: of the routing block all tokens, of the others those before their first.
 template <typename Call>
-__device__ void count_tokens(const LatencyDispatchArgs& args, const OwnRouting<Call>& routing) {
+__device__ void count_tokens(const LatencyDispatchArgs& args, const Call& call, const OwnRouting<Call>& routing) {
   routing.clear(static_cast<int>(threadIdx.x), kOpenThreads);
   sync_openers();
   const int32_t num_tokens = num_tokens_given(args);
-  routing.count(0, blockIdx.x == 0 ? num_tokens : min(first_token(), num_tokens));
+  routing.count(0, blockIdx.x == 0 ? num_tokens : min(call.row_of(first_part()), num_tokens));
+}
+
+// All threads. Senders begin without the openers, who count.
+template <typename Call>
+__device__ bool begin(const Call& call, const DispatchMemory& memory) {
+  constexpr typename Call::Start kOpeners = {4, kOpenThreads + kWarpThreads}, kSenders = {5, kSendThreads + kWarpThreads};
+  if (!is_raising()) return call.follow(is_opening() ? kOpeners : kSenders);
+  if (device::lane_idx() == 0) *memory.has_failed() = 0;
+  return call.lead(kOpeners, kSenders);
+}
+
+template <typename Call>
+__device__ int32_t num_tokens_of(const LatencyDispatchArgs& args, const Call& call) {
+  return args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
 }
 
 template <typename Travel, typename Call>
 __device__ void send(const LatencyDispatchArgs& args, const Call& call, const OwnRouting<Call>& routing, RowSender<Travel, Call>& rows) {
-  const int32_t num_tokens = args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
+  const int32_t num_tokens = num_tokens_of(args, call);
   if (blockIdx.x == 0) {
     if (is_raising()) {
       call.announce_to_throughput();
-    } else if (!is_opening()) {
-      call.announce(sender_idx(), num_tokens);
-      if (args.routes) routing.publish();
+    } else if (is_opening() && args.routes) {
+      sync_openers();
+      routing.publish();
     }
     if (gridDim.x > 1) return;
     // The same block goes on with the rows, and counts again.
@@ -428,7 +463,10 @@ template <typename Call>
 __device__ void receive(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory) {
   Arrivals arrivals(args, call, memory);
   if (!arrivals.open()) return;
-  if (is_opening()) arrivals.write_outputs();
+  if (is_opening())
+    arrivals.write_outputs();
+  else if (blockIdx.x == 0 && args.routes)
+    arrivals.keep_counts();
   MessageSpreader(args, call, arrivals).run();
 }
 
@@ -440,12 +478,14 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
   LatencyCall<kMasks> call(args.call);
   const OwnRouting routing(args, call, memory);
   RowSender<Travel, LatencyCall<kMasks>> rows(args, call, memory);
-  if (threadIdx.x == 0) *memory.has_failed() = 0;
-  if (args.call.sends && args.routes && is_opening()) count_tokens(args, routing);
-  if (call.begin()) {
-    if (args.call.sends) send(args, call, routing, rows);
-    if (args.call.receives) receive(args, call, memory);
+  if (args.call.sends && args.routes && is_opening()) count_tokens(args, call, routing);
+  const bool ok = begin(call, memory);
+  if (is_raising()) {
+    if (ok && args.call.sends && blockIdx.x == 0) call.announce(num_tokens_of(args, call));
+    call.count_followers();
   }
+  if (ok && args.call.sends) send(args, call, routing, rows);
+  if (ok && args.call.receives) receive(args, call, memory);
   call.finish();
 }
 

@@ -16,8 +16,9 @@ __device__ __forceinline__ bool is_opening() { return threadIdx.x < kOpenThreads
 __device__ __forceinline__ int sender_idx() { return static_cast<int>(threadIdx.x) - kOpenThreads; }
 __device__ __forceinline__ void sync_openers() { sync_first<kOpenThreads>(); }
 
-// That the block sends: blocks but the first, which routes, take tokens in turn; a block that is alone does both. -1: none.
-__device__ __forceinline__ int32_t first_token() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
+// What the block sends: blocks but the first, which routes, take parts of tokens in turn; a block that is alone does both. -1: nothing.
+__device__ __forceinline__ int32_t first_part() { return gridDim.x == 1 ? 0 : static_cast<int32_t>(blockIdx.x) - 1; }
+__device__ __forceinline__ int32_t part_step() { return gridDim.x == 1 ? 1 : static_cast<int32_t>(gridDim.x) - 1; }
 
 // Shared memory of a block.
 class DispatchMemory {
@@ -87,18 +88,20 @@ class OwnRouting {
     }
   }
 
-  // Senders of a block whose openers have counted all tokens: tells every rank all counts, and which tokens have a message for it.
+  // The openers of a block, when they have counted all tokens: tells every rank all counts, and which tokens have a message for it.
   __device__ void publish() const {
     const layout::LatencyWords& words = args_.call.words;
     const auto counts = static_cast<int32_t>(words.counts()), presence = static_cast<int32_t>(words.presence());
+    const int num_counts = plan_.num_counts(num_ranks_), num_words = num_counts + num_ranks_ * num_presence_;
 #pragma unroll 1
-    for (int c = sender_idx(); c < plan_.num_counts(num_ranks_); c += kSendThreads)
-      put_everywhere(counts + c, c < plan_.num_experts ? memory_.entries_sent()[c] : messages_to(c - plan_.num_experts));
-#pragma unroll 1
-    for (int rank = 0; rank < num_ranks_; ++rank)
-#pragma unroll 1
-      for (int i = sender_idx(); i < num_presence_; i += kSendThreads)
-        if (call_.takes(rank)) call_.put_word(rank, presence + i, memory_.presence_sent()[rank * num_presence_ + i]);
+    for (int c = static_cast<int>(threadIdx.x); c < num_words; c += kOpenThreads) {
+      if (c < plan_.num_experts)
+        put_everywhere(counts + c, memory_.entries_sent()[c]);
+      else if (c < num_counts)
+        put_everywhere(counts + c, messages_to(c - plan_.num_experts));
+      else
+        put_presence(presence, c - num_counts);
+    }
   }
 
   // Entry lane_idx() of a token, as the caller gives it; -1 beyond the last.
@@ -166,6 +169,12 @@ class OwnRouting {
 #pragma unroll 1
     for (int rank = 0; rank < num_ranks_; ++rank)
       if (call_.takes(rank)) call_.put_word(rank, word, static_cast<uint32_t>(value));
+  }
+
+  // Word `i` of those in presence_sent(), to whom it concerns.
+  __device__ void put_presence(int32_t first_word, int i) const {
+    const int rank = i / num_presence_;
+    if (call_.takes(rank)) call_.put_word(rank, first_word + i - rank * num_presence_, memory_.presence_sent()[i]);
   }
 
   const LatencyDispatchArgs& args_;

@@ -9,37 +9,36 @@
 
 namespace tern::kernels {
 
-inline constexpr int kPartBytes = 1024;  // of a row that a warp sums at once
-
 // Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
 template <typename Call>
 __device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const Call& call, int rank, int32_t token) {
   return args.shares_slots ? token : call.slot_idx(rank, token);
 }
 
-// Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on. kLog: rows are in the 10-bit encoding.
-template <typename Wire, bool kLog, int kVecs>
-__device__ __forceinline__ void add_terms(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
-  if constexpr (!kLog) {
-    add_batch<Wire, kVecs>(terms, at, end, sums);
-  } else {
-    constexpr int kStep = 32 * sizeof(Vec16);
-    for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
-      const int t = __ffs(static_cast<int>(left)) - 1;
-      const auto row = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
-      const float weight = __shfl_sync(~0u, terms.weight, t);
+// Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on.
+template <typename Wire, int kVecs>
+__device__ __forceinline__ void add_terms(Terms terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
+  while (terms.valid != 0) add_batch<Wire, kVecs>(take_batch(terms), at, end, sums);
+}
+// The same of rows in the 10-bit encoding.
+template <typename Wire, int kVecs>
+__device__ __forceinline__ void add_log_terms(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
+  constexpr int kStep = 32 * sizeof(Vec16);
+  for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
+    const int t = __ffs(static_cast<int>(left)) - 1;
+    const auto row = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
+    const float weight = __shfl_sync(~0u, terms.weight, t);
 #pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (const int here = at + v * kStep; here < end)
-          LogRow<Wire>::add(sums[v], LogRow<Wire>::load(row, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements), weight);
-    }
+    for (int v = 0; v < kVecs; ++v)
+      if (const int here = at + v * kStep; here < end)
+        LogRow<Wire>::add(sums[v], LogRow<Wire>::load(row, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements), weight);
   }
 }
 
 // What a warp sums at once: of each thread two times 16 bytes.
-inline constexpr int kSumVecs = kPartBytes / 512;
+inline constexpr int kSumVecs = kPieceBytes / 512;
 template <typename Wire>
-using PartSums = float[kSumVecs][Wire::kElements];
+using PieceSums = float[kSumVecs][Wire::kElements];
 
 // Sums over bytes [begin, end) of a row of Wire, as one warp makes them: make(at, sums) adds to zeros what there is for the thread at bytes `at`, and
 // one step of the warp further on. All threads call store(at, sum), also beyond the end.
@@ -47,9 +46,9 @@ template <typename Wire, typename Make, typename Store>
 __device__ __forceinline__ void sum_bytes(int begin, int end, Make make, Store store) {
   constexpr int kStep = 32 * sizeof(Vec16);
 #pragma unroll 1
-  for (int first = begin; first < end; first += kPartBytes) {
+  for (int first = begin; first < end; first += kPieceBytes) {
     const int at = first + static_cast<int>(device::lane_idx() * sizeof(Vec16));
-    PartSums<Wire> sums = {};
+    PieceSums<Wire> sums = {};
     make(at, sums);
 #pragma unroll
     for (int v = 0; v < kSumVecs; ++v)
@@ -61,27 +60,29 @@ __device__ __forceinline__ void sum_bytes(int begin, int end, Make make, Store s
 template <typename Wire, bool kLog, typename Call>
 class ShareSender {
  public:
-  // Sums the block's first message, if it can: before the epoch is known, since that comes from memory too.
+  // Sums the block's first message, if it can: meanwhile the raising warp looks whether anything may be sent at all.
   __device__ ShareSender(const LatencyCombineArgs& args, const Call& call)
       : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
     if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
     if (is_raising() || !args.call.sends) return;
     ahead_ = fetch(message_at(first()));
     sum_first();
+    target_ = target_of(message_at(first()), ahead_);
   }
 
-  // All threads of all blocks. The workers of a block take a message at a time, each warp a part of it; the raising warp follows them.
+  // All threads of all blocks. The workers of a block take a part of a message at a time, each warp a piece of it; the raising warp follows them.
   __device__ void run() {
     if (is_raising()) {
       raise();
       return;
     }
-    for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
+    for (int32_t nth = 0, i = first(); i < num_parts(); ++nth, i += step()) {
       if (nth >= kAhead) device::sync_some_warps(kFreeBarrier + nth % kAhead, kLatencyThreads);
       const Share share = ahead_;
       ahead_ = fetch(message_at(i + step()));
-      push(share, message_at(i), nth == 0 && has_sums_);
+      push(share, i, nth == 0 && has_sums_);
       device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
+      target_ = target_of(message_at(i + step()), ahead_);
     }
   }
 
@@ -90,11 +91,20 @@ class ShareSender {
   // The workers are ahead of the raising warp by up to so many messages, with a pair of barriers for each.
   static constexpr int kAhead = 4, kDoneBarrier = 1, kFreeBarrier = kDoneBarrier + kAhead;
 
+  // Of all messages; a block takes every step()-th. Behind them may lie any number.
+  __device__ int32_t num_parts() const { return call_.num_parts_of(num_messages_); }
+
   // A message, as the plan has it, with entry lane_idx().
   struct Share {
     int32_t token;
     int32_t row;
     float weight;
+  };
+
+  // Where it goes.
+  struct Target {
+    int owner;
+    std::byte* slot;
   };
 
   // Where each source's messages begin, in the threads of a warp.
@@ -119,22 +129,23 @@ class ShareSender {
 
   // Where blocks have several messages, a rank begins with those of the next rank: not all of them send to the same one at a time.
   __device__ bool goes_round() const { return plan_.max_tokens * call_.num_ranks() > step(); }
-  // The i-th message to be pushed.
+  // The message that the i-th part to be pushed is of.
   __device__ int32_t message_at(int32_t i) const {
-    if (!goes_round()) return i;
-    i += first_message_;
-    return i < num_messages_ ? i : i - num_messages_;
+    int32_t message = call_.row_of(i);
+    if (!goes_round()) return message;
+    message += first_message_;
+    return message < num_messages_ ? message : message - num_messages_;
   }
 
-  // Bytes of a row that a warp takes.
-  struct Part {
+  // Bytes of a row that a warp takes of part `i`.
+  struct Piece {
     int begin, end;
   };
-  __device__ Part part() const {
-    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-    const auto size = static_cast<int>(layout::align_up((args_.row_bytes + kRaisingWarp - 1) / kRaisingWarp, 512));
-    const int begin = min(warp * size, args_.row_bytes);
-    return {begin, min(begin + size, args_.row_bytes)};
+  __device__ Piece piece_of(int32_t i) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, part_begin = call_.part_of(i) * args_.call.part_bytes;
+    const int part_end = min(part_begin + args_.call.part_bytes, args_.row_bytes);
+    const int begin = min(part_begin + warp * args_.piece_bytes, part_end);
+    return {begin, min(begin + args_.piece_bytes, part_end)};
   }
 
   __device__ Terms terms_of(const Share& share) const {
@@ -145,14 +156,13 @@ class ShareSender {
     return terms;
   }
 
-  // Of the first message, the first bytes of the warp's part. The plan of a failed exchange may say anything, so that no row is read by it.
+  // Of the first part, the first bytes of the warp's piece. The plan of a failed exchange may say anything, so that no row is read by it.
   __device__ void sum_first() {
-    const bool can = plan_.has_expert_rows() && !args_.per_entry && !args_.sums_owner_weights && first() < num_messages_;
-    has_sums_ = __all_sync(~0u, can && !call_.operation().is_aborted()) != 0;
-    const Part mine = part();
+    const bool can = plan_.has_expert_rows() && !args_.per_entry && !args_.sums_owner_weights && first() < num_parts();
+    has_sums_ = __all_sync(~0u, can && call_.was_healthy()) != 0;
+    const Piece mine = piece_of(first());
     if (has_sums_)
-      add_terms<Wire, false, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end,
-                                       sums_);
+      add_terms<Wire, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end, sums_);
   }
 
   // May be asked for beyond the last message, and in a failed exchange, where the plan may say anything, for any.
@@ -167,34 +177,40 @@ class ShareSender {
     return share;
   }
 
-  // One warp: raises the flag of each message that the workers have pushed.
+  // All threads of a warp. In a failed exchange some rank and any address.
+  __device__ Target target_of(int32_t message, const Share& share) const {
+    const int owner = min(begins_.source_of(message), call_.num_ranks() - 1);
+    return {owner, call_.slot(owner, slot_idx_of(args_, call_, call_.rank(), share.token))};
+  }
+
+  // One warp: raises the flag of each part that the workers have pushed.
   __device__ void raise() const {
-    for (int32_t nth = 0, i = first(); i < num_messages_; ++nth, i += step()) {
+    for (int32_t nth = 0, i = first(); i < num_parts(); ++nth, i += step()) {
       const int source = begins_.source_of(message_at(i));
       const int32_t token = plan_.source_token[message_at(i)];
       device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
       // Without the owner's weights, because the exchange has failed, the row is not right.
       const bool is_right = !args_.sums_owner_weights || !call_.operation().is_aborted();
-      if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> source & 1) == 0) call_.raise_row(source, token);
+      if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> source & 1) == 0) call_.raise_row(source, token, call_.part_of(i));
       __syncwarp();
       // Without waiting for the workers, who come here some messages later.
-      if (i + kAhead * step() < num_messages_) device::arrive_at_barrier(kFreeBarrier + nth % kAhead, kLatencyThreads);
+      if (i + kAhead * step() < num_parts()) device::arrive_at_barrier(kFreeBarrier + nth % kAhead, kLatencyThreads);
     }
   }
 
-  // has_sums: sums_ are of this message.
-  __device__ void push(const Share& share, int32_t message, bool has_sums) const {
-    const int source = begins_.source_of(message);
-    if (is_cut_off(source)) return;
-    std::byte* slot = call_.slot(source, slot_idx_of(args_, call_, call_.rank(), share.token));
-    if (args_.returns_weights) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
-    const Part mine = part();
+  // Part `i`. has_sums: sums_ are of it.
+  __device__ void push(const Share& share, int32_t i, bool has_sums) const {
+    const int32_t message = message_at(i);
+    const auto [owner, slot] = target_;
+    if (is_cut_off(owner)) return;
+    if (args_.returns_weights && call_.part_of(i) == 0) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
+    const Piece mine = piece_of(i);
     if (!plan_.has_expert_rows()) {
       if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, mine);
       return;
     }
     Terms terms = terms_of(share);
-    if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(source, share.token);
+    if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(owner, share.token);
     __syncwarp();
     if (args_.per_entry)
       copy_entries(terms, slot, mine);
@@ -207,14 +223,14 @@ class ShareSender {
     return call_.may_go_on_without() && __shfl_sync(~0u, static_cast<int>(call_.cut_off() >> owner & 1), 0) != 0;
   }
 
-  __device__ void sum_into(const Terms& terms, std::byte* row, const Part& mine, bool has_sums) const {
+  __device__ void sum_into(const Terms& terms, std::byte* row, const Piece& mine, bool has_sums) const {
     sum_bytes<Wire>(
         mine.begin, mine.end,
-        [&](int at, PartSums<Wire>& sums) {
-          if (has_sums && at < mine.begin + kPartBytes)
+        [&](int at, PieceSums<Wire>& sums) {
+          if (has_sums && at < mine.begin + kPieceBytes)
             take_sums(sums);
           else
-            add_terms<Wire, false, kSumVecs>(terms, at, mine.end, sums);
+            add_terms<Wire, kSumVecs>(terms, at, mine.end, sums);
         },
         [&](int at, const auto& sum) {
           if constexpr (kLog)
@@ -223,7 +239,7 @@ class ShareSender {
             *reinterpret_cast<Vec16*>(row + at) = Wire::narrow(sum);
         });
   }
-  __device__ void take_sums(PartSums<Wire>& sums) const {
+  __device__ void take_sums(PieceSums<Wire>& sums) const {
 #pragma unroll
     for (int v = 0; v < kSumVecs; ++v)
 #pragma unroll
@@ -238,7 +254,7 @@ class ShareSender {
     return __uint_as_float(bits);
   }
 
-  __device__ void copy_entries(const Terms& terms, std::byte* slot, const Part& mine) const {
+  __device__ void copy_entries(const Terms& terms, std::byte* slot, const Piece& mine) const {
     if constexpr (kLog) {
       for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
         const int k = __ffs(static_cast<int>(left)) - 1;
@@ -253,7 +269,7 @@ class ShareSender {
   }
 
   // The first few entries of those that are left, with all their loads under way together; returns the others.
-  __device__ uint32_t copy_some(const Terms& terms, uint32_t left, std::byte* slot, const Part& mine) const {
+  __device__ uint32_t copy_some(const Terms& terms, uint32_t left, std::byte* slot, const Piece& mine) const {
     constexpr int kAtOnce = 4, kStep = 32 * sizeof(Vec16);
     const std::byte* from[kAtOnce];
     std::byte* to[kAtOnce];
@@ -267,7 +283,7 @@ class ShareSender {
       to[u] = slot + k * args_.wire_bytes;
     }
 #pragma unroll 1
-    for (int at = mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)); at < mine.end; at += kPartBytes) {
+    for (int at = mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)); at < mine.end; at += kPieceBytes) {
       Vec16 values[kAtOnce][kSumVecs];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u)
@@ -283,8 +299,8 @@ class ShareSender {
     return left;
   }
 
-  // The warp's part of a row.
-  __device__ void copy(const std::byte* from, std::byte* to, const Part& mine) const {
+  // The warp's piece of a row.
+  __device__ void copy(const std::byte* from, std::byte* to, const Piece& mine) const {
     if constexpr (kLog) {
       Terms one;
       one.valid = 1;
@@ -316,9 +332,10 @@ class ShareSender {
   const int32_t num_messages_;
   const Begins begins_;
   int32_t first_message_ = 0;
-  Share ahead_ = {};
-  bool has_sums_ = false;  // of the block's first message
-  PartSums<Wire> sums_ = {};
+  Share ahead_ = {};       // the next message
+  Target target_ = {};     // where it goes
+  bool has_sums_ = false;  // of the block's first part
+  PieceSums<Wire> sums_ = {};
 };
 
 }  // namespace tern::kernels

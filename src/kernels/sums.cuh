@@ -50,33 +50,47 @@ __device__ __forceinline__ void add_biases(const Rows& rows, const SumRow& row, 
     if (const std::byte* bias = rows.bias(row, which)) add_term<Wire>(sum, device::load_vec16(bias + at), 1.0f);
 }
 
-// Adds the terms of one batch at bytes `at`, and one step of the warp further on; several loads are under way at a time.
+// Terms that are loaded together, in every thread of a warp.
+struct TermBatch {
+  static constexpr int kMost = 4;
+  const std::byte* address[kMost];
+  float weight[kMost];
+  int num;
+};
+
+// All threads of a warp: takes the first terms of those that are left.
+__device__ __forceinline__ TermBatch take_batch(Terms& left) {
+  TermBatch batch;
+  batch.num = min(TermBatch::kMost, __popc(left.valid));
+#pragma unroll
+  for (int u = 0; u < TermBatch::kMost; ++u) {
+    if (u >= batch.num) break;
+    const int t = __ffs(static_cast<int>(left.valid)) - 1;
+    left.valid &= left.valid - 1;
+    batch.address[u] = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(left.address), t));
+    batch.weight[u] = __shfl_sync(~0u, left.weight, t);
+  }
+  return batch;
+}
+
+// Adds the terms at bytes `at`, and one step of the warp further on.
 template <typename Wire, int kVecs>
-__device__ __forceinline__ void add_batch(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
-  constexpr int kUnroll = 4;
+__device__ __forceinline__ void add_batch(const TermBatch& batch, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
   constexpr int kStep = 32 * sizeof(Vec16);
-  for (uint32_t left = terms.valid; left != 0;) {
-    Vec16 values[kUnroll][kVecs];
-    float weights[kUnroll];
-    const int num = min(kUnroll, __popc(left));
+  Vec16 values[TermBatch::kMost][kVecs];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (u >= num) break;
-      const int t = __ffs(static_cast<int>(left)) - 1;
-      left &= left - 1;
-      const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
-      weights[u] = __shfl_sync(~0u, terms.weight, t);
+  for (int u = 0; u < TermBatch::kMost; ++u) {
+    if (u >= batch.num) break;
 #pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (at + v * kStep < end) values[u][v] = device::load_vec16(address + at + v * kStep);
-    }
+    for (int v = 0; v < kVecs; ++v)
+      if (at + v * kStep < end) values[u][v] = device::load_vec16(batch.address[u] + at + v * kStep);
+  }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (u >= num) break;
+  for (int u = 0; u < TermBatch::kMost; ++u) {
+    if (u >= batch.num) break;
 #pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (at + v * kStep < end) add_term<Wire>(sums[v], values[u][v], weights[u]);
-    }
+    for (int v = 0; v < kVecs; ++v)
+      if (at + v * kStep < end) add_term<Wire>(sums[v], values[u][v], batch.weight[u]);
   }
 }
 

@@ -65,6 +65,8 @@ inline constexpr int64_t kBulkLine = 128;
 inline constexpr int64_t kMostLatencyTokens = 1024;
 inline constexpr int32_t kMostLatencyTopk = 32;
 inline constexpr int32_t kMostLatencyRanks = 64;
+// Parts of a row that travel by themselves, each with a flag; a power of two.
+inline constexpr int32_t kMostRowPartsLog2 = 2, kMostRowParts = 1 << kMostRowPartsLog2;
 
 // What a source tells the owner of the window in words of 8 bytes: the value in the lower half, in the upper half the lower half of the epoch.
 // A word is complete as soon as it is there, with no flag behind it. Nothing else is ever written where words are, so one that is left over
@@ -140,8 +142,9 @@ struct DeviceWindowLayout {
                                           static_cast<int64_t>(sizeof(uint64_t));
   }
   constexpr int64_t row_flags(int lane, int source) const {
-    return words(num_lanes, 0, 0) + (int64_t{lane} * num_ranks + source) * latency_tokens * static_cast<int64_t>(sizeof(uint64_t));
+    return words(num_lanes, 0, 0) + (int64_t{lane} * num_ranks + source) * num_row_flags() * static_cast<int64_t>(sizeof(uint64_t));
   }
+  constexpr int64_t num_row_flags() const { return latency_tokens * kMostRowParts; }  // of one (lane, source)
   constexpr int64_t staging(int lane, uint64_t epoch) const {
     return align_up(row_flags(num_lanes, 0), 4096) + (lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * staging_bytes;
   }

@@ -138,7 +138,7 @@ constexpr bool regions_are_apart(const DeviceWindowLayout& window) {
         walk.region(window.words(lane, epoch, source), window.latency_words * kWord, kWord);
   for (int lane = 0; lane < window.num_lanes && window.latency_tokens > 0; ++lane)
     for (int source = 0; source < window.num_ranks; ++source)
-      walk.region(window.row_flags(lane, source), window.latency_tokens * kWord, kWord);
+      walk.region(window.row_flags(lane, source), window.num_row_flags() * kWord, kWord);
   for (int lane = 0; lane < window.num_lanes; ++lane)
     for (uint64_t epoch = 0; epoch < kNumBanks; ++epoch) walk.region(window.staging(lane, epoch), window.staging_bytes, kBulkLine);
   return walk.ends_within(window.total_bytes());
