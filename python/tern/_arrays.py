@@ -55,7 +55,7 @@ class TorchArrays:
     def adopt(self, array: Any, name: str) -> Array:
         """The array as a tensor, if it is on this device."""
         if not isinstance(array, self._tensor):
-            array = self._torch.from_dlpack(array)
+            array = self._torch.utils.dlpack.from_dlpack(array)
         if array.get_device() != self._device_number:
             raise InvalidArgumentError(
                 f"{name} is on {array.device}, but the exchange is on {self._device}; move it there"
