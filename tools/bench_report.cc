@@ -14,7 +14,8 @@ namespace {
 constexpr double kMega = 1e-6;
 constexpr const char* kCpuRow = "{:<17} {:<7} {:>11} {:>11} {:>11} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8}{}  {}\n";
 constexpr const char* kNetworkCells = " {:>9} {:>8} {:>6}";
-constexpr const char* kGpuRow = "{:<17} {:<7} {:<6} {:<6} {:>4} {:>10} {:>10} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7}  {}\n";
+constexpr const char* kGpuRow =
+    "{:<17} {:<7} {:<6} {:<6} {:>4} {:>10} {:>10} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7}{}  {}\n";
 
 std::string number_or_dash(double value, int digits) { return value > 0 ? fmt::format("{:.{}f}", value, digits) : "-"; }
 
@@ -28,33 +29,41 @@ std::string network_cells(const BenchRecord& record) {
                      percent_or_dash(gbps, record.network_ceiling_gbps));
 }
 
-void print_cpu_row(const BenchRecord& record, bool between_nodes) {
+bool between_nodes(const std::vector<BenchRecord>& records) {
+  return std::ranges::any_of(records, [](const BenchRecord& record) { return record.network_ceiling_gbps > 0; });
+}
+
+std::string network_head() { return fmt::format(kNetworkCells, "net GB/s", "stream", "of it"); }
+
+void print_network_note() {
+  fmt::print(
+      "Net GB/s: what the rank that sends most puts to other nodes, by the time. Stream: plain writes of 1 MiB (fi_write), from every\n"
+      "rank to its rails and back, all at once, in this run; what the slowest rank sends.\n");
+}
+
+void print_cpu_row(const BenchRecord& record, bool with_network) {
   fmt::print(
       kCpuRow, record.op, or_dash(record.buffers), fmt::format("{:.1f}", record.times.median_us()),
       fmt::format("{:.1f}", record.times.p99_us()), number_or_dash(static_cast<double>(record.bytes.logical) * kMega, 2),
       number_or_dash(static_cast<double>(record.bytes.wire) * kMega, 2), number_or_dash(static_cast<double>(record.bytes.link) * kMega, 2),
       number_or_dash(static_cast<double>(record.bytes.network) * kMega, 2), number_or_dash(record.gbps(record.bytes.wire), 2),
       number_or_dash(record.ceiling_gbps(), 2), record.ceiling_us > 0 ? fmt::format("{:.0f} %", record.share_of_ceiling() * 100) : "-",
-      between_nodes ? network_cells(record) : "", record.wrong.empty() ? "yes" : "NO");
+      with_network ? network_cells(record) : "", record.wrong.empty() ? "yes" : "NO");
 }
 
 void print_cpu_report(const BenchSetting& setting, const std::vector<BenchRecord>& records) {
   const CpuFacts cpu = read_cpu_facts();
   fmt::print("on {}, {} cores; {} runs each, the slowest rank counts\n\n", cpu.model, cpu.num_usable, setting.options.iters);
-  const bool between_nodes = std::ranges::any_of(records, [](const BenchRecord& record) { return record.network_ceiling_gbps > 0; });
+  const bool with_network = between_nodes(records);
   fmt::print(kCpuRow, "op", "buffers", "median us", "p99 us", "logical MB", "wire MB", "link MB", "net MB", "GB/s", "ceiling", "share",
-             between_nodes ? fmt::format(kNetworkCells, "net GB/s", "stream", "of it") : "", "verified");
-  for (const BenchRecord& record : records) print_cpu_row(record, between_nodes);
+             with_network ? network_head() : "", "verified");
+  for (const BenchRecord& record : records) print_cpu_row(record, with_network);
   fmt::print(
       "\nMB: one row per (token, rank) with its scales, on the rank that has most; logical holds the rank's own share, wire does not;\n"
       "link: between the ranks of a node, tokens of other nodes too; net: what the rank that sends most puts to other nodes. GB/s: wire\n"
       "bytes per rank. Ceiling: a plain memcpy of the logical bytes by all ranks at once, its GB/s counted alike; share: its time by the\n"
       "operation's. Combine may pass 100 %: it reads these bytes but writes only the sums.\n");
-  if (between_nodes)
-    fmt::print(
-        "Net GB/s: net MB by the time. Stream: plain writes of 1 MiB (fi_write), from every rank to its rails and back, all at once, in "
-        "this\n"
-        "run; what the slowest rank sends.\n");
+  if (with_network) print_network_note();
   fmt::print("Verified: every byte on every rank, before and after the timed runs.\n");
 }
 
@@ -93,19 +102,21 @@ void print_gpu_report(const BenchSetting& setting, const std::vector<BenchRecord
   fmt::print("{} runs{} each, the slowest rank counts{}\n\n", setting.options.iters, chain, setting.options.cold ? "; cold L2 caches" : "");
   print_links(links);
   fmt::print("\n");
+  const bool with_network = between_nodes(records);
   fmt::print(kGpuRow, "op", "buffers", "extent", "clock", "SMs", "median us", "p99 us", "wire MB", "local MB", "GB/s", "push", "pull",
-             "of push", "of pull", "of best", "of all", "verified");
+             "of push", "of pull", "of best", "of all", with_network ? network_head() : "", "verified");
   for (const BenchRecord& record : records) {
     const GpuCells cells = gpu_cells(record, links);
     fmt::print(kGpuRow, record.op, or_dash(record.buffers), record.extent, record.clock, cells.sms, cells.median_us, cells.p99_us,
                cells.wire_mb, cells.local_mb, cells.gbps, cells.push_gbps, cells.pull_gbps, cells.of_push, cells.of_pull, cells.of_best,
-               cells.of_all, record.wrong.empty() ? "yes" : "NO");
+               cells.of_all, with_network ? network_cells(record) : "", record.wrong.empty() ? "yes" : "NO");
   }
   fmt::print(
       "\nClock: stream and graph (a captured run, replayed): between events around each of many runs on the rank's stream, one behind the\n"
       "other; host: from the call until the stream is empty, ranks lined up before. MB: one row per (token, rank) with its scales, on the\n"
       "rank that has most; local: the rank's own share. GB/s: wire bytes per rank. Push, pull: plain copies of this run with as many SMs;\n"
       "of best: with the best number of SMs; of all: own shares counted on both sides. Verified: every byte that the timed runs left.\n");
+  if (with_network) print_network_note();
 }
 
 }  // namespace

@@ -30,7 +30,7 @@
  * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
  * - Ranks may be on several nodes: see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
- *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover works on CPU ranks.
+ *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover is not.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
  *
@@ -187,11 +187,11 @@ typedef enum tern_wire TERN_ENUM_TYPE {
    * at most 16 octaves below, evenly by exponent and mantissa bits read as one integer. Error: R / 1020 of the value where a block spans R
    * octaves, so at most 1.6 % (normally distributed values: 0.4 % root mean square); what is more than 16 octaves below the block's largest,
    * or below 2^-126, may become zero. NaNs and infinities arrive as NaNs. The same bits on every engine and machine; src/base/log_rows.h
-   * defines them. GPU ranks: on the latency path; TERN_UNSUPPORTED for larger batches */
+   * defines them */
   TERN_WIRE_LOG10BIT = 1,
   /* Sums travel in FP32, as they are: nothing is rounded but the result, at twice the bytes of bf16. Where rows travel as they are given (EXACT;
    * rank_major within one node; FP32 rows) it is the same as AS_DTYPE. Staging must hold such rows: count them in max_row_bytes. GPU
-   * ranks: TERN_UNSUPPORTED where it is not the same */
+   * ranks: not on the latency path, so not with TERN_ON_TIMEOUT_MASK */
   TERN_WIRE_FP32 = 2
 } tern_wire;
 

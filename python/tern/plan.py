@@ -314,8 +314,8 @@ class Plan:
         bias: one [num_tokens, hidden] or a pair of them, added first.
         out: an array [num_tokens, hidden] to write to.
         zero_copy: True where a rank has no rows while on all others `rows` is window memory (CPU ranks).
-        wire: "as_dtype"; "fp32": sums travel unrounded (CPU ranks); or "log10bit": rows travel as 10-bit logarithms, two thirds of
-            bf16, with an error of at most 1.6 %, 0.4 % as a rule (CPU ranks).
+        wire: "as_dtype"; "fp32": sums travel unrounded; or "log10bit": rows travel as 10-bit logarithms, two thirds of
+            bf16, with an error of at most 1.6 %, 0.4 % as a rule.
         wait_ns: i64 [num_ranks], dense: nanoseconds waited for each rank are added to it.
         """
         call, result, _inputs = self._prepare_combine(

@@ -46,7 +46,7 @@ class Dispatch {
     if (phase == TERN_PHASE_RECEIVE)
       check_ticket(ctx_, ticket, trip_);
     else if (ctx_.rail != nullptr)
-      ctx_.rail->check_room(trip_.operation, (after_route ? num_rail_rounds_of_route(ctx_) : 0) + rail_trip_.num_rounds);
+      ctx_.rail->check_room(trip_.operation, (after_route ? rail_trip_of_route(ctx_).num_rounds : 0) + rail_trip_.num_rounds);
     else
       ctx_.lane.check_room(trip_.operation, (after_route ? 1 : 0) + trip_.num_rounds);
   }

@@ -97,7 +97,7 @@ void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
     check_nothing_under_way("route");
     const PlanContext ctx = context(lane);
     lane.check_room(TERN_OP_ROUTE, 1);
-    if (ctx.rail != nullptr) ctx.rail->check_room(TERN_OP_ROUTE, num_rail_rounds_of_route(ctx));
+    if (ctx.rail != nullptr) ctx.rail->check_room(TERN_OP_ROUTE, rail_trip_of_route(ctx).num_rounds);
     set_routing(lane, routing);
     run_route(ctx);
     finish_routing();

@@ -95,8 +95,10 @@ void set_rail_rounds(const PlanContext& context, RailTrip& rail_trip, RoundTrip&
 void check_phase(const PlanContext& context, const RoundTrip& trip, tern_phase phase);
 
 void run_route(const RouteContext& context);
-// Between nodes: what a route takes of the rail.
-int64_t num_rail_rounds_of_route(const RouteContext& context);
+// Parts of it. Between nodes: what it is to the rail; and what comes after that, in which the ranks of a node tell each other their counts and those
+// of their rails.
+RailTrip rail_trip_of_route(const RouteContext& context);
+void run_route_in_node(const RouteContext& context);
 
 // A send that has not been received.
 struct Ticket {

@@ -10,23 +10,6 @@
 namespace tern::cpu {
 namespace {
 
-// A slot: the token, then its words.
-RailTrip rail_trip_of_route(const RouteContext& ctx) {
-  const PlanShape& shape = ctx.shape();
-  RailTrip trip{.operation = TERN_OP_ROUTE,
-                .shape = call_shape(shape),
-                .bank = {.num_counts = ctx.table.num_counts(), .slot = {.num_words = 1 + shape.route_words()}}};
-  trip.tokens_per_round = std::min(shape.max_tokens, trip.bank.slots_in(ctx.rail->bank_bytes()));
-  if (trip.tokens_per_round == 0)
-    fail(TERN_OUT_OF_MEMORY,
-         "route: the counts of {} experts and {} ranks need {} bytes of a bank for what goes to another node, which has {}; create the "
-         "exchange with more staging_bytes or max_experts",
-         shape.num_experts, shape.num_ranks, trip.bank.bytes(1), ctx.rail->bank_bytes());
-  // The counts are not known yet: only the plan's bound is the same on every rank.
-  trip.num_rounds = (shape.max_tokens + trip.tokens_per_round - 1) / trip.tokens_per_round;
-  return trip;
-}
-
 // The counts go with every round, since each has room for them.
 void send_tokens(const RouteContext& ctx, const RailTrip& trip, uint64_t epoch, int64_t begin) {
   std::vector<size_t>& next_to = ctx.scratch.next_to;
@@ -72,9 +55,29 @@ void exchange_between_nodes(const RouteContext& ctx) {
 
 }  // namespace
 
-int64_t num_rail_rounds_of_route(const RouteContext& ctx) { return rail_trip_of_route(ctx).num_rounds; }
+// A slot: the token, then its words.
+RailTrip rail_trip_of_route(const RouteContext& ctx) {
+  const PlanShape& shape = ctx.shape();
+  RailTrip trip{.operation = TERN_OP_ROUTE,
+                .shape = call_shape(shape),
+                .bank = {.num_counts = ctx.table.num_counts(), .slot = {.num_words = 1 + shape.route_words()}}};
+  trip.tokens_per_round = std::min(shape.max_tokens, trip.bank.slots_in(ctx.rail->bank_bytes()));
+  if (trip.tokens_per_round == 0)
+    fail(TERN_OUT_OF_MEMORY,
+         "route: the counts of {} experts and {} ranks need {} bytes of a bank for what goes to another node, which has {}; create the "
+         "exchange with more staging_bytes or max_experts",
+         shape.num_experts, shape.num_ranks, trip.bank.bytes(1), ctx.rail->bank_bytes());
+  // The counts are not known yet: only the plan's bound is the same on every rank.
+  trip.num_rounds = (shape.max_tokens + trip.tokens_per_round - 1) / trip.tokens_per_round;
+  return trip;
+}
 
 void run_route(const RouteContext& ctx) {
+  if (ctx.rail != nullptr) exchange_between_nodes(ctx);
+  run_route_in_node(ctx);
+}
+
+void run_route_in_node(const RouteContext& ctx) {
   RoundTrip trip{.operation = TERN_OP_ROUTE,
                  .shape = call_shape(ctx.shape()),
                  .bank = {.num_counts = ctx.shape().num_nodes * ctx.table.num_counts(), .slot = {}},
@@ -85,7 +88,6 @@ void run_route(const RouteContext& ctx) {
          "route: the counts of {} experts need {} bytes of a staging bank, which has {}; create the exchange with more staging_bytes or "
          "max_experts",
          ctx.shape().num_experts, trip.bank.slots(), ctx.domain().layout.bank_bytes);
-  if (ctx.rail != nullptr) exchange_between_nodes(ctx);
   const auto num_bytes = static_cast<int64_t>(ctx.table.counts_of(0).size_bytes());
   // Of this rank and its rails, one node after the other.
   const auto send_counts = [&](int64_t, uint64_t epoch) {

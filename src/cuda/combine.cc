@@ -4,6 +4,7 @@
 #include "base/error.h"
 #include "cuda/operations.h"
 #include "domain/failure.h"
+#include "kernels/wire_combine.h"
 
 namespace tern::cuda {
 namespace {
@@ -72,12 +73,12 @@ CombineOperation::CombineOperation(const CudaPlan& plan, const CombineCall& call
   check_zero_copy(plan, "combine", a.rows, call.row_bytes, a.zero_copy != 0);
   CudaExchange& exchange = plan.exchange();
   // Rows stay where they are if the owners want them as they are: one of a message by itself is the sum already.
-  const bool may_stay =
-      launch.phase == TERN_PHASE_WHOLE && (per_entry_ || !plan.shape().has_expert_rows()) && exchange.lane(launch.lane).open_sends.empty();
+  const bool may_stay = launch.phase == TERN_PHASE_WHOLE && !encodes() && (per_entry_ || !plan.shape().has_expert_rows()) &&
+                        exchange.lane(launch.lane).open_sends.empty();
   if (may_stay && plan.num_rows() > 0) rows_at_ = exchange.heap_offset(a.rows, plan.num_rows() * call.row_bytes);
   const int64_t rows_per_token = per_entry_ ? plan.shape().num_topk : 1;
   const int64_t weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0;
-  const layout::StagedSlot all{rows_per_token * call.row_bytes, 0, weight_bytes};
+  const layout::StagedSlot all{rows_per_token * call.wire_bytes, 0, weight_bytes};
   slot_ = {rows_at_ >= 0 ? 0 : all.row_bytes, 0, weight_bytes};
   shape_ = combine_shape(plan, call);
   const int64_t staging_bytes = exchange.window_layout().staging_bytes;
@@ -102,7 +103,8 @@ layout::CallShape combine_shape(const CudaPlan& plan, const CombineCall& call) {
   layout::CallShape shape = call_shape(plan.shape());
   shape.row_bytes = call.wire_bytes;
   shape.choices |= static_cast<int32_t>(call.args.dtype) << 8 | static_cast<int32_t>(call.args.mode) << 12 |
-                   static_cast<int32_t>(call.args.weighting) << 16 | static_cast<int32_t>(call.carries_weights) << 20;
+                   static_cast<int32_t>(call.args.weighting) << 16 | static_cast<int32_t>(call.carries_weights) << 20 |
+                   static_cast<int32_t>(call.args.wire) << 25;
   return shape;
 }
 
@@ -124,6 +126,10 @@ void CombineOperation::enqueue(cudaStream_t stream, Ticket& ticket) const {
 }
 
 void CombineOperation::enqueue_round(const BatchRound& round, cudaStream_t stream) const {
+  if (encodes()) {
+    const kernels::WireCombineArgs args{round_args(round), call_.args.wire, call_.wire_bytes};
+    return tern::cuda::check(kernels::launch_wire_combine(args, num_sms_, stream), "launching the kernel of combine");
+  }
   tern::cuda::check(kernels::launch_combine(round_args(round), plan_.exchange().facts().has_bulk_copies, num_sms_, stream),
                     "launching the kernel of combine");
 }
@@ -178,7 +184,7 @@ kernels::CombineArgs CombineOperation::round_args(const BatchRound& round) const
   args.row_bytes = call_.row_bytes;
   args.per_entry = per_entry_;
   args.rows_staged = rows_at_ < 0;
-  args.own_rows_direct = whole && args.rows_staged && !plan_.shape().has_expert_rows();
+  args.own_rows_direct = whole && args.rows_staged && !encodes() && !plan_.shape().has_expert_rows();
   args.slot = slot_;
   args.rows = static_cast<const std::byte*>(a.rows);
   if (!per_entry_ && a.weighting != TERN_WEIGHTS_NONE)

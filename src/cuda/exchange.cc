@@ -16,8 +16,10 @@
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
 #include "kernels/latency.h"
+#include "kernels/node_route.h"
 #include "kernels/rail.h"
 #include "kernels/route.h"
+#include "kernels/wire_combine.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 #include "topology/nodes.h"
@@ -81,9 +83,11 @@ void load_kernels(bool bulk_copies) {
   check(kernels::prepare_route(), "loading the kernel of route");
   check(kernels::prepare_dispatch(bulk_copies), "loading the kernels of dispatch");
   check(kernels::prepare_combine(bulk_copies), "loading the kernels of combine");
+  check(kernels::prepare_wire_combine(), "loading the kernels of combine in other forms");
   check(kernels::prepare_latency_dispatch(), "loading the kernel of dispatch for small batches");
   check(kernels::prepare_latency_combine(), "loading the kernels of combine for small batches");
   check(kernels::prepare_rail(), "loading the kernels between nodes");
+  check(kernels::prepare_node_route(), "loading the kernels of route between nodes");
 }
 
 std::unique_ptr<SegmentSharer> make_node_sharer(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
@@ -167,8 +171,10 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
   log_.write(TERN_LOG_INFO, "rank {} of {}: CUDA exchange on {}, window {} bytes, {} lanes, heap {} bytes, {} bulk copies", topology.rank,
              topology.num_ranks, device_name(facts_.device), layout_.total_bytes(), options.num_lanes, options.window_bytes,
              facts_.has_bulk_copies ? "with" : "without");
-  if (topology.num_nodes > 1)
-    nodes_ = std::make_unique<Nodes>(pool_, control_, bootstrap, Nodes::Setup{options, [this] { check_health(); }, log}, deadline);
+  if (topology.num_nodes == 1) return;
+  council_ = std::make_unique<cpu::NodesCouncil>(topology, bootstrap, *sharer_, deadline);
+  nodes_ = std::make_unique<Nodes>(pool_, control_, Nodes::Setup{options, [this] { check_health(); }, log});
+  nodes_->start(bootstrap, council_->masked(), deadline);
 }
 
 CudaExchange::~CudaExchange() {
@@ -361,7 +367,10 @@ kernels::ExchangeView CudaExchange::view(int32_t lane_idx) const {
                              .attendance = masks_late_ranks() ? attendance_.data() : nullptr,
                              .timeout_ns = static_cast<uint64_t>(options_.timeout_ms) * 1'000'000};
   // Ranks wait for ranks whose hosts wait for other nodes: those shall find out first who is missing.
-  if (nodes_ != nullptr) view.timeout_ns += view.timeout_ns / 2;
+  if (nodes_ != nullptr) {
+    view.timeout_ns += view.timeout_ns / 2;
+    view.host = nodes_->lane(lane_idx).cell();
+  }
   const auto data = [](const std::shared_ptr<Segment>& segment) { return segment == nullptr ? nullptr : segment->data(); };
   for (size_t r = 0; r < windows_.size() && r < kernels::ExchangeView::kInlineRanks; ++r) view.inline_windows[r] = data(windows_[r]);
   for (size_t r = 0; r < heaps_.size() && r < kernels::ExchangeView::kInlineHeaps; ++r) view.inline_heaps[r] = data(heaps_[r]);
@@ -396,7 +405,9 @@ tern_exchange_state CudaExchange::state() const {
   result.generation = control_.generation;
   std::copy(control_.masked.begin(), control_.masked.end(), result.masked + control_.first_rank);
   const std::vector<uint8_t> missed = given_up();
-  for (size_t r = 0; r < missed.size(); ++r) result.masked[r] |= missed[r];
+  for (size_t r = 0; r < missed.size(); ++r) result.masked[static_cast<size_t>(control_.first_rank) + r] |= missed[r];
+  for (int r = 0; council_ != nullptr && r < control_.topology.num_ranks; ++r)
+    if (council_->is_masked(r)) result.masked[r] = 1;
   const bool degraded = std::any_of(std::begin(result.masked), std::end(result.masked), [](uint8_t m) { return m != 0; });
   result.health = degraded ? TERN_HEALTH_DEGRADED : TERN_HEALTH_OK;
   const layout::FailureRecord& notice = mailbox_.data()->notice;
@@ -429,9 +440,6 @@ tern_metrics CudaExchange::metrics() const {
 }
 
 void CudaExchange::recover(const tern_recover_options& options) {
-  if (nodes_ != nullptr)
-    fail(TERN_UNSUPPORTED, "recover: GPU ranks on {} nodes do not recover; make a new group and exchange of the ranks that go on",
-         nodes_->num_nodes());
   const DeviceGuard guard(facts_.device);
   const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
   await_idle(Deadline::in_ms(timeout_ms));
@@ -440,10 +448,31 @@ void CudaExchange::recover(const tern_recover_options& options) {
   std::vector<uint8_t> mask = given_up();
   for (size_t r = 0; r < mask.size() && options.mask != nullptr; ++r) mask[r] |= options.mask[r];
   if (options.readmit == 0) wanted.mask = mask.data();
-  const NextGeneration next = next_generation(control_, board_, wanted, timeout_ms);
-  share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
-  log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", rank(), control_.generation,
-             std::count(next.masked.begin(), next.masked.end(), 1), num_ranks());
+  const NextGeneration next =
+      council_ != nullptr ? next_generation(*council_, options, timeout_ms) : next_generation(control_, board_, wanted, timeout_ms);
+  if (council_ != nullptr)
+    begin_generation(next, Deadline::in_ms(timeout_ms));
+  else
+    share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
+  log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", control_.topology.rank, control_.generation,
+             std::count(next.masked.begin(), next.masked.end(), 1), control_.topology.num_ranks);
+}
+
+// Between nodes. If it does not come about, the exchange has failed, whatever it was before: its network is gone.
+void CudaExchange::begin_generation(const NextGeneration& next, Deadline deadline) {
+  try {
+    cpu::GoingOnBootstrap bootstrap(*council_, next);
+    nodes_->stop();
+    const auto first = next.masked.begin() + control_.first_rank;
+    share_windows({first, first + control_.num_ranks}, next.generation, deadline);
+    nodes_->start(bootstrap, next.masked, deadline);
+    const std::lock_guard lock(generation_mutex_);
+    council_->begin(next);
+  } catch (const Failure& failure) {
+    const int rank = control_.topology.rank;
+    announce_failure(control_, {failure.status(), rank, rank, 0, TERN_OP_RECOVER, 0, 0, 0});
+    throw;
+  }
 }
 
 std::unique_ptr<DeviceExchange> make_exchange(const Topology& topology, Bootstrap& bootstrap, const tern_exchange_options& options,

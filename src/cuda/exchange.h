@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/log.h"
+#include "cpu/nodes_council.h"
 #include "cuda/device_segment.h"
 #include "cuda/nodes.h"
 #include "cuda/plan_memory.h"
@@ -106,6 +107,7 @@ class CudaExchange : public DeviceExchange {
   void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
   std::vector<std::shared_ptr<Segment>> share_device(std::shared_ptr<DeviceSegment> mine, const std::string& tag,
                                                      const std::vector<uint8_t>& member, Deadline deadline);
+  void begin_generation(const NextGeneration& next, Deadline deadline);
   void set_pointers();
   void reset_lanes();
   std::vector<uint8_t> given_up() const;
@@ -136,7 +138,8 @@ class CudaExchange : public DeviceExchange {
   Trace trace_;
   std::vector<std::unique_ptr<CudaLane>> lanes_;
   Counters counters_;
-  std::unique_ptr<Nodes> nodes_;  // ends first
+  std::unique_ptr<cpu::NodesCouncil> council_;  // nullptr: there is one node, and `board_` serves
+  std::unique_ptr<Nodes> nodes_;                // ends first
 };
 
 }  // namespace tern::cuda

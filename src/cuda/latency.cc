@@ -168,6 +168,7 @@ bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call) {
 
 bool takes_latency_path(const CudaPlan& plan, const CombineCall& call) {
   const int64_t num_slots = shares_slots(plan, call) ? plan.shape().max_tokens : plan.shape().max_messages();
+  if (call.args.wire == TERN_WIRE_FP32) return false;
   return is_small(plan, call.row_bytes) && fits_staging(plan, combine_slot(plan, call), num_slots);
 }
 

@@ -3,6 +3,8 @@
 
 #include <sched.h>
 
+#include <cstring>
+
 #include "base/error.h"
 #include "domain/failure.h"
 
@@ -37,6 +39,7 @@ NodeLane::NodeLane(const std::shared_ptr<DevicePool>& pool, const Domain& domain
                    Options options)
     : options_(std::move(options)),
       domain_(domain),
+      pool_(pool),
       cell_(pool->device(), 1),
       talk_(pool, 1),
       lane_(domain, options_.index, lane_options(options_.timeout_ms), spans),
@@ -48,6 +51,23 @@ NodeLane::~NodeLane() { stop(); }
 void NodeLane::stop() {
   stop_ = true;
   if (thread_.joinable()) thread_.join();
+}
+
+void NodeLane::restart(const cpu::Network& network) {
+  stop();
+  std::memset(static_cast<void*>(cell_.data()), 0, sizeof(kernels::HostCell));
+  check(cudaMemsetAsync(talk_.data(), 0, sizeof(kernels::HostTalk), pool_->stream().get()), "clearing what the GPU knows of its host");
+  pool_->stream().wait(Deadline::in_ms(options_.timeout_ms), "clearing what the GPU knows of its host");
+  asked_ = answered_ = 0;
+  epochs_.restart();
+  lane_.restart();
+  rail_ = network.make_rail(lane_);
+  {
+    const std::lock_guard lock(mutex_);
+    commands_.clear();
+  }
+  stop_ = false;
+  thread_ = std::thread([this] { run(); });
 }
 
 void NodeLane::abandon_memory() {

@@ -50,6 +50,9 @@ class NodeLane {
   kernels::HostTalk* talk() const { return talk_.data(); }
   // The rail's epochs in the order of the calls: which sends are open.
   cpu::Epochs& epochs() { return epochs_; }
+  // The generation has ended, and no kernel runs: ends the thread. The next one begins with fresh words, epochs and rail, and without commands.
+  void stop();
+  void restart(const cpu::Network& network);
   // A kernel uses its memory still, which must not go.
   void abandon_memory();
 
@@ -68,7 +71,6 @@ class NodeLane {
     const void* owner;
   };
 
-  void stop();
   void run();
   bool await_command();
   bool has_asked() const;
@@ -77,6 +79,7 @@ class NodeLane {
 
   const Options options_;
   const Domain& domain_;
+  const std::shared_ptr<DevicePool> pool_;
   PinnedBuffer<kernels::HostCell> cell_;
   DeviceBuffer<kernels::HostTalk> talk_;
   cpu::Epochs epochs_;

@@ -72,7 +72,8 @@ void send(NodeLane& lane, const RailRounds& rounds, uint64_t first, int32_t roun
 // What came is there; the GPU reads it; it is no longer needed.
 void receive(NodeLane& lane, const RailRounds& rounds, uint64_t first, int32_t round) {
   const uint64_t epoch = first + static_cast<uint64_t>(round);
-  for (int node = 0; node < lane.rail().num_nodes(); ++node) lane.rail().await_arrived(rounds.trip.rail, epoch, node);
+  for (int node = 0; node < lane.rail().num_nodes(); ++node)
+    if (lane.rail().serves(node)) lane.rail().await_arrived(rounds.trip.rail, epoch, node);
   lane.answer(epoch);
   lane.await_gpu(rounds.trip.rail.operation);
   lane.rail().finish_round(epoch);
@@ -177,6 +178,116 @@ void NodeSteps::talk(kernels::TalkArgs args) const {
   check(kernels::launch_talk(args, stream_), "launching the kernel that talks with the host");
 }
 
+// ---- Route
+
+NodeRoute::NodeRoute(const CudaPlan& plan, const tern_routing& routing, const tern_launch& launch)
+    : plan_(plan), launch_(launch), trip_(plan.node_plan()->trip()) {
+  args_.exchange = plan.exchange().view(launch.lane);
+  args_.plan = plan.tables();
+  args_.rails = plan.rails();
+  args_.route = plan.route_tables();
+  args_.report = plan.node_plan()->report();
+  args_.unreachable = plan.exchange().nodes()->unreachable_on_gpu();
+  args_.num_rounds = static_cast<int32_t>(trip_.num_rounds);
+  args_.tokens_per_round = trip_.tokens_per_round;
+  args_.topk_idx = routing.topk_idx;
+  args_.is_int32 = routing.topk_idx_type == TERN_INDEX_INT32;
+  args_.token_in_rank = routing.token_in_rank;
+  args_.tokens_per_expert = routing.tokens_per_expert;
+  args_.num_tokens = static_cast<int32_t>(routing.num_tokens);
+  args_.device_num_tokens = routing.device_num_tokens;
+  args_.counts_at = trip_.bank.counts();
+}
+
+void NodeRoute::enqueue(const NodePlan::Route& route, int32_t num_sms, cudaStream_t stream) {
+  const NodeSteps steps(plan_, launch_, TERN_OP_ROUTE, stream);
+  const auto step = [&](cudaError_t (*launch)(const kernels::NodeRouteArgs&, cudaStream_t)) {
+    tern::cuda::check(launch(args_, stream), "launching a kernel of route between nodes");
+  };
+  const auto route_batch = [&](int32_t node) {
+    tern::cuda::check(kernels::launch_route(batch_args(node), num_sms, stream), "launching the kernel of route");
+  };
+  const auto receive = [&](int64_t round) {
+    steps.await();
+    unpack(round);
+    step(&kernels::launch_unpack_routing);
+    steps.ask();
+  };
+  const PlanShape& shape = plan_.shape();
+  const int64_t num_places = shape.num_nodes * shape.max_tokens;
+  const auto clear = [&](void* table, int value, int64_t num_bytes) {
+    tern::cuda::check(cudaMemsetAsync(table, value, static_cast<size_t>(num_bytes), stream), "clearing the tables of a route");
+  };
+  if (shape.num_topk > 0)
+    clear(args_.rails.experts, 0xff, num_places * shape.num_topk * static_cast<int64_t>(sizeof(int32_t)));
+  else
+    clear(args_.route.token_in_rank, 0, num_places * shape.ranks_per_node());
+  step(&kernels::launch_number);
+  steps.begin([route, plan = plan_.node_plan()](NodeLane& lane) { plan->route(lane, route); });
+  for (int64_t round = 0; round < trip_.num_rounds; ++round) {
+    steps.await();
+    pack(round);
+    step(&kernels::launch_pack_routing);
+    steps.ask();
+    if (round == 0) route_batch(shape.node());
+    if (round > 0) receive(round - 1);
+  }
+  receive(trip_.num_rounds - 1);
+  for_each_batch(shape, [&](int32_t node) {
+    if (node != shape.node()) route_batch(node);
+  });
+  step(&kernels::launch_number_batches);
+  steps.await();
+  tern::cuda::check(kernels::launch_copy(plan_.tables_data(), plan_.node_plan()->told(), plan_.told_bytes(), stream),
+                    "launching the kernel that brings what the host has counted");
+  step(&kernels::launch_settle);
+}
+
+void NodeRoute::pack(int64_t round) {
+  args_.slots = plan_.exchange().nodes()->leaving(launch_.lane);
+  args_.slots.slots_at = trip_.bank.slots();
+  args_.slots.layout = trip_.bank.slot;
+  args_.round = static_cast<int32_t>(round);
+}
+
+void NodeRoute::unpack(int64_t round) {
+  pack(round);
+  args_.slots.banks = plan_.exchange().nodes()->arrived(launch_.lane).banks;
+  args_.slots.own_bytes = plan_.exchange().nodes()->arrived(launch_.lane).own_bytes;
+}
+
+// Rows of a batch alone: each expert has room for all that may come, so that they become rows of all by one addition.
+kernels::RouteArgs NodeRoute::batch_args(int32_t node) const {
+  const int32_t num_ranks = plan_.shape().ranks_per_node(), first_source = node * num_ranks;
+  const kernels::NodeRouteTables& r = args_.route;
+  const int64_t first_message = node * args_.batch_messages();
+  kernels::RouteArgs args = plan_.route_args({}, launch_.lane);
+  kernels::PlanView& v = args.plan;
+  v = plan_.batch(node);
+  v.num_sources = num_ranks;
+  v.first_source = 0;
+  v.alignment = 1;
+  v.row_capacity = INT32_MAX;
+  v.padded_group_rows = args_.batch_group_rows();
+  if (v.has_expert_rows()) v.layout = TERN_LAYOUT_EXPERT_PADDED;
+  v.num_tokens += first_source;
+  v.counts += int64_t{first_source} * v.num_counts(num_ranks);
+  v.chunk_begin += int64_t{first_source} * (layout::kMaxChunks + 1);
+  v.received_begin = r.received_begin + node * (num_ranks + 1);
+  v.source_token = r.source_token + first_message;
+  v.received_experts = r.received_experts + first_message * v.topk_stride;
+  v.received_rows = r.received_rows + first_message * v.topk_stride;
+  v.group_begin = r.group_begin;
+  v.source_begin = r.source_begin;
+  args.topk_idx = v.experts;
+  args.is_int32 = true;
+  args.token_in_rank = r.token_in_rank + first_message;
+  args.tokens_per_expert = v.num_topk == 0 ? r.given_entries + node * v.num_experts : nullptr;
+  args.num_tokens = static_cast<int32_t>(v.max_tokens);
+  args.device_num_tokens = r.batch_tokens + node;
+  return args;
+}
+
 // ---- Dispatch
 
 NodeDispatch::NodeDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, int64_t most_tokens)
@@ -200,7 +311,7 @@ void NodeDispatch::check(const Ticket& ticket, int64_t rail_rounds_before) const
 void NodeDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
   take_rail(plan_, launch_, trip_.rail.num_rounds, in_node_.shape(), ticket);
   const NodeSteps steps(plan_, launch_, TERN_OP_DISPATCH, stream);
-  const RailRounds rounds{trip_, plan_.node_plan()->tables().rails.there_begin};
+  const RailRounds rounds{trip_, plan_.node_plan()->report().there_begin};
   steps.begin(
       [rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) { run_ahead(lane, rounds, phase, plan->dispatch_epoch); });
   const int32_t num_rounds = trip_.num_rounds();
@@ -277,8 +388,8 @@ void NodeCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (sends_weights_ahead()) send_weights(stream);
   take_rail(plan_, launch_, trip_.rail.num_rounds, in_node_.shape(), ticket);
   const NodeSteps steps(plan_, launch_, TERN_OP_COMBINE, stream);
-  const kernels::RailTables& host = plan_.node_plan()->tables().rails;
-  const RailRounds rounds{trip_, in_node_.is_per_entry() ? host.entries_here_begin : host.here_begin};
+  const kernels::NodeRouteReport& report = plan_.node_plan()->report();
+  const RailRounds rounds{trip_, in_node_.is_per_entry() ? report.entries_here_begin : report.here_begin};
   steps.begin(
       [rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) { run_behind(lane, rounds, phase, plan->combine_epoch); });
   const auto take = [&](int32_t round) {
@@ -302,7 +413,7 @@ void NodeCombine::send_weights(cudaStream_t stream) const {
   const Nodes& nodes = *plan_.exchange().nodes();
   nodes.lane(launch_.lane).epochs().take(trip.rail.num_rounds);
   const NodeSteps steps(plan_, launch_, TERN_OP_WEIGHTS, stream);
-  const RailRounds rounds{trip, plan_.node_plan()->tables().rails.there_begin};
+  const RailRounds rounds{trip, plan_.node_plan()->report().there_begin};
   steps.begin([rounds, plan = plan_.node_plan()](NodeLane& lane) {
     uint64_t epoch = 0;
     run_ahead(lane, rounds, TERN_PHASE_WHOLE, epoch);
@@ -363,6 +474,7 @@ void NodeCombine::sum_nodes(cudaStream_t stream, int32_t round) const {
   args.num_nodes = nodes.num_nodes();
   args.dtype = a.dtype;
   args.row_bytes = call_.row_bytes;
+  args.wire = a.wire;
   args.node_of_entry = plan_.rails().node_of_entry;
   args.token_weights = in_node_.token_weights();
   args.bias[0] = static_cast<const std::byte*>(a.bias[0]);

@@ -56,6 +56,24 @@ class NodeSteps {
   const cudaStream_t stream_;
 };
 
+// A route: the batches are routed one after the other, each as if it were alone, this rank's own while what the others need is on its way.
+class NodeRoute {
+ public:
+  NodeRoute(const CudaPlan& plan, const tern_routing& routing, const tern_launch& launch);
+  // `num_sms`: of a batch's route.
+  void enqueue(const NodePlan::Route& route, int32_t num_sms, cudaStream_t stream);
+
+ private:
+  void pack(int64_t round);
+  void unpack(int64_t round);
+  kernels::RouteArgs batch_args(int32_t node) const;
+
+  const CudaPlan& plan_;
+  const tern_launch& launch_;
+  const cpu::RailTrip& trip_;
+  kernels::NodeRouteArgs args_;
+};
+
 class NodeDispatch {
  public:
   NodeDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, int64_t most_tokens);

@@ -21,17 +21,26 @@ class Nodes {
  public:
   // What the exchange has for them.
   struct Setup {
-    const tern_exchange_options& options;
+    tern_exchange_options options;
     std::function<void()> check_health;  // NodeLane::Options
-    const Log& log;
+    Log log;
   };
 
-  // Collective. `domain`: the node's hosts, with a lane for each of the exchange, and stays.
-  Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, Bootstrap& bootstrap, const Setup& setup, Deadline deadline);
+  // Collective. `domain`: the node's hosts, with a lane for each of the exchange, and stays. There is no network before the first start().
+  Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, const Setup& setup);
+
+  // Begins a generation, on fresh memory: collective among those who go on, [num_ranks of the group] masked or not. stop() ended the one before.
+  void start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  // No kernel runs any more.
+  void stop();
+  // Ranks that are masked out, and those of nodes that this rank's tokens do not reach, because its rail there is.
+  const std::vector<uint8_t>& unreachable() const { return unreachable_; }
 
   NodeLane& lane(int32_t index) const { return *lanes_[static_cast<size_t>(index)]; }
   int64_t bank_bytes() const { return layout_.bank_bytes; }
   int32_t num_nodes() const { return layout_.num_nodes; }
+  // The same in GPU memory.
+  const uint8_t* unreachable_on_gpu() const { return unreachable_on_gpu_.data(); }
   uint64_t network_bytes() const;
 
   // Slots that leave, or that have come, with those of the own node; what is in them is to be added.
@@ -43,15 +52,21 @@ class Nodes {
  private:
   kernels::RailSlots slots(int32_t lane_idx, int64_t begin) const;
 
-  int32_t own_node_;
+  const Topology& topology() const { return domain_.topology; }
+
+  std::shared_ptr<DevicePool> pool_;
+  const Domain& domain_;
+  Setup setup_;
   layout::RailMemoryLayout layout_;
   PinnedBuffer<std::byte> memory_;
   Trace trace_;  // of the commands; nothing is recorded
   std::unique_ptr<cpu::Network> network_;
+  std::vector<uint8_t> unreachable_;  // [num_ranks]
+  DeviceBuffer<uint8_t> unreachable_on_gpu_;
   std::vector<std::unique_ptr<NodeLane>> lanes_;
 };
 
-// The windows of the node's hosts: what they tell each other of a routing is as large as these options say.
+// The windows of the node's hosts: what they tell each other are counts.
 layout::WindowLayout make_host_layout(const tern_exchange_options& options, const Topology& topology);
 
 }  // namespace tern::cuda

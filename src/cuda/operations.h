@@ -76,6 +76,8 @@ class CombineOperation {
   const float* token_weights() const;
 
  private:
+  // Rows travel in another form than the caller's.
+  bool encodes() const { return call_.args.wire != TERN_WIRE_AS_DTYPE; }
   layout::StagedSlot weight_slot() const;  // of a token's weights that go ahead
   kernels::CombineArgs round_args(const BatchRound& round) const;
 

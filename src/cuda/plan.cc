@@ -24,10 +24,10 @@ CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
     : exchange_(exchange), shape_(shape), memory_(exchange.pool(), shape, exchange.num_lanes()), counts_(shape, false) {
   if (exchange.nodes() != nullptr) {
     node_plan_ = std::make_shared<NodePlan>(exchange.facts().device, shape, exchange.nodes()->lane(0));
-    return;
+    memory_.of_host = node_plan_;
   }
   const kernels::PlanView& v = tables();
-  const layout::RoutingBankLayout bank{.num_counts = v.num_counts(shape.num_ranks), .num_topk = shape.num_topk};
+  const layout::RoutingBankLayout bank{.num_counts = v.num_counts(shape.ranks_per_node()), .num_topk = shape.num_topk};
   if (bank.bytes(shape.max_tokens) > exchange.window_layout().routing_bytes)
     fail(TERN_OUT_OF_MEMORY,
          "plan: the routing of {} tokens with top-{} of {} experts needs {} bytes from each rank, the exchange has {}; create it with "
@@ -84,8 +84,8 @@ kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, int32_t lan
   args.exchange = enter_lane(exchange_, lane_idx, true);
   args.plan = v;
   args.shape = call_shape(shape_);
-  args.bank = {.num_counts = v.num_counts(shape_.num_ranks), .num_topk = shape_.num_topk};
-  if (shape_.extent == TERN_EXTENT_EXACT) {
+  args.bank = {.num_counts = v.num_counts(shape_.ranks_per_node()), .num_topk = shape_.num_topk};
+  if (shape_.extent == TERN_EXTENT_EXACT && node_plan_ == nullptr) {
     int32_t* counts = memory_.host_counts.data();
     args.host = {counts, counts + shape_.num_ranks * v.num_counts(shape_.num_ranks), memory_.host_ticket.data(), awaited_ticket_};
   }
@@ -95,7 +95,7 @@ kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, int32_t lan
   args.tokens_per_expert = routing.tokens_per_expert;
   args.num_tokens = static_cast<int32_t>(routing.num_tokens);
   args.device_num_tokens = routing.device_num_tokens;
-  args.num_counting_warps = kernels::route_counting_warps(shape_.num_experts, shape_.num_ranks);
+  args.num_counting_warps = kernels::route_counting_warps(shape_.node_experts(), shape_.ranks_per_node());
   args.block_counts = memory_.block_counts.data();
   args.workspace = memory_.workspace.data();
   return args;
@@ -114,35 +114,24 @@ void CudaPlan::begin_routing(const tern_routing& routing) {
   ++exchange_.counters().routes;
 }
 
-// The host routes, when the GPU has brought it what the caller gives.
-void CudaPlan::enqueue_route_between_nodes(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream) {
-  begin_routing(routing);
-  ++awaited_ticket_;
-  num_sms_ = 1;
-  exchange_.nodes()->lane(launch.lane).epochs().take(node_plan_->rounds_of_route());
-  const tern_routing brought = node_plan_->bring(routing, stream);
-  const NodeSteps steps(*this, launch, TERN_OP_ROUTE, stream);
-  const auto note = [exchange = &exchange_, lane = launch.lane](tern_status status) { exchange->note(status, lane, TERN_OP_ROUTE); };
-  steps.begin([brought, note, plan = node_plan_](NodeLane& lane) { plan->route(lane, brought, note); });
-  steps.await();
-  check(kernels::launch_copy(memory_.tables.data(), node_plan_->tables_data(), node_plan_->tables().routed_bytes, stream),
-        "launching the kernel that brings the tables of a routing to the GPU");
-}
-
 void CudaPlan::check_route_room(const tern_launch& launch) const {
   if (node_plan_ != nullptr)
-    exchange_.nodes()->lane(launch.lane).epochs().check_room(TERN_OP_ROUTE, launch.lane, node_plan_->rounds_of_route());
+    exchange_.nodes()->lane(launch.lane).epochs().check_room(TERN_OP_ROUTE, launch.lane, node_plan_->trip().num_rounds);
   else
     check_room(exchange_.lane(launch.lane), TERN_OP_ROUTE, 1);
 }
 
 void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream) {
-  if (node_plan_ != nullptr) return enqueue_route_between_nodes(routing, launch, stream);
   begin_routing(routing);
   ++awaited_ticket_;
   const int64_t blocks = (shape_.max_tokens + kTokensPerRouteBlock - 1) / kTokensPerRouteBlock;
   num_sms_ =
       static_cast<int32_t>(std::min<int64_t>({blocks, kernels::kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
+  if (node_plan_ != nullptr) {
+    exchange_.nodes()->lane(launch.lane).epochs().take(node_plan_->trip().num_rounds);
+    const auto note = [exchange = &exchange_, lane = launch.lane](tern_status status) { exchange->note(status, lane, TERN_OP_ROUTE); };
+    return NodeRoute(*this, routing, launch).enqueue({awaited_ticket_, &exchange_.nodes()->unreachable(), note}, num_sms_, stream);
+  }
   check(kernels::launch_route(route_args(routing, launch.lane), num_sms_, stream), "launching the kernel of route");
 }
 
@@ -171,7 +160,7 @@ void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
     const SpanFacts wait{.kind = TERN_SPAN_WAIT, .operation = TERN_OP_ROUTE, .peer = shape_.rank, .awaited = TERN_AWAITED_OWN_GPU};
     with_span(exchange_.trace().lane(launch.lane), wait, [&](Span&) {
       if (node_plan_ != nullptr) {
-        await_routing(launch, [&] { return node_plan_->num_routed() >= awaited_ticket_; });
+        await_routing(launch, [&] { return node_plan_->routed() == awaited_ticket_; });
         read_table();
       } else {
         await_routing(launch, [&] {
@@ -242,7 +231,7 @@ void CudaPlan::read_table() {
 
 void CudaPlan::dispatch_between_nodes(const DispatchCall& call, const tern_launch& launch, bool routes) {
   const NodeDispatch operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
-  operation.check(dispatch_ticket_, routes ? node_plan_->rounds_of_route() : 0);
+  operation.check(dispatch_ticket_, routes ? node_plan_->trip().num_rounds : 0);
   run(operation, launch, dispatch_ticket_, [&](cudaStream_t stream) {
     if (routes) enqueue_route(*call.args.routing, launch, stream);
   });
@@ -297,14 +286,6 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_carried_)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
   latency_path_ = takes_latency_path(*this, call);
-  if (call.args.wire == TERN_WIRE_FP32)
-    fail(TERN_UNSUPPORTED, "combine: wire is TERN_WIRE_FP32, which CPU ranks have only; use TERN_WIRE_AS_DTYPE, or mode EXACT");
-  if (call.args.wire != TERN_WIRE_AS_DTYPE && !latency_path_)
-    fail(
-        TERN_UNSUPPORTED,
-        "combine: wire is TERN_WIRE_LOG10BIT, which GPU ranks have on the latency path only, and {} tokens of {} bytes do not take it; use "
-        "TERN_WIRE_AS_DTYPE, an exchange with TERN_MODE_LATENCY, or a larger TERN_LATENCY_MAX_KB",
-        shape_.max_tokens, call.row_bytes);
   if (node_plan_ != nullptr) {
     const NodeCombine operation(*this, call, launch);
     operation.check(combine_ticket_);

@@ -43,6 +43,11 @@ class CudaPlan : public DevicePlan {
   const std::shared_ptr<NodePlan>& node_plan() const { return node_plan_; }
   const kernels::RailTables& rails() const { return memory_.tables.rails(); }
   kernels::PlanView batch(int32_t node) const;
+  const kernels::NodeRouteTables& route_tables() const { return memory_.tables.route(); }
+  std::byte* tables_data() const { return memory_.tables.data(); }
+  int64_t told_bytes() const { return memory_.tables.told_bytes(); }
+  // Of a route's kernel, which takes an epoch of the lane.
+  kernels::RouteArgs route_args(const tern_routing& routing, int32_t lane_idx) const;
   // To be recorded behind the operations of a lane.
   const std::shared_ptr<Event>& end_of(int32_t lane_idx) const { return memory_.ends[static_cast<size_t>(lane_idx)]; }
   // Rows of the outputs: the capacity, or with extent exact what was counted.
@@ -57,13 +62,11 @@ class CudaPlan : public DevicePlan {
   void check_throughput_path(const char* operation) const;
   void check_not_under_way(const char* operation) const;
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.generation(); }
-  kernels::RouteArgs route_args(const tern_routing& routing, int32_t lane_idx) const;
   void begin_routing(const tern_routing& routing);
   void enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream);
   template <typename Operation, typename Begin>
   void run(const Operation& operation, const tern_launch& launch, Ticket& ticket, Begin begin);
   void check_route_room(const tern_launch& launch) const;
-  void enqueue_route_between_nodes(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream);
   void dispatch_between_nodes(const DispatchCall& call, const tern_launch& launch, bool routes);
   // Of a route with extent exact: waits until has_come() and reads what has.
   template <typename HasCome>

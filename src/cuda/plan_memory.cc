@@ -58,6 +58,19 @@ void place_rail_tables(const PlanShape& shape, const kernels::PlanView& v, Place
   p.place(r.entries_there_begin, chunk_ends);
 }
 
+void place_route_tables(const PlanShape& shape, const kernels::PlanView& v, Placer& p, kernels::NodeRouteTables& r) {
+  const int64_t num_nodes = shape.num_nodes, messages = num_nodes * shape.ranks_per_node() * shape.max_tokens;
+  p.place(r.batch_tokens, num_nodes);
+  p.place(r.token_in_rank, shape.num_topk == 0 ? messages : 0);
+  p.place(r.given_entries, shape.num_experts);
+  p.place(r.received_begin, num_nodes * (shape.ranks_per_node() + 1));
+  p.place(r.source_token, messages);
+  p.place(r.received_experts, messages * v.topk_stride);
+  p.place(r.received_rows, messages * v.topk_stride);
+  p.place(r.group_begin, v.local_experts + 1);
+  p.place(r.source_begin, int64_t{v.local_experts} * shape.ranks_per_node());
+}
+
 }  // namespace
 
 PlacedTables::PlacedTables(const PlanShape& shape, std::byte* memory) {
@@ -65,23 +78,25 @@ PlacedTables::PlacedTables(const PlanShape& shape, std::byte* memory) {
   set_sizes(shape, v);
   const int64_t num_entries = shape.max_tokens * shape.num_topk, num_received = shape.max_messages() * v.topk_stride;
   Placer p(memory);
+  p.place(v.received_begin, shape.num_ranks + 1);
+  p.place(v.group_begin, v.local_experts + 1);
+  p.place(v.source_begin, int64_t{v.local_experts} * shape.num_ranks);
+  if (shape.num_nodes > 1) p.place(route.row_begins, shape.num_nodes * int64_t{shape.num_row_begins()});
+  told_bytes = p.num_bytes();
   p.place(v.num_tokens, shape.num_ranks);
   p.place(v.counts, int64_t{shape.num_ranks} * v.num_counts(shape.ranks_per_node()));
-  p.place(v.received_begin, shape.num_ranks + 1);
   p.place(v.chunk_begin, int64_t{shape.num_ranks} * (layout::kMaxChunks + 1));
   p.place(v.source_token, shape.max_messages());
   p.place(v.received_experts, num_received);
   p.place(v.received_rows, num_received);
-  p.place(v.group_begin, v.local_experts + 1);
-  p.place(v.source_begin, int64_t{v.local_experts} * shape.num_ranks);
   if (shape.num_nodes > 1) {
     place_rail_tables(shape, v, p, rails);
+    place_route_tables(shape, v, p, route);
   } else {
     p.place(v.experts, num_entries);
     p.place(v.entry_rows, num_entries);
     p.place(v.messages, shape.max_tokens * v.messages_per_token);
   }
-  routed_bytes = p.num_bytes();
   p.place(v.weights_sent, num_entries);
   p.place(v.weights_received, num_received);
   p.place(v.weights_from_owner, num_received);
@@ -90,18 +105,31 @@ PlacedTables::PlacedTables(const PlanShape& shape, std::byte* memory) {
   total_bytes = p.num_bytes();
 }
 
+PlacedReport::PlacedReport(const PlanShape& shape, int64_t num_rounds, std::byte* memory) {
+  const int64_t chunk_ends = shape.num_nodes * int64_t{layout::kMaxChunks + 1};
+  Placer p(memory);
+  p.place(report.entries, shape.num_experts);
+  p.place(report.messages, shape.num_ranks);
+  p.place(report.num_tokens, 1);
+  p.place(report.round_begin, shape.num_nodes * (num_rounds + 1));
+  p.place(report.there_begin, chunk_ends);
+  p.place(report.here_begin, chunk_ends);
+  p.place(report.entries_here_begin, chunk_ends);
+  total_bytes = p.num_bytes();
+}
+
 PlanTables::PlanTables(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape)
     : memory_(pool, static_cast<size_t>(PlacedTables(shape, nullptr).total_bytes)), placed_(shape, memory_.data()) {}
 
 PlanMemory::PlanMemory(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape, int32_t num_lanes) : tables(pool, shape) {
-  const auto num_ranks = static_cast<size_t>(shape.num_ranks), num_counts = static_cast<size_t>(tables.view().num_counts(shape.num_ranks));
+  const int32_t ranks_of_node = shape.ranks_per_node();
+  const auto num_ranks = static_cast<size_t>(shape.num_ranks), num_counts = static_cast<size_t>(tables.view().num_counts(ranks_of_node));
   for (int32_t i = 0; i < num_lanes; ++i) ends.push_back(std::make_shared<Event>(pool->device()));
-  if (shape.num_nodes > 1) return;  // there the host routes
   block_counts = {pool, kernels::kMostRouteBlocks * num_counts};
-  const int32_t num_warps = kernels::route_counting_warps(shape.num_experts, shape.num_ranks);
-  const int64_t elements = kernels::route_workspace(shape.num_experts, shape.num_ranks, num_warps);
+  const int32_t num_warps = kernels::route_counting_warps(shape.node_experts(), ranks_of_node);
+  const int64_t elements = kernels::route_workspace(shape.node_experts(), ranks_of_node, num_warps);
   if (!kernels::route_fits_shared(elements)) workspace = {pool, kernels::kMostRouteBlocks * static_cast<size_t>(elements)};
-  if (shape.extent == TERN_EXTENT_EXACT) {
+  if (shape.extent == TERN_EXTENT_EXACT && shape.num_nodes == 1) {
     host_counts = {pool->device(), num_ranks * (num_counts + 1)};
     host_ticket = {pool->device(), 1};
   }

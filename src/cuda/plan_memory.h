@@ -9,21 +9,30 @@
 
 #include "cuda/buffers.h"
 #include "kernels/exchange_view.h"
+#include "kernels/node_route.h"
 #include "kernels/rail.h"
 #include "kernels/route.h"
 #include "plan/device.h"
 
 namespace tern::cuda {
 
-// Where the tables of a plan lie in one piece of memory. Those that routing makes come first: between nodes the host makes them, and they are
-// copied to the GPU as one piece.
+// Where the tables of a plan lie in one piece of memory. Between nodes those that the host tells the GPU come first, and are copied as one piece.
 struct PlacedTables {
   // With nullptr only sizes are right.
   PlacedTables(const PlanShape& shape, std::byte* memory);
 
   kernels::PlanView plan;
-  kernels::RailTables rails;  // of more than one node
-  int64_t routed_bytes = 0;
+  kernels::RailTables rails;  // of more than one node, and what their routes work in
+  kernels::NodeRouteTables route;
+  int64_t told_bytes = 0;
+  int64_t total_bytes = 0;
+};
+
+// The same for what a route between nodes tells the host.
+struct PlacedReport {
+  PlacedReport(const PlanShape& shape, int64_t num_rounds, std::byte* memory);
+
+  kernels::NodeRouteReport report;
   int64_t total_bytes = 0;
 };
 
@@ -33,6 +42,8 @@ class PlanTables {
   PlanTables(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape);
   const kernels::PlanView& view() const { return placed_.plan; }
   const kernels::RailTables& rails() const { return placed_.rails; }
+  const kernels::NodeRouteTables& route() const { return placed_.route; }
+  int64_t told_bytes() const { return placed_.told_bytes; }
   std::byte* data() const { return memory_.data(); }
 
  private:
@@ -48,7 +59,8 @@ struct PlanMemory {
 
   PlanTables tables;
   DeviceBuffer<int32_t> block_counts, workspace;
-  PinnedBuffer<int32_t> host_counts;  // [num_ranks, num_counts], then tokens [num_ranks]
+  std::shared_ptr<const void> of_host;  // between nodes, in pinned memory
+  PinnedBuffer<int32_t> host_counts;    // [num_ranks, num_counts], then tokens [num_ranks]
   PinnedBuffer<uint64_t> host_ticket;
   std::vector<std::shared_ptr<Event>> ends;  // by lane: behind the last operation along the plan
 };

@@ -40,6 +40,17 @@ struct LaneState {
   uint32_t parts_taken;  // by the pulling warps
 };
 
+// Between nodes: one lane's words in pinned memory, in which the GPU talks with its host (rail.h).
+struct HostCell {
+  static constexpr uint64_t kGaveUp = ~uint64_t{0};  // an answer to all questions
+
+  layout::FailureRecord failure;                  // why the host has given up
+  uint64_t command;                               // what the step is the first of, written before it is asked
+  uint64_t bank;                                  // that the last answer is about
+  alignas(layout::kCacheLine) uint64_t asked;     // steps, by the GPU
+  alignas(layout::kCacheLine) uint64_t answered;  // by the host
+};
+
 // Ranks are those of the node, numbered from 0, but in records of failures.
 struct ExchangeView {
   int32_t rank = 0;
@@ -62,6 +73,7 @@ struct ExchangeView {
   uint32_t* failed = nullptr;           // of all lanes: 1: a kernel of this rank has recorded a failure
   Mailbox* mailbox = nullptr;
   Attendance* attendance = nullptr;  // nullptr: a wait that reaches its deadline ends the generation
+  const HostCell* host = nullptr;    // between nodes
   uint64_t timeout_ns = 0;
 
   constexpr std::byte* window(int r) const { return num_ranks <= kInlineRanks ? inline_windows[r] : far_windows[r]; }

@@ -186,7 +186,7 @@ struct Operation {
         return true;
       }
       if (turn % kSpinsPerLook != 0) continue;
-      if (is_aborted()) return false;
+      if (is_aborted() || (turn > 0 && is_stopped_by_host())) return false;  // the host's word is far away
       const uint64_t waited = device::global_timer_ns() - start;
       if constexpr (!kMasks) {
         if (waited <= exchange.timeout_ns) continue;
@@ -199,6 +199,13 @@ struct Operation {
         return false;
       }
     }
+  }
+
+  // Between nodes the host may have heard of a failure that no GPU of this node knows of.
+  __device__ bool is_stopped_by_host() const {
+    if (exchange.host == nullptr || load_acquire_sys(&exchange.host->answered) != HostCell::kGaveUp) return false;
+    give_up_as(exchange.host->failure);
+    return true;
   }
 
   // Operations by which `peer` is behind this one, by what it has announced; 0 or less: it has begun this one.

@@ -5,6 +5,7 @@
 #include "kernels/shared_memory.h"
 #include "kernels/sums.cuh"
 #include "kernels/token_source.cuh"
+#include "kernels/wire_rows.cuh"
 
 namespace tern::kernels {
 namespace {
@@ -162,18 +163,29 @@ class ReturnedRows {
   const int32_t end_token_;
 };
 
-template <typename Wire>
+template <typename Wire, typename Form>
 __global__ void __launch_bounds__(kThreads) node_sum_kernel(const __grid_constant__ NodeSumArgs args) {
   if (Operation{args.exchange, TERN_OP_COMBINE, 0}.is_poisoned()) return;
   ReturnedRows rows(args);
-  sum_by_threads<Wire>(rows);
+  if constexpr (std::is_same_v<Form, GivenRow<Wire>>) {
+    sum_by_threads<Wire>(rows);
+  } else {
+    for (SumRow row; rows.next_row(row);) make_row<Wire, Form, GivenRow<Wire>>(rows, row);
+  }
 }
 
+// Calls function(kernel) for the type of the rows and what they are on their way.
+template <typename Wire, typename Function>
+auto with_form(int32_t wire, Function function) {
+  if (wire == TERN_WIRE_FP32) return function(node_sum_kernel<Wire, F32Row<Wire>>);
+  if (wire == TERN_WIRE_LOG10BIT) return function(node_sum_kernel<Wire, LogRow<Wire>>);
+  return function(node_sum_kernel<Wire, GivenRow<Wire>>);
+}
 template <typename Function>
-auto with_sum_kernel(int32_t dtype, Function function) {
-  if (dtype == TERN_DTYPE_BF16) return function(node_sum_kernel<device::Bf16>);
-  if (dtype == TERN_DTYPE_FP16) return function(node_sum_kernel<device::F16>);
-  return function(node_sum_kernel<device::F32>);
+auto with_sum_kernel(int32_t dtype, int32_t wire, Function function) {
+  if (dtype == TERN_DTYPE_BF16) return with_form<device::Bf16>(wire, function);
+  if (dtype == TERN_DTYPE_FP16) return with_form<device::F16>(wire, function);
+  return with_form<device::F32>(wire, function);
 }
 
 }  // namespace
@@ -183,7 +195,8 @@ cudaError_t prepare_rail() {
   if (error == cudaSuccess) error = allow_shared(copy_kernel, 0);
   if (error == cudaSuccess) error = allow_shared(pack_kernel, 0);
   for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
-    if (error == cudaSuccess) error = with_sum_kernel(dtype, [](auto kernel) { return allow_shared(kernel, 0); });
+    for (const int32_t wire : {TERN_WIRE_AS_DTYPE, TERN_WIRE_LOG10BIT, TERN_WIRE_FP32})
+      if (error == cudaSuccess) error = with_sum_kernel(dtype, wire, [](auto kernel) { return allow_shared(kernel, 0); });
   return error;
 }
 
@@ -203,7 +216,7 @@ cudaError_t launch_pack(const PackArgs& args, int num_blocks, cudaStream_t strea
 }
 
 cudaError_t launch_node_sums(const NodeSumArgs& args, int num_blocks, cudaStream_t stream) {
-  with_sum_kernel(args.dtype, [&](auto kernel) { kernel<<<num_blocks, kThreads, 0, stream>>>(args); });
+  with_sum_kernel(args.dtype, args.wire, [&](auto kernel) { kernel<<<num_blocks, kThreads, 0, stream>>>(args); });
   return cudaGetLastError();
 }
 

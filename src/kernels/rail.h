@@ -16,18 +16,7 @@
 
 namespace tern::kernels {
 
-// One lane's words in pinned memory.
-struct HostCell {
-  static constexpr uint64_t kGaveUp = ~uint64_t{0};  // an answer to all questions
-
-  layout::FailureRecord failure;                  // why the host has given up
-  uint64_t command;                               // what the step is the first of, written before it is asked
-  uint64_t bank;                                  // that the last answer is about
-  alignas(layout::kCacheLine) uint64_t asked;     // steps, by the GPU
-  alignas(layout::kCacheLine) uint64_t answered;  // by the host
-};
-
-// The same as this rank's GPU has it, in its own memory.
+// What this rank's GPU has of a HostCell in its own memory.
 struct HostTalk {
   uint64_t asked;
   uint64_t answered;
@@ -82,6 +71,7 @@ struct NodeSumArgs {
   int32_t num_nodes = 0;
   int32_t dtype = 0;
   int64_t row_bytes = 0;
+  int32_t wire = 0;  // tern_wire
   bool per_entry = false;
   const int32_t* node_of_entry = nullptr;
   const float* token_weights = nullptr;  // as in CombineArgs, and what follows

@@ -32,9 +32,12 @@ struct RailSlots {
   constexpr std::byte* of(int32_t node, int64_t place) const {
     const int32_t slot = slot_of[node * num_places + place];
     if (slot < 0) return nullptr;
-    const int64_t nth = slot - chunk_begin[node * (layout::kMaxChunks + 1) + first_chunk];
-    return banks + static_cast<int64_t>(*pair) * pair_bytes + node * node_bytes + (node == own_node ? own_bytes : 0) + slots_at +
-           nth * layout.stride();
+    return nth(node, slot - chunk_begin[node * (layout::kMaxChunks + 1) + first_chunk]);
+  }
+  // Of the round.
+  constexpr std::byte* nth(int32_t node, int64_t slot) const { return bank(node) + slots_at + slot * layout.stride(); }
+  constexpr std::byte* bank(int32_t node) const {
+    return banks + static_cast<int64_t>(*pair) * pair_bytes + node * node_bytes + (node == own_node ? own_bytes : 0);
   }
 };
 static_assert(std::is_trivially_copyable_v<RailSlots>);

@@ -53,12 +53,16 @@ void RoutingTable::check(const tern_routing& routing) const {
   }
 }
 
-void RoutingTable::set_routing(const tern_routing& routing, std::span<const uint8_t> masked) {
+void RoutingTable::begin_counts(std::span<const uint8_t> masked) {
   std::fill(counts_.begin(), counts_.end(), 0);
-  std::fill(own_entries_.begin(), own_entries_.end(), 0);
   for (SourceBatch& batch : batches_) batch.clear();
   for (auto& tokens : tokens_to_) tokens.clear();
   knows_all_counts_ = shape_.num_nodes == 1 || std::find(masked.begin(), masked.end(), 1) == masked.end();
+}
+
+void RoutingTable::set_routing(const tern_routing& routing, std::span<const uint8_t> masked) {
+  begin_counts(masked);
+  std::fill(own_entries_.begin(), own_entries_.end(), 0);
   if (shape_.num_topk > 0)
     set_topk(routing, masked);
   else
@@ -191,6 +195,26 @@ void RoutingTable::set_batch_rows() {
     group_begin = is_padded ? group_begin + shape_.padded_group_rows() : layout::align_up(row, shape_.alignment);
   }
   for (SourceBatch& batch : batches_) batch.set_rows();
+}
+
+void RoutingTable::get_row_begins(int32_t node, std::span<int64_t> begins) const {
+  const int32_t first_source = node * shape_.ranks_per_node();
+  const auto sum = [&](int32_t num_sources, int64_t count) {
+    int64_t rows = 0;
+    for (int32_t source = 0; source < num_sources; ++source) rows += counts_[source * num_counts() + count];
+    return rows;
+  };
+  int64_t group_begin = 0;
+  for (int32_t i = 0; i < shape_.num_row_begins(); ++i) {
+    if (!shape_.has_expert_rows()) {
+      begins[i] = sum(first_source, shape_.node_experts() + shape_.first_rank() + i);
+      continue;
+    }
+    if (i % shape_.local_experts() == 0) group_begin = 0;
+    begins[i] = group_begin + sum(first_source, i);
+    const bool is_padded = shape_.layout == TERN_LAYOUT_EXPERT_PADDED;
+    group_begin += is_padded ? shape_.padded_group_rows() : layout::align_up(sum(shape_.num_ranks, i), shape_.alignment);
+  }
 }
 
 int64_t RoutingTable::most_tokens_of_any_rank() const {

@@ -30,6 +30,10 @@ class RoutingTable {
   // ranks from which none of this node's are reached have no counts then.
   void set_routing(const tern_routing& routing, std::span<const uint8_t> masked);
 
+  // Instead, where somebody else has counted: nothing is known yet but who is masked. All counts are step 2 then, this rank's own too, and there
+  // are no batches and no placing.
+  void begin_counts(std::span<const uint8_t> masked);
+
   // Step 2: entries per expert of this node [node_experts], messages per rank [num_ranks] and the number of tokens, of each rank; this
   // rank's own are set by step 1.
   std::span<int32_t> counts_of(int32_t rank) { return {counts_.data() + rank * num_counts(), static_cast<size_t>(num_counts())}; }
@@ -54,6 +58,9 @@ class RoutingTable {
   int64_t num_tokens() const { return tokens_of(shape_.rank); }
   // The same on all ranks; where not all counts are known, what the plan allows.
   int64_t most_tokens_of_any_rank() const;
+
+  // The first row of what the sources in that node and the ones behind have, [shape.num_row_begins()].
+  void get_row_begins(int32_t node, std::span<int64_t> begins) const;
 
   // --- This rank as a sender.
   const SourceBatch& own() const { return batch(shape_.node()); }

@@ -43,10 +43,6 @@ RunOptions on_nodes_of(const Case& c, const RunOptions& options) {
 // The scenarios that a graph is replayed with, or the one that is run plainly.
 std::vector<Scenario> scenarios_of(Case c, const RunOptions& options) {
   constexpr int kMostScenarios = 8;
-  // GPU ranks have other wires on the latency path only.
-  constexpr int64_t kMostLatencyTokens = 1024;
-  const bool is_small = c.mode == TERN_MODE_LATENCY && c.num_topk > 0 && c.max_tokens <= kMostLatencyTokens;
-  if (options.device == TERN_DEVICE_CUDA && (!is_small || c.wire == TERN_WIRE_FP32)) c.wire = TERN_WIRE_AS_DTYPE;
   const bool as_graph = options.num_replays > 0 && c.extent == TERN_EXTENT_WORST;
   return replay_scenarios(c, as_graph ? std::min(options.num_replays, kMostScenarios) : 1);
 }

@@ -127,7 +127,9 @@ inline void require_names_victim(const std::string& text, const char* operation,
   const int32_t victim = member.settings.victim();
   if (member.exchange.state().failure.status == TERN_SYSTEM_ERROR && member.settings.run.ranks_per_node > 0) {
     require(member.exchange.state().health == TERN_HEALTH_FAILED, "health is not FAILED");
-    return require(text.find(fmt::format("lost its connection to rank {}", victim)) != std::string::npos, text);
+    const auto has = [&](const std::string& part) { return text.find(part) != std::string::npos; };
+    const bool said_later = has("TERN_SYSTEM_ERROR") && has(fmt::format("waited for rank {}", victim));  // of what a GPU had begun
+    return require(said_later || has(fmt::format("lost its connection to rank {}", victim)), text);
   }
   require(text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
   for (const std::string& part : {fmt::format("rank {}", victim), std::string(operation), std::string("epoch")})

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The conformance cases on GPU ranks of several nodes, which are declared on this host and reach each other over the network library: as
 // processes, each with a GPU of its own, and as threads, also several on one GPU.
+#include <csignal>
+
+#include "engine/failure_scenes.h"
 #include "engine/node_scenes.h"
 #include "engine/nodes.h"
 #include "gpu/process_cases.h"
@@ -19,7 +22,6 @@ std::string nodes_name(const testing::TestParamInfo<Nodes>& info) {
 
 Case on_nodes(Case c, const Nodes& nodes) {
   c.ranks_per_node = nodes.ranks_per_node;
-  c.wire = TERN_WIRE_AS_DTYPE;  // the other one is for small batches of one node
   return c.normalized();
 }
 
@@ -78,12 +80,44 @@ class GpuNodeFailure : public testing::Test {
   void SetUp() override { TERN_NEED_GPUS(4); }
   static RunOptions options() {
     RunOptions options = gpu_options(4);
-    options.timeout_ms = full_scale() ? 3'000 : 10'000;
+    options.timeout_ms = 1'500;
     return options;
   }
 };
 TEST_F(GpuNodeFailure, KilledRankIsNamedOnBothNodes) { strike(SIGKILL, 2, options()); }
 TEST_F(GpuNodeFailure, StoppedRankIsNamedOnBothNodes) { strike(SIGSTOP, 1, options()); }
+
+// The scenes of CPU ranks between nodes.
+class GpuNodeRecovery : public testing::Test {
+ protected:
+  void SetUp() override { TERN_NEED_GPUS(4); }
+
+  static SceneSettings nodes() {
+    SceneSettings settings;
+    settings.run = gpu_options(4);
+    settings.run.timeout_ms = 3'000;
+    settings.run.ranks_per_node = 2;
+    settings.process_timeout_ms = 60'000 + 30 * settings.run.timeout_ms;
+    return settings;
+  }
+};
+TEST_F(GpuNodeRecovery, KilledRankIsNamedAndMasked) { killed_rank_is_named_and_masked(nodes()); }
+TEST_F(GpuNodeRecovery, StoppedRankWakesUpAndHarmsNobody) { stopped_rank_wakes_up_and_harms_nobody(nodes()); }
+TEST_F(GpuNodeRecovery, StoppedRankComesBack) { stopped_rank_comes_back(nodes()); }
+TEST_F(GpuNodeRecovery, StoppedAnywhere) { struck_anywhere(nodes(), SIGSTOP); }
+TEST_F(GpuNodeRecovery, KilledAnywhere) { struck_anywhere(nodes(), SIGKILL); }
+TEST_F(GpuNodeRecovery, OfAllRanks) { recovery_of_all_ranks(nodes()); }
+TEST_F(GpuNodeRecovery, FromAMismatch) { recovery_from_a_mismatch(nodes()); }
+TEST_F(GpuNodeRecovery, WithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(nodes()); }
+TEST_F(GpuNodeRecovery, ChosenMask) { chosen_mask(nodes()); }
+TEST_F(GpuNodeRecovery, MaskedRankIsLetInAgain) { masked_rank_is_let_in_again(nodes()); }
+// All of a node is gone.
+TEST_F(GpuNodeRecovery, NodesOfOneRank) {
+  SceneSettings settings = nodes();
+  settings.run.ranks_per_node = 1;
+  killed_rank_is_named_and_masked(settings);
+  masked_rank_is_let_in_again(settings);
+}
 
 class GpuNodeThreads : public GpuNodes {
  protected:

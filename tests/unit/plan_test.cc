@@ -312,6 +312,33 @@ TEST(RoutingTable, RefusesRoutingsThatDoNotFit) {
 }
 
 // The capacity that a plan has by default is what the worst routing needs, and no more.
+// 2 nodes of 2 ranks, 8 experts; seen by rank 2, whose node has experts 4 to 7, two on each of its ranks.
+TEST(RoutingTable, RowsOfANodesSourcesFollowFromTheCounts) {
+  const auto begins_of = [](tern_layout layout, int32_t node) {
+    tern_plan_options options{.max_tokens = 10, .num_experts = 8, .num_topk = 2, .layout = layout, .expert_alignment = 4};
+    if (layout == TERN_LAYOUT_RANK_MAJOR) options.expert_alignment = 0;
+    PlanShape shape = make_plan_shape(options, 2, 4);
+    shape.num_nodes = 2;
+    RoutingTable table(shape);
+    table.begin_counts(std::vector<uint8_t>(4));
+    for (int32_t source = 0; source < 4; ++source) {
+      const int32_t s = source + 1;
+      const std::vector<int32_t> counts{s, 2 * s, 0, 3, /* messages to the ranks */ 1, 1, 2 * s, s, /* tokens */ 10};
+      std::copy(counts.begin(), counts.end(), table.counts_of(source).begin());
+    }
+    table.finish();
+    std::vector<int64_t> begins(static_cast<size_t>(shape.num_row_begins()));
+    table.get_row_begins(node, begins);
+    return begins;
+  };
+  using Begins = std::vector<int64_t>;
+  EXPECT_EQ(begins_of(TERN_LAYOUT_RANK_MAJOR, 0), (Begins{0, 0}));
+  EXPECT_EQ(begins_of(TERN_LAYOUT_RANK_MAJOR, 1), (Begins{6, 3}));
+  EXPECT_EQ(begins_of(TERN_LAYOUT_EXPERT_MAJOR, 0), (Begins{0, 12, 0, 0}));  // 10 entries, a group of 12 rows
+  EXPECT_EQ(begins_of(TERN_LAYOUT_EXPERT_MAJOR, 1), (Begins{3, 12 + 6, 0, 6}));
+  EXPECT_EQ(begins_of(TERN_LAYOUT_EXPERT_PADDED, 1), (Begins{3, 40 + 6, 0, 40 + 6}));
+}
+
 TEST(PlanShape, CapacityIsWhatCanArrive) {
   const auto capacity = [](tern_layout layout, int32_t alignment, int64_t given = 0) {
     return make_plan_shape({.max_tokens = 3,

@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/node_route.h"
+
+#include <algorithm>
+
+#include "kernels/operation.cuh"
+#include "kernels/shared_memory.h"
+
+namespace tern::kernels {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarpThreads;
+constexpr int64_t kMostBlocks = 32;  // that share the work of a kernel
+
+__device__ int64_t thread_of_all() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
+__device__ int64_t num_all_threads() { return int64_t{gridDim.x} * kThreads; }
+
+// ---- Numbering: a block walks over the tokens in order, and adds up how many before each have a slot, and how many entries.
+
+struct ScanShared {
+  int32_t tokens[kWarps], entries[kWarps];
+};
+
+struct Position {
+  int32_t tokens, entries;
+};
+
+// All threads of the block: what those before this one have, on top of `before`, which becomes what all have.
+__device__ Position scan(ScanShared& shared, Position own, Position& before) {
+  Position up_to = own;
+#pragma unroll
+  for (int step = 1; step < kWarpThreads; step *= 2) {
+    const int32_t tokens = __shfl_up_sync(~0u, up_to.tokens, step), entries = __shfl_up_sync(~0u, up_to.entries, step);
+    if (static_cast<int>(device::lane_idx()) < step) continue;
+    up_to.tokens += tokens;
+    up_to.entries += entries;
+  }
+  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+  if (device::lane_idx() == kWarpThreads - 1) {
+    shared.tokens[warp] = up_to.tokens;
+    shared.entries[warp] = up_to.entries;
+  }
+  __syncthreads();
+  Position result{before.tokens + up_to.tokens - own.tokens, before.entries + up_to.entries - own.entries};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    before.tokens += shared.tokens[w];
+    before.entries += shared.entries[w];
+    if (w >= warp) continue;
+    result.tokens += shared.tokens[w];
+    result.entries += shared.entries[w];
+  }
+  __syncthreads();
+  return result;
+}
+
+// At each begin of a chunk, or of a round, and behind the last one: how many there were before. By the thread that has the token.
+__device__ void set_begins(int64_t token, int64_t max_tokens, int64_t tokens_per_part, int32_t num_parts, int32_t own, int32_t before,
+                           int32_t* begins, int32_t* reported) {
+  const auto set = [&](int64_t part, int32_t value) {
+    if (begins != nullptr) begins[part] = value;
+    if (reported != nullptr) reported[part] = value;
+  };
+  if (token % tokens_per_part == 0) set(token / tokens_per_part, before);
+  if (token + 1 == max_tokens)
+    for (int64_t part = token / tokens_per_part + 1; part <= num_parts; ++part) set(part, before + own);
+}
+
+// What this rank's tokens have in one node.
+class OwnTokens {
+ public:
+  __device__ OwnTokens(const NodeRouteArgs& args, int32_t node, int32_t* counters)
+      : args_(args),
+        plan_(args.plan),
+        node_(node),
+        first_expert_(node * plan_.num_experts),
+        first_rank_(node * args.exchange.num_ranks),
+        counters_(counters),
+        num_tokens_(args.device_num_tokens == nullptr ? args.num_tokens : max(0, min(*args.device_num_tokens, args.num_tokens))) {}
+
+  __device__ int32_t num_tokens() const { return num_tokens_; }
+  __device__ bool has_invalid() const { return has_invalid_; }
+
+  // Counts its entries and messages. Of the own node, writes them down as what the batch's route begins with.
+  __device__ Position count(int64_t token) {
+    Position found{0, 0};
+    if (token >= num_tokens_) return found;
+    constexpr int kRanks = 64;
+    for (int32_t first = 0; first < args_.exchange.num_ranks; first += kRanks) {
+      uint64_t ranks = 0;
+      if (plan_.num_topk == 0)
+        ranks = ranks_given(token, first, min(kRanks, args_.exchange.num_ranks - first));
+      else
+        ranks = ranks_of_entries(token, first, kRanks, found.entries);
+      if (ranks != 0) found.tokens = 1;
+      for (; ranks != 0; ranks &= ranks - 1) atomicAdd(counters_ + plan_.num_experts + first + __ffsll(static_cast<int64_t>(ranks)) - 1, 1);
+    }
+    return found;
+  }
+
+  // Slots of the token's entries in this node, from `slot` on.
+  __device__ void number_entries(int64_t token, int32_t slot) const {
+    for (int k = 0; k < plan_.num_topk; ++k) {
+      const int64_t entry = token * plan_.num_topk + k;
+      const int32_t expert = token < num_tokens_ ? usable_expert(given(entry)) : -1;
+      const bool here = is_here(expert);
+      if (is_own()) {
+        const int64_t of_batch = node_ * plan_.max_tokens * plan_.num_topk + entry;
+        args_.rails.experts[of_batch] = here ? expert - first_expert_ : -1;
+        args_.rails.entries_here[of_batch] = here ? slot : -1;
+      }
+      if (here || (expert < 0 && is_own())) {
+        args_.rails.node_of_entry[entry] = here ? node_ : -1;
+        args_.rails.entries_there[entry] = here ? slot : -1;
+      }
+      slot += here ? 1 : 0;
+    }
+  }
+
+ private:
+  __device__ bool is_own() const { return node_ == args_.rails.own_node; }
+  __device__ bool is_here(int32_t expert) const { return expert >= first_expert_ && expert < first_expert_ + plan_.num_experts; }
+  __device__ int64_t given(int64_t entry) const {
+    return args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
+  }
+  // -1 for entries to ranks that are not reached, and for numbers that are no expert.
+  __device__ int32_t usable_expert(int64_t number) const {
+    if (number < 0 || number >= args_.num_group_experts()) return -1;
+    const auto expert = static_cast<int32_t>(number);
+    return args_.unreachable[expert / plan_.local_experts] != 0 ? -1 : expert;
+  }
+
+  __device__ uint64_t ranks_of_entries(int64_t token, int32_t first, int num, int32_t& num_entries) {
+    uint64_t ranks = 0;
+    for (int k = 0; k < plan_.num_topk; ++k) {
+      const int64_t number = given(token * plan_.num_topk + k);
+      has_invalid_ = has_invalid_ || number < -1 || number >= args_.num_group_experts();
+      const int32_t expert = usable_expert(number);
+      if (!is_here(expert)) continue;
+      const int32_t rank = (expert - first_expert_) / plan_.local_experts - first;
+      if (first == 0) {
+        ++num_entries;
+        atomicAdd(counters_ + expert - first_expert_, 1);
+      }
+      if (rank >= 0 && rank < num) ranks |= uint64_t{1} << rank;
+    }
+    return ranks;
+  }
+  __device__ uint64_t ranks_given(int64_t token, int32_t first, int num) const {
+    uint64_t ranks = 0;
+    for (int i = 0; i < num; ++i) {
+      const int32_t rank = first_rank_ + first + i;
+      const bool goes = args_.token_in_rank[token * args_.num_group_ranks() + rank] != 0 && args_.unreachable[rank] == 0;
+      if (goes) ranks |= uint64_t{1} << i;
+      if (is_own()) args_.route.token_in_rank[(node_ * plan_.max_tokens + token) * args_.exchange.num_ranks + first + i] = goes ? 1 : 0;
+    }
+    return ranks;
+  }
+
+  const NodeRouteArgs& args_;
+  const PlanView& plan_;
+  const int32_t node_, first_expert_, first_rank_;
+  int32_t* const counters_;
+  const int32_t num_tokens_;
+  bool has_invalid_ = false;
+};
+
+// Block n: this rank's tokens in node n.
+__global__ void __launch_bounds__(kThreads) number_kernel(const __grid_constant__ NodeRouteArgs args) {
+  extern __shared__ __align__(16) int32_t shared[];
+  __shared__ ScanShared scanned;
+  const Operation op{args.exchange, TERN_OP_ROUTE, 0};
+  if (op.is_poisoned()) return;
+  const PlanView& plan = args.plan;
+  const RailTables& rails = args.rails;
+  const auto node = static_cast<int32_t>(blockIdx.x), thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t num_ranks = args.exchange.num_ranks;
+  const bool is_own = node == rails.own_node;
+  int32_t* const counters = shared;
+  for (int32_t c = thread; c < plan.num_experts + num_ranks; c += kThreads) counters[c] = 0;
+  __syncthreads();
+  OwnTokens tokens(args, node, counters);
+  Position before{0, 0};
+  constexpr int kEnds = layout::kMaxChunks + 1;
+  for (int64_t first = 0; first < plan.max_tokens; first += kThreads) {
+    const int64_t token = first + thread;
+    const Position own = token < plan.max_tokens ? tokens.count(token) : Position{0, 0};
+    const Position at = scan(scanned, own, before);
+    if (token >= plan.max_tokens) continue;
+    const int32_t slot = own.tokens != 0 ? at.tokens : -1;
+    rails.there[node * plan.max_tokens + token] = slot;
+    if (is_own) rails.here[node * plan.max_tokens + token] = slot;
+    tokens.number_entries(token, at.entries);
+    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.tokens, at.tokens, rails.there_begin + node * kEnds,
+               args.report.there_begin + node * kEnds);
+    set_begins(token, plan.max_tokens, args.tokens_per_round, args.num_rounds, own.tokens, at.tokens, nullptr,
+               args.report.round_begin + node * (args.num_rounds + 1));
+    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.entries, at.entries,
+               rails.entries_there_begin + node * kEnds, nullptr);
+    if (!is_own) continue;
+    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.tokens, at.tokens, rails.here_begin + node * kEnds,
+               args.report.here_begin + node * kEnds);
+    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.entries, at.entries,
+               rails.entries_here_begin + node * kEnds, args.report.entries_here_begin + node * kEnds);
+  }
+  __syncthreads();
+  if (tokens.has_invalid() && is_own) op.post_notice(TERN_INVALID_ARGUMENT);
+  for (int32_t e = thread; e < plan.num_experts; e += kThreads) {
+    int32_t num = counters[e];
+    if (plan.num_topk == 0) num = args.tokens_per_expert == nullptr ? 0 : args.tokens_per_expert[node * plan.num_experts + e];
+    if (plan.num_topk == 0 && is_own) args.route.given_entries[node * plan.num_experts + e] = num;
+    args.report.entries[node * plan.num_experts + e] = num;
+  }
+  for (int32_t r = thread; r < num_ranks; r += kThreads) args.report.messages[node * num_ranks + r] = counters[plan.num_experts + r];
+  if (is_own && thread == 0) *args.report.num_tokens = args.route.batch_tokens[node] = tokens.num_tokens();
+}
+
+// Block n: the tokens of another node's batch, which have come. That of the own node is numbered already.
+__global__ void __launch_bounds__(kThreads) number_batches_kernel(const __grid_constant__ NodeRouteArgs args) {
+  __shared__ ScanShared scanned;
+  if (Operation{args.exchange, TERN_OP_ROUTE, 0}.is_poisoned()) return;
+  const PlanView& plan = args.plan;
+  const RailTables& rails = args.rails;
+  const auto node = static_cast<int32_t>(blockIdx.x);
+  if (node == rails.own_node) return;
+  const int64_t first_token = node * plan.max_tokens;
+  const int32_t num_tokens = args.route.batch_tokens[node];
+  constexpr int kEnds = layout::kMaxChunks + 1;
+  Position before{0, 0};
+  for (int64_t first = 0; first < plan.max_tokens; first += kThreads) {
+    const int64_t token = first + threadIdx.x;
+    Position own{0, 0};
+    for (int k = 0; k < plan.num_topk && token < num_tokens; ++k)
+      own.entries += rails.experts[(first_token + token) * plan.num_topk + k] >= 0 ? 1 : 0;
+    for (int r = 0; plan.num_topk == 0 && r < args.exchange.num_ranks && token < num_tokens; ++r)
+      if (args.route.token_in_rank[(first_token + token) * args.exchange.num_ranks + r] != 0) own.tokens = 1;
+    if (own.entries > 0) own.tokens = 1;
+    const Position at = scan(scanned, own, before);
+    if (token >= plan.max_tokens) continue;
+    rails.here[first_token + token] = own.tokens != 0 ? at.tokens : -1;
+    int32_t slot = at.entries;
+    for (int k = 0; k < plan.num_topk; ++k) {
+      const int64_t entry = (first_token + token) * plan.num_topk + k;
+      const bool here = token < num_tokens && rails.experts[entry] >= 0;
+      rails.entries_here[entry] = here ? slot++ : -1;
+    }
+    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.tokens, at.tokens, rails.here_begin + node * kEnds,
+               args.report.here_begin + node * kEnds);
+    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.entries, at.entries,
+               rails.entries_here_begin + node * kEnds, args.report.entries_here_begin + node * kEnds);
+  }
+}
+
+// ---- Over the rail
+
+__device__ int32_t words_per_token(const NodeRouteArgs& args) { return args.slots.layout.num_words - 1; }
+
+// A thread for each token and node.
+__global__ void __launch_bounds__(kThreads) pack_routing_kernel(const __grid_constant__ NodeRouteArgs args) {
+  if (Operation{args.exchange, TERN_OP_ROUTE, 0}.is_poisoned()) return;
+  const PlanView& plan = args.plan;
+  const int64_t first_token = args.round * args.tokens_per_round;
+  const int64_t num = min(args.tokens_per_round, plan.max_tokens - first_token);
+  for (int64_t i = thread_of_all(); i < num * args.rails.num_nodes; i += num_all_threads()) {
+    const auto node = static_cast<int32_t>(i / num);
+    const int64_t token = first_token + i % num;
+    const int32_t slot = args.rails.there[node * plan.max_tokens + token];
+    if (node == args.rails.own_node || slot < 0) continue;
+    auto* words = reinterpret_cast<int32_t*>(
+        args.slots.nth(node, slot - args.report.round_begin[node * (args.num_rounds + 1) + args.round]) + args.slots.layout.words());
+    words[0] = static_cast<int32_t>(token);
+    if (plan.num_topk > 0) {
+      for (int k = 0; k < plan.num_topk; ++k) {
+        const int64_t entry = token * plan.num_topk + k;
+        const int64_t expert =
+            args.is_int32 ? static_cast<const int32_t*>(args.topk_idx)[entry] : static_cast<const int64_t*>(args.topk_idx)[entry];
+        words[1 + k] = args.rails.node_of_entry[entry] == node ? static_cast<int32_t>(expert) : -1;
+      }
+      continue;
+    }
+    for (int w = 0; w < words_per_token(args); ++w) {
+      uint32_t bits = 0;
+      for (int b = 0; b < 32 && 32 * w + b < args.exchange.num_ranks; ++b) {
+        const int32_t rank = node * args.exchange.num_ranks + 32 * w + b;
+        const bool goes = args.token_in_rank[token * args.num_group_ranks() + rank] != 0 && args.unreachable[rank] == 0;
+        bits |= goes ? 1u << b : 0u;
+      }
+      words[1 + w] = static_cast<int32_t>(bits);
+    }
+  }
+}
+
+// Some blocks for each node, a thread for each slot.
+__global__ void __launch_bounds__(kThreads) unpack_routing_kernel(const __grid_constant__ NodeRouteArgs args) {
+  if (Operation{args.exchange, TERN_OP_ROUTE, 0}.is_poisoned()) return;
+  const PlanView& plan = args.plan;
+  const int32_t num_blocks = static_cast<int32_t>(gridDim.x) / args.rails.num_nodes;
+  const int32_t node = static_cast<int32_t>(blockIdx.x) / num_blocks, nth_block = static_cast<int32_t>(blockIdx.x) % num_blocks;
+  const int32_t num_ranks = args.exchange.num_ranks, first_expert = args.rails.own_node * plan.num_experts;
+  if (node == args.rails.own_node) return;
+  const bool is_first_block = nth_block == 0;
+  if (args.unreachable[node * num_ranks + args.exchange.rank] != 0) {
+    if (is_first_block && threadIdx.x == 0) args.route.batch_tokens[node] = 0;
+    return;
+  }
+  const std::byte* const bank = args.slots.bank(node);
+  const auto* counts = reinterpret_cast<const int32_t*>(bank + args.counts_at);
+  if (is_first_block) {
+    if (threadIdx.x == 0) args.route.batch_tokens[node] = counts[plan.num_experts + args.num_group_ranks()];
+    for (int32_t e = static_cast<int32_t>(threadIdx.x); plan.num_topk == 0 && e < plan.num_experts; e += kThreads)
+      args.route.given_entries[node * plan.num_experts + e] = counts[e];
+  }
+  const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(bank)->num_slots;
+  for (int32_t slot = nth_block * kThreads + static_cast<int32_t>(threadIdx.x); slot < num_slots; slot += num_blocks * kThreads) {
+    const auto* words = reinterpret_cast<const int32_t*>(args.slots.nth(node, slot) + args.slots.layout.words());
+    const int64_t token = node * plan.max_tokens + words[0];
+    for (int k = 0; k < plan.num_topk; ++k)
+      args.rails.experts[token * plan.num_topk + k] = words[1 + k] < 0 ? -1 : words[1 + k] - first_expert;
+    for (int r = 0; plan.num_topk == 0 && r < num_ranks; ++r)
+      args.route.token_in_rank[token * num_ranks + r] = static_cast<uint8_t>(static_cast<uint32_t>(words[1 + r / 32]) >> (r % 32) & 1);
+  }
+}
+
+// ---- Rows of all batches
+
+class Settle {
+ public:
+  __device__ explicit Settle(const NodeRouteArgs& args)
+      : args_(args), plan_(args.plan), num_ranks_(args.exchange.num_ranks), group_rows_(args.batch_group_rows()) {}
+
+  __device__ void run(int32_t node) const {
+    settle_received(node);
+    const int64_t first_token = node * plan_.max_tokens, num_tokens = args_.route.batch_tokens[node];
+    if (!plan_.has_expert_rows()) return settle_messages(node, first_token, num_tokens);
+    for (int64_t i = thread_of_all(); i < num_tokens * plan_.num_topk; i += num_all_threads()) {
+      const int64_t entry = first_token * plan_.num_topk + i;
+      const int32_t expert = args_.rails.experts[entry];
+      if (expert < 0) continue;
+      const int32_t local = expert % plan_.local_experts;
+      args_.rails.entry_rows[entry] = row_of(node, expert, local, args_.rails.entry_rows[entry]);
+    }
+  }
+
+ private:
+  // The messages of a batch follow each other among all that have come.
+  __device__ void settle_received(int32_t node) const {
+    const int32_t* const received_begin = args_.route.received_begin + node * (num_ranks_ + 1);
+    const int32_t num = received_begin[num_ranks_], to = plan_.received_begin[node * num_ranks_];
+    const int64_t from = node * args_.batch_messages();
+    for (int64_t m = thread_of_all(); m < num; m += num_all_threads()) plan_.source_token[to + m] = args_.route.source_token[from + m];
+    for (int64_t i = thread_of_all(); i < int64_t{num} * plan_.topk_stride; i += num_all_threads()) {
+      const int64_t at = from * plan_.topk_stride + i, message = to + i / plan_.topk_stride;
+      const int32_t local = args_.route.received_experts[at];
+      int32_t row = -1;
+      if (local >= 0 && plan_.has_expert_rows())
+        row = row_of(node, args_.exchange.rank * plan_.local_experts + local, local, args_.route.received_rows[at]);
+      else if (local >= 0 && message < plan_.row_capacity)
+        row = static_cast<int32_t>(message);
+      plan_.received_experts[int64_t{to} * plan_.topk_stride + i] = local;
+      plan_.received_rows[int64_t{to} * plan_.topk_stride + i] = row;
+    }
+  }
+
+  __device__ void settle_messages(int32_t node, int64_t first_token, int64_t num_tokens) const {
+    for (int64_t i = thread_of_all(); i < num_tokens * plan_.messages_per_token; i += num_all_threads()) {
+      MessageRef& message = args_.rails.messages[first_token * plan_.messages_per_token + i];
+      if (message.rank < 0) continue;
+      const int64_t row = args_.route.row_begins[node * num_ranks_ + message.rank] + message.row;
+      message.row = row < plan_.row_capacity ? static_cast<int32_t>(row) : -1;
+    }
+  }
+
+  // `row`: in the batch alone, whose groups have group_rows_ each.
+  __device__ int32_t row_of(int32_t node, int32_t expert, int32_t local, int32_t row_in_batch) const {
+    const int64_t row = args_.route.row_begins[node * plan_.num_experts + expert] + row_in_batch - local * group_rows_;
+    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && row >= (local + int64_t{1}) * plan_.padded_group_rows) return -1;
+    return row < plan_.row_capacity ? static_cast<int32_t>(row) : -1;
+  }
+
+  const NodeRouteArgs& args_;
+  const PlanView& plan_;
+  const int32_t num_ranks_;
+  const int64_t group_rows_;
+};
+
+__global__ void __launch_bounds__(kThreads) settle_kernel(const __grid_constant__ NodeRouteArgs args) {
+  if (Operation{args.exchange, TERN_OP_ROUTE, 0}.is_poisoned()) return;
+  const Settle settle(args);
+  for (int32_t node = 0; node < args.rails.num_nodes; ++node) settle.run(node);
+}
+
+int blocks_for(int64_t num_items) { return static_cast<int>(std::clamp<int64_t>((num_items + kThreads - 1) / kThreads, 1, kMostBlocks)); }
+
+int64_t counter_bytes(const NodeRouteArgs& args) {
+  return (int64_t{args.plan.num_experts} + args.exchange.num_ranks) * static_cast<int64_t>(sizeof(int32_t));
+}
+
+}  // namespace
+
+cudaError_t prepare_node_route() {
+  cudaError_t error = allow_shared(number_kernel, kMostNodeCounters * static_cast<int64_t>(sizeof(int32_t)));
+  if (error == cudaSuccess) error = allow_shared(number_batches_kernel, 0);
+  if (error == cudaSuccess) error = allow_shared(pack_routing_kernel, 0);
+  if (error == cudaSuccess) error = allow_shared(unpack_routing_kernel, 0);
+  if (error == cudaSuccess) error = allow_shared(settle_kernel, 0);
+  return error;
+}
+
+cudaError_t launch_number(const NodeRouteArgs& args, cudaStream_t stream) {
+  return launch(number_kernel, {args.rails.num_nodes, kThreads, counter_bytes(args), false}, stream, args);
+}
+cudaError_t launch_pack_routing(const NodeRouteArgs& args, cudaStream_t stream) {
+  return launch(pack_routing_kernel, {blocks_for(args.tokens_per_round * args.rails.num_nodes), kThreads, 0, false}, stream, args);
+}
+cudaError_t launch_unpack_routing(const NodeRouteArgs& args, cudaStream_t stream) {
+  return launch(unpack_routing_kernel, {args.rails.num_nodes * blocks_for(args.tokens_per_round), kThreads, 0, false}, stream, args);
+}
+cudaError_t launch_number_batches(const NodeRouteArgs& args, cudaStream_t stream) {
+  return launch(number_batches_kernel, {args.rails.num_nodes, kThreads, 0, false}, stream, args);
+}
+cudaError_t launch_settle(const NodeRouteArgs& args, cudaStream_t stream) {
+  return launch(settle_kernel, {blocks_for(args.batch_messages() * args.plan.topk_stride), kThreads, 0, false}, stream, args);
+}
+
+}  // namespace tern::kernels
