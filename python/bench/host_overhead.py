@@ -3,8 +3,8 @@
 
     python python/bench/host_overhead.py [--device cuda] [--tokens 1] [--hidden 7168]
 
-Three ways: outputs allocated by the call, outputs given, and the two C functions alone with arguments that are there already, which
-is what Python comes on top of. On a GPU the time is that of enqueueing: the GPU is waited for between the batches and not within.
+Four ways: outputs allocated by the call, outputs given, both operations prepared, and the two C functions alone with arguments that are
+there already, which is what Python comes on top of. On a GPU the time is that of enqueueing: the GPU is waited for between the batches and not within.
 On a CPU rank the C functions also do the work, so use few small tokens.
 """
 
@@ -76,12 +76,24 @@ def main() -> None:
         lib.tern_dispatch(plan._handle, dispatch_call.pointer, plan._launch_pointer)
         lib.tern_combine(plan._handle, combine_call.pointer, plan._launch_pointer)
 
+    prepared_dispatch = plan.prepare_dispatch(x, topk_idx=idx, out=arrived)
+    prepared_combine = plan.prepare_combine(arrived.tokens, topk_weights=weights, out=y)
+
+    def prepared() -> None:
+        prepared_dispatch()
+        prepared_combine()
+
     def settle() -> None:
         if exchange.is_cuda:
             torch.cuda.synchronize(device)
 
     print(f"dispatch + combine on {device}, {given.tokens} tokens of {given.hidden} bf16, microseconds on the host")
-    ways = {"C functions": c_functions, "outputs given": into_given, "outputs allocated": allocating}
+    ways = {
+        "C functions": c_functions,
+        "prepared": prepared,
+        "outputs given": into_given,
+        "outputs allocated": allocating,
+    }
     for name, call in ways.items():
         median, p99 = measure(call, given.batches, settle)
         print(f"  {name:18} median {median:6.2f}   p99 {p99:6.2f}")

@@ -51,7 +51,7 @@ from .exchange import Exchange, Failure, MemoryInfo, State
 from .group import Group
 from .plan import Plan
 from .profile import Profile, Span, merge_traces, profile
-from .results import Combined, Dispatched, Pending, PlanInfo
+from .results import Combined, Dispatched, Pending, PlanInfo, Prepared
 
 __version__ = f"{_lib.tern_version() // 10000}.{_lib.tern_version() // 100 % 100}.{_lib.tern_version() % 100}"
 
@@ -83,6 +83,7 @@ __all__ = [
     "Phase",
     "Plan",
     "PlanInfo",
+    "Prepared",
     "Profile",
     "ScaleOrder",
     "Span",

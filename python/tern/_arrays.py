@@ -7,9 +7,10 @@ Neither torch nor NumPy is imported unless the caller's arrays are theirs.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Callable
 
 from ._c import DType, IndexType
 from .errors import InvalidArgumentError, UnsupportedError
@@ -36,11 +37,15 @@ class TorchArrays:
         self._device = torch.device("cpu") if cuda_index is None else torch.device("cuda", cuda_index)
         self._device_number = -1 if cuda_index is None else cuda_index  # as Tensor.get_device says it
         self._tensor = torch.Tensor
-        self._empty = torch.empty
+        self._empty, self._empty_like = torch.empty, torch.empty_like
         self._dtypes = {getattr(torch, name): dtype for name, dtype in _DTYPES.items() if hasattr(torch, name)}
         self._index_types = {getattr(torch, name): kind for name, kind in _INDEX_TYPES.items()}
         self.int32, self.int64, self.float32 = torch.int32, torch.int64, torch.float32
         self.float8 = getattr(torch, "float8_e4m3fn", torch.uint8)
+        # Methods of tensors themselves: a call less.
+        self.pointer: Callable[[Array], int] = torch.Tensor.data_ptr
+        self.dense: Callable[[Array], Array] = torch.Tensor.contiguous
+        self.is_dense: Callable[[Array], bool] = torch.Tensor.is_contiguous
         # What torch.cuda.current_stream asks too, without making an object of it.
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -57,23 +62,26 @@ class TorchArrays:
             )
         return array
 
-    def matrix(self, array: Any, name: str, width: int) -> Array:
-        """Dense, [any, width]."""
+    def matrix(self, array: Any, name: str, width: int) -> tuple[Array, int]:
+        """Dense, [any, width], and its number of rows."""
         array = self.adopt(array, name).contiguous()
-        if array.dim() != 2 or array.shape[1] != width:
-            raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, {width}]")
-        return array
+        shape = array.shape  # each look at a tensor costs as much as several lines of Python
+        if len(shape) != 2 or shape[1] != width:
+            raise InvalidArgumentError(f"{name} has shape {list(shape)}; it must be [num_tokens, {width}]")
+        return array, shape[0]
 
-    def rows(self, array: Any, name: str) -> Array:
-        """[any, any], each row dense. Rows that are one in memory are copied: a stride of 0 means dense in C."""
+    def rows(self, array: Any, name: str) -> tuple[Array, tuple[int, ...], int]:
+        """[any, any], each row dense; its shape; its stride in elements, 0 where that does not matter. Rows that are one in memory are
+        copied: a stride of 0 means dense in C."""
         array = self.adopt(array, name)
-        if array.dim() != 2:
-            raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, hidden]")
-        return array if array.stride(1) == 1 and array.stride(0) != 0 else array.contiguous()
-
-    def row_stride(self, array: Array) -> int:
-        """In elements; 0 where it does not matter."""
-        return int(array.stride(0)) if array.shape[0] > 1 else 0
+        shape = array.shape
+        if len(shape) != 2:
+            raise InvalidArgumentError(f"{name} has shape {list(shape)}; it must be [num_tokens, hidden]")
+        stride, step = array.stride()
+        if step != 1 or stride == 0:
+            array = array.contiguous()
+            stride = array.stride()[0]
+        return array, shape, stride if shape[0] > 1 else 0
 
     def strides(self, array: Array) -> tuple[int, ...]:
         return tuple(array.stride())
@@ -86,15 +94,6 @@ class TorchArrays:
             )
         return array
 
-    def pointer(self, array: Array) -> int:
-        return array.data_ptr()  # type: ignore[no-any-return]
-
-    def dense(self, array: Array) -> Array:
-        return array.contiguous()
-
-    def is_dense(self, array: Array) -> bool:
-        return bool(array.is_contiguous())
-
     def element_type(self, dtype: Any) -> tuple[DType, int]:
         return element_type(self._dtypes.get(dtype), self.dtype_bytes(dtype))
 
@@ -104,6 +103,12 @@ class TorchArrays:
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         return self._empty(shape, dtype=dtype, device=self._device)
+
+    def pattern(self, shape: Sequence[int], dtype: Any) -> Callable[[], Array]:
+        """`empty` for many arrays of a kind, in half the time: a tensor without memory of its own says what they are like."""
+        like = self.empty(shape, dtype)
+        like.untyped_storage().resize_(0)
+        return functools.partial(self._empty_like, like)
 
     def transpose(self, array: Array) -> Array:
         return array.transpose(-1, -2)
@@ -153,20 +158,19 @@ class NumpyArrays:
         except (AttributeError, BufferError, TypeError, RuntimeError) as error:
             raise InvalidArgumentError(f"{name} is not an array in this process's memory: {error}") from error
 
-    def matrix(self, array: Any, name: str, width: int) -> Array:
+    def matrix(self, array: Any, name: str, width: int) -> tuple[Array, int]:
         array = self.dense(self.adopt(array, name))
         if array.ndim != 2 or array.shape[1] != width:
             raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, {width}]")
-        return array
+        return array, array.shape[0]
 
-    def rows(self, array: Any, name: str) -> Array:
+    def rows(self, array: Any, name: str) -> tuple[Array, tuple[int, ...], int]:
         array = self.adopt(array, name)
         if array.ndim != 2:
             raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, hidden]")
-        return array if array.strides[1] == array.itemsize and array.strides[0] != 0 else self.dense(array)
-
-    def row_stride(self, array: Array) -> int:
-        return int(array.strides[0] // array.itemsize) if array.shape[0] > 1 else 0
+        if array.strides[1] != array.itemsize or array.strides[0] == 0:
+            array = self.dense(array)
+        return array, array.shape, array.strides[0] // array.itemsize if array.shape[0] > 1 else 0
 
     def strides(self, array: Array) -> tuple[int, ...]:
         return tuple(stride // array.itemsize for stride in array.strides)
@@ -197,6 +201,9 @@ class NumpyArrays:
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         return self._numpy.empty(shape, dtype=dtype)
+
+    def pattern(self, shape: Sequence[int], dtype: Any) -> Callable[[], Array]:
+        return functools.partial(self._numpy.empty, shape, dtype=dtype)
 
     def transpose(self, array: Array) -> Array:
         return array.swapaxes(-1, -2)

@@ -8,8 +8,11 @@ a further call of that kind sets the pointers and makes the outputs. That is mos
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
-from typing import Any, NamedTuple, Sequence
+import operator
+import struct
+from typing import Any, Callable, NamedTuple, Sequence
 
 from . import _c
 from ._arrays import Array, Arrays
@@ -22,8 +25,11 @@ DEFAULT_OUTPUTS = {
     _c.Layout.EXPERT_MAJOR: ("topk_weights", "row_expert", "expert_offsets", "expert_counts"),
     _c.Layout.EXPERT_PADDED: ("topk_weights", "expert_counts"),
 }
-# Each field of Dispatched with its field in the struct.
-OUT_FIELDS = [(name, f"out_{name}") for name in Dispatched.__dataclass_fields__]
+# The fields of Dispatched, and their addresses in the struct, which follow each other in the same order.
+OUT_NAMES = tuple(Dispatched.__dataclass_fields__)
+_OUT_ADDRESSES = struct.Struct(f"{len(OUT_NAMES)}Q")
+_OUT_OFFSET = _c.DispatchArgs.out_tokens.offset
+_out_arrays = operator.attrgetter(*OUT_NAMES)
 
 
 class Shape(NamedTuple):
@@ -73,9 +79,11 @@ class DispatchCall:
             self.args.scale_bytes, self.args.scale_element_bytes = kind.num_scales * item, item
         self.pointer = ctypes.byref(self.args)
         self.token_item = arrays.dtype_bytes(kind.dtype)
-        self._of_rows: list[tuple[str, str, tuple[int, ...], Any]] = []
-        self._fixed: list[tuple[str, str, tuple[int, ...], Any]] = []
+        self._of_rows: list[tuple[str, tuple[int, ...], Any]] = []
+        self._fixed: list[tuple[str, tuple[int, ...], Any]] = []
         self._scales = self._arriving_scales()
+        self._makers: list[tuple[int, Callable[[], Array]]] = []  # position in OUT_NAMES, and what makes that array
+        self._makers_rows, self._has_patterns = -1, False
         wanted = DEFAULT_OUTPUTS[shape.layout] if kind.outputs is None else kind.outputs
         self._add_outputs([name for name in wanted if name not in ("tokens", "scales")])
 
@@ -95,7 +103,7 @@ class DispatchCall:
         arrays, shape = self.arrays, self.shape
         by_expert = shape.layout != _c.Layout.RANK_MAJOR
         casts = self.kind.encoding != _c.Encoding.AS_GIVEN
-        self._of_rows.append(("tokens", "out_tokens", (self.kind.hidden,), arrays.float8 if casts else self.kind.dtype))
+        self._of_rows.append(("tokens", (self.kind.hidden,), arrays.float8 if casts else self.kind.dtype))
         of_rows: dict[str, tuple[tuple[int, ...], Any]] = {
             "topk_idx": ((shape.num_topk,), arrays.int32),
             "topk_weights": (() if by_expert else (shape.num_topk,), arrays.float32),
@@ -117,38 +125,53 @@ class DispatchCall:
             ):
                 continue
             group, table = (self._of_rows, of_rows) if name in of_rows else (self._fixed, fixed)
-            group.append((name, f"out_{name}", *table[name]))
+            group.append((name, *table[name]))
 
     def make_outputs(self, num_rows: int) -> Dispatched:
         """Fresh arrays, and their addresses in the struct."""
-        arrays, args = self.arrays, self.args
+        if num_rows != self._makers_rows or not self._has_patterns:
+            self._set_makers(num_rows)
+        pointer = self.arrays.pointer
+        made: list[Array] = [None] * len(OUT_NAMES)
+        addresses = [0] * len(OUT_NAMES)
+        for position, make in self._makers:
+            made[position] = array = make()
+            addresses[position] = pointer(array)
+        _OUT_ADDRESSES.pack_into(self.args, _OUT_OFFSET, *addresses)
+        return Dispatched(*made)
+
+    def _set_makers(self, num_rows: int) -> None:
+        """By patterns from the second call on that has as many rows: making those takes time, and rows may change with every batch."""
+        arrays = self.arrays
+        self._has_patterns, self._makers_rows = num_rows == self._makers_rows, num_rows
+        maker = arrays.pattern if self._has_patterns else functools.partial(functools.partial, arrays.empty)
         rows = self.shape.rows(num_rows)
-        made: dict[str, Array] = {}
-        for name, field, tail, dtype in self._of_rows:
-            made[name] = array = arrays.empty(rows + tail, dtype)
-            setattr(args, field, arrays.pointer(array))
-        for name, field, shape, dtype in self._fixed:
-            made[name] = array = arrays.empty(shape, dtype)
-            setattr(args, field, arrays.pointer(array))
+        shapes = [(name, rows + tail, dtype) for name, tail, dtype in self._of_rows] + self._fixed
+        self._makers = [(OUT_NAMES.index(name), maker(shape, dtype)) for name, shape, dtype in shapes]
         num_scales, dtype = self._scales
-        if dtype is not None:
-            if self.kind.scale_order == _c.ScaleOrder.ROW_MAJOR:
-                array = arrays.empty((*rows, num_scales), dtype)
-            else:
-                array = arrays.transpose(arrays.empty((*rows[:-1], num_scales, rows[-1]), dtype))
-            made["scales"] = array
-            args.out_scales = arrays.pointer(array)
-        return Dispatched(**made)
+        if dtype is None:
+            return
+        if self.kind.scale_order == _c.ScaleOrder.ROW_MAJOR:
+            make = maker((*rows, num_scales), dtype)
+        else:
+            make_transposed = maker((*rows[:-1], num_scales, rows[-1]), dtype)
+
+            def make() -> Array:
+                return arrays.transpose(make_transposed())
+
+        self._makers.append((OUT_NAMES.index("scales"), make))
 
     def use_outputs(self, out: Dispatched) -> None:
         """The caller's arrays; those that are None are not written."""
-        args, pointer = self.args, self.arrays.pointer
-        for name, field in OUT_FIELDS:
-            array = getattr(out, name)
-            if array is not None:
-                setattr(args, field, pointer(array))
-            elif getattr(args, field) is not None:
-                setattr(args, field, None)
+        pointer = self.arrays.pointer
+        addresses = [0 if array is None else pointer(array) for array in _out_arrays(out)]
+        _OUT_ADDRESSES.pack_into(self.args, _OUT_OFFSET, *addresses)
+
+
+# Of a combine, as they follow each other in the struct: topk_weights, row_weights, bias[2], out_tokens, out_topk_weights.
+_Addresses = tuple[int, int, int, int, int, int]
+_COMBINE_ADDRESSES = struct.Struct("6Q")
+_COMBINE_OFFSET = _c.CombineArgs.topk_weights.offset
 
 
 class CombineKind(NamedTuple):
@@ -175,12 +198,30 @@ class CombineCall:
             carry_weights=int(kind.hands_back),
         )
         self.pointer = ctypes.byref(self.args)
+        self._num_rows = -1
+        self._shapes_of_rows: tuple[tuple[int, ...], ...] = ()  # of as many
+        self._num_tokens = -1
+        self._make_result: Callable[[], Array] | None = None  # for as many tokens
 
-    def check_rows(self, rows: Array, num_rows: int) -> None:
-        expected = self.shape.rows(num_rows)
-        given = tuple(rows.shape[:-1])
-        if given not in (expected, (math.prod(expected),)):
-            raise InvalidArgumentError(f"rows has shape {list(rows.shape)}; it must be {[*expected, self.kind.hidden]}")
+    def check_rows(self, given: tuple[int, ...], num_rows: int) -> None:
+        """The shape of the rows."""
+        if num_rows != self._num_rows:
+            rows, hidden = self.shape.rows(num_rows), self.kind.hidden
+            self._shapes_of_rows, self._num_rows = ((*rows, hidden), (math.prod(rows), hidden)), num_rows
+        if given not in self._shapes_of_rows:
+            raise InvalidArgumentError(f"rows has shape {list(given)}; it must be {list(self._shapes_of_rows[0])}")
+
+    def make_result(self, num_tokens: int) -> Array:
+        """A fresh array; by a pattern, as DispatchCall's."""
+        if num_tokens != self._num_tokens:
+            self._num_tokens, self._make_result = num_tokens, None
+            return self.arrays.empty((num_tokens, self.kind.hidden), self.kind.dtype)
+        if self._make_result is None:
+            self._make_result = self.arrays.pattern((num_tokens, self.kind.hidden), self.kind.dtype)
+        return self._make_result()
+
+    def set_addresses(self, addresses: _Addresses) -> None:
+        _COMBINE_ADDRESSES.pack_into(self.args, _COMBINE_OFFSET, *addresses)
 
     def row_weights(self, given: Any, num_rows: int) -> Array:
         size = math.prod(self.shape.rows(num_rows))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import Any
 
 from . import _c
 from .errors import UnsupportedError
@@ -44,3 +45,8 @@ def _load() -> ctypes.CDLL:
 
 
 lib = _load()
+
+
+def direct(name: str) -> Any:
+    """The function without the look at the types of its arguments, for calls whose arguments are objects of ctypes already."""
+    return ctypes.CFUNCTYPE(ctypes.c_int32)((name, lib))

@@ -10,12 +10,14 @@ from typing import Any, Sequence, TypeVar
 from . import _c
 from ._arrays import Array, Arrays
 from ._calls import CombineCall, CombineKind, DispatchCall, DispatchKind, Shape
-from ._library import lib
+from ._library import direct, lib
 from .errors import InvalidArgumentError, InvalidStateError, check
 from .exchange import Exchange, choice
-from .results import Combined, Dispatched, Pending, PlanInfo
+from .results import Combined, Dispatched, Pending, PlanInfo, Prepared
 
 Result = TypeVar("Result")
+
+_dispatch, _combine = direct("tern_dispatch"), direct("tern_combine")
 
 
 class Plan:
@@ -127,15 +129,15 @@ class Plan:
             raise InvalidArgumentError("route: give topk_idx or token_in_rank")
         arrays = self.exchange._arrays.of(given)
         if by_mask:
-            main = arrays.matrix(given, "token_in_rank", self._shape.num_ranks)
+            main, num_tokens = arrays.matrix(given, "token_in_rank", self._shape.num_ranks)
             if arrays.dtype_bytes(main.dtype) != 1:
                 raise InvalidArgumentError(f"token_in_rank is {main.dtype}; it must be bool or uint8")
             routing.topk_idx, routing.token_in_rank = None, arrays.pointer(main)
         else:
-            main = arrays.matrix(given, "topk_idx", self.num_topk)
+            main, num_tokens = arrays.matrix(given, "topk_idx", self.num_topk)
             routing.topk_idx, routing.token_in_rank = arrays.pointer(main), None
             routing.topk_idx_type = arrays.index_type(main)
-        self._num_tokens = routing.num_tokens = main.shape[0]
+        self._num_tokens = routing.num_tokens = num_tokens
         inputs = [main]
         routing.tokens_per_expert = routing.device_num_tokens = None
         if tokens_per_expert is not None:
@@ -197,7 +199,9 @@ class Plan:
             wait_ns,
         )
         self._set_launch(call.arrays, lane, num_sms, stream)
-        check(lib.tern_dispatch(self._handle, call.pointer, self._launch_pointer), result)
+        status = _dispatch(self._handle, call.pointer, self._launch_pointer)
+        if status != 0:
+            check(status, result)
         return result
 
     def dispatch_send(
@@ -207,7 +211,21 @@ class Plan:
         extent is WORST. At most two sends of a lane may be under way, with nothing else of the lane between them."""
         call, result, inputs = self._prepare_dispatch(tokens, **arguments)
         self._set_launch(call.arrays, lane, num_sms, stream)
-        return self._send(lib.tern_dispatch, call, result, inputs)
+        return self._send(_dispatch, call, result, inputs)
+
+    def prepare_dispatch(
+        self, tokens: Array, *, lane: int = 0, num_sms: int = 0, **arguments: Any
+    ) -> Prepared[Dispatched]:
+        """A dispatch with the same arguments, not run yet: to be called again and again for what the same arrays hold by then. With
+        topk_idx, or along a routing of as many tokens and rows as now. Outputs that are not given are made here, once. Arrays whose strides
+        make the other methods copy them are refused."""
+        call, result, inputs = self._prepare_dispatch(tokens, **arguments)
+        self._set_launch(call.arrays, lane, num_sms, None)
+        given = [tokens, *(arguments.get(name) for name in ("topk_idx", "device_num_tokens", "scales", "topk_weights"))]
+        args, routing = call.args, self._routing
+        used = (args.tokens, routing.topk_idx, routing.device_num_tokens, args.scales, args.topk_weights)
+        _refuse_copies(call.arrays, given, used)
+        return self._prepared(_dispatch, call, result, inputs)
 
     def _prepare_dispatch(
         self,
@@ -225,22 +243,22 @@ class Plan:
     ) -> tuple[DispatchCall, Dispatched, Any]:
         arrays = self.exchange._arrays.of(tokens)
         routed = None if topk_idx is None else self._set_routing(topk_idx, None, None, device_num_tokens)
-        tokens = arrays.rows(tokens, "tokens")
-        if tokens.shape[0] != self._num_tokens and self._num_tokens >= 0:
-            raise InvalidArgumentError(f"tokens has {tokens.shape[0]} rows, but {self._num_tokens} were routed")
+        tokens, (num_tokens, hidden), stride = arrays.rows(tokens, "tokens")
+        if num_tokens != self._num_tokens and self._num_tokens >= 0:
+            raise InvalidArgumentError(f"tokens has {num_tokens} rows, but {self._num_tokens} were routed")
         scale_dtype, num_scales = None, 0
         if scales is not None:
             scales = arrays.adopt(scales, "scales")
             if 0 in arrays.strides(scales):
                 scales = arrays.dense(scales)
-            if len(scales.shape) != 2 or scales.shape[0] != tokens.shape[0]:
+            if len(scales.shape) != 2 or scales.shape[0] != num_tokens:
                 raise InvalidArgumentError(
-                    f"scales has shape {list(scales.shape)}; it must be [{tokens.shape[0]}, any number]"
+                    f"scales has shape {list(scales.shape)}; it must be [{num_tokens}, any number]"
                 )
             scale_dtype, num_scales = scales.dtype, scales.shape[1]
         wanted = None if outputs is None else tuple(outputs)
         carries, given = topk_weights is not None, out is not None
-        key = (tokens.dtype, tokens.shape[1], encoding, scale_order, scale_dtype, num_scales, carries, given, wanted)
+        key = (tokens.dtype, hidden, encoding, scale_order, scale_dtype, num_scales, carries, given, wanted)
         call = self._dispatch_calls.get(key)
         if call is None:
             chosen = key[:2] + (choice(_c.Encoding, encoding), choice(_c.ScaleOrder, scale_order)) + key[4:]
@@ -248,7 +266,7 @@ class Plan:
         args = call.args
         args.routing = None if routed is None else self._routing_pointer
         args.tokens = arrays.pointer(tokens)
-        args.token_stride_bytes = arrays.row_stride(tokens) * call.token_item
+        args.token_stride_bytes = stride * call.token_item
         args.zero_copy = zero_copy
         args.wait_ns = None if wait_ns is None else self._wait_ns(arrays, wait_ns)
         if scales is not None:
@@ -304,7 +322,9 @@ class Plan:
             rows, mode, weighting, topk_weights, row_weights, bias, out, zero_copy, wire, wait_ns
         )
         self._set_launch(call.arrays, lane, num_sms, stream)
-        check(lib.tern_combine(self._handle, call.pointer, self._launch_pointer))
+        status = _combine(self._handle, call.pointer, self._launch_pointer)
+        if status != 0:
+            check(status)
         return result
 
     def combine_send(
@@ -313,7 +333,17 @@ class Plan:
         """The first phase of a combine with the same arguments: returns when the data are on their way."""
         call, result, inputs = self._prepare_combine(rows, **arguments)
         self._set_launch(call.arrays, lane, num_sms, stream)
-        return self._send(lib.tern_combine, call, result, inputs)
+        return self._send(_combine, call, result, inputs)
+
+    def prepare_combine(self, rows: Array, *, lane: int = 0, num_sms: int = 0, **arguments: Any) -> Prepared[Combined]:
+        """A combine with the same arguments, not run yet, as prepare_dispatch: along a routing of as many tokens and rows as now."""
+        call, result, inputs = self._prepare_combine(rows, **arguments)
+        self._set_launch(call.arrays, lane, num_sms, None)
+        bias, args = arguments.get("bias"), call.args
+        given = [rows, arguments.get("topk_weights"), arguments.get("row_weights")]
+        given += bias if isinstance(bias, (tuple, list)) else [bias]
+        _refuse_copies(call.arrays, given, (args.rows, args.topk_weights, args.row_weights, *args.bias))
+        return self._prepared(_combine, call, result, inputs)
 
     def _prepare_combine(
         self,
@@ -331,47 +361,49 @@ class Plan:
         if self._num_tokens < 0 or self._num_rows < 0:
             raise InvalidStateError("combine: the plan is not routed; route it, or give the dispatch topk_idx")
         arrays = self.exchange._arrays.of(rows)
+        pointer = arrays.pointer
         rows = arrays.dense(arrays.adopt(rows, "rows"))
+        shape, dtype = rows.shape, rows.dtype
+        hidden = shape[-1]
         if weighting is None:
             weighting = _c.Weighting.NONE if topk_weights is None else _c.Weighting.OWNER
-        key = (rows.dtype, rows.shape[-1], mode, weighting, wire, row_weights is not None)
+        key = (dtype, hidden, mode, weighting, wire, row_weights is not None)
         call = self._combine_calls.get(key)
         if call is None:
             choices = choice(_c.CombineMode, mode), choice(_c.Weighting, weighting), choice(_c.Wire, wire)
             kind = CombineKind(*key[:2], *choices, key[5])
             call = self._combine_calls[key] = CombineCall(arrays, self._shape, kind)
-        call.check_rows(rows, self._num_rows)
-        args, shape = call.args, (self._num_tokens, rows.shape[-1])
-        args.rows, args.zero_copy, args.topk_weights = arrays.pointer(rows), zero_copy, None
+        call.check_rows(shape, self._num_rows)
+        args, num_tokens = call.args, self._num_tokens
+        args.rows, args.zero_copy = pointer(rows), zero_copy
         args.wait_ns = None if wait_ns is None else self._wait_ns(arrays, wait_ns)
+        weights_at = row_weights_at = handed_back_at = 0
+        biases_at = (0, 0)
         if topk_weights is not None:
             topk_weights = self._weights(arrays, topk_weights)
-            args.topk_weights = arrays.pointer(topk_weights)
-        args.bias[0] = args.bias[1] = None
+            weights_at = pointer(topk_weights)
         if bias is not None:
-            bias = call.biases(bias, shape)
-            for i, one in enumerate(bias):
-                args.bias[i] = arrays.pointer(one)
+            bias = call.biases(bias, (num_tokens, hidden))
+            biases_at = (*map(pointer, bias), 0, 0)[:2]
         handed_back = None
         if row_weights is not None:
             row_weights = call.row_weights(row_weights, self._num_rows)
-            args.row_weights = arrays.pointer(row_weights)
-            handed_back = arrays.empty((self._num_tokens, self.num_topk), arrays.float32)
-            args.out_topk_weights = arrays.pointer(handed_back)
+            handed_back = arrays.empty((num_tokens, self.num_topk), arrays.float32)
+            row_weights_at, handed_back_at = pointer(row_weights), pointer(handed_back)
         if out is None:
-            out = arrays.empty(shape, rows.dtype)
-        elif tuple(out.shape) != shape or out.dtype != rows.dtype or not arrays.is_dense(out):
+            out = call.make_result(num_tokens)
+        elif out.shape != (num_tokens, hidden) or out.dtype != dtype or not arrays.is_dense(out):
             raise InvalidArgumentError(
-                f"out is {out.dtype} of shape {list(out.shape)}; it must be dense, {rows.dtype} of {list(shape)}"
+                f"out is {out.dtype} of shape {list(out.shape)}; it must be dense, {dtype} of {[num_tokens, hidden]}"
             )
-        args.out_tokens = arrays.pointer(out)
+        call.set_addresses((weights_at, row_weights_at, *biases_at, pointer(out), handed_back_at))
         return call, Combined(out, handed_back), (rows, topk_weights, row_weights, bias, wait_ns)
 
     # --------------------------------------------------------------------------------------------------------- common
 
     def _weights(self, arrays: Arrays, given: Any) -> Array:
-        weights = arrays.matrix(given, "topk_weights", self.num_topk)
-        if weights.dtype != arrays.float32 or (weights.shape[0] != self._num_tokens and self._num_tokens >= 0):
+        weights, num_tokens = arrays.matrix(given, "topk_weights", self.num_topk)
+        if weights.dtype != arrays.float32 or (num_tokens != self._num_tokens and self._num_tokens >= 0):
             raise InvalidArgumentError(
                 f"topk_weights is {weights.dtype} of shape {list(weights.shape)}; "
                 f"it must be float32 of {[self._num_tokens, self.num_topk]}"
@@ -399,10 +431,7 @@ class Plan:
         launch.lane, launch.num_sms = lane, num_sms
 
     def _send(self, function: Any, call: DispatchCall | CombineCall, result: Result, inputs: Any) -> Pending[Result]:
-        # Copies: the structs are filled in anew by whatever the plan is used for before the receive.
-        args, launch = type(call.args).from_buffer_copy(call.args), _c.Launch.from_buffer_copy(self._launch)
-        if isinstance(args, _c.DispatchArgs) and args.routing:
-            args.routing = ctypes.pointer(_c.Routing.from_buffer_copy(self._routing))
+        args, launch, _ = self._copies(call)
         launch.phase = _c.Phase.SEND
         check(function(self._handle, ctypes.byref(args), ctypes.byref(launch)))
 
@@ -413,7 +442,51 @@ class Plan:
 
         return Pending(result, receive, (inputs, self))
 
+    def _prepared(
+        self, function: Any, call: DispatchCall | CombineCall, result: Result, inputs: Any
+    ) -> Prepared[Result]:
+        args, launch, routes = self._copies(call)
+        handle, args_pointer, launch_pointer = self._handle, ctypes.byref(args), ctypes.byref(launch)
+        current_stream = call.arrays.current_stream
+        num_tokens, num_rows = self._num_tokens, self._num_rows
+
+        def run(stream: Any) -> None:
+            if routes:
+                self._num_tokens = num_tokens
+            elif self._num_tokens != num_tokens or self._num_rows != num_rows:
+                raise InvalidStateError(
+                    f"prepared for {num_tokens} tokens and {num_rows} rows, but {self._num_tokens} tokens were routed, with "
+                    f"{self._num_rows} rows; prepare it anew"
+                )
+            launch.stream = current_stream() if stream is None else _raw(stream)
+            status = function(handle, args_pointer, launch_pointer)
+            if status != 0:
+                check(status, result)
+
+        return Prepared(result, run, inputs)
+
+    def _copies(self, call: DispatchCall | CombineCall) -> tuple[Any, _c.Launch, bool]:
+        """Of the structs, which are filled in anew by whatever the plan is used for next; and whether the operation routes."""
+        args, launch = type(call.args).from_buffer_copy(call.args), _c.Launch.from_buffer_copy(self._launch)
+        routes = isinstance(args, _c.DispatchArgs) and bool(args.routing)
+        if routes:
+            args.routing = ctypes.pointer(_c.Routing.from_buffer_copy(self._routing))
+        return args, launch, routes
+
 
 def _raw(stream: Any) -> int:
     """A torch.cuda.Stream, or the handle itself."""
     return int(getattr(stream, "cuda_stream", stream))
+
+
+def _refuse_copies(arrays: Arrays, given: Sequence[Any], used: Sequence[int | None]) -> None:
+    """A copy would hold what an array held when the operation was prepared."""
+    for array in given:
+        if array is None:
+            continue
+        adopted = arrays.adopt(array, "an array")
+        if (arrays.pointer(adopted) or None) not in (*used, None):
+            raise InvalidArgumentError(
+                f"an array of shape {list(adopted.shape)} and strides {list(arrays.strides(adopted))} would be copied at every run; a "
+                "prepared operation needs dense ones"
+            )

@@ -115,3 +115,18 @@ class Pending(Generic[Result]):
         self._receive(stream)
         self._inputs = None
         return self.result
+
+
+@dataclass
+class Prepared(Generic[Result]):
+    """An operation whose arguments were looked at once, to be run again and again on the same arrays: what is left on the host is the
+    C function. `result` is what every run writes to. It keeps its arrays and its plan alive, and is used by the plan's thread."""
+
+    result: Result
+    _run: Callable[[Any], None] = field(repr=False)
+    _inputs: Any = field(repr=False, default=None)
+
+    def __call__(self, *, stream: Any = None) -> Result:
+        """Runs it, as the method of the plan does: collective, on `stream` or torch's current one."""
+        self._run(stream)
+        return self.result

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch", reason="deep_ep needs torch")
 deep_ep = pytest.importorskip("deep_ep", reason="deep_ep is not installed")
 
 HERE = Path(__file__).parent
-DEVICES = {"nodes": ("cpu",), "rails": ("cpu",), "graphs": ("cuda",)}  # the others: both
+DEVICES = {"graphs": ("cuda",)}  # the others: both
 _finished = {}
 
 

@@ -183,6 +183,38 @@ def test_routing_within_the_dispatch_and_phases(layout: str, device: str) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prepared_operations_see_what_their_arrays_hold_by_then(layout: str, device: str) -> None:
+    def body(group: tern.Group) -> None:
+        exchange = exchange_of(group, device)
+        plan = plan_of(exchange, layout, "worst")
+        b = batch(group.rank)
+        x, idx, weights = on(exchange, b.x), on(exchange, b.idx), on(exchange, b.weights)
+        names = ["expert_counts", "rank_counts"] + (["expert_offsets"] if layout == "expert_major" else [])
+        dispatch = plan.prepare_dispatch(x, topk_idx=idx, outputs=names)
+        plan.dispatch(torch.zeros_like(x), topk_idx=idx)  # what comes between leaves it alone
+        arrived = dispatch.result
+        weighted = layout != "rank_major"
+        combine = plan.prepare_combine(arrived.tokens, topk_weights=weights if weighted else None)
+        for factor in (1.0, 2.0):
+            x.copy_(factor * b.x)
+            assert dispatch() is arrived
+            rows, _ = expected_rows(group.rank, layout, [factor * batch(r).x for r in range(RANKS)])
+            assert torch.equal(dense_rows(plan, arrived, arrived.tokens).cpu(), rows)
+            y = combine()
+            reference = factor * combined_reference(group.rank, layout, weighted)
+            torch.testing.assert_close(y.tokens.cpu().double(), reference, rtol=1e-6, atol=1e-6)
+        plan.dispatch(x[:0], topk_idx=idx[:0])
+        if x.shape[0] > 0:
+            with pytest.raises(tern.InvalidStateError, match="prepare it anew"):
+                combine()
+            with pytest.raises(tern.InvalidArgumentError, match="would be copied"):
+                plan.prepare_dispatch(x, topk_idx=idx.T.contiguous().T)
+
+    as_threads(RANKS, body)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_tokens_of_any_stride(device: str) -> None:
     """Rows that are apart, columns that are apart, and one row said several times."""
 

@@ -44,12 +44,7 @@ CpuPlan::CpuPlan(CpuExchange& exchange, const PlanShape& shape)
                std::vector<float>(topk_elements(shape.max_messages(), shape)),
                std::vector<float>(topk_elements(shape.max_messages(), shape))},
       scratch_(shape),
-      rail_tokens_(static_cast<size_t>(shape.num_nodes > 1 ? shape.num_nodes : 0)),
-      rail_token_in_rank_(rail_tokens_.size() * static_cast<size_t>(shape.max_tokens * shape.ranks_per_node())),
-      received_per_rank_(static_cast<size_t>(shape.num_ranks)),
-      received_per_expert_(static_cast<size_t>(shape.local_experts())),
-      sent_per_rank_(static_cast<size_t>(shape.num_ranks)),
-      pair_counts_(static_cast<size_t>(shape.num_ranks) * static_cast<size_t>(shape.num_ranks)) {}
+      counts_(shape, true) {}
 
 template <typename Operation>
 void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operation) {
@@ -92,34 +87,9 @@ void CpuPlan::set_routing(Lane& lane, const tern_routing& routing) {
 }
 
 void CpuPlan::finish_routing() {
-  const PlanShape& s = shape();
-  for (int32_t r = 0; r < s.num_ranks; ++r) {
-    received_per_rank_[static_cast<size_t>(r)] = table_.messages_between(r, s.rank);
-    sent_per_rank_[static_cast<size_t>(r)] = table_.messages_between(s.rank, r);
-    for (int32_t to = 0; to < s.num_ranks; ++to) pair_counts_[static_cast<size_t>(r * s.num_ranks + to)] = table_.messages_between(r, to);
-  }
-  for (int32_t e = 0; e < s.local_experts(); ++e) received_per_expert_[static_cast<size_t>(e)] = table_.received_entries(e);
-  set_rail_counts();
+  counts_.set(table_);
   generation_ = exchange_.domain().generation;
   routed_ = true;
-}
-
-void CpuPlan::set_rail_counts() {
-  if (rail_tokens_.empty()) return;
-  const PlanShape& s = shape();
-  uint8_t* in_rank = rail_token_in_rank_.data();
-  for (int32_t node = 0; node < s.num_nodes; ++node) {
-    const SourceBatch& batch = table_.batch(node);
-    int32_t& num_tokens = rail_tokens_[static_cast<size_t>(node)] = 0;
-    for (int64_t token = 0; token < batch.num_tokens(); ++token) {
-      const auto messages = batch.messages_of(token);
-      if (messages.empty()) continue;
-      std::fill_n(in_rank, s.ranks_per_node(), uint8_t{0});
-      for (const Message message : messages) in_rank[message.rank - s.first_rank()] = 1;
-      in_rank += s.ranks_per_node();
-      ++num_tokens;
-    }
-  }
 }
 
 void CpuPlan::route(const tern_routing& routing, const tern_launch& launch) {
@@ -172,7 +142,8 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (launch.phase == TERN_PHASE_SEND || !table_.exceeds_capacity()) return;
   fail(TERN_CAPACITY_EXCEEDED,
        "dispatch: {} messages with {} entries arrived, which is more than the outputs' {} rows hold; what lies beyond was left out",
-       table_.num_received(), std::accumulate(received_per_expert_.begin(), received_per_expert_.end(), int64_t{0}), shape().row_capacity);
+       table_.num_received(), std::accumulate(counts_.received_per_expert.begin(), counts_.received_per_expert.end(), int64_t{0}),
+       shape().row_capacity);
 }
 
 void CpuPlan::combine(const CombineCall& call, const tern_launch& launch) {
@@ -200,14 +171,7 @@ tern_plan_info CpuPlan::info() const {
   info.row_capacity = shape().row_capacity;
   info.generation = generation_;
   info.latency_path = latency_path_;
-  info.received_per_rank = received_per_rank_.data();
-  info.received_per_expert = received_per_expert_.data();
-  info.sent_per_rank = sent_per_rank_.data();
-  info.pair_counts = pair_counts_.data();
-  if (!rail_tokens_.empty()) {
-    info.rail_tokens = rail_tokens_.data();
-    info.rail_token_in_rank = rail_token_in_rank_.data();
-  }
+  counts_.tell(info);
   return info;
 }
 

@@ -8,6 +8,7 @@
 
 #include "cpu/exchange.h"
 #include "plan/device.h"
+#include "plan/routing_counts.h"
 #include "plan/routing_table.h"
 #include "rows/rows.h"
 
@@ -151,7 +152,6 @@ class CpuPlan : public DevicePlan {
   void check_nothing_under_way(const char* operation) const;
   void set_routing(Lane& lane, const tern_routing& routing);
   void finish_routing();
-  void set_rail_counts();
   // Runs one operation, again in a new generation if other ranks call for one. `routes`: it does not need an earlier routing.
   template <typename Operation>
   void operate(const tern_launch& launch, bool routes, Operation operation);
@@ -165,9 +165,7 @@ class CpuPlan : public DevicePlan {
   bool routed_ = false;
   bool dispatched_ = false;
   bool latency_path_ = false;
-  std::vector<int32_t> rail_tokens_;         // [num_nodes], none with one
-  std::vector<uint8_t> rail_token_in_rank_;  // [num_nodes * max_tokens, ranks of the node]
-  std::vector<int32_t> received_per_rank_, received_per_expert_, sent_per_rank_, pair_counts_;
+  RoutingCounts counts_;
 };
 
 }  // namespace tern::cpu

@@ -23,6 +23,8 @@ void look_up(const char* symbol, Function& function) {
 Driver look_up_all() {
   int count = 0;
   const cudaError_t result = cudaGetDeviceCount(&count);  // starts the driver
+  if (const std::string problem = old_driver(); !problem.empty())
+    fail(TERN_UNSUPPORTED, "CUDA: no GPU can be used: {}; update it, or use CPU ranks (TERN_DEVICE_CPU)", problem);
   if (result != cudaSuccess || count == 0)
     fail(TERN_UNSUPPORTED, "CUDA: no GPU can be used: {}; nvidia-smi must show one, and a driver for CUDA {}.{} or later",
          result == cudaSuccess ? "the driver sees none" : cudaGetErrorString(result), CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
@@ -84,6 +86,14 @@ int num_devices() noexcept {
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   cudaGetLastError();  // it has been dealt with
   return 0;
+}
+
+std::string old_driver() {
+  int version = 0;
+  const bool is_known = cudaDriverGetVersion(&version) == cudaSuccess && version > 0;
+  if (!is_known || version / 1000 >= CUDART_VERSION / 1000) return "";
+  return fmt::format("the NVIDIA driver is for CUDA {}.{}, and this build of Tern needs one for CUDA {}.0 or later", version / 1000,
+                     version % 1000 / 10, CUDART_VERSION / 1000);
 }
 
 std::string device_name(int device) {

@@ -22,6 +22,9 @@ namespace tern::cuda {
 // GPUs that this process can use; 0 also where there is no driver, or one too old. Never throws.
 int num_devices() noexcept;
 
+// What is wrong where the driver is older than this build can use: for people, and not a sentence; "" otherwise.
+std::string old_driver();
+
 // For people: "GPU 2 (NVIDIA H200)".
 std::string device_name(int device);
 

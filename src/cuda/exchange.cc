@@ -148,6 +148,7 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
     fail(TERN_UNSUPPORTED, "exchange: {} ranks in one domain; at most {} are supported", topology.num_ranks, layout::kMaxRanks);
   facts_.device = choose_device(options, topology);
   const DeviceGuard guard(facts_.device);
+  facts_.context = CurrentContext::get();
   find_devices(topology, bootstrap, deadline);
   load_kernels(facts_.has_bulk_copies);
   control_.first_rank = first_rank_of_node(topology);

@@ -29,6 +29,7 @@ namespace tern::cuda {
 // What an exchange knows of the GPUs below it.
 struct DeviceFacts {
   int device = 0;
+  CUcontext context = nullptr;
   int num_sms = 0;
   bool has_bulk_copies = false;
   int ranks_on_device = 1;

@@ -21,13 +21,7 @@ constexpr int64_t kTokensPerRouteBlock = 64;
 }  // namespace
 
 CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
-    : exchange_(exchange),
-      shape_(shape),
-      memory_(exchange.pool(), shape, exchange.num_lanes()),
-      received_per_rank_(static_cast<size_t>(shape.num_ranks)),
-      received_per_expert_(static_cast<size_t>(shape.local_experts())),
-      sent_per_rank_(static_cast<size_t>(shape.num_ranks)),
-      pair_counts_(static_cast<size_t>(shape.num_ranks) * static_cast<size_t>(shape.num_ranks)) {
+    : exchange_(exchange), shape_(shape), memory_(exchange.pool(), shape, exchange.num_lanes()), counts_(shape, false) {
   if (exchange.nodes() != nullptr) {
     node_plan_ = std::make_shared<NodePlan>(exchange.facts().device, shape, exchange.nodes()->lane(0));
     memory_.of_host = node_plan_;
@@ -153,7 +147,7 @@ void CudaPlan::run(const Operation& operation, const tern_launch& launch, Ticket
 
 void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
   const ProfiledRange range("route");
-  const DeviceGuard guard(exchange_.facts().device);
+  const CurrentContext current(exchange_.facts().context);
   check_throughput_path("route");
   exchange_.check_health();
   check_not_under_way("route");
@@ -204,15 +198,15 @@ void CudaPlan::read_counts() {
   num_received_ = 0;
   for (int32_t r = 0; r < num_ranks; ++r) {
     num_received_ += messages(r, rank);
-    received_per_rank_[static_cast<size_t>(r)] = messages(r, rank);
-    sent_per_rank_[static_cast<size_t>(r)] = messages(rank, r);
-    for (int32_t to = 0; to < num_ranks; ++to) pair_counts_[static_cast<size_t>(r * num_ranks + to)] = messages(r, to);
+    counts_.received_per_rank[static_cast<size_t>(r)] = messages(r, rank);
+    counts_.sent_per_rank[static_cast<size_t>(r)] = messages(rank, r);
+    for (int32_t to = 0; to < num_ranks; ++to) counts_.pair_counts[static_cast<size_t>(r * num_ranks + to)] = messages(r, to);
   }
   int64_t padded_entries = 0;
   for (int32_t e = 0; e < shape_.local_experts(); ++e) {
     int32_t entries = 0;
     for (int32_t r = 0; r < num_ranks; ++r) entries += counts[r * num_counts + rank * shape_.local_experts() + e];
-    received_per_expert_[static_cast<size_t>(e)] = entries;
+    counts_.received_per_expert[static_cast<size_t>(e)] = entries;
     padded_entries += layout::align_up(entries, shape_.alignment);
   }
   num_tokens_ = tokens_bound_ = tokens[rank];
@@ -228,13 +222,7 @@ void CudaPlan::set_num_rows(int64_t padded_entries) {
 // Between nodes.
 void CudaPlan::read_table() {
   const RoutingTable& table = node_plan_->table();
-  const int32_t num_ranks = shape_.num_ranks, rank = shape_.rank;
-  for (int32_t r = 0; r < num_ranks; ++r) {
-    received_per_rank_[static_cast<size_t>(r)] = table.messages_between(r, rank);
-    sent_per_rank_[static_cast<size_t>(r)] = table.messages_between(rank, r);
-    for (int32_t to = 0; to < num_ranks; ++to) pair_counts_[static_cast<size_t>(r * num_ranks + to)] = table.messages_between(r, to);
-  }
-  for (int32_t e = 0; e < shape_.local_experts(); ++e) received_per_expert_[static_cast<size_t>(e)] = table.received_entries(e);
+  counts_.set(table);
   num_received_ = table.num_received();
   num_tokens_ = tokens_bound_ = table.num_tokens();
   most_tokens_ = table.most_tokens_of_any_rank();
@@ -251,7 +239,7 @@ void CudaPlan::dispatch_between_nodes(const DispatchCall& call, const tern_launc
 
 void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   const ProfiledRange range("dispatch");
-  const DeviceGuard guard(exchange_.facts().device);
+  const CurrentContext current(exchange_.facts().context);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
   const bool routes = call.args.routing != nullptr && !receives_only;
   if (routes)
@@ -288,7 +276,7 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
 
 void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   const ProfiledRange range("combine");
-  const DeviceGuard guard(exchange_.facts().device);
+  const CurrentContext current(exchange_.facts().context);
   check_ready("combine", true);
   const bool receives_only = launch.phase == TERN_PHASE_RECEIVE;
   if (is_under_way(dispatch_ticket_)) fail(TERN_INVALID_STATE, "combine: a dispatch along this plan has been sent and not received yet");
@@ -326,10 +314,7 @@ tern_plan_info CudaPlan::info() const {
   info.num_sms = num_sms_;
   info.latency_path = latency_path_ ? 1 : 0;
   if (num_received_ < 0) return info;
-  info.received_per_rank = received_per_rank_.data();
-  info.received_per_expert = received_per_expert_.data();
-  info.sent_per_rank = sent_per_rank_.data();
-  info.pair_counts = pair_counts_.data();
+  counts_.tell(info);
   return info;
 }
 

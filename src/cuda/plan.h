@@ -12,6 +12,7 @@
 #include "kernels/exchange_view.h"
 #include "kernels/route.h"
 #include "plan/device.h"
+#include "plan/routing_counts.h"
 
 namespace tern::cuda {
 
@@ -91,7 +92,7 @@ class CudaPlan : public DevicePlan {
   int64_t num_rows_ = 0;
   int64_t num_received_ = -1;
   int64_t most_tokens_ = 0;
-  std::vector<int32_t> received_per_rank_, received_per_expert_, sent_per_rank_, pair_counts_;
+  RoutingCounts counts_;
 };
 
 }  // namespace tern::cuda

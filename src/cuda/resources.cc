@@ -8,9 +8,23 @@
 
 namespace tern::cuda {
 
-DeviceGuard::DeviceGuard(int device) {
-  check(driver().ctx_get_current(&before_), "asking for the current CUDA context");
-  check(cudaSetDevice(device), fmt::format("making device {} the current one", device));
+CUcontext CurrentContext::get() {
+  CUcontext context = nullptr;
+  check(driver().ctx_get_current(&context), "asking for the current CUDA context");
+  return context;
+}
+
+CurrentContext::CurrentContext(CUcontext context) : before_(get()), is_another_(before_ != context) {
+  if (is_another_) check(driver().ctx_set_current(context), "making the context of an exchange the current one");
+}
+
+CurrentContext::~CurrentContext() {
+  if (is_another_) driver().ctx_set_current(before_);
+}
+
+DeviceGuard::DeviceGuard(int device) : before_(CurrentContext::get()) {
+  const cudaError_t result = cudaSetDevice(device);
+  if (result != cudaSuccess) fail_cuda(result, fmt::format("making device {} the current one", device));
   check(cudaThreadExchangeStreamCaptureMode(&mode_before_), "allowing calls while a graph is captured");
 }
 

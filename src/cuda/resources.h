@@ -56,6 +56,23 @@ class DeviceGuard {
   cudaStreamCaptureMode mode_before_ = cudaStreamCaptureModeRelaxed;
 };
 
+// For operations, of which every call counts: makes a device's context the thread's current one for a while, if it is not already. What an
+// operation asks of CUDA is allowed while some thread captures a graph.
+class CurrentContext {
+ public:
+  explicit CurrentContext(CUcontext context);
+  ~CurrentContext();
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
+
+  // TERN_SYSTEM_ERROR if the driver does not say.
+  static CUcontext get();
+
+ private:
+  CUcontext before_;
+  bool is_another_;
+};
+
 // What CUDA hands out, and the device it belongs to.
 template <typename Handle>
 struct OnDevice {

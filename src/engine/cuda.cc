@@ -8,6 +8,8 @@ namespace tern {
 
 bool cuda_engine_present() { return cuda::num_devices() > 0; }
 
+std::string cuda_engine_problem() { return cuda::old_driver(); }
+
 tern_memory_info cuda_memory(const tern_exchange_options& options, int32_t num_ranks, int32_t num_nodes) {
   const layout::DeviceWindowLayout window = cuda::make_device_layout(options, num_ranks, num_nodes);
   tern_memory_info info;

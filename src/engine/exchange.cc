@@ -73,6 +73,8 @@ void compare_configuration(Group& group, const tern_exchange_options& o, Deadlin
 
 std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, const tern_exchange_options& options) {
   const tern_exchange_options complete = choose_engine(complete_options(options));
+  if (const std::string problem = cuda_engine_problem(); options.device == TERN_DEVICE_AUTO && !problem.empty())
+    group->log.write(TERN_LOG_WARNING, "exchange: made on the CPU, since {}", problem);
   const Deadline deadline = Deadline::in_ms(complete.timeout_ms);
   make_window_layout(complete, group->topology.num_ranks,
                      num_nodes(group->topology));  // refuses bad sizes before anybody is kept waiting

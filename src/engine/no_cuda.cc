@@ -7,6 +7,8 @@ namespace tern {
 
 bool cuda_engine_present() { return false; }
 
+std::string cuda_engine_problem() { return ""; }
+
 tern_memory_info cuda_memory(const tern_exchange_options&, int32_t, int32_t) { return {}; }
 
 std::unique_ptr<DeviceExchange> make_cuda_exchange(const Topology&, Bootstrap&, const tern_exchange_options&, const Log&, Deadline) {

@@ -119,6 +119,13 @@ TEST(Resources, TheCurrentDeviceStaysWhatItWas) {
       const DeviceGuard guard(0);
     }
     require(current() == mine, "the caller's");
+    check(driver().ctx_set_current(nullptr), "making no context the current one");
+    {
+      const CurrentContext of_device(mine);
+      require(current() == mine, "the context that was asked for");
+      const CurrentContext again(mine);
+    }
+    require(current() == nullptr, "none again");
   });
 }
 

@@ -41,8 +41,8 @@ class Buffer:
 
     Making a Buffer is collective; dropping one never is. Ranks are on GPUs if torch has any (torch's current device),
     else on CPUs; TERN_DEEP_EP_DEVICE ("cuda" or "cpu") says otherwise. A host is a node, unless TERN_RANKS_PER_NODE
-    says how many ranks are one; CPU ranks may be on several. Errors are RuntimeErrors. Every wait ends at a deadline:
-    TERN_TIMEOUT_MS.
+    says how many ranks are one. Tensors are on the Buffer's device. Errors are RuntimeErrors. Every wait ends at a
+    deadline: TERN_TIMEOUT_MS.
 
     In normal mode one thread at a time calls; in low-latency mode two threads may, if dispatches come in the same order
     on all ranks. On GPUs each of the two has a current stream of its own: on one stream, ranks whose threads take turns
@@ -84,11 +84,6 @@ class Buffer:
         self.rank, self.group_size = ranks.rank, ranks.num_ranks
         self._nodes = Nodes.of_group(ranks)
         kind = _device_kind()
-        if kind == "cuda" and ranks.num_nodes > 1:
-            raise tern.UnsupportedError(
-                f"Buffer: the {ranks.num_ranks} ranks are on {ranks.num_nodes} nodes; so far GPU ranks of a Buffer must "
-                f"be on one. CPU ranks need not: {DEVICE_VARIABLE}=cpu"
-            )
         self._device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
         self._streams: Any = HostStreams() if self._device.type == "cpu" else CudaStreams(self._device, num_lanes=2)
         self._normal: Optional[NormalMode] = None
@@ -200,6 +195,11 @@ class Buffer:
         None inside one node), num_tokens_per_expert i32 [E], is_token_in_rank bool [T, R], event.
         """
         self._require_alive()
+        if topk_idx.device != self._device:
+            raise tern.InvalidArgumentError(
+                f"get_dispatch_layout: topk_idx is on {topk_idx.device}, but the Buffer is on {self._device}; move it "
+                f"there, or set {DEVICE_VARIABLE}"
+            )
         with self._streams.run(Order(previous_event, async_finish, allocate_on_comm_stream)) as work:
             layout = dispatch_layout(topk_idx, num_experts, self.group_size)
             num_nodes, per_node = self._nodes.num_nodes, None

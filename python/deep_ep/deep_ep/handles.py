@@ -92,6 +92,7 @@ class _InternodeFields(NamedTuple):
     rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: tokens sent to each node
     gbl_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: rows sent to each rank
     # Of the tokens that this rank passes on within its node, M of them: its own, and those of the same place in other nodes.
+    # The hosts of GPU ranks do not know them: they are 0 there, and M too.
     recv_rdma_channel_prefix_matrix: torch.Tensor  # i32 [nodes, 1]: from each node
     recv_rdma_rank_prefix_sum: torch.Tensor  # i32 [nodes]: from nodes 0..i
     recv_gbl_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: the first row from each rank
@@ -149,8 +150,7 @@ def handle_between_nodes(lease: PlanLease, in_rank: torch.Tensor, arrived: Any, 
     in_node = layout.is_token_in_node(in_rank, nodes.num_nodes)
     received = arrived.rank_counts.cumsum(0, dtype=torch.int32)
     source_node = torch.div(arrived.source_rank, nodes.ranks_per_node, rounding_mode="floor")
-    passed_on, passed_to = _passed_on(lease.plan.info(), nodes)
-    passed_on, passed_to = passed_on.to(in_rank.device), passed_to.to(in_rank.device)
+    passed_on, passed_to = _passed_on(lease.plan.info(), nodes, in_rank.device)
     handle = InternodeHandle(
         is_token_in_rank=in_rank,
         rdma_channel_prefix_matrix=in_node.sum(dim=0, dtype=torch.int32).unsqueeze(1),
@@ -167,11 +167,14 @@ def handle_between_nodes(lease: PlanLease, in_rank: torch.Tensor, arrived: Any, 
     return handle
 
 
-def _passed_on(info: tern.PlanInfo, nodes: Nodes) -> tuple[torch.Tensor, torch.Tensor]:
-    """i32 [nodes]: tokens from each node; i32 [M, ranks of a node]: 1 where one goes to the rank. Where the host does not know, none."""
-    counts = info.rail_tokens or [0] * nodes.num_nodes
-    in_rank = torch.tensor(list(info.rail_token_in_rank or b""), dtype=torch.int32)
-    return torch.tensor(counts, dtype=torch.int32), in_rank.view(-1, nodes.ranks_per_node)
+def _passed_on(info: tern.PlanInfo, nodes: Nodes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """i32 [nodes]: tokens from each node; i32 [M, ranks of a node]: 1 where one goes to the rank."""
+    if info.rail_tokens is None or not info.rail_token_in_rank:  # nothing is copied: a graph may be captured here
+        counts = torch.zeros(nodes.num_nodes, dtype=torch.int32, device=device)
+        return counts, counts.new_zeros((0, nodes.ranks_per_node))
+    in_rank = torch.frombuffer(bytearray(info.rail_token_in_rank), dtype=torch.uint8)
+    counts = torch.tensor(info.rail_tokens, dtype=torch.int32, device=device)
+    return counts, in_rank.to(device, torch.int32).view(-1, nodes.ranks_per_node)
 
 
 def plan_of(handle: tuple[Any, ...]) -> tern.Plan:

@@ -17,9 +17,10 @@ So what holds for forwards holds for backwards too: every rank does the same, in
 those that were dispatched on every rank, also where none arrive; otherwise autograd leaves that rank's part of the backward out, and the
 others wait for it until their deadline.
 
-torch.compile traces through without a graph break (fullgraph=True), with exact extents as sizes that depend on data. Operations that
-depend on each other keep their order in a compiled graph; of those that do not, as in two MoE layers side by side, a compiler may choose
-another, and must choose the same on every rank: compile such layers one by one.
+torch.compile traces through without a graph break (fullgraph=True), with exact extents as sizes that depend on data. torch 2.4 must be told
+so (torch._dynamo.config.capture_dynamic_output_shape_ops = True), and cannot compile backwards of that kind; those with extent "worst" it
+can. Operations that depend on each other keep their order in a compiled graph; of those that do not, as in two MoE layers side
+by side, a compiler may choose another, and must choose the same on every rank: compile such layers one by one.
 """
 
 from .experts import GroupedMLP, expert_parameters, grouped_mm
