@@ -35,9 +35,8 @@ NodePlan::NodePlan(int device, const PlanShape& shape, NodeLane& any_lane)
   const int64_t bank_bytes = any_lane.lane().domain().layout.bank_bytes;
   if (counts.slots() > bank_bytes)
     fail(TERN_OUT_OF_MEMORY,
-         "plan: the counts of {} experts on {} nodes need {} bytes from each rank, the exchange has {}; create it with max_experts of at "
-         "least "
-         "that",
+         "plan: the counts of {} experts on {} nodes need {} bytes from each rank, the exchange has {}; create it with max_experts of "
+         "at least that",
          shape.num_experts, shape.num_nodes, counts.slots(), bank_bytes);
 }
 
