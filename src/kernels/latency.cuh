@@ -168,10 +168,13 @@ class LatencyCall {
     const uint64_t* flag = row_flag(rank(), source, token, part);
     // Most waits are short, and those that are not keep what they are called with in memory.
 #pragma unroll 1
-    for (int look = 0; look < Operation::kSpinsPerLook; ++look)
+    for (int look = 0; look < num_first_looks(); ++look)
       if (load_acquire_sys(flag) >= op_.epoch) return true;
     return reported(op_.await<kMasks>(flag, op_.epoch, source));
   }
+
+  // At what is waited for, before what is seldom needed is. A rank that was given up is not waited for at all.
+  __device__ static constexpr int num_first_looks() { return may_go_on_without() ? 0 : Operation::kSpinsPerLook; }
 
   // Rows in parts, one behind the other: number `i` belongs to row i / num_parts.
   __device__ int32_t row_of(int32_t i) const { return i >> args_.parts_log2; }

@@ -243,7 +243,7 @@ class Arrivals {
         for (int u = 0; u < kAtOnce; ++u)
           if (first + u * kWarpThreads < num_words_ && !call_.operation().is_of_epoch(seen[u])) missing = first + u * kWarpThreads;
         uint32_t value;
-        if (missing < 0 || look < Operation::kSpinsPerLook || call_.await_word(source, missing, value)) continue;
+        if (missing < 0 || look < call_.num_first_looks() || call_.await_word(source, missing, value)) continue;
         if (!call_.may_go_on_without() || call_.operation().is_aborted()) return false;
         // What has not come says nothing.
         call_.miss(source);
