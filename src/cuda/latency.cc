@@ -177,7 +177,8 @@ LatencyDispatch::LatencyDispatch(const CudaPlan& plan, const DispatchCall& call,
       call_(call),
       launch_(launch),
       shape_(dispatch_shape(plan, call)),
-      num_sms_(latency_sms(plan, launch, plan.shape().max_tokens << dispatch_parts_log2(plan, call))) {
+      parts_log2_(dispatch_parts_log2(plan, call)),
+      num_sms_(latency_sms(plan, launch, plan.shape().max_tokens << parts_log2_)) {
   const tern_dispatch_args& a = call.args;
   check_alignment("dispatch", "tokens", a.tokens, a.token_stride_bytes);
   check_alignment("dispatch", "out_tokens", a.out_tokens);
@@ -206,9 +207,9 @@ void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
 kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_before) const {
   const layout::LatencySlot slot = dispatch_slot(plan_, call_);
   kernels::LatencyDispatchArgs args;
-  args.call = make_call(plan_, launch_,
-                        {TERN_OP_DISPATCH, shape_, slot, call_.wire_bytes, dispatch_parts_log2(plan_, call_),
-                         plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
+  args.call = make_call(
+      plan_, launch_,
+      {TERN_OP_DISPATCH, shape_, slot, call_.wire_bytes, parts_log2_, plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
   args.memory = dispatch_memory(plan_, slot);
   args.routes = routes;
   if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
@@ -231,7 +232,8 @@ LatencyCombine::LatencyCombine(const CudaPlan& plan, const CombineCall& call, co
       call_(call),
       launch_(launch),
       shape_(combine_shape(plan, call)),
-      num_sms_(latency_sms(plan, launch, plan.shape().max_messages() << combine_parts_log2(plan, call))) {
+      parts_log2_(combine_parts_log2(plan, call)),
+      num_sms_(latency_sms(plan, launch, plan.shape().max_messages() << parts_log2_)) {
   const tern_combine_args& a = call.args;
   check_alignment("combine", "rows", a.rows);
   check_alignment("combine", "out_tokens", a.out_tokens);
@@ -261,9 +263,8 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   const layout::LatencySlot slot = combine_slot(plan_, call_);
   const bool weighs_with_owners = a.weighting == TERN_WEIGHTS_OWNER;
   kernels::LatencyCombineArgs args;
-  args.call = make_call(
-      plan_, launch_,
-      {TERN_OP_COMBINE, shape_, slot, call_.row_bytes, combine_parts_log2(plan_, call_), tables.combine_ticket, lag_before, a.wait_ns});
+  args.call = make_call(plan_, launch_,
+                        {TERN_OP_COMBINE, shape_, slot, call_.row_bytes, parts_log2_, tables.combine_ticket, lag_before, a.wait_ns});
   args.dtype = a.dtype;
   args.row_bytes = static_cast<int32_t>(call_.row_bytes);
   args.wire_bytes = static_cast<int32_t>(call_.wire_bytes);

@@ -32,6 +32,7 @@ class LatencyDispatch {
   const DispatchCall& call_;
   const tern_launch& launch_;
   layout::CallShape shape_;
+  int32_t parts_log2_;  // of a row
   int32_t num_sms_;
 };
 
@@ -49,6 +50,7 @@ class LatencyCombine {
   const CombineCall& call_;
   const tern_launch& launch_;
   layout::CallShape shape_;
+  int32_t parts_log2_;  // of a row
   int32_t num_sms_;
 };
 

@@ -190,12 +190,7 @@ NodeRoute::NodeRoute(const CudaPlan& plan, const tern_routing& routing, const te
   args_.unreachable = plan.exchange().nodes()->unreachable_on_gpu();
   args_.num_rounds = static_cast<int32_t>(trip_.num_rounds);
   args_.tokens_per_round = trip_.tokens_per_round;
-  args_.topk_idx = routing.topk_idx;
-  args_.is_int32 = routing.topk_idx_type == TERN_INDEX_INT32;
-  args_.token_in_rank = routing.token_in_rank;
-  args_.tokens_per_expert = routing.tokens_per_expert;
-  args_.num_tokens = static_cast<int32_t>(routing.num_tokens);
-  args_.device_num_tokens = routing.device_num_tokens;
+  take_routing(routing, args_);
   args_.counts_at = trip_.bank.counts();
 }
 

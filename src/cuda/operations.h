@@ -16,6 +16,16 @@ namespace tern::cuda {
 // What ranks compare of an operation, and a dispatch's arrays as its kernels know them.
 layout::CallShape dispatch_shape(const CudaPlan& plan, const DispatchCall& call);
 layout::CallShape combine_shape(const CudaPlan& plan, const CombineCall& call);
+// A routing for the kernels that make a plan of it, whose arguments call it by the same names.
+template <typename Args>
+void take_routing(const tern_routing& routing, Args& args) {
+  args.topk_idx = routing.topk_idx;
+  args.is_int32 = routing.topk_idx_type == TERN_INDEX_INT32;
+  args.token_in_rank = routing.token_in_rank;
+  args.tokens_per_expert = routing.tokens_per_expert;
+  args.num_tokens = static_cast<int32_t>(routing.num_tokens);
+  args.device_num_tokens = routing.device_num_tokens;
+}
 kernels::DispatchInputs dispatch_inputs(const DispatchCall& call);
 kernels::DispatchOutputs dispatch_outputs(const CudaPlan& plan, const DispatchCall& call);
 

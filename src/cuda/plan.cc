@@ -89,12 +89,7 @@ kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, int32_t lan
     int32_t* counts = memory_.host_counts.data();
     args.host = {counts, counts + shape_.num_ranks * v.num_counts(shape_.num_ranks), memory_.host_ticket.data(), awaited_ticket_};
   }
-  args.topk_idx = routing.topk_idx;
-  args.is_int32 = routing.topk_idx_type == TERN_INDEX_INT32;
-  args.token_in_rank = routing.token_in_rank;
-  args.tokens_per_expert = routing.tokens_per_expert;
-  args.num_tokens = static_cast<int32_t>(routing.num_tokens);
-  args.device_num_tokens = routing.device_num_tokens;
+  take_routing(routing, args);
   args.num_counting_warps = kernels::route_counting_warps(shape_.node_experts(), shape_.ranks_per_node());
   args.block_counts = memory_.block_counts.data();
   args.workspace = memory_.workspace.data();

@@ -22,16 +22,14 @@ __device__ __forceinline__ void add_terms(Terms terms, int at, int end, float (&
 }
 // The same of rows in the 10-bit encoding.
 template <typename Wire, int kVecs>
-__device__ __forceinline__ void add_log_terms(const Terms& terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
+__device__ __forceinline__ void add_log_terms(Terms terms, int at, int end, float (&sums)[kVecs][Wire::kElements]) {
   constexpr int kStep = 32 * sizeof(Vec16);
-  for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
-    const int t = __ffs(static_cast<int>(left)) - 1;
-    const auto row = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
-    const float weight = __shfl_sync(~0u, terms.weight, t);
+  while (terms.valid != 0) {
+    const Term term = take_term(terms);
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
       if (const int here = at + v * kStep; here < end)
-        LogRow<Wire>::add(sums[v], LogRow<Wire>::load(row, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements), weight);
+        LogRow<Wire>::add(sums[v], LogRow<Wire>::load(term.address, here / static_cast<int>(sizeof(Vec16)) * Wire::kElements), term.weight);
   }
 }
 

@@ -55,16 +55,34 @@ __device__ Position scan(ScanShared& shared, Position own, Position& before) {
   return result;
 }
 
-// At each begin of a chunk, or of a round, and behind the last one: how many there were before. By the thread that has the token.
-__device__ void set_begins(int64_t token, int64_t max_tokens, int64_t tokens_per_part, int32_t num_parts, int32_t own, int32_t before,
-                           int32_t* begins, int32_t* reported) {
+// Where chunks or rounds begin, among tokens with a slot or among entries: [num_parts + 1] each, nullptr: not wanted.
+struct PartBegins {
+  int64_t tokens_per_part;
+  int32_t num_parts;
+  int32_t* begins;
+  int32_t* reported;
+};
+constexpr int kEnds = layout::kMaxChunks + 1;
+
+// By the thread that has the token: how many there were before it if a part begins with it, and behind the last token how many there are.
+__device__ void set_begins(const PartBegins& parts, int64_t token, int64_t max_tokens, int32_t own, int32_t before) {
   const auto set = [&](int64_t part, int32_t value) {
-    if (begins != nullptr) begins[part] = value;
-    if (reported != nullptr) reported[part] = value;
+    if (parts.begins != nullptr) parts.begins[part] = value;
+    if (parts.reported != nullptr) parts.reported[part] = value;
   };
-  if (token % tokens_per_part == 0) set(token / tokens_per_part, before);
+  if (token % parts.tokens_per_part == 0) set(token / parts.tokens_per_part, before);
   if (token + 1 == max_tokens)
-    for (int64_t part = token / tokens_per_part + 1; part <= num_parts; ++part) set(part, before + own);
+    for (int64_t part = token / parts.tokens_per_part + 1; part <= parts.num_parts; ++part) set(part, before + own);
+}
+
+// The same for the chunks of a batch that is in this node.
+__device__ void set_begins_here(const NodeRouteArgs& args, int32_t node, int64_t token, const Position& own, const Position& before) {
+  const PlanView& plan = args.plan;
+  set_begins({plan.tokens_per_chunk, layout::kMaxChunks, args.rails.here_begin + node * kEnds, args.report.here_begin + node * kEnds},
+             token, plan.max_tokens, own.tokens, before.tokens);
+  set_begins({plan.tokens_per_chunk, layout::kMaxChunks, args.rails.entries_here_begin + node * kEnds,
+              args.report.entries_here_begin + node * kEnds},
+             token, plan.max_tokens, own.entries, before.entries);
 }
 
 // What this rank's tokens have in one node.
@@ -182,7 +200,6 @@ __global__ void __launch_bounds__(kThreads) number_kernel(const __grid_constant_
   __syncthreads();
   OwnTokens tokens(args, node, counters);
   Position before{0, 0};
-  constexpr int kEnds = layout::kMaxChunks + 1;
   for (int64_t first = 0; first < plan.max_tokens; first += kThreads) {
     const int64_t token = first + thread;
     const Position own = token < plan.max_tokens ? tokens.count(token) : Position{0, 0};
@@ -192,17 +209,13 @@ __global__ void __launch_bounds__(kThreads) number_kernel(const __grid_constant_
     rails.there[node * plan.max_tokens + token] = slot;
     if (is_own) rails.here[node * plan.max_tokens + token] = slot;
     tokens.number_entries(token, at.entries);
-    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.tokens, at.tokens, rails.there_begin + node * kEnds,
-               args.report.there_begin + node * kEnds);
-    set_begins(token, plan.max_tokens, args.tokens_per_round, args.num_rounds, own.tokens, at.tokens, nullptr,
-               args.report.round_begin + node * (args.num_rounds + 1));
-    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.entries, at.entries,
-               rails.entries_there_begin + node * kEnds, nullptr);
-    if (!is_own) continue;
-    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.tokens, at.tokens, rails.here_begin + node * kEnds,
-               args.report.here_begin + node * kEnds);
-    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.entries, at.entries,
-               rails.entries_here_begin + node * kEnds, args.report.entries_here_begin + node * kEnds);
+    set_begins({plan.tokens_per_chunk, layout::kMaxChunks, rails.there_begin + node * kEnds, args.report.there_begin + node * kEnds}, token,
+               plan.max_tokens, own.tokens, at.tokens);
+    set_begins({args.tokens_per_round, args.num_rounds, nullptr, args.report.round_begin + node * (args.num_rounds + 1)}, token,
+               plan.max_tokens, own.tokens, at.tokens);
+    set_begins({plan.tokens_per_chunk, layout::kMaxChunks, rails.entries_there_begin + node * kEnds, nullptr}, token, plan.max_tokens,
+               own.entries, at.entries);
+    if (is_own) set_begins_here(args, node, token, own, at);
   }
   __syncthreads();
   if (tokens.has_invalid() && is_own) op.post_notice(TERN_INVALID_ARGUMENT);
@@ -226,7 +239,6 @@ __global__ void __launch_bounds__(kThreads) number_batches_kernel(const __grid_c
   if (node == rails.own_node) return;
   const int64_t first_token = node * plan.max_tokens;
   const int32_t num_tokens = args.route.batch_tokens[node];
-  constexpr int kEnds = layout::kMaxChunks + 1;
   Position before{0, 0};
   for (int64_t first = 0; first < plan.max_tokens; first += kThreads) {
     const int64_t token = first + threadIdx.x;
@@ -245,10 +257,7 @@ __global__ void __launch_bounds__(kThreads) number_batches_kernel(const __grid_c
       const bool here = token < num_tokens && rails.experts[entry] >= 0;
       rails.entries_here[entry] = here ? slot++ : -1;
     }
-    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.tokens, at.tokens, rails.here_begin + node * kEnds,
-               args.report.here_begin + node * kEnds);
-    set_begins(token, plan.max_tokens, plan.tokens_per_chunk, layout::kMaxChunks, own.entries, at.entries,
-               rails.entries_here_begin + node * kEnds, args.report.entries_here_begin + node * kEnds);
+    set_begins_here(args, node, token, own, at);
   }
 }
 

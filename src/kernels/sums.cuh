@@ -50,11 +50,24 @@ __device__ __forceinline__ void add_biases(const Rows& rows, const SumRow& row, 
     if (const std::byte* bias = rows.bias(row, which)) add_term<Wire>(sum, device::load_vec16(bias + at), 1.0f);
 }
 
+// A term in every thread of a warp.
+struct Term {
+  const std::byte* address;
+  float weight;
+};
+
+// All threads of a warp: takes the first of the terms that are left.
+__device__ __forceinline__ Term take_term(Terms& left) {
+  const int t = __ffs(static_cast<int>(left.valid)) - 1;
+  left.valid &= left.valid - 1;
+  return {reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(left.address), t)),
+          __shfl_sync(~0u, left.weight, t)};
+}
+
 // Terms that are loaded together, in every thread of a warp.
 struct TermBatch {
   static constexpr int kMost = 4;
-  const std::byte* address[kMost];
-  float weight[kMost];
+  Term terms[kMost];
   int num;
 };
 
@@ -65,10 +78,7 @@ __device__ __forceinline__ TermBatch take_batch(Terms& left) {
 #pragma unroll
   for (int u = 0; u < TermBatch::kMost; ++u) {
     if (u >= batch.num) break;
-    const int t = __ffs(static_cast<int>(left.valid)) - 1;
-    left.valid &= left.valid - 1;
-    batch.address[u] = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(left.address), t));
-    batch.weight[u] = __shfl_sync(~0u, left.weight, t);
+    batch.terms[u] = take_term(left);
   }
   return batch;
 }
@@ -83,14 +93,14 @@ __device__ __forceinline__ void add_batch(const TermBatch& batch, int at, int en
     if (u >= batch.num) break;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
-      if (at + v * kStep < end) values[u][v] = device::load_vec16(batch.address[u] + at + v * kStep);
+      if (at + v * kStep < end) values[u][v] = device::load_vec16(batch.terms[u].address + at + v * kStep);
   }
 #pragma unroll
   for (int u = 0; u < TermBatch::kMost; ++u) {
     if (u >= batch.num) break;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v)
-      if (at + v * kStep < end) add_term<Wire>(sums[v], values[u][v], batch.weight[u]);
+      if (at + v * kStep < end) add_term<Wire>(sums[v], values[u][v], batch.terms[u].weight);
   }
 }
 
@@ -176,15 +186,13 @@ __device__ __forceinline__ void sum_many_terms(const Rows& rows, const SumRow& r
       Terms terms;
       rows.get_terms(row, batch, terms);
 #pragma unroll 1
-      for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
-        const int t = __ffs(static_cast<int>(left)) - 1;
-        const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
-        const float weight = __shfl_sync(~0u, terms.weight, t);
+      while (terms.valid != 0) {
+        const Term term = take_term(terms);
         Vec16 values[kVecs];
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) values[v] = device::load_vec16_once(address + offsets[v]);
+        for (int v = 0; v < kVecs; ++v) values[v] = device::load_vec16_once(term.address + offsets[v]);
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) add_term<Wire>(sums[v], values[v], weight);
+        for (int v = 0; v < kVecs; ++v) add_term<Wire>(sums[v], values[v], term.weight);
       }
     }
 #pragma unroll

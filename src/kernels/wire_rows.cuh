@@ -78,17 +78,15 @@ __device__ void make_row(const Rows& rows, const SumRow& row) {
       Terms terms;
       rows.get_terms(row, batch, terms);
 #pragma unroll 1
-      for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
-        const int t = __ffs(static_cast<int>(left)) - 1;
-        const auto address = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(terms.address), t));
-        const float weight = __shfl_sync(~0u, terms.weight, t);
+      while (terms.valid != 0) {
+        const Term term = take_term(terms);
         typename From::Codes codes[kVecs];
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-          if (first + v * kStep < row.end) codes[v] = From::load(address, channel(v));
+          if (first + v * kStep < row.end) codes[v] = From::load(term.address, channel(v));
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-          if (first + v * kStep < row.end) From::add(sums[v], codes[v], weight);
+          if (first + v * kStep < row.end) From::add(sums[v], codes[v], term.weight);
       }
     }
 #pragma unroll
