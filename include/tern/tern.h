@@ -36,11 +36,13 @@
  *
  * On GPU ranks, besides:
  * - Pointers in the arguments of an operation are to memory that the rank's GPU reaches: its own, as a rule. The structs themselves
- *   are read before the call returns. tern_count_routing is the exception: it counts on the host, and expects host memory.
+ *   are read before the call returns.
  * - Rows move 16 bytes at a time: tokens and their stride, out_tokens, rows and biases are at multiples of 16 bytes.
  * - A call checks its arguments, enqueues and returns. One waits on the host: tern_plan_route of a plan with extent EXACT, until the
  *   counts are there; other threads run meanwhile.
  * - The operations of a lane must also run in the order of their calls: on one stream, or with events between the streams.
+ *   From sm_90 on some follow the kernel in front of them closely (programmatic stream serialization). A kernel of the caller's that does
+ *   the same must wait for the one in front of it (griddepcontrol.wait) before it ends, even if it needs nothing from there.
  * - What goes wrong while an operation runs shows later. If a wait ends at its deadline, or ranks called different things, the kernels
  *   end, and what they have written is worth nothing; tern_exchange_get_state then says TERN_HEALTH_FAILED, and every later call returns
  *   the error. Kernels that are enqueued already, and replayed graphs, return at once without writing anything.
@@ -211,7 +213,7 @@ typedef enum tern_timeout_policy TERN_ENUM_TYPE {
 } tern_timeout_policy;
 
 typedef enum tern_mode TERN_ENUM_TYPE {
-  TERN_MODE_AUTO = 0, /* by size: see docs/design.md. GPU ranks have the throughput kernels only, and use them in every mode */
+  TERN_MODE_AUTO = 0, /* by size, and on GPU ranks by SMs too: see docs/design.md */
   TERN_MODE_THROUGHPUT = 1,
   TERN_MODE_LATENCY = 2
 } tern_mode;
@@ -298,7 +300,8 @@ typedef struct tern_exchange_options {
   int32_t max_experts TERN_ZERO;
   int32_t num_lanes TERN_ZERO; /* 0: 1; at most 16 */
   /* GPU: SMs that an operation takes (a route fewer) if its launch does not say, 0: chosen (docs/design.md says how). At most this
-   * rank's share of the GPU. Ignored on CPU ranks */
+   * rank's share of the GPU. The fewest that any rank asks for count where all ranks must choose alike: fewer SMs, smaller batches on the
+   * latency path. Ignored on CPU ranks */
   int32_t num_sms TERN_ZERO;
   /* Of every wait of its operations; 0: TERN_TIMEOUT_MS, else 30000. GPU: of every wait of a kernel, counted from when it begins to wait. A
    * route with extent EXACT gives up after twice that and a second if work before it on the stream keeps it from running */
@@ -514,8 +517,9 @@ TERN_API tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* i
 /* tern_plan_info.row_capacity, known from the start: the rows that outputs with extent WORST must have. Local. */
 TERN_API tern_status tern_plan_get_row_capacity(const tern_plan* plan, int64_t* num_rows);
 
-/* Counts of a routing by itself, without any exchange. Each output may be NULL. Local; a pure function of its inputs. On GPU ranks too it
- * counts on the host: inputs and outputs are host memory, the stream is not used, device_num_tokens is not looked at. */
+/* Counts of a routing by itself, without any exchange: a pure function of its inputs. Each output may be NULL. Local. GPU: on `stream`, and
+ * of the launch nothing else is looked at; it can be captured in a graph. An index that is no expert is TERN_INVALID_ARGUMENT on CPU ranks and
+ * counts as -1 on GPU ranks. device_num_tokens is not looked at. */
 typedef struct tern_routing_counts {
   size_t struct_size TERN_SIZE_OF(tern_routing_counts);
   int32_t* tokens_per_rank TERN_ZERO;   /* [num_ranks] */

@@ -7,6 +7,8 @@
 //
 // Between nodes each token first goes to the rail of each of its nodes. The rounds of the rail are two ahead: what has come in one of them
 // is a batch that the rail sends on as it does its own tokens, while the network brings the next.
+//
+// A small batch is routed on its way (`fused`): its counts, and between nodes where each token goes, travel with the rows.
 #include <algorithm>
 #include <cstring>
 #include <span>
@@ -18,6 +20,25 @@
 
 namespace tern::cpu {
 namespace {
+
+layout::BankLayout bank_in_node(const PlanContext& ctx, const DispatchCall& call, bool fused, bool with_rows) {
+  const PlanShape& shape = ctx.shape();
+  return {.num_counts = fused ? shape.num_nodes * ctx.table.num_counts() : 0,
+          .slot = {.payload_bytes = with_rows ? call.wire_bytes : 0,
+                   .scale_bytes = call.scale_bytes,
+                   .num_experts = shape.num_topk,
+                   .num_weights = call.carries_weights ? shape.num_topk : 0}};
+}
+
+layout::RailBankLayout rail_bank(const PlanContext& ctx, const DispatchCall& call, bool fused) {
+  const PlanShape& shape = ctx.shape();
+  const int32_t num_routing_words = fused ? shape.routing_words() : 0;
+  return {.num_counts = fused ? ctx.table.num_counts() : 0,
+          .slot = {.payload_bytes = call.wire_bytes,
+                   .scale_bytes = call.scale_bytes,
+                   .num_words = num_routing_words + (call.carries_weights ? shape.num_topk : 0),
+                   .num_routing_words = num_routing_words}};
+}
 
 class Dispatch {
  public:
@@ -97,21 +118,19 @@ class Dispatch {
     trip_.shape.choices |= static_cast<int32_t>(args_.dtype) << 8 | static_cast<int32_t>(args_.encoding) << 12 |
                            static_cast<int32_t>(call_.carries_weights) << 16 | static_cast<int32_t>(zero_copy_) << 17 |
                            static_cast<int32_t>(fused_) << 18;
-    const int32_t num_weights = call_.carries_weights ? shape_.num_topk : 0;
-    trip_.bank = {.num_counts = fused_ ? ctx_.table.num_counts() : 0,
-                  .slot = {.payload_bytes = zero_copy_ ? 0 : call_.wire_bytes,
-                           .scale_bytes = call_.scale_bytes,
-                           .num_experts = shape_.num_topk,
-                           .num_weights = num_weights}};
+    trip_.bank = bank_in_node(ctx_, call_, fused_, !zero_copy_);
     trip_.num_tokens = ctx_.table.num_tokens();
     trip_.tokens_per_round = tokens_per_round(ctx_, trip_.bank, shape_.num_nodes, phase, "dispatch");
-    if (ctx_.rail != nullptr) {
-      rail_trip_.operation = trip_.operation;
-      rail_trip_.bank.slot = {.payload_bytes = call_.wire_bytes, .scale_bytes = call_.scale_bytes, .num_words = num_weights};
-      set_rail_rounds(ctx_, rail_trip_, trip_, 1, call_phase);
-    }
     // Before the counts are known, only the plan's bound is the same on every rank.
     const int64_t most_tokens = fused_ ? shape_.max_tokens : ctx_.table.most_tokens_of_any_rank();
+    if (ctx_.rail != nullptr) {
+      rail_trip_.operation = trip_.operation;
+      rail_trip_.bank = rail_bank(ctx_, call_, fused_);
+      if (fused_)
+        rail_trip_.tokens_per_round = most_tokens;
+      else
+        set_rail_rounds(ctx_, rail_trip_, trip_, 1, call_phase);
+    }
     trip_.shape.tokens_per_round = trip_.tokens_per_round;
     rail_trip_.shape = trip_.shape;
     trip_.num_rounds = std::max<int64_t>(1, (most_tokens + trip_.tokens_per_round - 1) / trip_.tokens_per_round);
@@ -128,6 +147,7 @@ class Dispatch {
   void send_to_rails(int64_t round) {
     const uint64_t epoch = rail_epoch_ + static_cast<uint64_t>(round);
     ctx_.rail->start_round(rail_trip_, epoch);
+    if (fused_) ctx_.rail->for_each_other_node([&](int node) { put_counts_for(ctx_, rail_trip_, epoch, node); });
     Span span(ctx_.lane.spans(), {.kind = TERN_SPAN_SEND, .operation = trip_.operation, .epoch = epoch});
     const int64_t begin = round * rail_trip_.tokens_per_round;
     const int64_t end = std::min(begin + rail_trip_.tokens_per_round, trip_.num_tokens);
@@ -152,7 +172,8 @@ class Dispatch {
     std::byte* slot = ctx_.rail->next_slot(rail_trip_, epoch, node);
     payloads_.push_back(slot + layout.payload());
     if (call_.scale_bytes > 0) scales_.push_back(slot + layout.scales());
-    if (layout.num_words > 0) std::memcpy(slot + layout.words(), args_.topk_weights + token * shape_.num_topk, topk_bytes());
+    if (fused_) put_token_words(ctx_, rail_trip_, node, static_cast<int32_t>(token), slot);
+    if (call_.carries_weights) std::memcpy(slot + layout.weights(), args_.topk_weights + token * shape_.num_topk, topk_bytes());
   }
 
   int64_t rail_round_of(const TokenRange& range) const { return range.begin / rail_trip_.tokens_per_round; }
@@ -162,6 +183,7 @@ class Dispatch {
     const uint64_t epoch = rail_epoch_ + static_cast<uint64_t>(rail_round);
     for (int32_t node = 0; node < shape_.num_nodes; ++node)
       if (is_packed(node) && ctx_.rail->serves(node)) banks[static_cast<size_t>(node)] = ctx_.rail->await_arrived(rail_trip_, epoch, node);
+    if (fused_) ctx_.rail->for_each_other_node([&](int node) { take_tokens(ctx_, rail_trip_, node, banks[static_cast<size_t>(node)]); });
   }
 
   // The rows of a rail's round are no longer needed: its peers may send the next but one.
@@ -182,22 +204,14 @@ class Dispatch {
   // ---- Sending.
 
   void fill(int64_t round, uint64_t epoch) {
-    if (round == 0 && fused_) send_counts(epoch);
     if (round == 0 && zero_copy_) exchange_addresses(epoch);
     const TokenRange range = tokens_of_round(trip_, round);
     if (ctx_.rail != nullptr && range.begin % rail_trip_.tokens_per_round == 0) await_rails(rail_round_of(range));
+    if (round == 0 && fused_) put_counts_in_node(ctx_, trip_, epoch);
     for (const SourceBatch& batch : ctx_.table.batches()) {
       const int64_t end = batch.first_from(range.end);
       for (int64_t token = batch.first_from(range.begin); token < end; ++token) send_token(batch, token, range, epoch);
     }
-  }
-
-  void send_counts(uint64_t epoch) {
-    const auto own = ctx_.table.counts_of(shape_.rank);
-    ctx_.lane.for_each_peer([&](int peer) {
-      std::memcpy(ctx_.domain().bank(peer, ctx_.lane.index(), epoch, ctx_.domain().rank) + trip_.bank.counts(), own.data(),
-                  own.size_bytes());
-    });
   }
 
   void exchange_addresses(uint64_t epoch) {
@@ -237,7 +251,7 @@ class Dispatch {
   const float* weights_of(const SourceBatch& batch, int64_t token, const std::byte* packed) const {
     if (!call_.carries_weights) return nullptr;
     if (packed == nullptr) return args_.topk_weights + token * shape_.num_topk;
-    const auto* weights = reinterpret_cast<const float*>(packed + rail_trip_.bank.slot.words());
+    const auto* weights = reinterpret_cast<const float*>(packed + rail_trip_.bank.slot.weights());
     std::copy_n(weights, shape_.num_topk,
                 ctx_.weights.sent[static_cast<size_t>(shape_.node_of_rank(batch.source()))].begin() + token * shape_.num_topk);
     return weights;
@@ -318,14 +332,11 @@ class Dispatch {
       if (ctx_.lane.gave_up(r)) outputs_.clear_missing(r);
   }
 
-  // Within one node.
   void receive_counts(uint64_t epoch) {
     const Span span(ctx_.lane.spans(), {.kind = TERN_SPAN_PLAN, .operation = trip_.operation});
-    const auto own = ctx_.table.counts_of(shape_.rank);
-    ctx_.domain().for_each_member([&](int source) {
-      const std::byte* bank = ctx_.lane.await_arrived(trip_, epoch, source);
-      if (bank == nullptr || source == shape_.rank) return;
-      std::memcpy(ctx_.table.counts_of(source).data(), bank + trip_.bank.counts(), own.size_bytes());
+    ctx_.domain().for_each_member([&](int peer) {
+      const std::byte* bank = ctx_.lane.await_arrived(trip_, epoch, peer);
+      if (bank != nullptr) take_counts_in_node(ctx_, trip_, peer, bank);
     });
     ctx_.table.finish();
   }
@@ -384,6 +395,12 @@ class Dispatch {
 
 void check_dispatch(const PlanContext& context, const DispatchRun& run, bool after_route) {
   Dispatch(context, run).check(run.phase, run.ticket, after_route);
+}
+
+bool can_fuse(const PlanContext& context, const DispatchCall& call) {
+  const PlanShape& shape = context.shape();
+  return rail_bank(context, call, true).slots_in(context.rail->bank_bytes()) >= shape.max_tokens &&
+         bank_in_node(context, call, true, true).slots_in(context.domain().layout.bank_bytes) >= shape.num_nodes;
 }
 
 void run_dispatch(const PlanContext& context, const DispatchRun& run) { Dispatch(context, run).run(run.phase, run.ticket); }

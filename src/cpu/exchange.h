@@ -14,6 +14,7 @@
 #include "domain/domain.h"
 #include "memory/offset_allocator.h"
 #include "memory/sharing.h"
+#include "plan/count_routing.h"
 #include "plan/device.h"
 
 namespace tern::cpu {
@@ -26,6 +27,9 @@ class CpuExchange : public DeviceExchange {
   int32_t num_lanes() const override { return static_cast<int32_t>(lanes_.size()); }
   int32_t device_index() const override { return 0; }
   std::unique_ptr<DevicePlan> create_plan(const PlanShape& shape) override;
+  void count_routing(const PlanShape& shape, const tern_routing& routing, const tern_launch&, const tern_routing_counts& counts) override {
+    tern::count_routing(shape, routing, counts);
+  }
   void* alloc_window(int64_t bytes) override;
   void free_window(void* pointer) override;
   tern_exchange_state state() const override;

@@ -15,8 +15,18 @@ constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to anoth
 constexpr int64_t kRailRoundBytes = 1 << 20;  // of slots from one rank to another node
 constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
 constexpr int64_t kLatencyKb = 32;            // of rows per rank: batches up to this size take the latency path
+constexpr int64_t kRailLatencyKb = 512;       // the same of a dispatch between nodes, which saves a trip over the network by it
 
 size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<size_t>(rows * shape.num_topk); }
+
+bool is_small(const PlanContext& context, int64_t row_bytes, int64_t most_kb) {
+  switch (context.exchange.options().mode) {
+    case TERN_MODE_THROUGHPUT: return false;
+    case TERN_MODE_LATENCY: return true;
+    case TERN_MODE_AUTO: break;
+  }
+  return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb.value_or(most_kb) << 10;
+}
 
 }  // namespace
 
@@ -114,10 +124,10 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   operate(launch, routes, [&](Lane& lane) {
     const CountedWaits counted(lane, call.args.wait_ns);
     const PlanContext ctx = context(lane);
-    // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place. Rails must know
-    // what comes before it comes.
+    // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
+    const bool small = is_small(ctx, call.wire_bytes, ctx.rail == nullptr ? kLatencyKb : kRailLatencyKb);
     const bool fused =
-        call.args.routing != nullptr && ctx.rail == nullptr && (is_small(ctx, call.wire_bytes) || launch.phase != TERN_PHASE_WHOLE);
+        call.args.routing != nullptr && (small || launch.phase != TERN_PHASE_WHOLE) && (ctx.rail == nullptr || can_fuse(ctx, call));
     const DispatchRun run{call, fused, launch.phase, tickets_.dispatch};
     if (launch.phase != TERN_PHASE_RECEIVE) check_nothing_under_way("dispatch");
     check_dispatch(ctx, run, routes && !fused);
@@ -233,14 +243,7 @@ Store slot_store(const PlanContext& context, int64_t row_bytes, tern_phase phase
   return phase == TERN_PHASE_WHOLE ? Store::kCached : batch_store(context, row_bytes);
 }
 
-bool is_small(const PlanContext& context, int64_t row_bytes) {
-  switch (context.exchange.options().mode) {
-    case TERN_MODE_THROUGHPUT: return false;
-    case TERN_MODE_LATENCY: return true;
-    case TERN_MODE_AUTO: break;
-  }
-  return context.shape().max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kLatencyKb) << 10;
-}
+bool is_small(const PlanContext& context, int64_t row_bytes) { return is_small(context, row_bytes, kLatencyKb); }
 
 bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy) {
   const int64_t bytes = context.table.num_rows() * row_bytes;

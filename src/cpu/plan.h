@@ -99,6 +99,14 @@ void run_route(const RouteContext& context);
 // of their rails.
 RailTrip rail_trip_of_route(const RouteContext& context);
 void run_route_in_node(const RouteContext& context);
+// What a route and a dispatch that routes on its way write and read. Over the rail: the counts before the slots; in a slot's words the token, then
+// where it goes in that node. `bank` is what has come from the node: its tokens become the batch of that node.
+void put_counts_for(const RouteContext& context, const RailTrip& trip, uint64_t epoch, int node);
+void put_token_words(const RouteContext& context, const RailTrip& trip, int node, int32_t token, std::byte* slot);
+void take_tokens(const RouteContext& context, const RailTrip& trip, int node, const std::byte* bank);
+// Within the node: the counts of all batches before the slots.
+void put_counts_in_node(const RouteContext& context, const RoundTrip& trip, uint64_t epoch);
+void take_counts_in_node(const RouteContext& context, const RoundTrip& trip, int peer, const std::byte* bank);
 
 // A send that has not been received.
 struct Ticket {
@@ -110,7 +118,7 @@ struct Ticket {
 // TERN_INVALID_ARGUMENT if a receive is not called as its send was: on the same lane, with the same shape.
 void check_ticket(const PlanContext& context, const Ticket& ticket, const RoundTrip& trip);
 
-// `fused`: exchange the counts together with the rows.
+// `fused`: the routing travels with the rows: counts before the slots and, between nodes, where a token goes in its slot.
 struct DispatchRun {
   const DispatchCall& call;
   bool fused = false;
@@ -120,6 +128,8 @@ struct DispatchRun {
 // Throws what would keep the dispatch from being started, and changes nothing. `after_route`: a route goes ahead of it.
 void check_dispatch(const PlanContext& context, const DispatchRun& run, bool after_route);
 void run_dispatch(const PlanContext& context, const DispatchRun& run);
+// Between nodes: does the whole batch fit one round of the rail, with its routing? The same answer on every rank.
+bool can_fuse(const PlanContext& context, const DispatchCall& call);
 
 struct CombineRun {
   const CombineCall& call;
@@ -133,7 +143,7 @@ class CpuPlan : public DevicePlan {
   CpuPlan(CpuExchange& exchange, const PlanShape& shape);
 
   const PlanShape& shape() const override { return table_.shape(); }
-  void check_routing(const tern_routing& routing) const override { table_.check(routing); }
+  void check_routing(const tern_routing& routing) const override { tern::check_routing(table_.shape(), routing); }
   void route(const tern_routing& routing, const tern_launch& launch) override;
   void dispatch(const DispatchCall& call, const tern_launch& launch) override;
   void combine(const CombineCall& call, const tern_launch& launch) override;

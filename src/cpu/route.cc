@@ -12,33 +12,19 @@ namespace {
 
 // The counts go with every round, since each has room for them.
 void send_tokens(const RouteContext& ctx, const RailTrip& trip, uint64_t epoch, int64_t begin) {
-  std::vector<size_t>& next_to = ctx.scratch.next_to;
   ctx.rail->start_round(trip, epoch);
   ctx.rail->for_each_other_node([&](int node) {
-    ctx.table.get_counts_for(node, {ctx.rail->counts_for(trip, epoch, node), static_cast<size_t>(ctx.table.num_counts())});
+    put_counts_for(ctx, trip, epoch, node);
     const auto tokens = ctx.table.tokens_to(node);
-    size_t& next = next_to[static_cast<size_t>(node)];
-    for (; next < tokens.size() && tokens[next] < begin + trip.tokens_per_round; ++next) {
-      auto* words = reinterpret_cast<int32_t*>(ctx.rail->next_slot(trip, epoch, node) + trip.bank.slot.words());
-      words[0] = tokens[next];
-      ctx.table.get_words_for(node, tokens[next], {words + 1, static_cast<size_t>(ctx.shape().route_words())});
-    }
+    size_t& next = ctx.scratch.next_to[static_cast<size_t>(node)];
+    for (; next < tokens.size() && tokens[next] < begin + trip.tokens_per_round; ++next)
+      put_token_words(ctx, trip, node, tokens[next], ctx.rail->next_slot(trip, epoch, node));
   });
   ctx.rail->send_round(trip, epoch);
 }
 
 void receive_tokens(const RouteContext& ctx, const RailTrip& trip, uint64_t epoch) {
-  ctx.rail->for_each_other_node([&](int node) {
-    const std::byte* bank = ctx.rail->await_arrived(trip, epoch, node);
-    SourceBatch& batch = ctx.table.batch(node);
-    const auto counts = ctx.table.counts_of(batch.source());
-    std::memcpy(counts.data(), bank + trip.bank.counts(), counts.size_bytes());
-    const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(bank)->num_slots;
-    for (int32_t i = 0; i < num_slots; ++i) {
-      const auto* words = reinterpret_cast<const int32_t*>(bank + trip.bank.slot_at(i) + trip.bank.slot.words());
-      batch.add_token(words[0], {words + 1, static_cast<size_t>(ctx.shape().route_words())});
-    }
-  });
+  ctx.rail->for_each_other_node([&](int node) { take_tokens(ctx, trip, node, ctx.rail->await_arrived(trip, epoch, node)); });
   ctx.rail->finish_round(epoch);
 }
 
@@ -55,12 +41,56 @@ void exchange_between_nodes(const RouteContext& ctx) {
 
 }  // namespace
 
+void put_counts_for(const RouteContext& ctx, const RailTrip& trip, uint64_t epoch, int node) {
+  ctx.table.get_counts_for(node, {ctx.rail->counts_for(trip, epoch, node), static_cast<size_t>(ctx.table.num_counts())});
+}
+
+void put_token_words(const RouteContext& ctx, const RailTrip& trip, int node, int32_t token, std::byte* slot) {
+  auto* words = reinterpret_cast<int32_t*>(slot + trip.bank.slot.words());
+  words[0] = token;
+  ctx.table.get_words_for(node, token, {words + 1, static_cast<size_t>(ctx.shape().route_words())});
+}
+
+void take_tokens(const RouteContext& ctx, const RailTrip& trip, int node, const std::byte* bank) {
+  SourceBatch& batch = ctx.table.batch(node);
+  const auto counts = ctx.table.counts_of(batch.source());
+  std::memcpy(counts.data(), bank + trip.bank.counts(), counts.size_bytes());
+  const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(bank)->num_slots;
+  for (int32_t i = 0; i < num_slots; ++i) {
+    const auto* words = reinterpret_cast<const int32_t*>(bank + trip.bank.slot_at(i) + trip.bank.slot.words());
+    batch.add_token(words[0], {words + 1, static_cast<size_t>(ctx.shape().route_words())});
+  }
+}
+
+// Of this rank and its rails, one node after the other.
+void put_counts_in_node(const RouteContext& ctx, const RoundTrip& trip, uint64_t epoch) {
+  ctx.lane.for_each_peer([&](int peer) {
+    std::byte* counts = ctx.domain().bank(peer, ctx.lane.index(), epoch, ctx.domain().rank) + trip.bank.counts();
+    for (const SourceBatch& batch : ctx.table.batches()) {
+      const auto of_source = ctx.table.counts_of(batch.source());
+      std::memcpy(counts, of_source.data(), of_source.size_bytes());
+      counts += of_source.size_bytes();
+    }
+  });
+}
+
+void take_counts_in_node(const RouteContext& ctx, const RoundTrip& trip, int peer, const std::byte* bank) {
+  if (peer == ctx.domain().rank) return;
+  const std::byte* counts = bank + trip.bank.counts();
+  for (int32_t node = 0; node < ctx.shape().num_nodes; ++node) {
+    const auto of_source = ctx.table.counts_of(node * ctx.shape().ranks_per_node() + peer);
+    std::memcpy(of_source.data(), counts, of_source.size_bytes());
+    counts += of_source.size_bytes();
+  }
+}
+
 // A slot: the token, then its words.
 RailTrip rail_trip_of_route(const RouteContext& ctx) {
   const PlanShape& shape = ctx.shape();
   RailTrip trip{.operation = TERN_OP_ROUTE,
                 .shape = call_shape(shape),
-                .bank = {.num_counts = ctx.table.num_counts(), .slot = {.num_words = 1 + shape.route_words()}}};
+                .bank = {.num_counts = ctx.table.num_counts(),
+                         .slot = {.num_words = shape.routing_words(), .num_routing_words = shape.routing_words()}}};
   trip.tokens_per_round = std::min(shape.max_tokens, trip.bank.slots_in(ctx.rail->bank_bytes()));
   if (trip.tokens_per_round == 0)
     fail(TERN_OUT_OF_MEMORY,
@@ -88,28 +118,13 @@ void run_route_in_node(const RouteContext& ctx) {
          "route: the counts of {} experts need {} bytes of a staging bank, which has {}; create the exchange with more staging_bytes or "
          "max_experts",
          ctx.shape().num_experts, trip.bank.slots(), ctx.domain().layout.bank_bytes);
-  const auto num_bytes = static_cast<int64_t>(ctx.table.counts_of(0).size_bytes());
-  // Of this rank and its rails, one node after the other.
-  const auto send_counts = [&](int64_t, uint64_t epoch) {
-    ctx.lane.for_each_peer([&](int peer) {
-      std::byte* counts = ctx.domain().bank(peer, ctx.lane.index(), epoch, ctx.domain().rank) + trip.bank.counts();
-      for (const SourceBatch& batch : ctx.table.batches()) {
-        std::memcpy(counts, ctx.table.counts_of(batch.source()).data(), static_cast<size_t>(num_bytes));
-        counts += num_bytes;
-      }
-    });
-  };
-  const auto receive_counts = [&](int64_t, uint64_t epoch) {
-    ctx.domain().for_each_member([&](int peer) {
-      ctx.lane.receive_from(trip, epoch, peer, [&](const std::byte* bank) {
-        if (peer == ctx.domain().rank) return;
-        for (int32_t node = 0; node < ctx.shape().num_nodes; ++node)
-          std::memcpy(ctx.table.counts_of(node * ctx.shape().ranks_per_node() + peer).data(), bank + trip.bank.counts() + node * num_bytes,
-                      static_cast<size_t>(num_bytes));
+  ctx.lane.run(
+      trip, [&](int64_t, uint64_t epoch) { put_counts_in_node(ctx, trip, epoch); },
+      [&](int64_t, uint64_t epoch) {
+        ctx.domain().for_each_member([&](int peer) {
+          ctx.lane.receive_from(trip, epoch, peer, [&](const std::byte* bank) { take_counts_in_node(ctx, trip, peer, bank); });
+        });
       });
-    });
-  };
-  ctx.lane.run(trip, send_counts, receive_counts);
   // Others may have the counts of a rank that was given up here: no row may move until all have the same.
   if (ctx.lane.gave_up_any()) fail(TERN_ABORTED, "route: a rank did not come; the next generation starts without it");
   const Span span(ctx.lane.spans(), {.kind = TERN_SPAN_PLAN, .operation = trip.operation});

@@ -87,11 +87,11 @@ CUresult set_access(const AddressRange& range, const std::vector<int>& devices) 
 
 void* pointer(const AddressRange& range) { return reinterpret_cast<void*>(range.begin); }
 
-void fill_with_zeros(const AddressRange& range, int device) {
+void fill_range(const AddressRange& range, int device, uint8_t value) {
   const DeviceGuard guard(device);
   const Stream stream(device);
-  check(cudaMemsetAsync(pointer(range), 0, range.size_bytes, stream.get()), "zeroing a window");
-  stream.wait(Deadline::in_ms(kCopyTimeoutMs), "zeroing a window");
+  check(cudaMemsetAsync(pointer(range), value, range.size_bytes, stream.get()), "filling a window");
+  stream.wait(Deadline::in_ms(kCopyTimeoutMs), "filling a window");
 }
 
 void copy(const AddressRange& from, const AddressRange& to, int device) {
@@ -140,7 +140,7 @@ std::shared_ptr<DeviceSegment> DeviceSegment::create(size_t bytes, int device, S
   Addresses addresses = reserve_addresses(size_bytes);
   Mapping mapping = map_memory(addresses.get(), memory);
   check(set_access(addresses.get(), {device}), "making a window accessible");
-  fill_with_zeros(addresses.get(), device);
+  fill_range(addresses.get(), device, 0);
   Fd fd = shared_by == SharedBy::kProcesses ? export_descriptor(memory) : Fd();
   return std::shared_ptr<DeviceSegment>(
       new DeviceSegment(device, std::move(memory), std::move(addresses), std::move(mapping), std::move(fd)));
@@ -160,6 +160,10 @@ std::shared_ptr<Segment> DeviceSegment::map_peer(Fd fd) const {
   Mapping mapping = map_memory(addresses.get(), memory);
   check(set_access(addresses.get(), {device_}), fmt::format("reaching a peer's window on GPU {} from GPU {}", owner, device_));
   return std::shared_ptr<DeviceSegment>(new DeviceSegment(device_, std::move(memory), std::move(addresses), std::move(mapping), Fd()));
+}
+
+void DeviceSegment::fill(size_t offset, size_t bytes, uint8_t value) {
+  if (bytes > 0) fill_range({addresses_.get().begin + offset, bytes}, device_, value);
 }
 
 void DeviceSegment::renew() {

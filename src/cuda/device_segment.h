@@ -58,6 +58,9 @@ class DeviceSegment final : public Segment {
   // do not reach each other.
   void grant(int device);
 
+  // Every byte of a part of an own segment; done when it returns.
+  void fill(size_t offset, size_t bytes, uint8_t value);
+
   int device() const { return device_; }
 
  private:

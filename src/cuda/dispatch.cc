@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kMostPieceBytes = 8192;
 constexpr int64_t kPartAlignment = 16;
+constexpr int64_t kWordBytes = 4;
 constexpr int32_t kLeastStages = 2;  // one that is loaded, one that is stored
 constexpr int32_t kMostStageRun = 16;
 constexpr int32_t kPullRun = 4;
@@ -57,17 +58,23 @@ void DispatchOperation::set_parts() {
 }
 
 // In rank_major everybody knows where rows come to lie. Those in place are written by their source into outputs that are window memory, if scales
-// can be too: then a row is loaded once, and not once for each rank that it goes to.
+// can be too: then a row is loaded once, and not once for each rank that it goes to. Scales that the source cannot offer in place go by words; they
+// are staged too, for ranks that pull.
 void DispatchOperation::set_delivery() {
   const tern_dispatch_args& a = call_.args;
   const bool is_known = plan_.shape().layout == TERN_LAYOUT_RANK_MAJOR && plan_.shape().num_nodes == 1 &&
                         plan_.tables().messages_per_token <= kernels::kMostDelivered;
-  const bool dense_scales = call_.scale_bytes % kPartAlignment == 0 && a.out_scale_order == TERN_SCALES_ROW_MAJOR &&
-                            reinterpret_cast<uintptr_t>(a.out_scales) % kPartAlignment == 0;
+  // What bulk copies of others may write, or words.
+  const int64_t out_alignment = call_.scale_bytes % kPartAlignment == 0 ? kPartAlignment : kWordBytes;
+  const bool dense_scales = call_.scale_bytes % out_alignment == 0 && a.out_scale_order == TERN_SCALES_ROW_MAJOR &&
+                            reinterpret_cast<uintptr_t>(a.out_scales) % out_alignment == 0;
   if (!is_known || !dense_scales || launch_.phase != TERN_PHASE_WHOLE || a.encoding != TERN_ENCODING_AS_GIVEN ||
       !plan_.exchange().lane(launch_.lane).open_sends.empty())
     return;
-  delivers_ = rows_at_ >= 0 && slot_.scale_bytes == 0;
+  const bool are_words = call_.scale_bytes <= kernels::kMostScaleWords * kWordBytes && a.scale_token_stride_bytes % kWordBytes == 0 &&
+                         a.scale_element_stride_bytes == call_.scale_element_bytes &&
+                         reinterpret_cast<uintptr_t>(a.scales) % kWordBytes == 0;
+  delivers_ = rows_at_ >= 0 && (slot_.scale_bytes == 0 || are_words);
   const int64_t num_rows = dispatch_outputs(plan_, call_).num_rows;
   takes_rows_at_ = plan_.exchange().heap_offset(a.out_tokens, num_rows * call_.wire_bytes);
   if (call_.scale_bytes == 0 || a.out_scales == nullptr) return;
@@ -207,8 +214,10 @@ kernels::DispatchArgs DispatchOperation::round_args(const BatchRound& round) con
   // Few SMs want messages that are known far ahead, and whole rings: fp8 from the caller's memory with 8 SMs 592 us as with 24, so 412.
   const bool deals = stages_rows && num_sms_ > kFewSms;
   args.pull_run = deals ? kPullRun : 0;
-  const bool is_behind_route = a.routing != nullptr && args.transfer.sends && round.is_first && plan_.shape().num_nodes == 1;
-  args.follows_route = is_behind_route && plan_.exchange().facts().has_bulk_copies;  // sm_90
+  const bool is_behind_route =
+      (a.routing != nullptr || !plan_.is_dispatched()) && args.transfer.sends && round.is_first && plan_.shape().num_nodes == 1;
+  args.follows_closely = is_behind_route && plan_.exchange().facts().has_bulk_copies;  // sm_90
+  if (args.follows_closely && a.routing != nullptr) args.route_blocks = plan_.route_blocks();
   args.out = dispatch_outputs(plan_, call_);
   args.slot = slot;
   args.writes_outputs = args.transfer.receives && round.is_first;

@@ -14,6 +14,7 @@
 #include "domain/agreement.h"
 #include "domain/failure.h"
 #include "kernels/combine.h"
+#include "kernels/count_routing.h"
 #include "kernels/dispatch.h"
 #include "kernels/latency.h"
 #include "kernels/node_route.h"
@@ -21,7 +22,6 @@
 #include "kernels/route.h"
 #include "kernels/wire_combine.h"
 #include "memory/host_segment.h"
-#include "plan/window_sizing.h"
 #include "topology/nodes.h"
 
 namespace tern::cuda {
@@ -29,11 +29,18 @@ namespace {
 
 constexpr int64_t kLaneCells = layout::kMaxChunks;
 
-// What a rank tells the others about its GPU. Travels as bytes.
+// Which GPU a rank has.
 struct DeviceIdentity {
   std::array<char, 16> uuid;
   int32_t domain, bus, slot;  // of the PCI bus, for people to read
   bool operator==(const DeviceIdentity&) const = default;
+};
+
+// What a rank tells the others about its GPU. Travels as bytes.
+struct DeviceReport {
+  DeviceIdentity identity;
+  int32_t num_sms;
+  int32_t asked_sms;  // 0: none
 };
 
 DeviceIdentity identify(int device) {
@@ -87,6 +94,7 @@ void load_kernels(bool bulk_copies) {
   check(kernels::prepare_latency_dispatch(), "loading the kernel of dispatch for small batches");
   check(kernels::prepare_latency_combine(), "loading the kernels of combine for small batches");
   check(kernels::prepare_rail(), "loading the kernels between nodes");
+  check(kernels::prepare_count_routing(), "loading the kernel that counts a routing");
   check(kernels::prepare_node_route(), "loading the kernels of route between nodes");
 }
 
@@ -96,37 +104,6 @@ std::unique_ptr<SegmentSharer> make_node_sharer(const Topology& topology, Bootst
 }
 
 }  // namespace
-
-// Staging as asked for, or what one round of the expected shapes takes, bounded: per owner of tokens that combine stages for, and as much for
-// all of dispatch together.
-layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& options, int32_t num_group_ranks, int32_t num_nodes) {
-  const int32_t num_ranks = num_group_ranks / num_nodes;
-  const layout::RoutingBankLayout routing{.num_counts = int64_t{options.max_experts} + num_ranks, .num_topk = options.max_topk};
-  int64_t per_rank = make_window_layout(options, num_ranks).bank_bytes;
-  if (options.staging_bytes == 0) {
-    constexpr int64_t kPartPadding = 2 * 16;  // rows and scales begin at multiples of it; the last of the chunks is counted as a full one
-    const auto weight_bytes = int64_t{options.max_topk} * static_cast<int64_t>(sizeof(float));
-    const layout::StagedSlot slot{options.max_row_bytes + kPartPadding, 0, weight_bytes};
-    const int64_t most = staging_bound(options) / (int64_t{options.num_lanes} * layout::kNumBanks * num_ranks);
-    per_rank = std::max(per_rank, std::min(slot.stride() * (options.max_tokens + layout::kMaxChunks), most));
-    // Batches for decoding: the latency path takes a combine in mode EXACT at once.
-    constexpr int64_t kDecodingTokens = 256;
-    const int64_t entry_rows = options.max_tokens * layout::align_up(options.max_topk * options.max_row_bytes + weight_bytes + 16, 128);
-    // As a rule rows of several ranks share a slot: LatencyCombineArgs.shares_slots.
-    const int32_t num_sharing = options.on_timeout == TERN_ON_TIMEOUT_MASK ? 1 : num_ranks;
-    if (options.max_tokens <= kDecodingTokens) per_rank = std::max(per_rank, std::min(entry_rows / num_sharing + 1, most));
-  }
-  const bool has_latency_path = num_nodes == 1 && num_ranks <= layout::kMostLatencyRanks;
-  const int64_t latency_tokens = has_latency_path ? std::min(options.max_tokens, layout::kMostLatencyTokens) : 0;
-  const layout::LatencyWords words{
-      .num_counts = int64_t{options.max_experts} + num_ranks, .max_tokens = latency_tokens, .num_topk = options.max_topk};
-  return {.num_ranks = num_ranks,
-          .num_lanes = options.num_lanes,
-          .routing_bytes = routing.bytes(options.max_tokens),
-          .staging_bytes = num_ranks * layout::align_up(per_rank, layout::kBulkLine),
-          .latency_words = latency_tokens > 0 ? layout::align_up(words.num_words(), 16) : 0,
-          .latency_tokens = latency_tokens};
-}
 
 CudaLane::CudaLane(const std::shared_ptr<DevicePool>& pool, int num_ranks)
     : stream(pool->device(), StreamPriority::kHighest),
@@ -207,12 +184,21 @@ void CudaExchange::find_devices(const Topology& topology, Bootstrap& bootstrap, 
   constexpr int kRingSharedBytes = 224 << 10;  // GPUs for workstations have bulk copies, but not the room for rings
   facts_.has_bulk_copies = attribute(facts_.device, cudaDevAttrComputeCapabilityMajor) >= 9 &&
                            attribute(facts_.device, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kRingSharedBytes && knobs().bulk_copy != 0;
-  const DeviceIdentity own = identify(facts_.device);
-  std::vector<DeviceIdentity> all(static_cast<size_t>(topology.num_ranks));
+  const DeviceReport own{identify(facts_.device), facts_.num_sms, options_.num_sms};
+  std::vector<DeviceReport> all(static_cast<size_t>(topology.num_ranks));
   bootstrap.allgather(&own, all.data(), sizeof(own), deadline);
-  facts_.ranks_on_device = static_cast<int>(std::count(all.begin(), all.end(), own));
+  const auto ranks_on = [&](const DeviceIdentity& device) {
+    return static_cast<int>(std::count_if(all.begin(), all.end(), [&](const DeviceReport& report) { return report.identity == device; }));
+  };
+  facts_.ranks_on_device = ranks_on(own.identity);
+  facts_.common_sms = facts_.share_sms();
+  for (const DeviceReport& report : all) {
+    const int share = std::max(1, report.num_sms / ranks_on(report.identity));
+    facts_.common_sms = std::min({facts_.common_sms, share, report.asked_sms > 0 ? report.asked_sms : share});
+    facts_.common_sms_asked |= report.asked_sms > 0;
+  }
   for (int r = 0; r < topology.num_ranks; ++r)
-    if (all[static_cast<size_t>(r)] == own && !topology.same_process(r))
+    if (all[static_cast<size_t>(r)].identity == own.identity && !topology.same_process(r))
       fail(TERN_UNSUPPORTED,
            "exchange: ranks {} and {} are processes on the same {}; kernels of two processes do not run at the same time, so they would "
            "wait "
@@ -235,8 +221,10 @@ void CudaExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t ge
   std::transform(masked.begin(), masked.end(), member.begin(), [](uint8_t m) { return static_cast<uint8_t>(m == 0); });
   const SharedBy shared_by = sharer_->shares_address_space() ? SharedBy::kThreads : SharedBy::kProcesses;
   const auto window_bytes = static_cast<size_t>(layout_.total_bytes());
-  auto windows = share_device(DeviceSegment::create(window_bytes, facts_.device, shared_by), fmt::format("gpu-window-{}", generation),
-                              member, deadline);
+  auto window = DeviceSegment::create(window_bytes, facts_.device, shared_by);
+  window->fill(static_cast<size_t>(layout_.slots(0, 0)), static_cast<size_t>(layout_.slots(layout_.num_lanes, 0) - layout_.slots(0, 0)),
+               layout::kUnwrittenByte);
+  auto windows = share_device(std::move(window), fmt::format("gpu-window-{}", generation), member, deadline);
   std::vector<std::shared_ptr<Segment>> heaps(masked.size());
   if (options_.window_bytes > 0) {
     auto own = std::static_pointer_cast<DeviceSegment>(heaps_[static_cast<size_t>(rank())]);

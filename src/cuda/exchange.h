@@ -5,6 +5,7 @@
 // exactly as CPU ranks do. GPUs tell each other through the windows, and their own host through a mailbox.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -33,6 +34,12 @@ struct DeviceFacts {
   int num_sms = 0;
   bool has_bulk_copies = false;
   int ranks_on_device = 1;
+  // The fewest SMs that an operation may take on any rank, by the ranks' shares of their GPUs and what their exchanges ask for; the latter may differ.
+  int common_sms = 1;
+  bool common_sms_asked = false;  // some exchange asks for a number
+
+  // This rank's share of the GPU.
+  int share_sms() const { return std::max(1, num_sms / ranks_on_device); }
 };
 
 // Read by tern_exchange_get_metrics from any thread. Bytes and waits are known to the GPU alone, and are not counted.
@@ -63,6 +70,8 @@ class CudaExchange : public DeviceExchange {
   int32_t num_lanes() const override { return static_cast<int32_t>(lanes_.size()); }
   int32_t device_index() const override { return facts_.device; }
   std::unique_ptr<DevicePlan> create_plan(const PlanShape& shape) override;
+  void count_routing(const PlanShape& shape, const tern_routing& routing, const tern_launch& launch,
+                     const tern_routing_counts& counts) override;
   void* alloc_window(int64_t bytes) override;
   void free_window(void* pointer) override;
   tern_exchange_state state() const override;

@@ -5,13 +5,20 @@
 
 #include "base/knobs.h"
 #include "cuda/operations.h"
+#include "plan/batch_path.h"
 
 namespace tern::cuda {
 namespace {
 
-constexpr int64_t kLatencyKb = 4096;
 // Parts of rows that are sent: each has an SM on every GPU that there is, and is long enough for all warps of a block.
 constexpr int64_t kMostParts = 128, kLeastPartBytes = 2048;
+// Of a rank: see has_row_flags(). 4 H200, bf16 of 7168, us with and without flags: dispatch 7.9 and 8.1 with 1 token, 8.6 and 8.4 with 8, 9.4 and 8.8
+// with 16; combine 5.9 and 6.7 with 1, 7.8 and 8.5 with 16, 9.5 and 10.2 with 32, 14.7 and 13.9 with 64.
+constexpr int64_t kMostFlaggedInDispatch = 4, kMostFlaggedInCombine = 32;
+// Sends that route take one epoch here and two otherwise, when not two of them can be under way: so this does not depend on forecasts.
+constexpr int64_t kRoutedSendBytes = 4 << 20;
+// What slots are made for; larger batches take the throughput path.
+constexpr int64_t kMostRoomBytes = 4 << 20;
 constexpr int32_t kLatencyChoice = 1 << 24;  // in CallShape::choices: what others call for a large batch is something else
 
 layout::LatencyWords words_of(const CudaPlan& plan) {
@@ -31,7 +38,32 @@ constexpr bool reciprocals_are_exact() {
 }
 static_assert(reciprocals_are_exact());
 
-bool is_small(const CudaPlan& plan, int64_t row_bytes) {
+// Blocks for each message that may arrive or part that is sent, and one for the routing: what a block does one after the other takes its time, since
+// it is code that is fetched and loads that are waited for.
+int64_t most_blocks(const CudaPlan& plan, int64_t num_parts) { return std::max(plan.shape().max_messages(), num_parts) + 1; }
+
+// What an operation is to the choice of its path.
+struct BatchCall {
+  tern_operation operation;
+  bool routes;
+  int32_t rows_per_token;
+  int64_t row_bytes;  // with scales
+  bool is_send = false;
+};
+
+bool is_faster(const CudaPlan& plan, const BatchCall& call) {
+  const DeviceFacts& device = plan.exchange().facts();
+  return is_pushed({.operation = call.operation,
+                    .routes = call.routes,
+                    .num_ranks = plan.shape().ranks_per_node(),
+                    .num_tokens = call.routes ? plan.shape().max_tokens : plan.most_tokens(),
+                    .messages_per_token = call.rows_per_token,
+                    .row_bytes = call.row_bytes,
+                    .num_sms = device.common_sms,
+                    .are_sms_asked = device.common_sms_asked});
+}
+
+bool is_small(const CudaPlan& plan, const BatchCall& call) {
   const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
   const PlanShape& shape = plan.shape();
   if (shape.max_tokens > window.latency_tokens || words_of(plan).num_words() > window.latency_words) return false;
@@ -43,15 +75,12 @@ bool is_small(const CudaPlan& plan, int64_t row_bytes) {
     case TERN_MODE_AUTO: break;
   }
   if (plan.exchange().masks_late_ranks()) return true;
-  return shape.max_tokens * row_bytes <= knobs().latency_max_kb.value_or(kLatencyKb) << 10;
+  const int64_t num_bytes = shape.max_tokens * call.row_bytes;
+  if (const auto most_kb = knobs().latency_max_kb) return num_bytes <= *most_kb << 10;
+  return call.routes && call.is_send ? num_bytes <= kRoutedSendBytes : is_faster(plan, call);
 }
 
-layout::LatencySlot dispatch_slot(const CudaPlan& plan, const DispatchCall& call) {
-  return {.row_bytes = call.wire_bytes,
-          .scale_bytes = call.scale_bytes,
-          .weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0,
-          .num_entries = plan.shape().num_topk};
-}
+layout::LatencySlot dispatch_slot(const DispatchCall& call) { return {.row_bytes = call.wire_bytes, .scale_bytes = call.scale_bytes}; }
 
 kernels::LatencyDispatchMemory dispatch_memory(const CudaPlan& plan, const layout::LatencySlot& slot) {
   return {plan.tables(), plan.shape().num_ranks, words_of(plan), slot};
@@ -63,15 +92,26 @@ bool is_per_entry(const CudaPlan& plan, const CombineCall& call) {
 
 layout::LatencySlot combine_slot(const CudaPlan& plan, const CombineCall& call) {
   const int64_t num_rows = is_per_entry(plan, call) ? plan.shape().num_topk : 1;
-  return {.row_bytes = num_rows * call.wire_bytes, .weight_bytes = call.carries_weights ? plan.tables().topk_bytes() : 0};
+  return {.row_bytes = num_rows * call.wire_bytes};
 }
 
 // See LatencyCombineArgs.
 bool shares_slots(const CudaPlan& plan, const CombineCall& call) { return is_per_entry(plan, call) && !plan.exchange().masks_late_ranks(); }
 
-bool fits_staging(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t num_slots) {
+// Do rows have flags? They show nothing by themselves under TERN_ON_TIMEOUT_MASK and in the 10-bit encoding. Rows of entries are so many that to
+// put back what is unwritten takes longer than flags; and a few rows are looked at so soon that a flag behind them costs less than looks at all words.
+bool has_row_flags(const CudaPlan& plan, const DispatchCall&) {
+  return plan.exchange().masks_late_ranks() || plan.shape().max_tokens <= kMostFlaggedInDispatch;
+}
+bool has_row_flags(const CudaPlan& plan, const CombineCall& call) {
+  return plan.exchange().masks_late_ranks() || plan.shape().max_tokens <= kMostFlaggedInCombine || call.args.wire == TERN_WIRE_LOG10BIT ||
+         is_per_entry(plan, call);
+}
+
+bool fits(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t num_slots, bool has_row_flags) {
   constexpr int64_t kMostSlotBytes = 1 << 30;  // offsets in a slot, and rows, are int32_t
-  return slot.stride() <= kMostSlotBytes && num_slots * slot.stride() <= plan.exchange().window_layout().staging_bytes;
+  const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
+  return slot.stride() <= kMostSlotBytes && num_slots * slot.stride() <= (has_row_flags ? window.staging_bytes : window.slot_bytes);
 }
 
 // FNV-1a over the words of what ranks must agree on.
@@ -107,6 +147,7 @@ struct CallFacts {
   tern_operation operation;
   const layout::CallShape& shape;
   const layout::LatencySlot& slot;
+  bool has_row_flags;
   int64_t row_bytes;  // that are dealt out
   int32_t parts_log2;
   uint64_t* epoch_kept;  // from a send to its receive, in GPU memory
@@ -124,6 +165,7 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.call_hash = call_hash(facts.operation, facts.shape);
   args.operation = facts.operation;
   args.exchange.consumed_lag_before = facts.lag_before;
+  args.has_row_flags = facts.has_row_flags;
   args.follows_closely = plan.exchange().facts().has_bulk_copies;  // sm_90
   args.ticket = facts.epoch_kept;
   args.wait_ns = facts.wait_ns;
@@ -134,7 +176,8 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   const layout::DeviceWindowLayout& window = args.exchange.layout;
   for (int bank = 0; bank < layout::kNumBanks; ++bank) {
     args.words_at[bank] = window.words(launch.lane, static_cast<uint64_t>(bank), 0);
-    args.slots_at[bank] = window.staging(launch.lane, static_cast<uint64_t>(bank));
+    const auto epoch = static_cast<uint64_t>(bank);
+    args.slots_at[bank] = facts.has_row_flags ? window.staging(launch.lane, epoch) : window.slots(launch.lane, epoch);
   }
   args.row_flags_at = window.row_flags(launch.lane, 0);
   args.progress_at = window.progress(launch.lane, 0);
@@ -147,30 +190,40 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   return args;
 }
 
-// A block for each message that may arrive or part that is sent, and one for the routing, or fewer, as the caller or the exchange wants it: what
-// a block does one after the other takes its time, since it is code that is fetched and loads that are waited for.
+// Or fewer, as the caller or the exchange wants it.
 int latency_sms(const CudaPlan& plan, const tern_launch& launch, int64_t num_parts) {
-  const int64_t blocks = std::max(plan.shape().max_messages(), num_parts) + 1;
-  const int64_t bytes_for_all = blocks * kBytesPerSm;
+  const int64_t blocks = most_blocks(plan, num_parts);
   const int asked = launch.num_sms > 0 ? launch.num_sms : plan.exchange().options().num_sms;
-  const DeviceFacts& facts = plan.exchange().facts();
-  if (asked > 0) return choose_num_sms(plan.exchange(), launch, bytes_for_all);
-  return static_cast<int>(std::min<int64_t>(blocks, std::max(1, facts.num_sms / facts.ranks_on_device)));
+  if (asked > 0) return choose_num_sms(plan.exchange(), launch, blocks * kBytesPerSm);
+  return static_cast<int>(std::min<int64_t>(blocks, plan.exchange().facts().share_sms()));
 }
 
 }  // namespace
 
-bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call) {
-  const layout::LatencySlot slot = dispatch_slot(plan, call);
-  if (!is_small(plan, call.wire_bytes) || !fits_staging(plan, slot, plan.shape().max_messages())) return false;
+int64_t most_latency_bytes() { return knobs().latency_max_kb ? *knobs().latency_max_kb << 10 : kMostRoomBytes; }
+
+bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch) {
+  const layout::LatencySlot slot = dispatch_slot(call);
+  const BatchCall batch{.operation = TERN_OP_DISPATCH,
+                        .routes = call.args.routing != nullptr,
+                        .rows_per_token = plan.shape().max_messages_per_token(),
+                        .row_bytes = call.wire_bytes + call.scale_bytes,
+                        .is_send = launch.phase == TERN_PHASE_SEND};
+  if (!is_small(plan, batch) || !fits(plan, slot, plan.shape().max_messages(), has_row_flags(plan, call))) return false;
   return dispatch_memory(plan, slot).num_bytes <= kernels::kMostLatencyShared;
 }
 
 bool takes_latency_path(const CudaPlan& plan, const CombineCall& call) {
   const int64_t num_slots = shares_slots(plan, call) ? plan.shape().max_tokens : plan.shape().max_messages();
   if (call.args.wire == TERN_WIRE_FP32) return false;
-  return is_small(plan, call.row_bytes) && fits_staging(plan, combine_slot(plan, call), num_slots);
+  const BatchCall batch{.operation = TERN_OP_COMBINE,
+                        .routes = false,
+                        .rows_per_token = is_per_entry(plan, call) ? plan.shape().num_topk : plan.shape().max_messages_per_token(),
+                        .row_bytes = call.wire_bytes};
+  return is_small(plan, batch) && fits(plan, combine_slot(plan, call), num_slots, has_row_flags(plan, call));
 }
+
+bool took_latency_path(const Ticket& ticket) { return (ticket.shape.choices & kLatencyChoice) != 0; }
 
 LatencyDispatch::LatencyDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch)
     : plan_(plan),
@@ -205,13 +258,13 @@ void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
 }
 
 kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_before) const {
-  const layout::LatencySlot slot = dispatch_slot(plan_, call_);
+  const layout::LatencySlot slot = dispatch_slot(call_);
   kernels::LatencyDispatchArgs args;
-  args.call = make_call(
-      plan_, launch_,
-      {TERN_OP_DISPATCH, shape_, slot, call_.wire_bytes, parts_log2_, plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
+  args.call = make_call(plan_, launch_,
+                        {TERN_OP_DISPATCH, shape_, slot, has_row_flags(plan_, call_), call_.wire_bytes, parts_log2_,
+                         plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
   args.memory = dispatch_memory(plan_, slot);
-  args.routes = routes;
+  args.call.routes = routes;
   if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
     args.topk_idx = routing->topk_idx;
     args.is_int32 = routing->topk_idx_type == TERN_INDEX_INT32;
@@ -263,14 +316,15 @@ kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {
   const layout::LatencySlot slot = combine_slot(plan_, call_);
   const bool weighs_with_owners = a.weighting == TERN_WEIGHTS_OWNER;
   kernels::LatencyCombineArgs args;
+  args.is_log = a.wire == TERN_WIRE_LOG10BIT;
   args.call = make_call(plan_, launch_,
-                        {TERN_OP_COMBINE, shape_, slot, call_.row_bytes, parts_log2_, tables.combine_ticket, lag_before, a.wait_ns});
+                        {TERN_OP_COMBINE, shape_, slot, has_row_flags(plan_, call_), call_.row_bytes, parts_log2_, tables.combine_ticket,
+                         lag_before, a.wait_ns});
   args.dtype = a.dtype;
   args.row_bytes = static_cast<int32_t>(call_.row_bytes);
   args.wire_bytes = static_cast<int32_t>(call_.wire_bytes);
   args.piece_bytes =
       static_cast<int32_t>(layout::align_up((args.call.part_bytes + kernels::kPushingWarps - 1) / kernels::kPushingWarps, 512));
-  args.is_log = a.wire == TERN_WIRE_LOG10BIT;
   args.per_entry = is_per_entry(plan_, call_);
   args.shares_slots = shares_slots(plan_, call_);
   args.returns_weights = call_.carries_weights;

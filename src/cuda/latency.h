@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Operations of small batches: one kernel, which pushes rows, in place of those of operations.h.
 //
-//   if (takes_latency_path(plan, call)) {
+//   if (takes_latency_path(plan, call, launch)) {
 //     LatencyDispatch operation(plan, call, launch);
 //     operation.check(ticket);               // throws what would keep it from being started; nothing has happened
 //     operation.enqueue(stream, ticket);
@@ -13,9 +13,13 @@
 
 namespace tern::cuda {
 
-// The same answer on every rank, and for a send and its receive.
-bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call);
+// In TERN_MODE_AUTO there is room for rows of so many bytes of a rank.
+int64_t most_latency_bytes();
+
+// The same answer on every rank. A receive goes the way of its send.
+bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch);
 bool takes_latency_path(const CudaPlan& plan, const CombineCall& call);
+bool took_latency_path(const Ticket& ticket);
 
 class LatencyDispatch {
  public:

@@ -2,6 +2,7 @@
 #include "cuda/node_lane.h"
 
 #include <sched.h>
+#include <sys/prctl.h>
 
 #include <cstring>
 
@@ -137,6 +138,9 @@ bool NodeLane::await_command() {
 }
 
 void NodeLane::run() {
+  // Else each of its short pauses ends up to 50 us late.
+  constexpr unsigned long kSlackNs = 1000;
+  static_cast<void>(::prctl(PR_SET_TIMERSLACK, kSlackNs));
   try {
     while (await_command()) take(cell_[0].command)(*this);
   } catch (const std::exception& error) {

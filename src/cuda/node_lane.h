@@ -2,7 +2,7 @@
 // The host's part of a lane of a GPU rank between nodes: a thread that does what operations need of the network, when the GPU comes to it.
 //
 //   const uint64_t command = lane.add([=](NodeLane& l) { ... }, nullptr);
-//   launch_talk({.command = command, .asks = true, .awaits = true, ...});   // the command begins when this has run
+//   launch_talk({.steps = {.command = command, .asks_first = true, .awaits = true, ...}});   // the command begins when this runs
 //
 //   in the command:  lane.rail().start_round(...);  lane.answer(epoch);  lane.await_gpu(operation);  lane.rail().send_round(...);  ...
 //

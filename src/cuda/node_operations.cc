@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "base/knobs.h"
 #include "cuda/nodes.h"
 #include "plan/window_sizing.h"
 
@@ -12,6 +13,8 @@ namespace {
 
 // A round of the rail, to each node: what is packed while the last one is on its way.
 constexpr int64_t kRailRoundBytes = 8 << 20;
+constexpr int64_t kRailLatencyKb = 64;        // of rows per rank: batches up to this size are routed on their way
+constexpr int32_t kRoutesOnItsWay = 1 << 25;  // in CallShape::choices
 
 tern_launch whole(tern_launch launch) {
   launch.phase = TERN_PHASE_WHOLE;
@@ -39,12 +42,6 @@ kernels::RailSlots with(kernels::RailSlots slots, const NodeTrip& trip, const Sl
   slots.num_places = table.num_places;
   slots.first_chunk = trip.chunks(round).begin;
   return slots;
-}
-
-// Calls visit(node), this rank's own first, in the same order on all ranks of the node.
-template <typename Visitor>
-void for_each_batch(const PlanShape& shape, Visitor visit) {
-  for (int32_t i = 0; i < shape.num_nodes; ++i) visit((shape.node() + i) % shape.num_nodes);
 }
 
 // ---- Commands, on the lane's thread.
@@ -158,142 +155,84 @@ NodeTrip make_node_trip(const CudaPlan& plan, const NodeTripOptions& options) {
   return trip;
 }
 
-NodeSteps::NodeSteps(const CudaPlan& plan, const tern_launch& launch, tern_operation operation, cudaStream_t stream)
-    : plan_(plan), lane_idx_(launch.lane), operation_(operation), stream_(stream) {}
+namespace {
 
-void NodeSteps::begin(NodeLane::Command command) const {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream_, &status), "asking whether a stream is captured");
-  const void* owner = status == cudaStreamCaptureStatusNone ? nullptr : &plan_;
-  const uint64_t number = plan_.exchange().nodes()->lane(lane_idx_).add(std::move(command), owner);
-  talk({.command = number, .asks = true});
+layout::RailSlotLayout dispatch_slot(const CudaPlan& plan, const DispatchCall& call, int32_t num_routing_words) {
+  return {.payload_bytes = call.wire_bytes,
+          .scale_bytes = call.scale_bytes,
+          .num_words = num_routing_words + (call.carries_weights ? plan.shape().num_topk : 0),
+          .num_routing_words = num_routing_words};
 }
 
-void NodeSteps::talk(kernels::TalkArgs args) const {
-  const NodeLane& lane = plan_.exchange().nodes()->lane(lane_idx_);
-  args.exchange = plan_.exchange().view(lane_idx_);
-  args.operation = operation_;
-  args.cell = lane.cell();
-  args.talk = lane.talk();
-  check(kernels::launch_talk(args, stream_), "launching the kernel that talks with the host");
+layout::RailBankLayout routing_bank(const CudaPlan& plan, const DispatchCall& call) {
+  return {.num_counts = plan.node_plan()->table().num_counts(), .slot = dispatch_slot(plan, call, plan.shape().routing_words())};
 }
 
-// ---- Route
-
-NodeRoute::NodeRoute(const CudaPlan& plan, const tern_routing& routing, const tern_launch& launch)
-    : plan_(plan), launch_(launch), trip_(plan.node_plan()->trip()) {
-  args_.exchange = plan.exchange().view(launch.lane);
-  args_.plan = plan.tables();
-  args_.rails = plan.rails();
-  args_.route = plan.route_tables();
-  args_.report = plan.node_plan()->report();
-  args_.unreachable = plan.exchange().nodes()->unreachable_on_gpu();
-  args_.num_rounds = static_cast<int32_t>(trip_.num_rounds);
-  args_.tokens_per_round = trip_.tokens_per_round;
-  take_routing(routing, args_);
-  args_.counts_at = trip_.bank.counts();
+// Of a dispatch that routes on its way: the whole batch in one round.
+NodeTrip routing_trip(const CudaPlan& plan, const DispatchCall& call, const layout::CallShape& shape) {
+  NodeTrip trip{.rail = {.operation = TERN_OP_DISPATCH,
+                         .shape = shape,
+                         .bank = routing_bank(plan, call),
+                         .tokens_per_round = plan.shape().max_tokens,
+                         .num_rounds = 1},
+                .num_chunks = plan.tables().num_chunks,
+                .chunks_per_round = plan.tables().num_chunks};
+  trip.rail.shape.tokens_per_round = plan.shape().max_tokens;
+  trip.rail.shape.choices |= kRoutesOnItsWay;
+  return trip;
 }
 
-void NodeRoute::enqueue(const NodePlan::Route& route, int32_t num_sms, cudaStream_t stream) {
-  const NodeSteps steps(plan_, launch_, TERN_OP_ROUTE, stream);
-  const auto step = [&](cudaError_t (*launch)(const kernels::NodeRouteArgs&, cudaStream_t)) {
-    tern::cuda::check(launch(args_, stream), "launching a kernel of route between nodes");
-  };
-  const auto route_batch = [&](int32_t node) {
-    tern::cuda::check(kernels::launch_route(batch_args(node), num_sms, stream), "launching the kernel of route");
-  };
-  const auto receive = [&](int64_t round) {
-    steps.await();
-    unpack(round);
-    step(&kernels::launch_unpack_routing);
-    steps.ask();
-  };
-  const PlanShape& shape = plan_.shape();
-  const int64_t num_places = shape.num_nodes * shape.max_tokens;
-  const auto clear = [&](void* table, int value, int64_t num_bytes) {
-    tern::cuda::check(cudaMemsetAsync(table, value, static_cast<size_t>(num_bytes), stream), "clearing the tables of a route");
-  };
-  if (shape.num_topk > 0)
-    clear(args_.rails.experts, 0xff, num_places * shape.num_topk * static_cast<int64_t>(sizeof(int32_t)));
-  else
-    clear(args_.route.token_in_rank, 0, num_places * shape.ranks_per_node());
-  step(&kernels::launch_number);
-  steps.begin([route, plan = plan_.node_plan()](NodeLane& lane) { plan->route(lane, route); });
-  for (int64_t round = 0; round < trip_.num_rounds; ++round) {
-    steps.await();
+// On the stream what run_ahead() does on the host. The first answer has been awaited; pack() asks when it is done.
+template <typename Pack, typename ForwardOwn, typename ForwardOthers>
+void enqueue_ahead(const NodeSteps& steps, int32_t num_rounds, tern_phase phase, Pack pack, ForwardOwn forward_own,
+                   ForwardOthers forward_others) {
+  const bool receives_only = phase == TERN_PHASE_RECEIVE;
+  for (int32_t round = 0; round < std::min(layout::kNumBanks, num_rounds) && !receives_only; ++round) {
+    if (round > 0) steps.await();
     pack(round);
-    step(&kernels::launch_pack_routing);
-    steps.ask();
-    if (round == 0) route_batch(shape.node());
-    if (round > 0) receive(round - 1);
   }
-  receive(trip_.num_rounds - 1);
-  for_each_batch(shape, [&](int32_t node) {
-    if (node != shape.node()) route_batch(node);
-  });
-  step(&kernels::launch_number_batches);
-  steps.await();
-  tern::cuda::check(kernels::launch_copy(plan_.tables_data(), plan_.node_plan()->told(), plan_.told_bytes(), stream),
-                    "launching the kernel that brings what the host has counted");
-  step(&kernels::launch_settle);
+  if (phase == TERN_PHASE_SEND) return;
+  for (int32_t round = 0; round < num_rounds; ++round) {
+    forward_own(round);
+    if (!receives_only) steps.await();
+    forward_others(round);
+    if (round + layout::kNumBanks >= num_rounds) {
+      steps.ask();
+      continue;
+    }
+    steps.ask_and_await();
+    pack(round + layout::kNumBanks);
+  }
 }
 
-void NodeRoute::pack(int64_t round) {
-  args_.slots = plan_.exchange().nodes()->leaving(launch_.lane);
-  args_.slots.slots_at = trip_.bank.slots();
-  args_.slots.layout = trip_.bank.slot;
-  args_.round = static_cast<int32_t>(round);
-}
-
-void NodeRoute::unpack(int64_t round) {
-  pack(round);
-  args_.slots.banks = plan_.exchange().nodes()->arrived(launch_.lane).banks;
-  args_.slots.own_bytes = plan_.exchange().nodes()->arrived(launch_.lane).own_bytes;
-}
-
-// Rows of a batch alone: each expert has room for all that may come, so that they become rows of all by one addition.
-kernels::RouteArgs NodeRoute::batch_args(int32_t node) const {
-  const int32_t num_ranks = plan_.shape().ranks_per_node(), first_source = node * num_ranks;
-  const kernels::NodeRouteTables& r = args_.route;
-  const int64_t first_message = node * args_.batch_messages();
-  kernels::RouteArgs args = plan_.route_args({}, launch_.lane);
-  kernels::PlanView& v = args.plan;
-  v = plan_.batch(node);
-  v.num_sources = num_ranks;
-  v.first_source = 0;
-  v.alignment = 1;
-  v.row_capacity = INT32_MAX;
-  v.padded_group_rows = args_.batch_group_rows();
-  if (v.has_expert_rows()) v.layout = TERN_LAYOUT_EXPERT_PADDED;
-  v.num_tokens += first_source;
-  v.counts += int64_t{first_source} * v.num_counts(num_ranks);
-  v.chunk_begin += int64_t{first_source} * (layout::kMaxChunks + 1);
-  v.received_begin = r.received_begin + node * (num_ranks + 1);
-  v.source_token = r.source_token + first_message;
-  v.received_experts = r.received_experts + first_message * v.topk_stride;
-  v.received_rows = r.received_rows + first_message * v.topk_stride;
-  v.group_begin = r.group_begin;
-  v.source_begin = r.source_begin;
-  args.topk_idx = v.experts;
-  args.is_int32 = true;
-  args.token_in_rank = r.token_in_rank + first_message;
-  args.tokens_per_expert = v.num_topk == 0 ? r.given_entries + node * v.num_experts : nullptr;
-  args.num_tokens = static_cast<int32_t>(v.max_tokens);
-  args.device_num_tokens = r.batch_tokens + node;
-  return args;
-}
+}  // namespace
 
 // ---- Dispatch
 
-NodeDispatch::NodeDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, int64_t most_tokens)
-    : plan_(plan), launch_(launch), launch_in_node_(whole(launch)), in_node_(plan, call, launch_in_node_, most_tokens) {
-  const int32_t num_weights = call.carries_weights ? plan.shape().num_topk : 0;
-  trip_ = make_node_trip(plan, {.operation = TERN_OP_DISPATCH,
-                                .phase = launch.phase,
-                                .shape = in_node_.shape(),
-                                .slot = {.payload_bytes = call.wire_bytes, .scale_bytes = call.scale_bytes, .num_words = num_weights},
-                                .slots_per_token = 1,
-                                .most_tokens = most_tokens});
+bool NodeDispatch::can_route_on_its_way(const CudaPlan& plan, const DispatchCall& call, tern_phase phase) {
+  const tern_mode mode = plan.exchange().options().mode;
+  const int64_t most_bytes = knobs().latency_max_kb.value_or(kRailLatencyKb) << 10;
+  const bool is_small = mode == TERN_MODE_AUTO ? plan.shape().max_tokens * call.wire_bytes <= most_bytes : mode == TERN_MODE_LATENCY;
+  return (is_small || phase != TERN_PHASE_WHOLE) &&
+         routing_bank(plan, call).slots_in(plan.exchange().nodes()->bank_bytes()) >= plan.shape().max_tokens;
+}
+
+NodeDispatch::NodeDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, const Options& options)
+    : plan_(plan),
+      call_(call),
+      launch_(launch),
+      launch_in_node_(whole(launch)),
+      options_(options),
+      in_node_(plan, call, launch_in_node_, options.most_tokens) {
+  if (options.routes_on_its_way)
+    trip_ = routing_trip(plan, call, in_node_.shape());
+  else
+    trip_ = make_node_trip(plan, {.operation = TERN_OP_DISPATCH,
+                                  .phase = launch.phase,
+                                  .shape = in_node_.shape(),
+                                  .slot = dispatch_slot(plan, call, 0),
+                                  .slots_per_token = 1,
+                                  .most_tokens = options.most_tokens});
 }
 
 void NodeDispatch::check(const Ticket& ticket, int64_t rail_rounds_before) const {
@@ -305,35 +244,57 @@ void NodeDispatch::check(const Ticket& ticket, int64_t rail_rounds_before) const
 
 void NodeDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
   take_rail(plan_, launch_, trip_.rail.num_rounds, in_node_.shape(), ticket);
+  if (launch_.phase == TERN_PHASE_SEND) ticket.routed = options_.routes_on_its_way;
+  if (options_.routes_on_its_way) return enqueue_routing(stream);
   const NodeSteps steps(plan_, launch_, TERN_OP_DISPATCH, stream);
   const RailRounds rounds{trip_, plan_.node_plan()->report().there_begin};
-  steps.begin(
-      [rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) { run_ahead(lane, rounds, phase, plan->dispatch_epoch); });
-  const int32_t num_rounds = trip_.num_rounds();
-  if (launch_.phase != TERN_PHASE_RECEIVE)
-    for (int32_t round = 0; round < std::min(layout::kNumBanks, num_rounds); ++round) pack(steps, round);
-  if (launch_.phase == TERN_PHASE_SEND) return;
-  for (int32_t round = 0; round < num_rounds; ++round) {
-    if (launch_.phase == TERN_PHASE_WHOLE) forward(stream, plan_.shape().node(), round);
-    steps.await();
-    for_each_batch(plan_.shape(), [&](int32_t node) {
-      if (node != plan_.shape().node() || launch_.phase == TERN_PHASE_RECEIVE) forward(stream, node, round);
-    });
-    steps.ask();
-    if (round + layout::kNumBanks < num_rounds) pack(steps, round + layout::kNumBanks);
-  }
+  steps.talk({.command = steps.add([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
+                run_ahead(lane, rounds, phase, plan->dispatch_epoch);
+              }),
+              .asks_first = true,
+              .awaits = true});
+  const int32_t own_node = plan_.shape().node();
+  enqueue_ahead(
+      steps, trip_.num_rounds(), launch_.phase, [&](int32_t round) { pack(steps, round); },
+      [&](int32_t round) { forward(stream, own_node, round); },
+      [&](int32_t round) {
+        for_each_batch(plan_.shape(), [&](int32_t node) {
+          if (node != own_node) forward(stream, node, round);
+        });
+      });
 }
 
+// One trip of the rail. Each kernel does the steps that stand before it and behind it, since a batch that takes this way is small, or a phase.
+void NodeDispatch::enqueue_routing(cudaStream_t stream) const {
+  const NodeSteps steps(plan_, launch_, TERN_OP_DISPATCH, stream);
+  const tern_routing none = {};
+  NodeRoute route(plan_, call_.args.routing == nullptr ? none : *call_.args.routing, launch_, trip_.rail, options_.route_sms);
+  const uint64_t command = steps.add([trip = trip_.rail, phase = launch_.phase, how = options_.route,
+                                      plan = plan_.node_plan()](NodeLane& lane) { plan->dispatch(lane, trip, phase, how); });
+  const bool receives = launch_.phase == TERN_PHASE_RECEIVE;
+  if (!receives) {
+    route.give(steps, 0, {.command = command, .asks_first = true, .awaits = true});
+    pack(steps, 0);
+  }
+  if (launch_.phase == TERN_PHASE_SEND) return;
+  route.route_batch(plan_.shape().node(), stream);
+  route.take(steps, 0,
+             receives ? kernels::HostSteps{.command = command, .asks_first = true, .awaits = true} : kernels::HostSteps{.awaits = true});
+  route.finish(steps);
+  for_each_batch(plan_.shape(), [&](int32_t node) { forward(stream, node, 0); });
+  steps.ask();
+}
+
+// Into banks that are free.
 void NodeDispatch::pack(const NodeSteps& steps, int32_t round) const {
-  steps.await();
   const Nodes& nodes = *plan_.exchange().nodes();
   kernels::PackArgs args;
   args.dispatch = in_node_.packing_args({.plan = plan_.batch(plan_.shape().node()), .chunks = trip_.chunks(round)});
   args.slots = with(nodes.leaving(launch_.lane), trip_, tokens_there(plan_), round);
+  args.steps = steps.of_kernel({.asks_last = true});
   args.num_nodes = nodes.num_nodes();
   args.packs_own = launch_.phase == TERN_PHASE_SEND;  // until the receive the caller's tokens may be gone
   tern::cuda::check(kernels::launch_pack(args, num_sms(), steps.stream()), "launching the kernel that packs rows for other nodes");
-  steps.ask();
 }
 
 // The exchange of one batch within the node.
@@ -385,21 +346,22 @@ void NodeCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
   const NodeSteps steps(plan_, launch_, TERN_OP_COMBINE, stream);
   const kernels::NodeRouteReport& report = plan_.node_plan()->report();
   const RailRounds rounds{trip_, in_node_.is_per_entry() ? report.entries_here_begin : report.here_begin};
-  steps.begin(
-      [rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) { run_behind(lane, rounds, phase, plan->combine_epoch); });
-  const auto take = [&](int32_t round) {
-    steps.await();
-    sum_nodes(stream, round);
-    steps.ask();
-  };
+  steps.talk({.command = steps.add([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
+                run_behind(lane, rounds, phase, plan->combine_epoch);
+              }),
+              .asks_first = true,
+              .awaits = true});
   const int32_t num_rounds = trip_.num_rounds();
+  // Filling and summing take turns from round 1 on; each begins behind an answer. A sum asks itself when it is done.
   for (int32_t round = 0; round < num_rounds && launch_.phase != TERN_PHASE_RECEIVE; ++round) {
-    steps.await();
+    if (round > 1) steps.await();
     fill_slots(stream, round);
-    steps.ask();
-    if (launch_.phase == TERN_PHASE_WHOLE && round > 0) take(round - 1);
+    if (launch_.phase == TERN_PHASE_SEND) return steps.ask();
+    steps.ask_and_await();
+    if (round > 0) sum_nodes(steps, round - 1);
   }
-  if (launch_.phase != TERN_PHASE_SEND) take(num_rounds - 1);
+  if (num_rounds > 1) steps.await();
+  sum_nodes(steps, num_rounds - 1);
 }
 
 // Weights that only the owner knows, to the experts' ranks of all nodes.
@@ -409,18 +371,19 @@ void NodeCombine::send_weights(cudaStream_t stream) const {
   nodes.lane(launch_.lane).epochs().take(trip.rail.num_rounds);
   const NodeSteps steps(plan_, launch_, TERN_OP_WEIGHTS, stream);
   const RailRounds rounds{trip, plan_.node_plan()->report().there_begin};
-  steps.begin([rounds, plan = plan_.node_plan()](NodeLane& lane) {
-    uint64_t epoch = 0;
-    run_ahead(lane, rounds, TERN_PHASE_WHOLE, epoch);
-  });
+  steps.talk({.command = steps.add([rounds, plan = plan_.node_plan()](NodeLane& lane) {
+                uint64_t epoch = 0;
+                run_ahead(lane, rounds, TERN_PHASE_WHOLE, epoch);
+              }),
+              .asks_first = true,
+              .awaits = true});
   const auto pack = [&](int32_t round) {
-    steps.await();
     kernels::PackArgs args;
     args.dispatch = in_node_.weights_args({.plan = plan_.batch(plan_.shape().node()), .chunks = trip.chunks(round)});
     args.slots = with(nodes.leaving(launch_.lane), trip, tokens_there(plan_), round);
+    args.steps = steps.of_kernel({.asks_last = true});
     args.num_nodes = nodes.num_nodes();
     tern::cuda::check(kernels::launch_pack(args, num_sms(), stream), "launching the kernel that packs weights for other nodes");
-    steps.ask();
   };
   const auto forward = [&](int32_t node, int32_t round) {
     const ChunkRange chunks = trip.chunks(round);
@@ -431,16 +394,14 @@ void NodeCombine::send_weights(cudaStream_t stream) const {
       in_node_.enqueue_weights_round(batch, stream);
     }
   };
-  for (int32_t round = 0; round < std::min(layout::kNumBanks, trip.num_rounds()); ++round) pack(round);
-  for (int32_t round = 0; round < trip.num_rounds(); ++round) {
-    forward(plan_.shape().node(), round);
-    steps.await();
-    for_each_batch(plan_.shape(), [&](int32_t node) {
-      if (node != plan_.shape().node()) forward(node, round);
-    });
-    steps.ask();
-    if (round + layout::kNumBanks < trip.num_rounds()) pack(round + layout::kNumBanks);
-  }
+  const int32_t own_node = plan_.shape().node();
+  enqueue_ahead(
+      steps, trip.num_rounds(), TERN_PHASE_WHOLE, pack, [&](int32_t round) { forward(own_node, round); },
+      [&](int32_t round) {
+        for_each_batch(plan_.shape(), [&](int32_t node) {
+          if (node != own_node) forward(node, round);
+        });
+      });
 }
 
 // The node's sums for the owners of all batches.
@@ -457,7 +418,7 @@ void NodeCombine::fill_slots(cudaStream_t stream, int32_t round) const {
   });
 }
 
-void NodeCombine::sum_nodes(cudaStream_t stream, int32_t round) const {
+void NodeCombine::sum_nodes(const NodeSteps& steps, int32_t round) const {
   const tern_combine_args& a = call_.args;
   const Nodes& nodes = *plan_.exchange().nodes();
   const ChunkRange chunks = trip_.chunks(round);
@@ -466,6 +427,7 @@ void NodeCombine::sum_nodes(cudaStream_t stream, int32_t round) const {
   args.plan = plan_.batch(plan_.shape().node());
   args.per_entry = in_node_.is_per_entry();
   args.slots = with(nodes.arrived(launch_.lane), trip_, args.per_entry ? entries_there(plan_) : tokens_there(plan_), round);
+  args.steps = steps.of_kernel({.asks_last = true});
   args.num_nodes = nodes.num_nodes();
   args.dtype = a.dtype;
   args.row_bytes = call_.row_bytes;
@@ -482,7 +444,7 @@ void NodeCombine::sum_nodes(cudaStream_t stream, int32_t round) const {
   constexpr int64_t kPartBytes = 4096;
   args.num_parts = static_cast<int32_t>((call_.row_bytes + kPartBytes - 1) / kPartBytes);
   args.part_bytes = static_cast<int32_t>(kPartBytes);
-  tern::cuda::check(kernels::launch_node_sums(args, num_sms(), stream), "launching the kernel that sums what nodes return");
+  tern::cuda::check(kernels::launch_node_sums(args, num_sms(), steps.stream()), "launching the kernel that sums what nodes return");
 }
 
 }  // namespace tern::cuda

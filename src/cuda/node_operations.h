@@ -36,20 +36,29 @@ struct NodeTripOptions {
 };
 NodeTrip make_node_trip(const CudaPlan& plan, const NodeTripOptions& options);
 
+// Calls visit(node), this rank's own first, in the same order on all ranks of the node.
+template <typename Visitor>
+void for_each_batch(const PlanShape& shape, Visitor visit) {
+  for (int32_t i = 0; i < shape.num_nodes; ++i) visit((shape.node() + i) % shape.num_nodes);
+}
+
 // Steps of one operation on its stream.
 class NodeSteps {
  public:
   NodeSteps(const CudaPlan& plan, const tern_launch& launch, tern_operation operation, cudaStream_t stream);
 
-  // The host begins the command; the first answer is awaited.
-  void begin(NodeLane::Command command) const;
-  void ask() const { talk({.asks = true}); }
+  // The number of a command that the host begins when it is asked for.
+  uint64_t add(NodeLane::Command command) const;
+  // For a kernel that takes them around its work.
+  kernels::HostSteps of_kernel(kernels::HostSteps steps) const;
+  // By a kernel of its own.
+  void talk(kernels::HostSteps steps) const;
+  void ask() const { talk({.asks_first = true}); }
   void await() const { talk({.awaits = true}); }
+  void ask_and_await() const { talk({.asks_first = true, .awaits = true}); }
   cudaStream_t stream() const { return stream_; }
 
  private:
-  void talk(kernels::TalkArgs args) const;
-
   const CudaPlan& plan_;
   const int32_t lane_idx_;
   const tern_operation operation_;
@@ -59,35 +68,56 @@ class NodeSteps {
 // A route: the batches are routed one after the other, each as if it were alone, this rank's own while what the others need is on its way.
 class NodeRoute {
  public:
-  NodeRoute(const CudaPlan& plan, const tern_routing& routing, const tern_launch& launch);
-  // `num_sms`: of a batch's route.
-  void enqueue(const NodePlan::Route& route, int32_t num_sms, cudaStream_t stream);
+  // `trip`: of the route, or of a dispatch that routes on its way. `num_sms`: of a batch's route.
+  NodeRoute(const CudaPlan& plan, const tern_routing& routing, const tern_launch& launch, const cpu::RailTrip& trip, int32_t num_sms);
+  void enqueue(const NodePlan::Route& route, cudaStream_t stream);
+
+  // Parts of it. This rank's side of a round, into the slots that leave: the kernel must have awaited that they are free.
+  void give(const NodeSteps& steps, int64_t round, kernels::HostSteps of_kernel);
+  // What has come in a round, behind its answer.
+  void take(const NodeSteps& steps, int64_t round, kernels::HostSteps of_kernel);
+  void route_batch(int32_t node, cudaStream_t stream) const;
+  // The batches of the other nodes; then the plan as a whole, when the host has everybody's counts.
+  void finish(const NodeSteps& steps) const;
 
  private:
-  void pack(int64_t round);
-  void unpack(int64_t round);
+  void set_slots(int64_t round, const kernels::RailSlots& slots);
   kernels::RouteArgs batch_args(int32_t node) const;
 
   const CudaPlan& plan_;
   const tern_launch& launch_;
-  const cpu::RailTrip& trip_;
+  const cpu::RailTrip trip_;
+  const int32_t num_sms_;
   kernels::NodeRouteArgs args_;
 };
 
 class NodeDispatch {
  public:
-  NodeDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, int64_t most_tokens);
+  // Does a batch that is to be routed take one trip of the rail, in which the routing goes with the rows? If it is small, or a phase, and fits.
+  // The same answer on every rank.
+  static bool can_route_on_its_way(const CudaPlan& plan, const DispatchCall& call, tern_phase phase);
+
+  struct Options {
+    int64_t most_tokens = 0;         // of any rank, for all that the host knows
+    bool routes_on_its_way = false;  // or the send has, of which this is the receive; then also:
+    NodePlan::Route route = {};
+    int32_t route_sms = 0;
+  };
+  NodeDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, const Options& options);
   void check(const Ticket& ticket, int64_t rail_rounds_before) const;
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
   int32_t num_sms() const { return in_node_.num_sms(); }
 
  private:
+  void enqueue_routing(cudaStream_t stream) const;
   void pack(const NodeSteps& steps, int32_t round) const;
   void forward(cudaStream_t stream, int32_t node, int32_t round) const;
 
   const CudaPlan& plan_;
+  const DispatchCall& call_;
   const tern_launch& launch_;
   const tern_launch launch_in_node_;  // a whole operation
+  const Options options_;
   const DispatchOperation in_node_;
   NodeTrip trip_;
 };
@@ -103,7 +133,7 @@ class NodeCombine {
   bool sends_weights_ahead() const { return launch_.phase != TERN_PHASE_RECEIVE && in_node_.sends_weights_ahead(); }
   void send_weights(cudaStream_t stream) const;
   void fill_slots(cudaStream_t stream, int32_t round) const;
-  void sum_nodes(cudaStream_t stream, int32_t round) const;
+  void sum_nodes(const NodeSteps& steps, int32_t round) const;
 
   const CudaPlan& plan_;
   const CombineCall& call_;

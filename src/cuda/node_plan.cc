@@ -42,18 +42,31 @@ NodePlan::NodePlan(int device, const PlanShape& shape, NodeLane& any_lane)
 
 void NodePlan::route(NodeLane& lane, const Route& route) {
   table_.begin_counts(*route.unreachable);
-  set_own_counts();
-  const uint64_t first = lane.rail().begin(TERN_OP_ROUTE, trip_.num_rounds);
+  const uint64_t first = lane.rail().begin(TERN_OP_ROUTE, trip_.num_rounds), last = first + static_cast<uint64_t>(trip_.num_rounds) - 1;
+  const auto receive = [&](uint64_t epoch) {
+    take_counts(lane, trip_, epoch);
+    lane.await_gpu(TERN_OP_ROUTE);
+    lane.rail().finish_round(epoch);
+  };
   for (int64_t round = 0; round < trip_.num_rounds; ++round) {
-    send(lane, first, round);
-    if (round > 0) receive(lane, first, round - 1);
+    send(lane, trip_, first, round);
+    if (round > 0) receive(first + static_cast<uint64_t>(round) - 1);
   }
-  receive(lane, first, trip_.num_rounds - 1);
-  cpu::run_route_in_node({lane.lane(), &lane.rail(), table_, scratch_});
-  tell();
-  if (table_.exceeds_capacity()) route.note(TERN_CAPACITY_EXCEEDED);
-  routed_ = route.ticket;
-  lane.answer(0);
+  receive(last);
+  finish(lane, route, last);
+}
+
+void NodePlan::dispatch(NodeLane& lane, const cpu::RailTrip& trip, tern_phase phase, const Route& route) {
+  if (phase != TERN_PHASE_RECEIVE) {
+    table_.begin_counts(*route.unreachable);
+    dispatch_epoch = lane.rail().begin(trip.operation, trip.num_rounds);
+    send(lane, trip, dispatch_epoch, 0);
+  }
+  if (phase == TERN_PHASE_SEND) return;
+  take_counts(lane, trip, dispatch_epoch);
+  finish(lane, route, dispatch_epoch);
+  lane.await_gpu(trip.operation);
+  lane.rail().finish_round(dispatch_epoch);
 }
 
 // As the GPU has counted them.
@@ -65,45 +78,55 @@ void NodePlan::set_own_counts() {
   own.back() = *report().num_tokens;
 }
 
-// The counts go with every round, since each has room for them.
-void NodePlan::send(NodeLane& lane, uint64_t first, int64_t round) {
+// The counts go with every round, since each has room for them. The GPU has them by the time when the first round is packed.
+void NodePlan::send(NodeLane& lane, const cpu::RailTrip& trip, uint64_t first, int64_t round) {
   const PlanShape& s = shape();
   const uint64_t epoch = first + static_cast<uint64_t>(round);
   cpu::Rail& rail = lane.rail();
-  rail.start_round(trip_, epoch);
+  rail.start_round(trip, epoch);
+  lane.answer(epoch);
+  lane.await_gpu(trip.operation);
+  if (round == 0) set_own_counts();
   const auto own = table_.counts_of(s.rank);
   rail.for_each_other_node([&](int node) {
-    int32_t* const counts = rail.counts_for(trip_, epoch, node);
+    int32_t* const counts = rail.counts_for(trip, epoch, node);
     std::copy(own.begin(), own.end(), counts);
     std::copy_n(report().entries + node * s.node_experts(), s.node_experts(), counts);
-    const int32_t* begin = report().round_begin + node * (trip_.num_rounds + 1) + round;
+    const int32_t* begin = report().round_begin + node * (trip.num_rounds + 1) + round;
     rail.set_num_slots(node, begin[1] - begin[0]);
   });
-  lane.answer(epoch);
-  lane.await_gpu(TERN_OP_ROUTE);
-  rail.send_round(trip_, epoch);
+  rail.send_round(trip, epoch);
 }
 
-void NodePlan::receive(NodeLane& lane, uint64_t first, int64_t round) {
-  const uint64_t epoch = first + static_cast<uint64_t>(round);
+// When a round has come the GPU reads its slots, and its counts are taken here.
+void NodePlan::take_counts(NodeLane& lane, const cpu::RailTrip& trip, uint64_t epoch) {
   cpu::Rail& rail = lane.rail();
-  rail.for_each_other_node([&](int node) {
-    const std::byte* bank = rail.await_arrived(trip_, epoch, node);
-    const auto counts = table_.counts_of(shape().rail_in(node));
-    std::copy_n(reinterpret_cast<const int32_t*>(bank + trip_.bank.counts()), counts.size(), counts.begin());
-  });
+  rail.for_each_other_node([&](int node) { rail.await_arrived(trip, epoch, node); });
   lane.answer(epoch);
-  lane.await_gpu(TERN_OP_ROUTE);
-  rail.finish_round(epoch);
+  rail.for_each_other_node([&](int node) {
+    const std::byte* bank = rail.await_arrived(trip, epoch, node);
+    const auto counts = table_.counts_of(shape().rail_in(node));
+    std::copy_n(reinterpret_cast<const int32_t*>(bank + trip.bank.counts()), counts.size(), counts.begin());
+  });
+}
+
+// The hosts of the node tell each other their counts and those of their rails; then the GPU hears where everybody's rows begin.
+void NodePlan::finish(NodeLane& lane, const Route& route, uint64_t epoch) {
+  cpu::run_route_in_node({lane.lane(), &lane.rail(), table_, scratch_});
+  tell();
+  if (table_.exceeds_capacity()) route.note(TERN_CAPACITY_EXCEEDED);
+  routed_ = route.ticket;
+  lane.answer(epoch);
 }
 
 void NodePlan::tell() {
   const PlanShape& s = shape();
   const kernels::PlanView& v = told_.plan;
+  const int32_t num_experts = s.local_experts();
   for (int32_t source = 0; source <= s.num_ranks; ++source) v.received_begin[source] = static_cast<int32_t>(table_.received_begin(source));
-  for (int32_t e = 0; e <= s.local_experts() && s.has_expert_rows(); ++e) {
+  for (int32_t e = 0; e <= num_experts && s.has_expert_rows(); ++e) {
     v.group_begin[e] = static_cast<int32_t>(table_.group_begin(e));
-    for (int32_t source = 0; source < s.num_ranks && e < s.local_experts(); ++source)
+    for (int32_t source = 0; source < s.num_ranks && e < num_experts; ++source)
       v.source_begin[e * s.num_ranks + source] = static_cast<int32_t>(table_.source_begin(source, e));
   }
   const auto num_begins = static_cast<size_t>(s.num_row_begins());

@@ -32,14 +32,16 @@ class NodePlan {
   const std::byte* told() const { return told_memory_.data(); }
   const kernels::NodeRouteReport& report() const { return placed_report_.report; }
 
-  // A command: takes to the rails what the GPU packs, and tells it what comes of it. Ranks that are `unreachable` have no part. What is left out
-  // is noted by `note`.
+  // Of a route. Ranks that are `unreachable` have no part. What is left out is noted by `note`.
   struct Route {
     uint64_t ticket = 0;  // routed() when it is done
     const std::vector<uint8_t>* unreachable = nullptr;
     std::function<void(tern_status)> note;
   };
+  // Commands: take to the rails what the GPU packs, and tell it what comes of it. A route by itself; and a dispatch, or a phase of it, that routes
+  // on its way.
   void route(NodeLane& lane, const Route& route);
+  void dispatch(NodeLane& lane, const cpu::RailTrip& trip, tern_phase phase, const Route& route);
   uint64_t routed() const { return routed_; }
 
   // Epochs of the rail from a send to its receive; of commands.
@@ -48,8 +50,9 @@ class NodePlan {
 
  private:
   void set_own_counts();
-  void send(NodeLane& lane, uint64_t first, int64_t round);
-  void receive(NodeLane& lane, uint64_t first, int64_t round);
+  void send(NodeLane& lane, const cpu::RailTrip& trip, uint64_t first, int64_t round);
+  void take_counts(NodeLane& lane, const cpu::RailTrip& trip, uint64_t epoch);
+  void finish(NodeLane& lane, const Route& route, uint64_t epoch);
   void tell();
 
   RoutingTable table_;

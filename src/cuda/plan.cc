@@ -12,6 +12,7 @@
 #include "cuda/profiling.h"
 #include "cuda/transfer.h"
 #include "domain/failure.h"
+#include "plan/batch_path.h"
 
 namespace tern::cuda {
 namespace {
@@ -27,12 +28,16 @@ CudaPlan::CudaPlan(CudaExchange& exchange, const PlanShape& shape)
     memory_.of_host = node_plan_;
   }
   const kernels::PlanView& v = tables();
-  const layout::RoutingBankLayout bank{.num_counts = v.num_counts(shape.ranks_per_node()), .num_topk = shape.num_topk};
-  if (bank.bytes(shape.max_tokens) > exchange.window_layout().routing_bytes)
+  const layout::RoutingBankLayout bank = v.routing_bank(shape.ranks_per_node());
+  if (bank.bytes() > exchange.window_layout().routing_bytes)
     fail(TERN_OUT_OF_MEMORY,
          "plan: the routing of {} tokens with top-{} of {} experts needs {} bytes from each rank, the exchange has {}; create it with "
          "max_tokens, max_topk and max_experts of at least these",
-         shape.max_tokens, shape.num_topk, shape.num_experts, bank.bytes(shape.max_tokens), exchange.window_layout().routing_bytes);
+         shape.max_tokens, shape.num_topk, shape.num_experts, bank.bytes(), exchange.window_layout().routing_bytes);
+  if (!bank.fits_entries())
+    fail(TERN_UNSUPPORTED,
+         "plan: {} tokens of a rank with top-{} of {} experts are too many to be routed by a GPU at once; use fewer tokens",
+         shape.max_tokens, shape.num_topk, shape.num_experts);
 }
 
 CudaPlan::~CudaPlan() {
@@ -78,21 +83,12 @@ void CudaPlan::check_not_under_way(const char* operation) const {
     fail(TERN_INVALID_STATE, "{}: a send along this plan has not been received yet", operation);
 }
 
-kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, int32_t lane_idx) const {
-  const kernels::PlanView& v = tables();
-  kernels::RouteArgs args;
-  args.exchange = enter_lane(exchange_, lane_idx, true);
-  args.plan = v;
+kernels::RouteArgs CudaPlan::route_args(const tern_routing& routing, int32_t lane_idx, int32_t num_blocks) const {
+  kernels::RouteArgs args(enter_lane(exchange_, lane_idx, true), tables(), num_blocks);
   args.shape = call_shape(shape_);
-  args.bank = {.num_counts = v.num_counts(shape_.ranks_per_node()), .num_topk = shape_.num_topk};
-  if (shape_.extent == TERN_EXTENT_EXACT && node_plan_ == nullptr) {
-    int32_t* counts = memory_.host_counts.data();
-    args.host = {counts, counts + shape_.num_ranks * v.num_counts(shape_.num_ranks), memory_.host_ticket.data(), awaited_ticket_};
-  }
+  if (shape_.extent == TERN_EXTENT_EXACT && node_plan_ == nullptr) args.host = host_counts();
   take_routing(routing, args);
-  args.num_counting_warps = kernels::route_counting_warps(shape_.node_experts(), shape_.ranks_per_node());
-  args.block_counts = memory_.block_counts.data();
-  args.workspace = memory_.workspace.data();
+  if (!args.memory.fits_shared()) args.workspace = memory_.workspace.data();
   return args;
 }
 
@@ -116,18 +112,26 @@ void CudaPlan::check_route_room(const tern_launch& launch) const {
     check_room(exchange_.lane(launch.lane), TERN_OP_ROUTE, 1);
 }
 
+int32_t CudaPlan::route_sms(const tern_launch& launch) const {
+  const int64_t blocks = (shape_.max_tokens + kTokensPerRouteBlock - 1) / kTokensPerRouteBlock;
+  return static_cast<int32_t>(
+      std::min<int64_t>({blocks, kernels::kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
+}
+
+NodePlan::Route CudaPlan::host_route(int32_t lane_idx) const {
+  const auto note = [exchange = &exchange_, lane_idx](tern_status status) { exchange->note(status, lane_idx, TERN_OP_ROUTE); };
+  return {awaited_ticket_, &exchange_.nodes()->unreachable(), note};
+}
+
 void CudaPlan::enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream) {
   begin_routing(routing);
   ++awaited_ticket_;
-  const int64_t blocks = (shape_.max_tokens + kTokensPerRouteBlock - 1) / kTokensPerRouteBlock;
-  num_sms_ =
-      static_cast<int32_t>(std::min<int64_t>({blocks, kernels::kMostRouteBlocks, choose_num_sms(exchange_, launch, blocks * kBytesPerSm)}));
+  num_sms_ = route_blocks_ = route_sms(launch);
   if (node_plan_ != nullptr) {
     exchange_.nodes()->lane(launch.lane).epochs().take(node_plan_->trip().num_rounds);
-    const auto note = [exchange = &exchange_, lane = launch.lane](tern_status status) { exchange->note(status, lane, TERN_OP_ROUTE); };
-    return NodeRoute(*this, routing, launch).enqueue({awaited_ticket_, &exchange_.nodes()->unreachable(), note}, num_sms_, stream);
+    return NodeRoute(*this, routing, launch, node_plan_->trip(), num_sms_).enqueue(host_route(launch.lane), stream);
   }
-  check(kernels::launch_route(route_args(routing, launch.lane), num_sms_, stream), "launching the kernel of route");
+  check(kernels::launch_route(route_args(routing, launch.lane, num_sms_), stream), "launching the kernel of route");
 }
 
 // Enqueues an operation that has been checked; begin(stream) comes first.
@@ -158,8 +162,9 @@ void CudaPlan::route(const tern_routing& routing, const tern_launch& launch) {
         await_routing(launch, [&] { return node_plan_->routed() == awaited_ticket_; });
         read_table();
       } else {
-        await_routing(launch, [&] {
-          return std::atomic_ref<uint64_t>(*memory_.host_ticket.data()).load(std::memory_order_acquire) == awaited_ticket_;
+        await_routing(launch, [this, num_come = size_t{0}]() mutable {
+          while (num_come < memory_.host_counts.size() && load_count(num_come) >> 32 == host_counts().ticket) ++num_come;
+          return num_come == memory_.host_counts.size();
         });
         read_counts();
       }
@@ -184,12 +189,24 @@ void CudaPlan::await_routing(const tern_launch& launch, HasCome has_come) const 
   }
 }
 
+kernels::HostCountsView CudaPlan::host_counts() const {
+  return {.words = memory_.host_counts.data(),
+          .ticket = awaited_ticket_ & 0xffffffff,
+          .local_experts = static_cast<uint32_t>(shape_.local_experts()),
+          .num_ranks = static_cast<uint32_t>(shape_.num_ranks)};
+}
+
+uint64_t CudaPlan::load_count(size_t i) const {
+  return std::atomic_ref<uint64_t>(memory_.host_counts.data()[i]).load(std::memory_order_acquire);
+}
+
 void CudaPlan::read_counts() {
   const int32_t num_ranks = shape_.num_ranks, rank = shape_.rank;
-  const int32_t num_counts = tables().num_counts(num_ranks);
-  const int32_t* counts = memory_.host_counts.data();
-  const int32_t* tokens = counts + num_ranks * num_counts;
-  const auto messages = [&](int32_t from, int32_t to) { return counts[from * num_counts + shape_.num_experts + to]; };
+  const kernels::HostCountsView host = host_counts();
+  const auto count = [&](int32_t source, uint32_t column) {
+    return static_cast<int32_t>(load_count(static_cast<uint32_t>(source) * host.num_columns() + column));
+  };
+  const auto messages = [&](int32_t from, int32_t to) { return count(from, host.messages_to(static_cast<uint32_t>(to))); };
   num_received_ = 0;
   for (int32_t r = 0; r < num_ranks; ++r) {
     num_received_ += messages(r, rank);
@@ -200,12 +217,13 @@ void CudaPlan::read_counts() {
   int64_t padded_entries = 0;
   for (int32_t e = 0; e < shape_.local_experts(); ++e) {
     int32_t entries = 0;
-    for (int32_t r = 0; r < num_ranks; ++r) entries += counts[r * num_counts + rank * shape_.local_experts() + e];
+    for (int32_t r = 0; r < num_ranks; ++r) entries += count(r, static_cast<uint32_t>(e));
     counts_.received_per_expert[static_cast<size_t>(e)] = entries;
     padded_entries += layout::align_up(entries, shape_.alignment);
   }
-  num_tokens_ = tokens_bound_ = tokens[rank];
-  most_tokens_ = *std::max_element(tokens, tokens + num_ranks);
+  num_tokens_ = tokens_bound_ = count(rank, host.num_tokens());
+  most_tokens_ = 0;
+  for (int32_t r = 0; r < num_ranks; ++r) most_tokens_ = std::max<int64_t>(most_tokens_, count(r, host.num_tokens()));
   set_num_rows(padded_entries);
 }
 
@@ -225,10 +243,20 @@ void CudaPlan::read_table() {
 }
 
 void CudaPlan::dispatch_between_nodes(const DispatchCall& call, const tern_launch& launch, bool routes) {
-  const NodeDispatch operation(*this, call, launch, routes ? shape_.max_tokens : most_tokens_);
-  operation.check(dispatch_ticket_, routes ? node_plan_->trip().num_rounds : 0);
+  NodeDispatch::Options options{.most_tokens = routes ? shape_.max_tokens : most_tokens_};
+  options.routes_on_its_way = launch.phase == TERN_PHASE_RECEIVE ? dispatch_ticket_.routed
+                                                                 : routes && NodeDispatch::can_route_on_its_way(*this, call, launch.phase);
+  latency_path_ = options.routes_on_its_way;
+  options.route_sms = route_sms(launch);
+  const bool goes_ahead = routes && !options.routes_on_its_way;
+  options.route = host_route(launch.lane);
+  const NodeDispatch operation(*this, call, launch, options);
+  operation.check(dispatch_ticket_, goes_ahead ? node_plan_->trip().num_rounds : 0);
   run(operation, launch, dispatch_ticket_, [&](cudaStream_t stream) {
-    if (routes) enqueue_route(*call.args.routing, launch, stream);
+    if (goes_ahead)
+      enqueue_route(*call.args.routing, launch, stream);
+    else if (routes)
+      begin_routing(*call.args.routing);
   });
 }
 
@@ -244,7 +272,7 @@ void CudaPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
   if (receives_only && dispatch_ticket_.epoch == 0)
     fail(TERN_INVALID_STATE, "dispatch: nothing to receive; the plan's last dispatch was not a send, or has been received");
   if (!receives_only) check_not_under_way("dispatch");
-  latency_path_ = takes_latency_path(*this, call);
+  latency_path_ = node_plan_ == nullptr && (receives_only ? took_latency_path(dispatch_ticket_) : takes_latency_path(*this, call, launch));
   if (node_plan_ != nullptr) {
     dispatch_between_nodes(call, launch, routes);
   } else if (latency_path_) {
@@ -280,7 +308,7 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (!receives_only && is_under_way(combine_ticket_)) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_carried_)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
-  latency_path_ = takes_latency_path(*this, call);
+  latency_path_ = receives_only ? took_latency_path(combine_ticket_) : takes_latency_path(*this, call);
   if (node_plan_ != nullptr) {
     const NodeCombine operation(*this, call, launch);
     operation.check(combine_ticket_);

@@ -47,13 +47,17 @@ class CudaPlan : public DevicePlan {
   std::byte* tables_data() const { return memory_.tables.data(); }
   int64_t told_bytes() const { return memory_.tables.told_bytes(); }
   // Of a route's kernel, which takes an epoch of the lane.
-  kernels::RouteArgs route_args(const tern_routing& routing, int32_t lane_idx) const;
+  kernels::RouteArgs route_args(const tern_routing& routing, int32_t lane_idx, int32_t num_blocks) const;
   // To be recorded behind the operations of a lane.
   const std::shared_ptr<Event>& end_of(int32_t lane_idx) const { return memory_.ends[static_cast<size_t>(lane_idx)]; }
   // Rows of the outputs: the capacity, or with extent exact what was counted.
   int64_t num_rows() const { return num_rows_; }
   // The most tokens that any rank has routed, as far as the host knows.
   int64_t most_tokens() const { return most_tokens_; }
+  // Of the kernel that has routed it last.
+  int32_t route_blocks() const { return route_blocks_; }
+  // Since then.
+  bool is_dispatched() const { return dispatched_; }
   // Of this rank, at most: the GPU may know better.
   int64_t num_tokens() const { return tokens_bound_; }
 
@@ -63,6 +67,9 @@ class CudaPlan : public DevicePlan {
   void check_not_under_way(const char* operation) const;
   bool is_under_way(const Ticket& ticket) const { return ticket.epoch != 0 && ticket.generation == exchange_.generation(); }
   void begin_routing(const tern_routing& routing);
+  int32_t route_sms(const tern_launch& launch) const;
+  // Between nodes.
+  NodePlan::Route host_route(int32_t lane_idx) const;
   void enqueue_route(const tern_routing& routing, const tern_launch& launch, cudaStream_t stream);
   template <typename Operation, typename Begin>
   void run(const Operation& operation, const tern_launch& launch, Ticket& ticket, Begin begin);
@@ -71,6 +78,8 @@ class CudaPlan : public DevicePlan {
   // Of a route with extent exact: waits until has_come() and reads what has.
   template <typename HasCome>
   void await_routing(const tern_launch& launch, HasCome has_come) const;
+  kernels::HostCountsView host_counts() const;
+  uint64_t load_count(size_t i) const;
   void read_counts();
   void read_table();
   void set_num_rows(int64_t padded_entries);
@@ -86,7 +95,7 @@ class CudaPlan : public DevicePlan {
   bool dispatched_ = false;
   bool weights_carried_ = false;
   bool latency_path_ = false;
-  int32_t num_sms_ = 0;
+  int32_t num_sms_ = 0, route_blocks_ = 0;
   int64_t num_tokens_ = 0;  // -1: the host does not know
   int64_t tokens_bound_ = 0;
   int64_t num_rows_ = 0;

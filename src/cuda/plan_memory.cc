@@ -122,16 +122,16 @@ PlanTables::PlanTables(const std::shared_ptr<DevicePool>& pool, const PlanShape&
     : memory_(pool, static_cast<size_t>(PlacedTables(shape, nullptr).total_bytes)), placed_(shape, memory_.data()) {}
 
 PlanMemory::PlanMemory(const std::shared_ptr<DevicePool>& pool, const PlanShape& shape, int32_t num_lanes) : tables(pool, shape) {
-  const int32_t ranks_of_node = shape.ranks_per_node();
-  const auto num_ranks = static_cast<size_t>(shape.num_ranks), num_counts = static_cast<size_t>(tables.view().num_counts(ranks_of_node));
   for (int32_t i = 0; i < num_lanes; ++i) ends.push_back(std::make_shared<Event>(pool->device()));
-  block_counts = {pool, kernels::kMostRouteBlocks * num_counts};
-  const int32_t num_warps = kernels::route_counting_warps(shape.node_experts(), ranks_of_node);
-  const int64_t elements = kernels::route_workspace(shape.node_experts(), ranks_of_node, num_warps);
-  if (!kernels::route_fits_shared(elements)) workspace = {pool, kernels::kMostRouteBlocks * static_cast<size_t>(elements)};
+  size_t elements = 0;
+  for (int32_t num_blocks = 1; num_blocks <= kernels::kMostRouteBlocks; ++num_blocks) {
+    const kernels::RouteMemory memory(tables.view(), shape.ranks_per_node(), num_blocks);
+    if (!memory.fits_shared()) elements = std::max(elements, static_cast<size_t>(num_blocks) * static_cast<size_t>(memory.size));
+  }
+  if (elements > 0) workspace = {pool, elements};
   if (shape.extent == TERN_EXTENT_EXACT && shape.num_nodes == 1) {
-    host_counts = {pool->device(), num_ranks * (num_counts + 1)};
-    host_ticket = {pool->device(), 1};
+    const auto of_a_source = static_cast<size_t>(shape.local_experts() + shape.num_ranks + 1);
+    host_counts = {pool->device(), static_cast<size_t>(shape.num_ranks) * of_a_source};
   }
 }
 

@@ -58,10 +58,9 @@ struct PlanMemory {
   bool is_idle() const;
 
   PlanTables tables;
-  DeviceBuffer<int32_t> block_counts, workspace;
-  std::shared_ptr<const void> of_host;  // between nodes, in pinned memory
-  PinnedBuffer<int32_t> host_counts;    // [num_ranks, num_counts], then tokens [num_ranks]
-  PinnedBuffer<uint64_t> host_ticket;
+  DeviceBuffer<int32_t> workspace;           // of a route
+  std::shared_ptr<const void> of_host;       // between nodes, in pinned memory
+  PinnedBuffer<uint64_t> host_counts;        // HostCountsView
   std::vector<std::shared_ptr<Event>> ends;  // by lane: behind the last operation along the plan
 };
 

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "domain/failure.h"
 #include "kernels/shared_memory.h"
+#include "plan/batch_path.h"
 
 namespace tern::cuda {
 namespace {
@@ -54,11 +55,9 @@ void OperationStream::record_end() {
 }
 
 int choose_num_sms(const CudaExchange& exchange, const tern_launch& launch, int64_t bytes) {
-  const int most = std::max(1, exchange.facts().num_sms / exchange.facts().ranks_on_device);
+  const int most = exchange.facts().share_sms();
   const int asked = launch.num_sms > 0 ? launch.num_sms : exchange.options().num_sms;
-  if (asked > 0) return std::min(asked, most);
-  constexpr int kLeastSms = 4;
-  return std::min(most, static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerSm, kLeastSms, kSaturatingSms)));
+  return asked > 0 ? std::min(asked, most) : sms_for_bytes(most, bytes);
 }
 
 int32_t chunks_per_round(const CudaPlan& plan, int64_t staging_bytes, int64_t token_bytes, const char* operation) {
@@ -100,9 +99,10 @@ int32_t consumed_lag(const CudaLane& lane) {
 
 kernels::ExchangeView enter_lane(CudaExchange& exchange, int32_t lane_idx, bool sends) {
   CudaLane& lane = exchange.lane(lane_idx);
+  kernels::ExchangeView view = exchange.view(lane_idx);
+  view.consumed_lag_before = consumed_lag(lane);
   if (sends) ++lane.next_epoch;
   ++exchange.counters().rounds;
-  kernels::ExchangeView view = exchange.view(lane_idx);
   view.consumed_lag = consumed_lag(lane);
   return view;
 }

@@ -36,12 +36,9 @@ class OperationStream {
   bool finished_ = false;
 };
 
-// The blocks of a kernel, one on each SM: what the caller asked for, or what `bytes` of traffic per rank need, within the exchange's budget and
-// this rank's share of the GPU.
+// The blocks of a kernel, one on each SM: what the caller or the exchange asked for, or what `bytes` of traffic per rank need
+// (plan/batch_path.h), within this rank's share of the GPU.
 int choose_num_sms(const CudaExchange& exchange, const tern_launch& launch, int64_t bytes);
-// One SM moves at least this much while the others use up the link's rate: batches up to here need one SM for each.
-inline constexpr int64_t kBytesPerSm = 512 << 10;
-inline constexpr int kSaturatingSms = 24;
 // So few SMs do not fill the link: they want more warps, and more of what is known beforehand.
 inline constexpr int kFewSms = 16;
 

@@ -21,6 +21,15 @@ __device__ __forceinline__ Vec16 load_vec16(const std::byte* from) {
   const uint4 v = *reinterpret_cast<const uint4*>(from);
   return {{v.x, v.y, v.z, v.w}};
 }
+// Of memory that others may write meanwhile; each word is as somebody wrote it.
+__device__ __forceinline__ Vec16 load_vec16_relaxed_sys(const std::byte* from) {
+  Vec16 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(from)
+               : "memory");
+  return v;
+}
 // Of global memory that is read once: it takes no room in the SM's cache.
 __device__ __forceinline__ Vec16 load_vec16_once(const std::byte* from) {
   Vec16 v;

@@ -273,14 +273,17 @@ tern_status tern_count_routing(tern_exchange* exchange, const tern_routing* rout
     need(exchange, "exchange");
     const auto r = read_struct(routing, "tern_routing");
     const auto c = read_struct(counts, "tern_routing_counts");
-    tern::check_launch(read_optional(launch, "tern_launch"), exchange->state->device->num_lanes());
+    const auto l = read_optional(launch, "tern_launch");
+    tern::check_launch(l, exchange->state->device->num_lanes());
     if (r.num_tokens < 0) fail(TERN_INVALID_ARGUMENT, "routing: num_tokens is {}, must not be negative", r.num_tokens);
     const tern::Topology& t = exchange->state->group->topology;
     tern_plan_options options;
     options.max_tokens = std::max<int64_t>(1, r.num_tokens);
     options.num_experts = num_experts;
     options.num_topk = num_topk;
-    tern::count_routing(t, tern::make_plan_shape(options, t.rank, t.num_ranks), r, c);
+    tern::PlanShape shape = tern::make_plan_shape(options, t.rank, t.num_ranks);
+    shape.num_nodes = t.num_nodes;
+    exchange->state->device->count_routing(shape, r, l, c);
   });
 }
 

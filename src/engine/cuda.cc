@@ -13,7 +13,7 @@ std::string cuda_engine_problem() { return cuda::old_driver(); }
 tern_memory_info cuda_memory(const tern_exchange_options& options, int32_t num_ranks, int32_t num_nodes) {
   const layout::DeviceWindowLayout window = cuda::make_device_layout(options, num_ranks, num_nodes);
   tern_memory_info info;
-  info.control_bytes = window.staging(0, 0);
+  info.control_bytes = window.slots(0, 0);  // rows lie behind it
   info.staging_bytes = window.total_bytes() - info.control_bytes;
   return info;
 }

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cstring>
 
 #include "base/error.h"
 #include "cpu/exchange.h"
 #include "engine/engines.h"
 #include "engine/objects.h"
-#include "plan/routing_table.h"
 #include "plan/window_sizing.h"
 #include "topology/nodes.h"
 
@@ -101,26 +99,6 @@ tern_memory_info query_memory(const Group& group, const tern_exchange_options& o
   info.window_bytes = complete.window_bytes;
   info.total_bytes = info.control_bytes + info.staging_bytes + info.window_bytes;
   return info;
-}
-
-void count_routing(const Topology& topology, const PlanShape& shape, const tern_routing& routing, const tern_routing_counts& counts) {
-  RoutingTable table(shape);
-  table.check(routing);
-  table.set_routing(routing, std::vector<uint8_t>(static_cast<size_t>(shape.num_ranks)));
-  const auto own = table.counts_of(shape.rank);
-  if (counts.tokens_per_expert != nullptr) std::copy_n(own.begin(), shape.num_experts, counts.tokens_per_expert);
-  if (counts.tokens_per_rank != nullptr) std::copy_n(own.begin() + shape.node_experts(), shape.num_ranks, counts.tokens_per_rank);
-  if (counts.token_in_rank != nullptr) std::memset(counts.token_in_rank, 0, static_cast<size_t>(routing.num_tokens * shape.num_ranks));
-  if (counts.tokens_per_node != nullptr) std::fill_n(counts.tokens_per_node, topology.num_nodes, 0);
-  for (int64_t token = 0; token < routing.num_tokens; ++token) {
-    std::vector<uint8_t> in_node(static_cast<size_t>(topology.num_nodes));
-    for (const Message message : table.own().messages_of(token)) {
-      if (counts.token_in_rank != nullptr) counts.token_in_rank[token * shape.num_ranks + message.rank] = 1;
-      const auto node = static_cast<size_t>(topology.node[static_cast<size_t>(message.rank)]);
-      if (counts.tokens_per_node != nullptr && in_node[node] == 0) ++counts.tokens_per_node[node];
-      in_node[node] = 1;
-    }
-  }
 }
 
 }  // namespace tern

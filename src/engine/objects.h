@@ -29,7 +29,6 @@ std::shared_ptr<Group> make_allgather_group(const tern_group_options& options, s
 
 std::shared_ptr<Exchange> make_exchange(const std::shared_ptr<Group>& group, const tern_exchange_options& options);
 tern_memory_info query_memory(const Group& group, const tern_exchange_options& options);
-void count_routing(const Topology& topology, const PlanShape& shape, const tern_routing& routing, const tern_routing_counts& counts);
 
 }  // namespace tern
 

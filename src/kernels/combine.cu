@@ -339,7 +339,10 @@ template <typename Wire, bool kBulk>
 __device__ void stage(const CombineArgs& args, const Transfer& transfer, const SumRing& ring) {
   if (!args.transfer.sends || !transfer.await_staging()) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-  if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
+  if (blockIdx.x == 0 && warp == 0) {
+    transfer.post_consumed_before();
+    transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
+  }
   if (args.slot.stride() == 0) return;
   const auto num_blocks = static_cast<int32_t>(gridDim.x);
   StagedRows rows(args, transfer, warp * num_blocks + static_cast<int32_t>(blockIdx.x), args.roles.num_stage_warps * num_blocks);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows that their source puts where they belong, and nobody pulls: the source has them in place, and the outputs of the rank they go to are window
-// memory too (rank_major). A row is loaded once, with its scales, and stored to all ranks that it goes to. Weights are staged, and what the receiver
+// memory too (rank_major). A row is loaded once, with its scales, and stored to all ranks that it goes to. Scales go by bulk copies where they lie in
+// place, else by words of 4 bytes. Weights are staged, and what the receiver
 // does for them its staging warps do in the end.
 //
 //   RowDelivery delivery(args, ranks, warp, num_warps, open);   // all threads of a warp
@@ -45,11 +46,13 @@ class RowDelivery {
       token_ = next_token_;
 #pragma unroll
       for (int i = 0; i < kMostRefs; ++i) refs_[i] = refs_ahead_[i];
+#pragma unroll
+      for (int i = 0; i < kScaleWords; ++i) words_[i] = words_ahead_[i];
       look_ahead(num_warps_ + __shfl_sync(~0u, static_cast<int32_t>(taken_), 0));
     }
+    const bool is_last = load_piece_ + 1 == p.num_pieces;
     if (device::lane_idx() == 0) {
-      const bool is_last = load_piece_ + 1 == p.num_pieces;
-      const uint32_t row_part = piece_size(load_piece_), scale_part = is_last ? static_cast<uint32_t>(args_.scale_bytes) : 0;
+      const uint32_t row_part = piece_size(load_piece_), scale_part = is_last && !by_words() ? static_cast<uint32_t>(args_.scale_bytes) : 0;
       device::expect_bytes(arrivals, row_part + scale_part);
       device::bulk_load(stage, own(args_.transfer.rows) + int64_t{load_piece_} * p.piece_bytes, row_part, arrivals);
       if (scale_part > 0) device::bulk_load(stage + p.scales, own(args_.transfer.scales), scale_part, arrivals);
@@ -57,6 +60,7 @@ class RowDelivery {
 #pragma unroll
     for (int i = 0; i < kMostRefs; ++i)
       if (nth_ref(i) < plan_.messages_per_token) refs_of(stage)[nth_ref(i)] = refs_[i];
+    if (is_last && by_words()) for_own_words([&](int i, int32_t at) { *reinterpret_cast<uint32_t*>(stage + p.scales + at) = words_[i]; });
     if (++load_piece_ == p.num_pieces) load_piece_ = 0;
     return RingLoad::kStarted;
   }
@@ -74,17 +78,47 @@ class RowDelivery {
       if (ref.rank < 0 || ref.row < 0 || ranks_[ref.rank].takes_rows == nullptr) continue;
       const SourceView& to = ranks_[ref.rank];
       device::bulk_store(to.takes_rows + ref.row * args_.row_bytes + at, stage, piece_size(store_piece_));
-      if (is_last && to.takes_scales != nullptr)
+      if (is_last && to.takes_scales != nullptr && !by_words())
         device::bulk_store(to.takes_scales + ref.row * args_.scale_bytes, stage + p.scales, static_cast<uint32_t>(args_.scale_bytes));
     }
+    if (is_last && by_words()) store_words(stage);
     store_piece_ = is_last ? 0 : store_piece_ + 1;
   }
 
  private:
   static constexpr int kMostRefs = kMostDelivered / kWarpThreads;  // of a thread
 
+  static constexpr int kScaleWords = kMostScaleWords / kWarpThreads;
+
+  // Scales that the copy engine cannot take as they lie: in words of 4 bytes, of which a thread loads, keeps and stores its own.
+  __device__ bool by_words() const { return args_.scale_bytes > 0 && args_.transfer.scales.in_heap == 0; }
+  template <typename Visitor>
+  __device__ void for_own_words(Visitor visit) const {
+#pragma unroll
+    for (int i = 0; i < kScaleWords; ++i) {
+      const int32_t at = nth_ref(i) * static_cast<int32_t>(sizeof(uint32_t));
+      if (at < args_.scale_bytes) visit(i, at);
+    }
+  }
+  __device__ void store_words(const std::byte* stage) const {
+    __syncwarp();  // the refs are everybody's
+    for (int n = 0; n < plan_.messages_per_token; ++n) {
+      const MessageRef ref = refs_of(stage)[n];
+      if (ref.rank < 0 || ref.row < 0 || ranks_[ref.rank].takes_rows == nullptr) continue;
+      std::byte* const scales = ranks_[ref.rank].takes_scales;
+      if (scales == nullptr) continue;
+      for_own_words([&](int, int32_t at) {
+        *reinterpret_cast<uint32_t*>(scales + ref.row * args_.scale_bytes + at) =
+            *reinterpret_cast<const uint32_t*>(stage + args_.pieces.scales + at);
+      });
+    }
+  }
+
   __device__ static int nth_ref(int i) { return static_cast<int>(device::lane_idx()) + i * kWarpThreads; }
   __device__ MessageRef* refs_of(std::byte* stage) const { return reinterpret_cast<MessageRef*>(stage + args_.pieces.entries); }
+  __device__ const MessageRef* refs_of(const std::byte* stage) const {
+    return reinterpret_cast<const MessageRef*>(stage + args_.pieces.entries);
+  }
   __device__ uint32_t piece_size(int piece) const {
     return static_cast<uint32_t>(min(int64_t{args_.pieces.piece_bytes}, args_.row_bytes - int64_t{piece} * args_.pieces.piece_bytes));
   }
@@ -95,7 +129,7 @@ class RowDelivery {
     return exchange.heap(exchange.rank) + part.offset + token_ * part.stride;
   }
 
-  // Nothing waits here: where token `nth` of the round goes is asked for a token ahead, and which one comes after it is two ahead. Tokens begin with
+  // Nothing waits here: where token `nth` of the round goes, and its words, are asked for a token ahead, and which one comes after it is two ahead. Tokens begin with
   // different ranks, or all would send to the same one at a time.
   __device__ void look_ahead(int32_t nth) {
     next_token_ = static_cast<int32_t>(args_.transfer.first_token()) + nth;
@@ -106,6 +140,10 @@ class RowDelivery {
     for (int i = 0; i < kMostRefs; ++i) {
       const int ref = nth_ref(i) + shift;
       if (nth_ref(i) < num_refs) refs_ahead_[i] = plan_.messages[int64_t{next_token_} * num_refs + (ref < num_refs ? ref : ref - num_refs)];
+    }
+    if (by_words()) {
+      const std::byte* const scales = args_.in.scales + next_token_ * args_.in.scale_token_stride_bytes;
+      for_own_words([&](int i, int32_t at) { words_ahead_[i] = *reinterpret_cast<const uint32_t*>(scales + at); });
     }
     if (device::lane_idx() == 0) taken_ = atomicAdd(&args_.transfer.exchange.state->parts_taken, 1u);
   }
@@ -118,6 +156,7 @@ class RowDelivery {
   int32_t token_ = 0, next_token_ = 0;
   uint32_t taken_ = 0;                                            // thread 0's
   MessageRef refs_[kMostRefs] = {}, refs_ahead_[kMostRefs] = {};  // the thread's, of the two tokens
+  uint32_t words_[kScaleWords] = {}, words_ahead_[kScaleWords] = {};
   int load_piece_ = 0, store_piece_ = 0;
   Open open_;
   bool has_asked_ = false, is_open_ = false;

@@ -253,14 +253,39 @@ struct Sources {
   bool* are_open;  // false: the exchange has failed
 };
 
+// One warp. The epoch of the route in front, while that has not ended, but has raised all its flags and has seen those of all others; 0: it may
+// be anywhere. What it settles can be seen at its end.
+__device__ uint64_t running_route(const DispatchArgs& args) {
+  const LaneState* const state = args.transfer.exchange.state;
+  const auto lane = static_cast<int>(device::lane_idx());
+  const uint64_t epoch = __shfl_sync(~0u, load_relaxed_sys(&state->epoch) + 1, 0);
+  const bool has_raised = lane >= args.route_blocks || load_acquire_sys(&state->routed[lane]) == epoch;
+  const bool is_running = __all_sync(~0u, has_raised) != 0;
+  __syncwarp();
+  return is_running ? epoch : 0;
+}
+static_assert(kMostRouteBlocks <= kWarpThreads);
+
+// One warp. Tokens do not follow from a route, and nothing stands between one of the same call and this kernel: who stages need not wait for
+// its end.
+__device__ Transfer begin(const DispatchArgs& args, bool stages) {
+  const uint64_t route = stages && args.route_blocks > 0 ? running_route(args) : 0;
+  if (route != 0) return {args.transfer, route + 1};
+  device::await_kernel_before();
+  return Transfer(args.transfer);
+}
+
 // The part of a staging warp.
 __device__ void stage(const DispatchArgs& args, const Transfer& transfer) {
   const int num_warps = args.roles.num_stage_warps, warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   if (args.transfer.sends) {
-    if (!transfer.await_staging()) return;
+    const bool has_failed = args.route_blocks > 0 && transfer.operation().is_aborted();  // perhaps the route has
+    if (!transfer.await_staging() || has_failed) return;
     if (blockIdx.x == 0 && warp == 0) transfer.announce(args.plan.tokens_at(args.transfer.exchange.rank));
     if (args.slot.stride() > 0) TokenStager(args, transfer, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{num_warps} * gridDim.x).run();
   }
+  device::await_kernel_before();
+  if (args.transfer.sends && blockIdx.x == 0 && warp == 0) transfer.post_consumed_before();
   if (args.writes_outputs) OutputWriter(args).write();
 }
 
@@ -275,6 +300,7 @@ __device__ void take_weights(const DispatchArgs& args, const Transfer& transfer,
 __device__ bool open_sources(const DispatchArgs& args, const Transfer& transfer, const Sources& sources, int thread) {
   const int num_threads = args.roles.num_pull_warps * kWarpThreads;
   if (!transfer.open_sources(sources.views, thread, num_threads)) *sources.are_open = false;
+  if (args.route_blocks > 0 && thread == 0 && transfer.operation().is_aborted()) *sources.are_open = false;  // perhaps the route has
   device::fence_async_proxy();  // the copy engine reads what lies in place, and writes outputs
   device::sync_some_warps(kPullBarrier, num_threads);
   if (args.takes_weights()) device::arrive_at_barrier(kOpenBarrier, args.roles.num_threads());
@@ -317,14 +343,14 @@ __device__ void deliver(const DispatchArgs& args, const Transfer& transfer, cons
 template <bool kBulk>
 __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) std::byte shared[];
-  device::await_kernel_before();
   const SharedLayout shared_layout = shared_layout_of(args, kBulk);
-  const Transfer transfer(args.transfer);
   __shared__ bool are_open;
   if (threadIdx.x == 0) are_open = true;
-  if (transfer.operation().is_poisoned()) return;
+  if (args.route_blocks == 0) device::await_kernel_before();  // perhaps a kernel of the caller's, behind the route
+  if (Operation{args.transfer.exchange, args.transfer.operation, 0}.is_poisoned()) return;
   const Sources sources{reinterpret_cast<SourceView*>(shared), &are_open};
   const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
+  const Transfer transfer = begin(args, nth < 0);
   if (nth < 0) {
     stage(args, transfer);
     if (args.takes_weights()) take_weights(args, transfer, sources);
@@ -351,7 +377,7 @@ cudaError_t prepare_dispatch(bool bulk_copies) {
 }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, bool bulk_copies, int num_blocks, cudaStream_t stream) {
-  const LaunchShape shape{num_blocks, args.roles.num_threads(), shared_layout_of(args, bulk_copies).bytes, args.follows_route};
+  const LaunchShape shape{num_blocks, args.roles.num_threads(), shared_layout_of(args, bulk_copies).bytes, args.follows_closely};
   return launch(bulk_copies ? dispatch_kernel<true> : dispatch_kernel<false>, shape, stream, args);
 }
 

@@ -74,8 +74,9 @@ struct RowPieces {
   int32_t num_stages = 0;
 };
 
-inline constexpr int32_t kPieceTagBytes = 16;  // at the end of a stage
-inline constexpr int32_t kMostDelivered = 64;  // ranks that a row is delivered to
+inline constexpr int32_t kPieceTagBytes = 16;   // at the end of a stage
+inline constexpr int32_t kMostDelivered = 64;   // ranks that a row is delivered to
+inline constexpr int32_t kMostScaleWords = 64;  // of 4 bytes, of a row that is delivered with scales that are not in place
 
 struct DispatchArgs {
   TransferArgs transfer;
@@ -91,8 +92,9 @@ struct DispatchArgs {
   int32_t scale_element_bytes = 0;
   int32_t scale_word_bytes = 1;  // 4: scales and their places are aligned to it, and elements are multiples of it
   bool carries_weights = false;
-  bool writes_outputs = false;  // everything but rows, scales and weights: by the first round that receives
-  bool follows_route = false;   // the kernel before it on the stream is that of its routing
+  bool writes_outputs = false;   // everything but rows, scales and weights: by the first round that receives
+  bool follows_closely = false;  // the kernel may begin while the one in front ends
+  int32_t route_blocks = 0;      // then: of the one in front, if that is the route of the same call
 
   RowPieces pieces;
 

@@ -29,15 +29,17 @@ struct Attendance {
   uint64_t decided[layout::kMostLatencyRanks];
 };
 
+inline constexpr int kMostRouteBlocks = 32;
+
 // The state of one lane, in this rank's own device memory. Zero at the start of a generation.
 struct LaneState {
-  uint64_t epoch;          // of the last operation that was begun
-  uint32_t blocks_done;    // of the running kernel
-  uint32_t blocks_synced;  // at its grid barriers
+  uint64_t epoch;        // of the last operation that was begun
+  uint32_t blocks_done;  // of the running kernel
   uint32_t blocks_sent;
   uint32_t blocks_begun;
-  uint32_t runs_taken;   // by the staging warps of all blocks
-  uint32_t parts_taken;  // by the pulling warps
+  uint32_t runs_taken;                // by the staging warps of all blocks
+  uint32_t parts_taken;               // by the pulling warps
+  uint64_t routed[kMostRouteBlocks];  // of each block of a route: the last one in which it had everybody's counts
 };
 
 // Between nodes: one lane's words in pinned memory, in which the GPU talks with its host (rail.h).
@@ -132,6 +134,9 @@ struct PlanView {
   uint64_t* combine_ticket = nullptr;
 
   constexpr int32_t num_counts(int32_t num_ranks) const { return num_experts + num_ranks; }
+  constexpr layout::RoutingBankLayout routing_bank(int32_t num_ranks) const {
+    return {.num_counts = num_counts(num_ranks), .num_topk = num_topk, .local_experts = local_experts, .max_tokens = max_tokens};
+  }
   // Of the batch: its tokens at a rank of the node, and what has come from there.
   constexpr int32_t tokens_at(int32_t rank) const { return num_tokens[first_source + rank]; }
   constexpr int32_t received_from(int32_t rank) const { return received_begin[first_source + rank]; }

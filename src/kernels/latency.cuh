@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The protocol of the latency path, as the kernels of dispatch and combine see it.
 //
-//   sending    announce();  write slots;  raise_row(...) behind each
-//   receiving  await_calls(): the sources run the same call, or the exchange fails;  await_row(...): a row is there
+//   sending    announce();  write slots;  raise_row(...) behind those that need it
+//   receiving  await_calls(): the sources run the same call, or the exchange fails;  take a row: look at its words until all are written, and put
+//              back what says that they are not (ArrivingRow)
 //   both       begin(), or lead() and follow(): what was pushed two epochs ago is used up;  finish()
+//
+// So a row has no flag as a rule, and no fence: it is there when none of its words is kUnwritten. One that holds this very word has a flag raised,
+// which who waits for long looks at too. All rows have flags (has_row_flags()) where they show nothing by themselves: under TERN_ON_TIMEOUT_MASK,
+// since a rank that was given up may write on, and in the 10-bit encoding, whose words are written by several threads; and where that is quicker.
 //
 // Under TERN_ON_TIMEOUT_MASK a rank is in an operation with all that it sends, or not at all: each block first waits for everything that comes,
 // and the first one that has all of a rank, or misses something at the deadline, decides for all blocks (settle_attendance()).
@@ -14,6 +19,7 @@
 
 #include "kernels/latency.h"
 #include "kernels/operation.cuh"
+#include "kernels/rows.cuh"
 
 namespace tern::kernels {
 
@@ -35,15 +41,67 @@ __device__ __forceinline__ int32_t quotient(int32_t number, uint32_t reciprocal)
 // The rank of an expert.
 __device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) { return quotient(expert, args.experts_reciprocal); }
 
-// kMasks: under TERN_ON_TIMEOUT_MASK. Kernels are compiled for that and for all else, where nothing of it takes time or registers.
-template <bool kMasks>
+__device__ __forceinline__ bool looks_unwritten(const Vec16& vec) {
+  return vec.words[0] == layout::kUnwritten || vec.words[1] == layout::kUnwritten || vec.words[2] == layout::kUnwritten ||
+         vec.words[3] == layout::kUnwritten;
+}
+__device__ __forceinline__ bool looks_unwritten(const uint2& vec) { return vec.x == layout::kUnwritten || vec.y == layout::kUnwritten; }
+__device__ __forceinline__ bool looks_unwritten(uint32_t word) { return word == layout::kUnwritten; }
+
+// What a thread looks at until it is there: 16 bytes of a row, or 4.
+__device__ __forceinline__ Vec16 look_at(const Vec16* at) { return device::load_vec16_relaxed_sys(reinterpret_cast<const std::byte*>(at)); }
+__device__ __forceinline__ uint32_t look_at(const uint32_t* at) { return load_relaxed_sys(at); }
+
+constexpr Vec16 kUnwrittenVec = {{layout::kUnwritten, layout::kUnwritten, layout::kUnwritten, layout::kUnwritten}};
+
+// A part of a token's row that is on its way from a source.
+struct ArrivingRow {
+  int source;
+  int32_t token;
+  int part;
+};
+
+// For take_vecs(): what a thread takes of one, kStep bytes apart.
+template <int kStep>
+struct RowVecs {
+  std::byte* begin;
+  int32_t num_bytes;  // of the row, from there on
+  ArrivingRow row;
+
+  __device__ bool has(int v) const { return v * kStep < num_bytes; }
+  __device__ std::byte* at(int v) const { return begin + v * kStep; }
+  __device__ const ArrivingRow& row_of(const std::byte*) const { return row; }
+};
+
+// What kernels are compiled for, so that nothing else takes time, registers or code in them.
+enum class CallKind {
+  kMasking,  // under TERN_ON_TIMEOUT_MASK; rows have flags
+  kFlagged,  // so they have here
+  kUsualFlagged,
+  kAny,
+  kUsual,  // see is_usual_call()
+};
+
+// Rows have flags or not on all ranks alike; what is usual each rank may find for itself.
+inline CallKind kind_of(const LatencyArgs& args, bool is_usual) {
+  if (args.exchange.attendance != nullptr) return CallKind::kMasking;
+  if (args.has_row_flags) return is_usual ? CallKind::kUsualFlagged : CallKind::kFlagged;
+  return is_usual ? CallKind::kUsual : CallKind::kAny;
+}
+
+// What decoding does as a rule: both phases at once, in groups of equal size, and no waits are counted.
+inline bool is_usual_call(const LatencyArgs& args) {
+  return args.sends && args.receives && args.wait_ns == nullptr && args.plan.layout == TERN_LAYOUT_EXPERT_PADDED;
+}
+
+template <CallKind kKind>
 class LatencyCall {
  public:
   // Asks for what begin() looks at before all else, since it comes from memory.
   __device__ explicit LatencyCall(const LatencyArgs& args)
       : args_(args),
         last_epoch_(args.exchange.state->epoch),
-        op_{args.exchange, args.operation, args.sends ? last_epoch_ + 1 : *args.ticket},
+        op_{args.exchange, args.operation, sends() ? last_epoch_ + 1 : *args.ticket},
         aborted_(load_relaxed_sys(op_.abort_word())) {
     const int peer = static_cast<int>(device::lane_idx());
     if (is_raising() && peer < num_ranks() && !is_masked(peer)) consumed_ = load_relaxed_sys(&progress(rank(), peer)->consumed);
@@ -52,6 +110,14 @@ class LatencyCall {
   __device__ const Operation& operation() const { return op_; }
   __device__ int rank() const { return args_.exchange.rank; }
   __device__ int num_ranks() const { return args_.exchange.num_ranks; }
+
+  __device__ static constexpr bool is_usual() { return kKind == CallKind::kUsual || kKind == CallKind::kUsualFlagged; }
+  __device__ bool sends() const { return is_usual() || args_.sends; }
+  __device__ bool receives() const { return is_usual() || args_.receives; }
+  // A usual dispatch routes.
+  __device__ bool routes() const { return is_usual() || args_.routes; }
+  __device__ int32_t layout() const { return is_usual() ? TERN_LAYOUT_EXPERT_PADDED : args_.plan.layout; }
+  __device__ bool has_expert_rows() const { return layout() != TERN_LAYOUT_RANK_MAJOR; }
 
   // There are never more ranks than these.
   __device__ std::byte* window(int rank) const { return args_.exchange.inline_windows[rank]; }
@@ -85,6 +151,14 @@ class LatencyCall {
   __device__ bool await_word(int source, int32_t word, uint32_t& value, int64_t* wait_ns = nullptr) const {
     return reported(op_.await_word<kMasks>(words(rank(), source) + word, source, value, wait_ns));
   }
+  // The same behind a look that has shown `seen`, perhaps some time ago.
+  __device__ bool await_word_after(uint64_t seen, int source, int32_t word, uint32_t& value) const {
+#pragma unroll 1
+    for (int look = 0; look < num_first_looks() && !op_.is_of_epoch(seen); ++look) seen = look_at_word(source, word);
+    value = static_cast<uint32_t>(seen);
+    return op_.is_of_epoch(seen) || await_word(source, word, value);
+  }
+  __device__ uint64_t look_at_word(int source, int32_t word) const { return load_relaxed_sys(words(rank(), source) + word); }
 
   // All threads of the block. False: the exchange has failed, and nothing is to be done. The raising warp finds out, while the others ask for
   // something, or sum it.
@@ -159,10 +233,83 @@ class LatencyCall {
     return false;
   }
 
+  // Have all rows flags?
+  __device__ static constexpr bool has_row_flags() { return kKind != CallKind::kAny && kKind != CallKind::kUsual; }
   // Threads that have written the row have met at a barrier before: one of them tells the owner of the slot.
   __device__ void raise_row(int owner, int32_t token, int part) const {
     store_release_sys(row_flag(owner, rank(), token, part), op_.epoch);
   }
+  // Without flags: a thread has found kUnwritten in a row that it pushes, number `nth` of a few; before the barrier at which the raising warp learns
+  // that the row is pushed. That one asks behind it, before anybody pushes another row of that number.
+  __device__ void note_unclear(int nth) const {
+    if (!has_row_flags()) is_unclear(nth) = true;
+  }
+  __device__ bool needs_flag(int nth) const {
+    if (has_row_flags()) return true;
+    const bool needs = is_unclear(nth);
+    __syncwarp();
+    if (needs && device::lane_idx() == 0) is_unclear(nth) = false;
+    __syncwarp();
+    return needs;
+  }
+
+  // All threads of a warp: each takes 16 bytes at each place of a row, or of several, that `vecs` has: has(v), at(v), and row_of(an address) say
+  // what they are of. They are looked at together, and meanwhile() is called while the first looks are under way. If all that has not come after
+  // a few of these looks, one thread looks at the last of it alone: the looks of all would be in the way of what is to come. False: the exchange
+  // has failed.
+  template <int kNum, typename Vecs, typename Meanwhile>
+  __device__ bool take_vecs(const Vecs& vecs, Vec16 (&values)[kNum], Meanwhile meanwhile) const {
+    uint32_t as_sent = 0;  // a bit each: what looks unwritten has been sent so
+#pragma unroll 1
+    for (int look = 1;; ++look) {
+#pragma unroll
+      for (int v = 0; v < kNum; ++v)
+        if (vecs.has(v)) values[v] = device::load_vec16_relaxed_sys(vecs.at(v));
+      if (look == 1) meanwhile();
+      if (has_row_flags()) return true;
+      int missing = -1;
+#pragma unroll
+      for (int v = 0; v < kNum; ++v)
+        if (vecs.has(v) && looks_unwritten(values[v]) && (as_sent >> v & 1) == 0) missing = v;
+      const uint32_t missing_in = __ballot_sync(~0u, missing >= 0);
+      if (missing_in == 0) break;
+      if (look < kLooksAtAll) continue;
+      Arrival arrival = Arrival::kShown;
+      if (missing_in >> device::lane_idx() == 1) {
+        const std::byte* at = vecs.at(missing);
+        arrival = await_arrival(reinterpret_cast<const Vec16*>(at), vecs.row_of(at));
+        if (arrival == Arrival::kFlagged) as_sent |= 1u << missing;
+      }
+      if (__any_sync(~0u, arrival == Arrival::kFailed)) return false;
+#pragma unroll
+      for (int v = 0; v < kNum; ++v) values[v] = Vec16{};  // or what is not read again would be kept over the call
+    }
+#pragma unroll
+    for (int v = 0; v < kNum; ++v)
+      if (vecs.has(v)) *reinterpret_cast<Vec16*>(vecs.at(v)) = kUnwrittenVec;
+    return true;
+  }
+  // One thread: the same of one word, behind a look that has shown `value`.
+  __device__ bool take_word(uint32_t* at, const ArrivingRow& row, uint32_t& value) const {
+    if (has_row_flags()) return true;
+    if (looks_unwritten(value)) {
+      if (await_arrival(at, row) == Arrival::kFailed) return false;
+      value = look_at(at);
+    }
+    *at = layout::kUnwritten;
+    return true;
+  }
+
+  // One thread, without flags: until what is at `at` has been written, as looks show, or else the row's flag says that all is as it was sent.
+  enum class Arrival { kFailed, kShown, kFlagged };
+  template <typename T>
+  __device__ Arrival await_arrival(const T* at, const ArrivingRow& row) const {
+#pragma unroll 1
+    for (int look = 0; look < num_first_looks(); ++look)
+      if (!looks_unwritten(look_at(at))) return Arrival::kShown;
+    return await_shown_or_flagged(op_, at, row_flag(rank(), row.source, row.token, row.part), row.source);
+  }
+
   // One thread.
   __device__ bool await_row(int source, int32_t token, int part) const {
     const uint64_t* flag = row_flag(rank(), source, token, part);
@@ -213,17 +360,37 @@ class LatencyCall {
     if (!began_last_) return;
     LaneState* state = args_.exchange.state;
     state->blocks_begun = 0;
-    if (!args_.sends) return;
+    if (!sends()) return;
     state->epoch = op_.epoch;
-    if (!args_.receives) *args_.ticket = op_.epoch;
+    if (!receives()) *args_.ticket = op_.epoch;
   }
 
  private:
-  static constexpr int kBegunBarrier = 12;
+  static constexpr bool kMasks = kKind == CallKind::kMasking;
+  static constexpr int kBegunBarrier = 12, kMostUnclear = 4;
+  static constexpr int kLooksAtAll = 8;  // then a thread looks at what is missing alone
+
+  // Not inlined, like all that is seldom done.
+  template <typename T>
+  static __device__ __noinline__ Arrival await_shown_or_flagged(Operation op, const T* at, const uint64_t* flag, int source) {
+    uint64_t seen = 0;
+    bool is_shown = false;
+    const bool ok = op.template await_until<kMasks>(op.epoch, source, seen, [&] {
+      is_shown = !looks_unwritten(look_at(at));
+      return is_shown || (seen = load_acquire_sys(flag)) >= op.epoch;
+    });
+    if (!ok) op.report_abort();
+    return !ok ? Arrival::kFailed : is_shown ? Arrival::kShown : Arrival::kFlagged;
+  }
 
   __device__ static uint32_t& warps_done_waiting() {
     __shared__ uint32_t num_warps;
     return num_warps;
+  }
+  // Of up to kMostUnclear rows of the block that are on their way to the raising warp.
+  __device__ static volatile bool& is_unclear(int nth) {
+    __shared__ bool unclear[kMostUnclear];
+    return *const_cast<volatile bool*>(&unclear[nth]);
   }
   // What the leading warp has found.
   __device__ static bool& has_begun() {
@@ -236,7 +403,7 @@ class LatencyCall {
     return reinterpret_cast<uint64_t*>(window(owner) + args_.row_flags_at) + source * args_.flags_stride + num_parts_of(token) + part;
   }
 
-  __device__ int64_t* wait_of(int source) const { return args_.wait_ns == nullptr ? nullptr : args_.wait_ns + source; }
+  __device__ int64_t* wait_of(int source) const { return is_usual() || args_.wait_ns == nullptr ? nullptr : args_.wait_ns + source; }
 
   // Passes on why a wait has failed.
   __device__ bool reported(bool ok) const {
@@ -261,7 +428,7 @@ class LatencyCall {
 
   // Nothing is sent to a rank that was given up, nor to one that still needs what it was sent two epochs ago.
   __device__ __noinline__ void await_bank_or_cut_off(int peer) const {
-    if (op_.given_up_in(peer) != 0 || (args_.sends && !op_.await_bank<kMasks>(peer))) add_rank(kCutOff, peer);
+    if (op_.given_up_in(peer) != 0 || (sends() && !op_.await_bank<kMasks>(peer))) add_rank(kCutOff, peer);
   }
 
   // One thread: has `source` a part in what this operation receives? The first block that knows decides.
@@ -281,6 +448,7 @@ class LatencyCall {
   // One warp: is there anything to be done, and has everybody used up what was pushed two epochs ago?
   __device__ bool may_begin() const {
     if (device::lane_idx() == 0) warps_done_waiting() = 0;
+    if (!has_row_flags() && device::lane_idx() < kMostUnclear) is_unclear(static_cast<int>(device::lane_idx())) = false;
     if (may_go_on_without()) clear_shared_ranks();
     bool ok = was_healthy() && op_.epoch != 0;
 #pragma unroll 1
@@ -297,7 +465,7 @@ class LatencyCall {
   __device__ bool begin(int peer) const {
     if (blockIdx.x == 0) post_consumed_before(peer);
     if (may_go_on_without()) await_bank_or_cut_off(peer);
-    return may_go_on_without() || !args_.sends || has_consumed(peer) || op_.await_bank<kMasks>(peer);
+    return may_go_on_without() || !sends() || has_consumed(peer) || op_.await_bank<kMasks>(peer);
   }
 
   // By what was seen at the start; of further ranks than a warp has threads nothing was. Nothing of the peer's is read behind this, only written,

@@ -18,6 +18,8 @@ struct LatencyArgs {
   int32_t operation = 0;         // tern_operation
   bool sends = false;            // pushes this rank's rows
   bool receives = false;         // takes what has been pushed here
+  bool routes = false;           // dispatch: the plan is made here
+  bool has_row_flags = false;    // see LatencyCall
   bool follows_closely = false;  // the kernel may begin while the one in front ends
   uint64_t* ticket = nullptr;    // keeps the epoch from a send to its receive
   int64_t* wait_ns = nullptr;    // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
@@ -50,7 +52,7 @@ static_assert(std::is_trivially_copyable_v<LatencyArgs>);
 static_assert(layout::kMostLatencyTokens * layout::kMostLatencyTopk <= LatencyArgs::kMostExperts);
 static_assert(layout::kMostLatencyTokens * layout::kMostLatencyRanks - 1 <= LatencyArgs::kMostExperts);
 
-// Where things are in the shared memory of a block of dispatch (DispatchMemory), and how much that is. First comes a token's tail.
+// Where things are in the shared memory of a block of dispatch (DispatchMemory), and how much that is. First come a token's scales.
 struct LatencyDispatchMemory {
   int32_t has_failed = 0;
   int32_t entries_sent = 0;
@@ -81,7 +83,6 @@ struct LatencyDispatchMemory {
 struct LatencyDispatchArgs {
   LatencyArgs call;
   LatencyDispatchMemory memory;
-  bool routes = false;             // the plan is made here
   const void* topk_idx = nullptr;  // [num_tokens, num_topk], int64 or int32
   bool is_int32 = false;
   int32_t num_tokens = 0;

@@ -35,9 +35,9 @@ class Arrivals {
     if (is_opening()) {
       if (call_.may_go_on_without())
         settle();
-      else if (args_.routes && !fetch_words())
+      else if (call_.routes() && !fetch_words())
         *memory_.has_failed() = 1;
-      if (args_.routes && plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) {
+      if (call_.routes() && call_.layout() == TERN_LAYOUT_EXPERT_MAJOR) {
         sync_openers();
         set_first_rows();
       }
@@ -53,20 +53,20 @@ class Arrivals {
       device::sync_some_warps(kOpenedBarrier, kWorkThreads);
     }
     if (*memory_.has_failed() != 0) return false;
-    if (is_raising() && args_.routes) settle_own();
+    if (is_raising() && call_.routes()) settle_own();
     return !is_raising();
   }
 
   // Message i of those that there may be; false: there is none. All threads of a warp.
   __device__ int32_t num_candidates() const {
-    if (!args_.routes) return plan_.received_begin[num_ranks_];
+    if (!call_.routes()) return plan_.received_begin[num_ranks_];
     int32_t most_tokens = 0;
 #pragma unroll 1
     for (int source = 0; source < num_ranks_; ++source) most_tokens = max(most_tokens, num_tokens(source));
     return most_tokens * num_ranks_;
   }
   __device__ bool candidate(int32_t i, ArrivingMessage& message) const {
-    if (!args_.routes) {
+    if (!call_.routes()) {
       const int lane = static_cast<int>(device::lane_idx());
       message = {0, plan_.source_token[i], i};
 #pragma unroll 1
@@ -81,7 +81,7 @@ class Arrivals {
   }
   // All threads of a warp: where a candidate stands.
   __device__ void place(ArrivingMessage& message) const {
-    if (!args_.routes) return;
+    if (!call_.routes()) return;
     const int lane = static_cast<int>(device::lane_idx()), word = message.token / 32;
     const uint32_t* present = presence(message.source);
     int lower = lane < word ? __popc(present[lane]) : 0;
@@ -90,21 +90,21 @@ class Arrivals {
     message.index = __reduce_add_sync(~0u, lower) + __popc(present[word] & ((1u << message.token % 32) - 1));
   }
 
-  // One thread: entry k of a message, whose entries are `sent`.
-  __device__ ArrivingEntry entry(const ArrivingMessage& message, int k, const layout::LatencySlot::Entry* sent) const {
+  // One thread: entry k of a message, as its source has sent it, if the call routes.
+  __device__ ArrivingEntry entry(const ArrivingMessage& message, int k, uint32_t sent) const {
     const int32_t at = message.index * plan_.topk_stride + k;
-    if (!args_.routes) return {plan_.received_experts[at], plan_.received_rows[at]};
-    const layout::LatencySlot::Entry entry = sent[k];
+    if (!call_.routes()) return {plan_.received_experts[at], plan_.received_rows[at]};
+    const layout::LatencyEntry entry = layout::LatencyEntry::unpacked(sent);
     if (entry.expert < 0 || rank_of(args_.call, entry.expert) != rank_) return {-1, -1};
-    const int32_t row = plan_.has_expert_rows() ? row_of(message.source, entry.expert, entry.position) : bounded_row(0, message.index);
+    const int32_t row = call_.has_expert_rows() ? row_of(message.source, entry.expert, entry.position) : bounded_row(0, message.index);
     return {entry.expert - rank_ * plan_.local_experts, row};
   }
   // Into the plan, if the call routes.
   __device__ void keep(const ArrivingMessage& message) const {
-    if (args_.routes) plan_.source_token[message.index] = message.token;
+    if (call_.routes()) plan_.source_token[message.index] = message.token;
   }
   __device__ void keep(const ArrivingMessage& message, int k, const ArrivingEntry& entry) const {
-    if (!args_.routes) return;
+    if (!call_.routes()) return;
     plan_.received_experts[message.index * plan_.topk_stride + k] = entry.expert;
     plan_.received_rows[message.index * plan_.topk_stride + k] = entry.row;
   }
@@ -114,13 +114,13 @@ class Arrivals {
     const DispatchOutputs& out = args_.out;
     sum_entries();
     sync_openers();
-    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && !out.zero_padding) {
+    if (call_.layout() == TERN_LAYOUT_EXPERT_PADDED && !out.zero_padding) {
       if (out.source_token != nullptr || out.source_rank != nullptr || out.row_expert != nullptr) clear_padded_rows();
     } else {
       clear_all_rows();
     }
     if (blockIdx.x != 0) return;
-    if (args_.routes) keep_groups();
+    if (call_.routes()) keep_groups();
     write_counts();
   }
 
@@ -177,13 +177,13 @@ class Arrivals {
       if (lane < plan_.num_topk) {
         int32_t& row = plan_.entry_rows[token * plan_.num_topk + lane];
         const int32_t expert = plan_.experts[token * plan_.num_topk + lane];
-        row = expert >= 0 && plan_.has_expert_rows() ? row_of(rank_, expert, row) : -1;
+        row = expert >= 0 && call_.has_expert_rows() ? row_of(rank_, expert, row) : -1;
       }
 #pragma unroll 1
       for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
         MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
         if (message.rank < 0) continue;
-        message.row = plan_.has_expert_rows() ? 0 : bounded_row(count_before(rank_, plan_.num_experts + message.rank), message.row);
+        message.row = call_.has_expert_rows() ? 0 : bounded_row(count_before(rank_, plan_.num_experts + message.rank), message.row);
       }
     }
   }
@@ -191,17 +191,17 @@ class Arrivals {
   // Openers, under TERN_ON_TIMEOUT_MASK: who has a part in this dispatch. Of a call that routes, the others send nothing.
   __device__ __noinline__ void settle() const {
     call_.template settle_attendance<kOpenThreads>([&] {
-      if (args_.routes && !fetch_words()) *memory_.has_failed() = 1;
+      if (call_.routes() && !fetch_words()) *memory_.has_failed() = 1;
       sync_openers();
       await_all_rows();
     });
-    for (int source = 0; args_.routes && source < num_ranks_; ++source)
+    for (int source = 0; call_.routes() && source < num_ranks_; ++source)
       for (int i = static_cast<int>(threadIdx.x); i < num_words_ && call_.is_absent(source); i += kOpenThreads) words(source)[i] = 0;
     sync_openers();
   }
   // Under TERN_ON_TIMEOUT_MASK rows are in one part.
   __device__ void await_all_rows() const {
-    if (!args_.routes) {
+    if (!call_.routes()) {
       for (int i = static_cast<int>(threadIdx.x); i < plan_.received_begin[num_ranks_]; i += kOpenThreads) {
         int source = 0;
         while (plan_.received_begin[source + 1] <= i) ++source;
@@ -298,20 +298,20 @@ class Arrivals {
   // Of local expert `e`.
   __device__ int32_t own_count(int source, int e) const {
     const int counter = rank_ * plan_.local_experts + e;
-    return args_.routes ? count(source, counter) : plan_.counts[source * plan_.num_counts(num_ranks_) + counter];
+    return call_.routes() ? count(source, counter) : plan_.counts[source * plan_.num_counts(num_ranks_) + counter];
   }
 
   // The openers of the first block, into the plan: where the experts' rows begin. With keep_counts() that is all but what belongs to single
   // tokens and messages.
   __device__ void keep_groups() const {
     const int thread = static_cast<int>(threadIdx.x);
-    bool overflow = !plan_.has_expert_rows() && received_begin(num_ranks_) > plan_.row_capacity;
+    bool overflow = !call_.has_expert_rows() && received_begin(num_ranks_) > plan_.row_capacity;
 #pragma unroll 1
-    for (int e = thread; e < plan_.local_experts && plan_.has_expert_rows(); e += kOpenThreads) {
+    for (int e = thread; e < plan_.local_experts && call_.has_expert_rows(); e += kOpenThreads) {
       plan_.group_begin[e] = group_begin(e);
       if (memory_.num_entries()[e] > 0) overflow = overflow || bounded_row(group_begin(e), memory_.num_entries()[e] - 1) < 0;
     }
-    if (thread == 0 && plan_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = group_begin(plan_.local_experts);
+    if (thread == 0 && call_.has_expert_rows()) plan_.group_begin[plan_.local_experts] = group_begin(plan_.local_experts);
     if (overflow) call_.operation().post_notice(TERN_CAPACITY_EXCEEDED);
   }
   // Messages of the source's tokens below `end`.
@@ -327,25 +327,25 @@ class Arrivals {
 
   // First message of a source; num_ranks: where the last one's end.
   __device__ int32_t received_begin(int source) const {
-    return args_.routes ? count_before(source, plan_.num_experts + rank_) : plan_.received_begin[source];
+    return call_.routes() ? count_before(source, plan_.num_experts + rank_) : plan_.received_begin[source];
   }
 
   // First row of an expert's group at its rank.
   __device__ int64_t first_row(int32_t expert) const {
-    if (plan_.layout == TERN_LAYOUT_EXPERT_MAJOR) return memory_.first_row()[expert];
+    if (call_.layout() == TERN_LAYOUT_EXPERT_MAJOR) return memory_.first_row()[expert];
     return (expert - rank_of(args_.call, expert) * plan_.local_experts) * plan_.padded_group_rows;
   }
 
   // First row of a local expert's group; local_experts: where the last one ends.
   __device__ int32_t group_begin(int e) const {
-    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED) return static_cast<int32_t>(e * plan_.padded_group_rows);
-    if (!args_.routes) return plan_.group_begin[e];
+    if (call_.layout() == TERN_LAYOUT_EXPERT_PADDED) return static_cast<int32_t>(e * plan_.padded_group_rows);
+    if (!call_.routes()) return plan_.group_begin[e];
     return e < plan_.local_experts ? memory_.first_row()[rank_ * plan_.local_experts + e] : *memory_.groups_end();
   }
 
   // Row, or -1 if it lies beyond the group's or the outputs' end.
   __device__ int32_t bounded_row(int64_t group_begin, int64_t row_in_group) const {
-    if (plan_.layout == TERN_LAYOUT_EXPERT_PADDED && row_in_group >= plan_.padded_group_rows) return -1;
+    if (call_.layout() == TERN_LAYOUT_EXPERT_PADDED && row_in_group >= plan_.padded_group_rows) return -1;
     const int64_t row = group_begin + row_in_group;
     return row < plan_.row_capacity ? static_cast<int32_t>(row) : -1;
   }
@@ -371,11 +371,11 @@ class Arrivals {
     const auto num_warps = static_cast<int>(kOpenThreads / kWarpThreads * gridDim.x);
     const int64_t num_rows = args_.out.num_rows;
 #pragma unroll 1
-    for (auto e = static_cast<int>(warp * gridDim.x + blockIdx.x); plan_.has_expert_rows() && e < plan_.local_experts; e += num_warps) {
+    for (auto e = static_cast<int>(warp * gridDim.x + blockIdx.x); call_.has_expert_rows() && e < plan_.local_experts; e += num_warps) {
       const int64_t begin = group_begin(e), end = min(int64_t{group_begin(e + 1)}, num_rows);
       clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
     }
-    const int64_t used = plan_.has_expert_rows() ? group_begin(plan_.local_experts) : received_begin(num_ranks_);
+    const int64_t used = call_.has_expert_rows() ? group_begin(plan_.local_experts) : received_begin(num_ranks_);
     clear_rows(min(used, num_rows), num_rows, false, blockIdx.x * kOpenThreads + threadIdx.x, gridDim.x * kOpenThreads);
   }
 
@@ -386,10 +386,10 @@ class Arrivals {
     for (int64_t row = begin + thread; row < end; row += num_threads) {
       if (out.source_token != nullptr) out.source_token[row] = -1;
       if (out.source_rank != nullptr) out.source_rank[row] = -1;
-      if (plan_.has_expert_rows() && out.row_expert != nullptr) out.row_expert[row] = -1;
+      if (call_.has_expert_rows() && out.row_expert != nullptr) out.row_expert[row] = -1;
     }
 #pragma unroll 1
-    for (int64_t i = begin * plan_.num_topk + thread; !plan_.has_expert_rows() && i < end * plan_.num_topk; i += num_threads) {
+    for (int64_t i = begin * plan_.num_topk + thread; !call_.has_expert_rows() && i < end * plan_.num_topk; i += num_threads) {
       if (out.topk_idx != nullptr) out.topk_idx[i] = -1;
       if (out.topk_weights != nullptr && args_.carries_weights) out.topk_weights[i] = 0.0f;
     }
@@ -414,9 +414,9 @@ class Arrivals {
 #pragma unroll 1
     for (int e = thread; e < plan_.local_experts; e += kOpenThreads) {
       if (out.expert_counts != nullptr) out.expert_counts[e] = memory_.num_entries()[e];
-      if (plan_.has_expert_rows()) write_ranges(e);
+      if (call_.has_expert_rows()) write_ranges(e);
     }
-    if (plan_.has_expert_rows() && out.expert_offsets != nullptr)
+    if (call_.has_expert_rows() && out.expert_offsets != nullptr)
 #pragma unroll 1
       for (int e = thread; e <= plan_.local_experts; e += kOpenThreads) out.expert_offsets[e] = group_begin(e);
     if (out.rank_counts != nullptr && thread < num_ranks_) out.rank_counts[thread] = received_begin(thread + 1) - received_begin(thread);
@@ -427,7 +427,7 @@ class Arrivals {
 #pragma unroll 1
     for (int source = 0; source < num_ranks_; ++source) {
       const int32_t num = own_count(source, e), at = e * num_ranks_ + source;
-      if (args_.routes) plan_.source_begin[at] = begin;
+      if (call_.routes()) plan_.source_begin[at] = begin;
       if (args_.out.expert_rank_ranges != nullptr) args_.out.expert_rank_ranges[at] = int64_t{begin} << 32 | static_cast<uint32_t>(num);
       begin += num;
     }

@@ -3,7 +3,7 @@
 //
 //   at the experts' ranks   a block for each part of a received message's row: summed over its entries (or the rows of its entries as they
 //                           are) into the slot of (this rank, token) at the token's owner
-//   at the owners           a warp for each part of a token's row: waits for the ranks that have a share of it, and sums in the contract's order
+//   at the owners           a warp for each piece of a token's row: takes it from the ranks that have a share, and sums in the contract's order
 //
 // Weights that only the owners know are pushed ahead, a word each, and the experts' ranks wait for those that they need.
 #include "kernels/latency_shares.cuh"
@@ -31,13 +31,15 @@ class OwnerSums {
       const int32_t token = i / num_pieces, piece = i % num_pieces;
       // Where the terms will be, before they are there.
       const MessageRef message = message_of(token, static_cast<int>(device::lane_idx()));
-      Terms terms = args_.per_entry ? terms_of_entries(token) : terms_of_shares(token, message);
+      Terms terms = is_per_entry<Call>(args_) ? terms_of_entries(token) : terms_of_shares(token, message);
       TermBatch batch = {};
       if (!kLog) batch = take_batch(terms);
       const int begin = piece * kPieceBytes, end = min(begin + kPieceBytes, args_.row_bytes);
-      if (!await_share(token, begin / args_.call.part_bytes, message)) return;
-      if (i + num_warps >= num_tokens * num_pieces) call_.wait_no_more();
-      if (piece == 0 && args_.returns_weights && args_.out_topk_weights != nullptr) sum_weights(token);
+      const int part = begin / args_.call.part_bytes;
+      bool ok = !call_.has_row_flags() || await_share(token, part, message);
+      if (piece == 0 && returns_weights<Call>(args_) && args_.out_topk_weights != nullptr && ok) ok = sum_weights(token);
+      if (!__all_sync(~0u, ok)) return;
+      const bool is_last = i + num_warps >= num_tokens * num_pieces;
       std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
       sum_bytes<Wire>(
           begin, end,
@@ -46,13 +48,19 @@ class OwnerSums {
             if constexpr (kLog) {
               add_log_terms<Wire, kSumVecs>(terms, at, end, sums);
             } else {
-              add_batch<Wire, kSumVecs>(batch, at, end, sums);
-              add_terms<Wire, kSumVecs>(terms, at, end, sums);
+#pragma unroll 1
+              for (;; batch = take_batch(terms)) {
+                ok = take_batch_of(batch, {token, part}, at, end, sums) && ok;
+                if (terms.valid == 0) break;
+              }
             }
+            ok = __all_sync(~0u, ok) != 0;
+            if (is_last) call_.wait_no_more();
           },
           [&](int at, const auto& sum) {
-            if (at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
+            if (ok && at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
           });
+      if (!ok) return;
     }
   }
 
@@ -80,11 +88,47 @@ class OwnerSums {
     return all_ok;
   }
 
+  // What a thread takes of a batch of terms: of term u, two vectors.
+  struct PartOfToken {
+    int32_t token;
+    int part;
+  };
+  struct TermVecs {
+    const OwnerSums& sums;
+    const TermBatch& batch;
+    const PartOfToken& of;
+    int begin, end;
+
+    __device__ int offset(int v) const { return begin + v % kSumVecs * kWarpThreads * static_cast<int>(sizeof(Vec16)); }
+    __device__ bool has(int v) const { return v / kSumVecs < batch.num && offset(v) < end; }
+    __device__ std::byte* at(int v) const {
+      const std::byte* address = batch.terms[0].address;
+#pragma unroll
+      for (int u = 1; u < TermBatch::kMost; ++u)
+        if (v / kSumVecs == u) address = batch.terms[u].address;  // not by an index, or the batch would lie in memory
+      return const_cast<std::byte*>(address) + offset(v);
+    }
+    __device__ ArrivingRow row_of(const std::byte* at) const { return {sums.source_of(at), of.token, of.part}; }
+  };
+  // Adds the terms at bytes `at`, and one step of the warp further on, when they are there. False: the exchange has failed.
+  __device__ bool take_batch_of(const TermBatch& batch, const PartOfToken& of, int at, int end, PieceSums<Wire>& sums) const {
+    Vec16 values[TermBatch::kMost * kSumVecs];
+    const bool ok = call_.take_vecs(TermVecs{*this, batch, of, at, end}, values, [] {});
+#pragma unroll
+    for (int v = 0; v < TermBatch::kMost * kSumVecs; ++v)
+      if (v / kSumVecs < batch.num) add_term<Wire>(sums[v % kSumVecs], values[v], batch.terms[v / kSumVecs].weight);
+    return ok;
+  }
+  // From which rank is what lies at an address of a slot?
+  __device__ int source_of(const std::byte* at) const {
+    return static_cast<int>((at - call_.slot(call_.rank(), 0)) / (plan_.max_tokens * args_.call.slot_stride));
+  }
+
   __device__ void add_biases(int32_t token, int at, int end, PieceSums<Wire>& sums) const {
     constexpr int kStep = 32 * sizeof(Vec16);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      if (args_.bias[which] == nullptr) continue;
+      if (Call::is_usual() || args_.bias[which] == nullptr) continue;
       const std::byte* bias = args_.bias[which] + int64_t{token} * args_.row_bytes + at;
 #pragma unroll
       for (int v = 0; v < kSumVecs; ++v)
@@ -112,27 +156,33 @@ class OwnerSums {
     return terms;
   }
 
-  __device__ void sum_weights(int32_t token) const {
+  // False: the exchange has failed.
+  __device__ bool sum_weights(int32_t token) const {
+    bool ok = true;
     for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
       const int64_t entry = int64_t{token} * plan_.num_topk + k;
       float sum = 0.0f;
       if (args_.per_entry) {
         const int32_t expert = plan_.experts[entry];
         const int rank = expert >= 0 ? rank_of(args_.call, expert) : 0;
-        if (expert >= 0 && !call_.is_absent(rank)) sum = __fadd_rn(sum, returned(rank, token)[k]);
+        if (expert >= 0 && !call_.is_absent(rank)) ok = add_returned(rank, entry, sum) && ok;
       } else {
         for (int m = 0; m < plan_.messages_per_token; ++m) {
           const MessageRef message = message_of(token, m);
           if (message.rank < 0) break;
           if (call_.is_absent(message.rank)) continue;
-          sum = __fadd_rn(sum, returned(message.rank, token)[k]);
+          ok = add_returned(message.rank, entry, sum) && ok;
         }
       }
       args_.out_topk_weights[entry] = sum;
     }
+    return ok;
   }
-  __device__ const float* returned(int rank, int32_t token) const {
-    return reinterpret_cast<const float*>(call_.slot(call_.rank(), slot_idx_of(args_, call_, rank, token)) + args_.call.slot.weights());
+  __device__ bool add_returned(int rank, int64_t entry, float& sum) const {
+    uint32_t bits = 0;
+    const bool ok = call_.await_word(rank, static_cast<int32_t>(args_.call.words.returned() + entry), bits);
+    sum = __fadd_rn(sum, __uint_as_float(bits));
+    return ok;
   }
 
   const LatencyCombineArgs& args_;
@@ -154,22 +204,23 @@ __device__ void push_weights(const LatencyCombineArgs& args, const Call& call) {
   }
 }
 
-template <typename Wire, bool kLog, bool kMasks>
+template <typename Wire, bool kLog, CallKind kKind>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(const __grid_constant__ LatencyCombineArgs args) {
   device::await_kernel_before();
-  LatencyCall<kMasks> call(args.call);
-  ShareSender<Wire, kLog, LatencyCall<kMasks>> sender(args, call);
+  using Call = LatencyCall<kKind>;
+  Call call(args.call);
+  ShareSender<Wire, kLog, Call> sender(args, call);
   if (call.begin()) {
     const bool announces = is_raising() && blockIdx.x == gridDim.x - 1;  // in a block that seldom has a message
-    if (args.call.sends) {
-      if (args.owner_weights != nullptr) push_weights(args, call);
+    if (call.sends()) {
+      if (!Call::is_usual() && args.owner_weights != nullptr) push_weights(args, call);
       if (announces) call.announce(0);
       sender.run();
       if (announces) call.announce_to_throughput();
     }
-    if (args.call.receives) {
+    if (call.receives()) {
       if (!is_raising()) {
-        OwnerSums<Wire, kLog, LatencyCall<kMasks>>(args, call).run();
+        OwnerSums<Wire, kLog, Call>(args, call).run();
       } else {
         if (announces) call.await_calls();
         call.wait_no_more();
@@ -179,27 +230,27 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
   call.finish();
 }
 
-// Calls function(kernel) for the type of the rows and what they are on their way.
-template <bool kMasks, typename Wire, typename Function>
-auto with_kernel_of(bool is_log, Function function) {
-  return is_log ? function(latency_combine_kernel<Wire, true, kMasks>) : function(latency_combine_kernel<Wire, false, kMasks>);
-}
-template <bool kMasks, typename Function>
-auto with_kernel(int32_t dtype, bool is_log, Function function) {
-  if (dtype == TERN_DTYPE_BF16) return with_kernel_of<kMasks, device::Bf16>(is_log, function);
-  if (dtype == TERN_DTYPE_FP16) return with_kernel_of<kMasks, device::F16>(is_log, function);
-  return with_kernel_of<kMasks, device::F32>(is_log, function);
+// Calls function(kernel) for the type of the rows.
+template <bool kLog, CallKind kKind, typename Function>
+auto with_kernel(int32_t dtype, Function function) {
+  if (dtype == TERN_DTYPE_BF16) return function(latency_combine_kernel<device::Bf16, kLog, kKind>);
+  if (dtype == TERN_DTYPE_FP16) return function(latency_combine_kernel<device::F16, kLog, kKind>);
+  return function(latency_combine_kernel<device::F32, kLog, kKind>);
 }
 
-template <bool kMasks>
+template <bool kLog, CallKind kKind>
 cudaError_t prepare() {
   for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32}) {
-    for (const bool is_log : {false, true}) {
-      const cudaError_t error = with_kernel<kMasks>(dtype, is_log, [](auto kernel) { return allow_shared(kernel, 0); });
-      if (error != cudaSuccess) return error;
-    }
+    const cudaError_t error = with_kernel<kLog, kKind>(dtype, [](auto kernel) { return allow_shared(kernel, 0); });
+    if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+// A rank without tokens has no weights of its own, and yet sums with those of the others.
+bool is_usual_combine(const LatencyCombineArgs& args) {
+  return is_usual_call(args.call) && !args.per_entry && !args.sums_owner_weights && !args.returns_weights && args.bias[0] == nullptr &&
+         args.bias[1] == nullptr;
 }
 
 }  // namespace
@@ -208,13 +259,25 @@ cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_block
   const auto launch_one = [&](auto kernel) {
     return launch(kernel, {num_blocks, kLatencyThreads, 0, args.call.follows_closely}, stream, args);
   };
-  return args.call.exchange.attendance != nullptr ? with_kernel<true>(args.dtype, args.is_log, launch_one)
-                                                  : with_kernel<false>(args.dtype, args.is_log, launch_one);
+  if (args.is_log)
+    return kind_of(args.call, false) == CallKind::kMasking ? with_kernel<true, CallKind::kMasking>(args.dtype, launch_one)
+                                                           : with_kernel<true, CallKind::kFlagged>(args.dtype, launch_one);
+  switch (kind_of(args.call, is_usual_combine(args))) {
+    case CallKind::kMasking: return with_kernel<false, CallKind::kMasking>(args.dtype, launch_one);
+    case CallKind::kFlagged: return with_kernel<false, CallKind::kFlagged>(args.dtype, launch_one);
+    case CallKind::kUsualFlagged: return with_kernel<false, CallKind::kUsualFlagged>(args.dtype, launch_one);
+    case CallKind::kAny: return with_kernel<false, CallKind::kAny>(args.dtype, launch_one);
+    case CallKind::kUsual: return with_kernel<false, CallKind::kUsual>(args.dtype, launch_one);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t prepare_latency_combine() {
-  const cudaError_t error = prepare<false>();
-  return error == cudaSuccess ? prepare<true>() : error;
+  for (const auto prepare_kind : {prepare<true, CallKind::kMasking>, prepare<true, CallKind::kFlagged>, prepare<false, CallKind::kMasking>,
+                                  prepare<false, CallKind::kFlagged>, prepare<false, CallKind::kUsualFlagged>,
+                                  prepare<false, CallKind::kAny>, prepare<false, CallKind::kUsual>})
+    if (const cudaError_t error = prepare_kind(); error != cudaSuccess) return error;
+  return cudaSuccess;
 }
 
 }  // namespace tern::kernels

@@ -2,8 +2,8 @@
 // Dispatch of a small batch, in one launch from the routing to the rows of the outputs. Rows are pushed.
 //
 //   routing block   counts this rank's entries, and tells everybody: counts, and which tokens have a message for them
-//   row blocks      push each token once to every rank that it goes to, into the slot of (source, token): its row (cast, if asked for), scales,
-//                   weights, and where among this rank's entries those of the token are
+//   row blocks      push each token once to every rank that it goes to, into the slot of (source, token): its row (cast, if asked for) and scales;
+//                   and in words its weights, and where among this rank's entries those of the token are
 //   all blocks      learn from the counts where everything comes to lie, and spread the messages to their rows, one group of warps each
 //
 // In a block these go on side by side, since what one warp does after the other is code that is fetched and loads that are waited for: openers
@@ -34,7 +34,7 @@ class RowSender {
   // Asks for what the call gives of the block's first token: before the epoch is known, since that comes from memory too.
   __device__ RowSender(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory)
       : args_(args), plan_(args.call.plan), call_(call), memory_(memory), routing_(args, call, memory) {
-    if (args.call.sends && !is_opening() && first_part() >= 0 && call.row_of(first_part()) < num_tokens_given(args)) fetch(first_part());
+    if (call.sends() && !is_opening() && first_part() >= 0 && call.row_of(first_part()) < num_tokens_given(args)) fetch(first_part());
   }
 
   // All threads of all blocks. The openers have counted the tokens before the first, though not all of them may know it.
@@ -50,7 +50,7 @@ class RowSender {
       if (!is_opening()) {
         push(i);
       } else {
-        if (args_.routes && i > first) routing_.count(call_.row_of(i - part_step()), call_.row_of(i));
+        if (call_.routes() && i > first) routing_.count(call_.row_of(i - part_step()), call_.row_of(i));
         device::arrive_at_barrier(kCountedBarrier, kCountThreads);
       }
     }
@@ -76,7 +76,7 @@ class RowSender {
   __device__ void fetch(int32_t i) {
     fetched_ = i;
     const int32_t token = call_.row_of(i);
-    if (args_.routes) given_ = routing_.own_given_expert(token);
+    if (call_.routes()) given_ = routing_.own_given_expert(token);
     if (!is_raising()) {
       load(token, begin_of(i), end_of(i));
       ranks_ = ranks_of(token);
@@ -96,7 +96,7 @@ class RowSender {
 
   // All threads of a warp: the ranks that the token which is in goes to.
   __device__ uint64_t ranks_of(int32_t token) const {
-    if (args_.routes) return routing_.ranks_of(given_);
+    if (call_.routes()) return routing_.ranks_of(given_);
     uint64_t ranks = 0;
 #pragma unroll 1
     for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
@@ -121,54 +121,63 @@ class RowSender {
     }
   }
 
-  // The raising warp: with the first part what stands behind the row; then the flags. What nobody waits for comes last, unless the senders go
-  // on.
+  // The raising warp: with the first part what belongs to the token as a whole; then the flags, if they are needed. What nobody waits for comes
+  // last, unless the senders go on.
   __device__ void finish(int32_t i, bool more) {
-    using Entry = layout::LatencySlot::Entry;
-    const layout::LatencySlot& slot = args_.call.slot;
     const int32_t token = call_.row_of(i);
     const int part = call_.part_of(i);
     if (i != fetched_) fetch(i);
     const uint64_t ranks = ranks_of(token), takers = ranks & ~call_.cut_off();
     const int k = static_cast<int>(device::lane_idx());
     device::sync_some_warps(kCountedBarrier, kCountThreads);
-    Entry entry{-1, 0};
-    if (args_.routes) entry = routing_.place(given_);
-    if (k < plan_.num_topk) {
-      reinterpret_cast<Entry*>(tail(slot.entries()))[k] = entry;
-      if (args_.carries_weights) reinterpret_cast<float*>(tail(slot.weights()))[k] = weight_;
-    }
-    __syncwarp();
-    if (part == 0) push_tail(token, takers, slot.weights(), slot.end());
+    layout::LatencyEntry entry;
+    if (call_.routes()) entry = routing_.place(given_);
+    if (part == 0) put_words(token, takers, entry);
     device::sync_some_warps(kPushedBarrier, kPushThreads);
-    if (args_.scale_bytes > 0 && part == 0) push_tail(token, takers, slot.scales(), slot.weights());
+    bool needs_flag = call_.needs_flag(0);
+    if (args_.scale_bytes > 0 && part == 0) needs_flag = push_scales(token, takers) || needs_flag;
     __syncwarp();
     if (more) {
       if (part == 0) keep(token, entry, ranks);
       device::arrive_at_barrier(kFreeBarrier, kLatencyThreads);
     }
 #pragma unroll 1
-    for (int rank = k; rank < call_.num_ranks(); rank += kWarpThreads)
+    for (int rank = k; rank < call_.num_ranks() && needs_flag; rank += kWarpThreads)
       if ((takers >> rank & 1) != 0) call_.raise_row(rank, token, part);
     __syncwarp();
     if (!more && part == 0) keep(token, entry, ranks);
   }
   // Into the plan.
-  __device__ void keep(int32_t token, const layout::LatencySlot::Entry& entry, uint64_t ranks) const {
+  __device__ void keep(int32_t token, const layout::LatencyEntry& entry, uint64_t ranks) const {
     const int k = static_cast<int>(device::lane_idx());
-    if (args_.routes) routing_.keep(token, given_, entry, ranks);
+    if (call_.routes()) routing_.keep(token, given_, entry, ranks);
     if (args_.carries_weights && k < plan_.num_topk) plan_.weights_sent[token * plan_.num_topk + k] = weight_;
   }
-  __device__ void push_tail(int32_t token, uint64_t ranks, int64_t begin, int64_t end) const {
+  // Of the token's entries, a thread each, what they are and their weights.
+  __device__ void put_words(int32_t token, uint64_t ranks, const layout::LatencyEntry& entry) const {
+    const layout::LatencyWords& words = args_.call.words;
+    const int k = static_cast<int>(device::lane_idx());
+    if (k >= plan_.num_topk) return;
+    const int32_t at = token * plan_.num_topk + k;
 #pragma unroll 1
-    for (auto at = static_cast<int32_t>(begin + device::lane_idx() * sizeof(Vec16)); at < end; at += kWarpThreads * sizeof(Vec16)) {
-      const Vec16 value = device::load_vec16(tail(at));
-      for_each_slot(token, ranks, [&](std::byte* to) { *reinterpret_cast<Vec16*>(to + at) = value; });
+    for (uint64_t left = ranks; left != 0; left &= left - 1) {
+      const int rank = __ffsll(static_cast<long long>(left)) - 1;
+      if (call_.routes()) call_.put_word(rank, static_cast<int32_t>(words.entries()) + at, entry.packed());
+      if (args_.carries_weights) call_.put_word(rank, static_cast<int32_t>(words.weights()) + at, __float_as_uint(weight_));
     }
   }
-
-  // `offset` in the slot, of what stands behind the row.
-  __device__ std::byte* tail(int64_t offset) const { return memory_.tail() + (offset - args_.call.slot.scales()); }
+  // True: they look unwritten.
+  __device__ bool push_scales(int32_t token, uint64_t ranks) const {
+    const auto begin = static_cast<int32_t>(args_.call.slot.scales()), num_bytes = static_cast<int32_t>(args_.call.slot.end()) - begin;
+    bool is_unclear = false;
+#pragma unroll 1
+    for (auto at = static_cast<int32_t>(device::lane_idx() * sizeof(Vec16)); at < num_bytes; at += kWarpThreads * sizeof(Vec16)) {
+      const Vec16 value = device::load_vec16(memory_.scales() + at);
+      is_unclear = is_unclear || looks_unwritten(value);
+      for_each_slot(token, ranks, [&](std::byte* to) { *reinterpret_cast<Vec16*>(to + begin + at) = value; });
+    }
+    return __any_sync(~0u, is_unclear) != 0;
+  }
 
   // Senders: the row's part into its slots, with the first one scales into the tail.
   __device__ void push(int32_t i) {
@@ -179,14 +188,14 @@ class RowSender {
       const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
       for (int64_t at = sender_idx(); at < args_.scale_bytes; at += kSendThreads)
-        tail(args_.call.slot.scales())[at] =
-            from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
+        memory_.scales()[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
     }
     device::arrive_at_barrier(kPushedBarrier, kPushThreads);
   }
 
   // Its first chunk is there already.
   __device__ void push_row(int32_t token, uint64_t ranks, int32_t part_begin, int32_t end) {
+    bool is_unclear = false;
 #pragma unroll 1
     for (int32_t first = part_begin; first < end; first += kVecs * kStep) {
       if (first > part_begin) load(token, first, end);
@@ -194,13 +203,17 @@ class RowSender {
       typename Travel::Sent values[kVecs];
 #pragma unroll
       for (int v = 0; v < kVecs; ++v)
-        if (first + v * kStep < end) values[v] = as_sent(Travel(), chunk_[v], begin + v * kStep);
+        if (first + v * kStep < end) {
+          values[v] = as_sent(Travel(), chunk_[v], begin + v * kStep);
+          is_unclear = is_unclear || looks_unwritten(values[v]);
+        }
       for_each_slot(token, ranks, [&](std::byte* to) {
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
           if (begin + v * kStep < end) *reinterpret_cast<typename Travel::Sent*>(to + (begin + v * kStep) / Travel::kShrink) = values[v];
       });
     }
+    if (is_unclear) call_.note_unclear(0);
   }
 
   // 16 bytes at `at` of a row as given, also beyond its end. All threads of a warp.
@@ -212,7 +225,7 @@ class RowSender {
     const auto hidden = static_cast<int32_t>(args_.in.hidden), channel = at / CastFrom<Wire>::kShrink;
     const CastVector<Wire> cast = cast_channels<Wire>(value, args_.in.encoding);
     if (channel >= hidden || channel % kBlock != 0) return cast.values;
-    std::byte* scales = tail(args_.call.slot.scales());
+    std::byte* scales = memory_.scales();
     store_scale(cast.scale, channel / kBlock, args_.in.encoding, scales);
     if (args_.in.encoding != TERN_ENCODING_FP8_UE8M0 || channel + kBlock < hidden) return cast.values;
     const int num_blocks = channel / kBlock + 1;
@@ -254,7 +267,7 @@ __device__ bool begin(const Call& call, const DispatchMemory& memory) {
 
 template <typename Call>
 __device__ int32_t num_tokens_of(const LatencyDispatchArgs& args, const Call& call) {
-  return args.routes ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
+  return call.routes() ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
 }
 
 template <typename Travel, typename Call>
@@ -263,14 +276,14 @@ __device__ void send(const LatencyDispatchArgs& args, const Call& call, const Ow
   if (blockIdx.x == 0) {
     if (is_raising()) {
       call.announce_to_throughput();
-    } else if (is_opening() && args.routes) {
+    } else if (is_opening() && call.routes()) {
       sync_openers();
       routing.publish();
     }
     if (gridDim.x > 1) return;
     // The same block goes on with the rows, and counts again.
     __syncthreads();
-    if (args.routes) routing.clear(static_cast<int>(threadIdx.x), kLatencyThreads);
+    if (call.routes()) routing.clear(static_cast<int>(threadIdx.x), kLatencyThreads);
     __syncthreads();
   }
   rows.run(num_tokens);
@@ -282,43 +295,43 @@ __device__ void receive(const LatencyDispatchArgs& args, const Call& call, const
   if (!arrivals.open()) return;
   if (is_opening())
     arrivals.write_outputs();
-  else if (blockIdx.x == 0 && args.routes)
+  else if (blockIdx.x == 0 && call.routes())
     arrivals.keep_counts();
   MessageSpreader(args, call, arrivals).run();
 }
 
-template <typename Travel, bool kMasks>
+template <typename Travel, CallKind kKind>
 __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(const __grid_constant__ LatencyDispatchArgs args) {
   extern __shared__ __align__(16) std::byte shared[];
   const DispatchMemory memory(args, shared);
   device::await_kernel_before();
-  LatencyCall<kMasks> call(args.call);
+  LatencyCall<kKind> call(args.call);
   const OwnRouting routing(args, call, memory);
-  RowSender<Travel, LatencyCall<kMasks>> rows(args, call, memory);
-  if (args.call.sends && args.routes && is_opening()) count_tokens(args, call, routing);
+  RowSender<Travel, LatencyCall<kKind>> rows(args, call, memory);
+  if (call.sends() && call.routes() && is_opening()) count_tokens(args, call, routing);
   const bool ok = begin(call, memory);
   if (is_raising()) {
-    if (ok && args.call.sends && blockIdx.x == 0) call.announce(num_tokens_of(args, call));
+    if (ok && call.sends() && blockIdx.x == 0) call.announce(num_tokens_of(args, call));
     call.count_followers();
   }
-  if (ok && args.call.sends) send(args, call, routing, rows);
-  if (ok && args.call.receives) receive(args, call, memory);
+  if (ok && call.sends()) send(args, call, routing, rows);
+  if (ok && call.receives()) receive(args, call, memory);
   call.finish();
 }
 
 // Calls function(kernel) for how rows travel.
-template <bool kMasks, typename Function>
+template <CallKind kKind, typename Function>
 auto with_kernel(const DispatchInputs& in, Function function) {
-  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven, kMasks>);
-  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>, kMasks>);
-  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>, kMasks>);
-  return function(latency_dispatch_kernel<CastFrom<device::F32>, kMasks>);
+  if (in.encoding == TERN_ENCODING_AS_GIVEN) return function(latency_dispatch_kernel<AsGiven, kKind>);
+  if (in.dtype == TERN_DTYPE_BF16) return function(latency_dispatch_kernel<CastFrom<device::Bf16>, kKind>);
+  if (in.dtype == TERN_DTYPE_FP16) return function(latency_dispatch_kernel<CastFrom<device::F16>, kKind>);
+  return function(latency_dispatch_kernel<CastFrom<device::F32>, kKind>);
 }
 
-template <bool kMasks>
+template <CallKind kKind>
 cudaError_t prepare() {
   const auto prepare_one = [](const DispatchInputs& in) {
-    return with_kernel<kMasks>(in, [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
+    return with_kernel<kKind>(in, [](auto kernel) { return allow_shared(kernel, kMostLatencyShared); });
   };
   cudaError_t error = prepare_one({.encoding = TERN_ENCODING_AS_GIVEN});
   for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
@@ -332,12 +345,21 @@ cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blo
   const auto launch_one = [&](auto kernel) {
     return launch(kernel, {num_blocks, kLatencyThreads, args.memory.num_bytes, args.call.follows_closely}, stream, args);
   };
-  return args.call.exchange.attendance != nullptr ? with_kernel<true>(args.in, launch_one) : with_kernel<false>(args.in, launch_one);
+  switch (kind_of(args.call, is_usual_call(args.call) && args.call.routes)) {
+    case CallKind::kMasking: return with_kernel<CallKind::kMasking>(args.in, launch_one);
+    case CallKind::kFlagged: return with_kernel<CallKind::kFlagged>(args.in, launch_one);
+    case CallKind::kUsualFlagged: return with_kernel<CallKind::kUsualFlagged>(args.in, launch_one);
+    case CallKind::kAny: return with_kernel<CallKind::kAny>(args.in, launch_one);
+    case CallKind::kUsual: return with_kernel<CallKind::kUsual>(args.in, launch_one);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t prepare_latency_dispatch() {
-  const cudaError_t error = prepare<false>();
-  return error == cudaSuccess ? prepare<true>() : error;
+  for (const auto prepare_kind : {prepare<CallKind::kMasking>, prepare<CallKind::kFlagged>, prepare<CallKind::kUsualFlagged>,
+                                  prepare<CallKind::kAny>, prepare<CallKind::kUsual>})
+    if (const cudaError_t error = prepare_kind(); error != cudaSuccess) return error;
+  return cudaSuccess;
 }
 
 }  // namespace tern::kernels

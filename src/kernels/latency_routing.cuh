@@ -4,7 +4,6 @@
 #pragma once
 
 #include "kernels/latency.cuh"
-#include "kernels/rows.cuh"
 
 namespace tern::kernels {
 
@@ -26,8 +25,8 @@ class DispatchMemory {
   __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base)
       : base_(base), layout_(args.memory), num_experts_(args.call.plan.num_experts), local_experts_(args.call.plan.local_experts) {}
 
-  // Of a token that is sent: what stands behind its row.
-  __device__ std::byte* tail() const { return base_; }
+  // Of a token that is sent.
+  __device__ std::byte* scales() const { return base_; }
   // 1: a wait for words has failed.
   __device__ int32_t* has_failed() const { return at<int32_t>(layout_.has_failed); }
   // Of this rank's tokens so far: entries of each expert, and behind them [num_ranks, num_presence] which of them have a message for the rank.
@@ -116,14 +115,14 @@ class OwnRouting {
   }
 
   // All threads of a warp, when all tokens before are counted: each has its entry of a token, and where that stands among this rank's.
-  __device__ layout::LatencySlot::Entry place(int64_t given) const {
+  __device__ layout::LatencyEntry place(int64_t given) const {
     const int32_t expert = usable(given);
     const int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
     return {expert, expert >= 0 ? memory_.entries_sent()[expert] + before : 0};
   }
 
   // The same warp, before other tokens are counted: the token, which goes to `ranks`, into the plan. Rows are positions until they are settled.
-  __device__ void keep(int32_t token, int64_t given, const layout::LatencySlot::Entry& entry, uint64_t ranks) const {
+  __device__ void keep(int32_t token, int64_t given, const layout::LatencyEntry& entry, uint64_t ranks) const {
     const int lane = static_cast<int>(device::lane_idx());
     if (given < -1 || given >= plan_.num_experts) call_.operation().post_notice(TERN_INVALID_ARGUMENT);
     if (lane < plan_.num_topk) {

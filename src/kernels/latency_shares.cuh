@@ -9,10 +9,24 @@
 
 namespace tern::kernels {
 
+// What of a combine is left out of the kernels for usual calls, or of those for rows without flags.
+template <typename Call>
+__device__ __forceinline__ bool is_per_entry(const LatencyCombineArgs& args) {
+  return Call::has_row_flags() && !Call::is_usual() && args.per_entry;
+}
+template <typename Call>
+__device__ __forceinline__ bool sums_owner_weights(const LatencyCombineArgs& args) {
+  return !Call::is_usual() && args.sums_owner_weights;
+}
+template <typename Call>
+__device__ __forceinline__ bool returns_weights(const LatencyCombineArgs& args) {
+  return !Call::is_usual() && args.returns_weights;
+}
+
 // Where the row of (rank, token) is, or with per_entry the rows of the token's entries.
 template <typename Call>
 __device__ __forceinline__ int32_t slot_idx_of(const LatencyCombineArgs& args, const Call& call, int rank, int32_t token) {
-  return args.shares_slots ? token : call.slot_idx(rank, token);
+  return is_per_entry<Call>(args) && args.shares_slots ? token : call.slot_idx(rank, token);
 }
 
 // Adds the terms at bytes `at` of a row of Wire, and one step of the warp further on.
@@ -62,7 +76,7 @@ class ShareSender {
   __device__ ShareSender(const LatencyCombineArgs& args, const Call& call)
       : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
     if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
-    if (is_raising() || !args.call.sends) return;
+    if (is_raising() || !call.sends()) return;
     ahead_ = fetch(message_at(first()));
     sum_first();
     target_ = target_of(message_at(first()), ahead_);
@@ -79,6 +93,8 @@ class ShareSender {
       const Share share = ahead_;
       ahead_ = fetch(message_at(i + step()));
       push(share, i, nth == 0 && has_sums_);
+      if (is_unclear_) call_.note_unclear(nth % kAhead);
+      is_unclear_ = false;
       device::arrive_at_barrier(kDoneBarrier + nth % kAhead, kLatencyThreads);
       target_ = target_of(message_at(i + step()), ahead_);
     }
@@ -156,7 +172,7 @@ class ShareSender {
 
   // Of the first part, the first bytes of the warp's piece. The plan of a failed exchange may say anything, so that no row is read by it.
   __device__ void sum_first() {
-    const bool can = plan_.has_expert_rows() && !args_.per_entry && !args_.sums_owner_weights && first() < num_parts();
+    const bool can = call_.has_expert_rows() && !is_per_entry<Call>(args_) && !sums_owner_weights<Call>(args_) && first() < num_parts();
     has_sums_ = __all_sync(~0u, can && call_.was_healthy()) != 0;
     const Piece mine = piece_of(first());
     if (has_sums_)
@@ -170,7 +186,7 @@ class ShareSender {
     share.token = plan_.source_token[message];
     const int k = static_cast<int>(device::lane_idx());
     const int32_t entry = message * plan_.topk_stride + k;
-    share.row = plan_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
+    share.row = call_.has_expert_rows() && k < plan_.num_topk ? plan_.received_rows[entry] : -1;
     share.weight = args_.entry_weights != nullptr && k < plan_.num_topk ? args_.entry_weights[entry] : 1.0f;
     return share;
   }
@@ -181,36 +197,37 @@ class ShareSender {
     return {owner, call_.slot(owner, slot_idx_of(args_, call_, call_.rank(), share.token))};
   }
 
-  // One warp: raises the flag of each part that the workers have pushed.
+  // One warp: raises the flag of each part that the workers have pushed, if it needs one.
   __device__ void raise() const {
     for (int32_t nth = 0, i = first(); i < num_parts(); ++nth, i += step()) {
       const int source = begins_.source_of(message_at(i));
       const int32_t token = plan_.source_token[message_at(i)];
       device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
-      // Without the owner's weights, because the exchange has failed, the row is not right.
-      const bool is_right = !args_.sums_owner_weights || !call_.operation().is_aborted();
-      if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> source & 1) == 0) call_.raise_row(source, token, call_.part_of(i));
-      __syncwarp();
+      if (call_.needs_flag(nth % kAhead)) {
+        // Without the owner's weights, because the exchange has failed, the row is not right.
+        const bool is_right = !sums_owner_weights<Call>(args_) || !call_.operation().is_aborted();
+        if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> source & 1) == 0) call_.raise_row(source, token, call_.part_of(i));
+        __syncwarp();
+      }
       // Without waiting for the workers, who come here some messages later.
       if (i + kAhead * step() < num_parts()) device::arrive_at_barrier(kFreeBarrier + nth % kAhead, kLatencyThreads);
     }
   }
 
   // Part `i`. has_sums: sums_ are of it.
-  __device__ void push(const Share& share, int32_t i, bool has_sums) const {
+  __device__ void push(const Share& share, int32_t i, bool has_sums) {
     const int32_t message = message_at(i);
     const auto [owner, slot] = target_;
     if (is_cut_off(owner)) return;
-    if (args_.returns_weights && call_.part_of(i) == 0) return_weights(message, reinterpret_cast<float*>(slot + args_.call.slot.weights()));
+    if (returns_weights<Call>(args_) && call_.part_of(i) == 0) return_weights(message, owner, share.token);
     const Piece mine = piece_of(i);
-    if (!plan_.has_expert_rows()) {
+    if (!call_.has_expert_rows()) {
       if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, mine);
       return;
     }
     Terms terms = terms_of(share);
-    if (args_.sums_owner_weights && share.row >= 0) terms.weight = owner_weight(owner, share.token);
-    __syncwarp();
-    if (args_.per_entry)
+    if (sums_owner_weights<Call>(args_) && !__all_sync(~0u, share.row < 0 || await_owner_weight(owner, share.token, terms.weight))) return;
+    if (is_per_entry<Call>(args_))
       copy_entries(terms, slot, mine);
     else
       sum_into(terms, slot, mine, has_sums);
@@ -221,7 +238,7 @@ class ShareSender {
     return call_.may_go_on_without() && __shfl_sync(~0u, static_cast<int>(call_.cut_off() >> owner & 1), 0) != 0;
   }
 
-  __device__ void sum_into(const Terms& terms, std::byte* row, const Piece& mine, bool has_sums) const {
+  __device__ void sum_into(const Terms& terms, std::byte* row, const Piece& mine, bool has_sums) {
     sum_bytes<Wire>(
         mine.begin, mine.end,
         [&](int at, PieceSums<Wire>& sums) {
@@ -234,8 +251,12 @@ class ShareSender {
           if constexpr (kLog)
             LogRow<Wire>::store(sum, at < mine.end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
           else if (at < mine.end)
-            *reinterpret_cast<Vec16*>(row + at) = Wire::narrow(sum);
+            store(row + at, Wire::narrow(sum));
         });
+  }
+  __device__ void store(std::byte* to, const Vec16& value) {
+    is_unclear_ = is_unclear_ || looks_unwritten(value);
+    *reinterpret_cast<Vec16*>(to) = value;
   }
   __device__ void take_sums(PieceSums<Wire>& sums) const {
 #pragma unroll
@@ -244,15 +265,16 @@ class ShareSender {
       for (int i = 0; i < Wire::kElements; ++i) sums[v][i] = sums_[v][i];
   }
 
-  __device__ float owner_weight(int source, int32_t token) const {
+  __device__ bool await_owner_weight(int source, int32_t token, float& weight) const {
     const int k = static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
     const bool is_there = call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
     if (!is_there && call_.may_go_on_without()) call_.cut_off(source);
-    return __uint_as_float(bits);
+    weight = __uint_as_float(bits);
+    return is_there;
   }
 
-  __device__ void copy_entries(const Terms& terms, std::byte* slot, const Piece& mine) const {
+  __device__ void copy_entries(const Terms& terms, std::byte* slot, const Piece& mine) {
     if constexpr (kLog) {
       for (uint32_t left = terms.valid; left != 0; left &= left - 1) {
         const int k = __ffs(static_cast<int>(left)) - 1;
@@ -267,7 +289,7 @@ class ShareSender {
   }
 
   // The first few entries of those that are left, with all their loads under way together; returns the others.
-  __device__ uint32_t copy_some(const Terms& terms, uint32_t left, std::byte* slot, const Piece& mine) const {
+  __device__ uint32_t copy_some(const Terms& terms, uint32_t left, std::byte* slot, const Piece& mine) {
     constexpr int kAtOnce = 4, kStep = 32 * sizeof(Vec16);
     const std::byte* from[kAtOnce];
     std::byte* to[kAtOnce];
@@ -292,35 +314,34 @@ class ShareSender {
       for (int u = 0; u < kAtOnce; ++u)
 #pragma unroll
         for (int v = 0; v < kSumVecs; ++v)
-          if (u < num && at + v * kStep < mine.end) *reinterpret_cast<Vec16*>(to[u] + at + v * kStep) = values[u][v];
+          if (u < num && at + v * kStep < mine.end) store(to[u] + at + v * kStep, values[u][v]);
     }
     return left;
   }
 
   // The warp's piece of a row.
-  __device__ void copy(const std::byte* from, std::byte* to, const Piece& mine) const {
-    if constexpr (kLog) {
-      Terms one;
-      one.valid = 1;
-      one.address = from;
+  __device__ void copy(const std::byte* from, std::byte* to, const Piece& mine) {
+    Terms one;
+    one.valid = 1;
+    one.address = from;
+    if constexpr (kLog)
       sum_into(one, to, mine, false);
-    } else {
-      copy_row(from + mine.begin, mine.end - mine.begin, [&](auto visit) { visit(to + mine.begin); });
-    }
+    else
+      copy_some(one, one.valid, to, mine);
   }
 
   // Weights as they came for each entry; per_entry, those of other ranks' entries are left alone.
-  __device__ void return_weights(int32_t message, float* to) const {
+  __device__ void return_weights(int32_t message, int owner, int32_t token) const {
     for (int k = static_cast<int>(threadIdx.x); k < plan_.num_topk; k += kWorkThreads) {
       const int64_t entry = int64_t{message} * plan_.topk_stride + k;
       if (args_.per_entry && plan_.received_experts[entry] < 0) continue;
       float weight = 0.0f;
-      if (plan_.has_expert_rows()) {
+      if (call_.has_expert_rows()) {
         if (plan_.received_rows[entry] >= 0) weight = args_.returned_weights[plan_.received_rows[entry]];
       } else if (message < plan_.row_capacity) {
         weight = args_.returned_weights[int64_t{message} * plan_.num_topk + k];
       }
-      to[k] = weight;
+      call_.put_word(owner, static_cast<int32_t>(args_.call.words.returned()) + token * plan_.num_topk + k, __float_as_uint(weight));
     }
   }
 
@@ -330,9 +351,10 @@ class ShareSender {
   const int32_t num_messages_;
   const Begins begins_;
   int32_t first_message_ = 0;
-  Share ahead_ = {};       // the next message
-  Target target_ = {};     // where it goes
-  bool has_sums_ = false;  // of the block's first part
+  Share ahead_ = {};         // the next message
+  Target target_ = {};       // where it goes
+  bool has_sums_ = false;    // of the block's first part
+  bool is_unclear_ = false;  // what this thread has pushed of a part
   PieceSums<Wire> sums_ = {};
 };
 

@@ -30,12 +30,10 @@ class MessageSpreader {
       ArrivingMessage message;
       if (!arrivals_.candidate(call_.row_of(i), message)) continue;
       const bool is_absent = call_.is_absent(message.source);
-      if (!is_absent && !await(message, call_.part_of(i))) return;
-      if (i + num_groups >= end) wait_no_more();
       if (is_absent)
         clear(message);
-      else
-        spread(message, call_.part_of(i));
+      else if (!await_flag(message, call_.part_of(i)) || !spread(message, call_.part_of(i), i + num_groups >= end))
+        return;
     }
     wait_no_more();
   }
@@ -61,36 +59,78 @@ class MessageSpreader {
     waits_ = false;
   }
 
-  // Each warp by itself: the part, and the first one, which says where the row is to go. False: the exchange has failed.
-  __device__ bool await(const ArrivingMessage& message, int part) const {
-    const auto lane = static_cast<int>(device::lane_idx());
-    const bool ok = (lane != 0 && (lane != 1 || part == 0)) || call_.await_row(message.source, message.token, lane == 0 ? 0 : part);
+  // Each warp by itself, where rows have flags. False: the exchange has failed.
+  __device__ bool await_flag(const ArrivingMessage& message, int part) const {
+    if (!call_.has_row_flags()) return true;
+    const bool ok = device::lane_idx() != 0 || call_.await_row(message.source, message.token, part);
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what one thread has acquired, all may read
     return all_ok;
   }
 
-  __device__ void spread(ArrivingMessage& message, int part) const {
-    const std::byte* slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
+  // What a source tells of a message beside its row, entry k in thread k of a warp: its looks are under way with those at the row.
+  struct Words {
+    uint64_t entry, weight;
+  };
+  __device__ Words look_at_words(const ArrivingMessage& message, bool with_weights) const {
+    Words seen = {};
+    const int k = static_cast<int>(device::lane_idx());
+    if (k >= plan_.num_topk) return seen;
+    if (call_.routes()) seen.entry = call_.look_at_word(message.source, entry_word(message, k));
+    if (with_weights) seen.weight = call_.look_at_word(message.source, weight_word(message, k));
+    return seen;
+  }
+  __device__ bool await_words(const ArrivingMessage& message, bool with_weights, const Words& seen, ArrivingEntry& entry,
+                              float& weight) const {
+    const int k = static_cast<int>(device::lane_idx());
+    if (k >= plan_.num_topk) return true;
+    uint32_t sent = 0, bits = 0;
+    bool ok = !call_.routes() || call_.await_word_after(seen.entry, message.source, entry_word(message, k), sent);
+    if (with_weights) ok = ok && call_.await_word_after(seen.weight, message.source, weight_word(message, k), bits);
+    entry = arrivals_.entry(message, k, sent);
+    weight = __uint_as_float(bits);
+    return ok;
+  }
+  __device__ int32_t entry_word(const ArrivingMessage& message, int k) const {
+    return static_cast<int32_t>(args_.call.words.entries()) + message.token * plan_.num_topk + k;
+  }
+  __device__ int32_t weight_word(const ArrivingMessage& message, int k) const {
+    return static_cast<int32_t>(args_.call.words.weights()) + message.token * plan_.num_topk + k;
+  }
+
+  // Each warp by itself: a part of a message; is_last: it takes no other one. False: the exchange has failed.
+  __device__ bool spread(ArrivingMessage& message, int part, bool is_last) {
     constexpr int kVecs = 10;
     constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
-    const auto* entries = reinterpret_cast<const layout::LatencySlot::Entry*>(slot + args_.call.slot.entries());
-    const int k = static_cast<int>(device::lane_idx());
+    std::byte* const slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
+    const bool with_weights = args_.carries_weights && part == 0 && thread_ < kWarpThreads;
+    const bool with_scales = args_.scale_bytes > 0 && part == 0;
+    auto* const scales = reinterpret_cast<uint32_t*>(slot + args_.call.slot.scales());
     ArrivingEntry entry{-1, -1};
+    float weight = 0.0f;
     Rows rows;
     const int32_t part_begin = part * args_.call.part_bytes, end = min(part_begin + args_.call.part_bytes, args_.row_bytes);
 #pragma unroll 1
     for (int32_t first = part_begin; first == part_begin || first < end; first += kVecs * kStep) {
       Vec16 values[kVecs];
       const int32_t begin = first + thread_ * static_cast<int32_t>(sizeof(Vec16));
-#pragma unroll
-      for (int v = 0; v < kVecs; ++v)
-        if (begin + v * kStep < end) values[v] = *reinterpret_cast<const Vec16*>(slot + begin + v * kStep);
-      if (first == part_begin) {  // while the row is on its way
+      const RowVecs<kStep> vecs{slot + begin, end - begin, {message.source, message.token, part}};
+      Words seen = {};
+      uint32_t scale_word = 0;
+      bool ok = call_.take_vecs(vecs, values, [&] {
+        if (first != part_begin) return;
+        seen = look_at_words(message, with_weights);
+        if (with_scales && thread_ < num_scale_words()) scale_word = look_at(scales + thread_);
         arrivals_.place(message);
-        if (k < plan_.num_topk) entry = arrivals_.entry(message, k, entries);
+      });
+      if (first == part_begin) {
+        ok = ok && await_words(message, with_weights, seen, entry, weight);
+        if (!__all_sync(~0u, ok)) return false;
         rows = rows_of(message, entry);
+        if (with_scales) ok = spread_scales(message, rows, scales, scale_word);
       }
+      if (!__all_sync(~0u, ok)) return false;
+      if (is_last && first + kVecs * kStep >= end) wait_no_more();
       rows.for_each([&](int32_t row) {
         std::byte* to = args_.out.tokens + int64_t{row} * args_.row_bytes;
 #pragma unroll
@@ -98,16 +138,15 @@ class MessageSpreader {
           if (begin + v * kStep < end) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
       });
     }
-    if (part != 0) return;
-    if (args_.out.scales != nullptr && args_.scale_bytes > 0) write_scales(rows, slot + args_.call.slot.scales());
-    if (thread_ < kWarpThreads) keep(message, entry, slot);
+    if (part == 0 && thread_ < kWarpThreads) keep(message, entry, weight);
+    return true;
   }
 
   // Each warp, with its entries.
   __device__ Rows rows_of(const ArrivingMessage& message, const ArrivingEntry& entry) const {
     Rows rows;
     rows.row = entry.row;
-    if (!plan_.has_expert_rows()) rows.row = device::lane_idx() == 0 && message.index < args_.out.num_rows ? message.index : -1;
+    if (!call_.has_expert_rows()) rows.row = device::lane_idx() == 0 && message.index < args_.out.num_rows ? message.index : -1;
     rows.valid = __ballot_sync(~0u, rows.row >= 0);
     return rows;
   }
@@ -116,7 +155,7 @@ class MessageSpreader {
   __device__ __noinline__ void clear(ArrivingMessage& message) const {
     arrivals_.place(message);
     const int k = static_cast<int>(device::lane_idx());
-    const ArrivingEntry entry = k < plan_.num_topk ? arrivals_.entry(message, k, nullptr) : ArrivingEntry{-1, -1};
+    const ArrivingEntry entry = k < plan_.num_topk ? arrivals_.entry(message, k, 0) : ArrivingEntry{-1, -1};
     rows_of(message, entry).for_each([&](int32_t row) {
       for (int32_t at = thread_ * static_cast<int32_t>(sizeof(Vec16)); at < args_.row_bytes;
            at += kThreads * static_cast<int32_t>(sizeof(Vec16)))
@@ -127,25 +166,23 @@ class MessageSpreader {
         for (int b = 0; b < args_.scale_element_bytes; ++b)
           args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, i)[b] = std::byte{0};
     });
-    if (thread_ < kWarpThreads) keep(message, entry, nullptr);
+    if (thread_ < kWarpThreads) keep(message, entry, 0.0f);
   }
 
-  // One warp of the group: what there is once for a message and its entries, in the plan and in the outputs. No slot: nothing came.
-  __device__ void keep(const ArrivingMessage& message, const ArrivingEntry& entry, const std::byte* slot) const {
-    const auto* weights = reinterpret_cast<const float*>(slot + args_.call.slot.weights());
+  // One warp of the group: what there is once for a message and its entries, in the plan and in the outputs.
+  __device__ void keep(const ArrivingMessage& message, const ArrivingEntry& entry, float weight) const {
     const int k = static_cast<int>(device::lane_idx());
     if (k == 0) arrivals_.keep(message);
-    if (k == 0 && !plan_.has_expert_rows() && message.index < args_.out.num_rows) write_source(message.index, message);
+    if (k == 0 && !call_.has_expert_rows() && message.index < args_.out.num_rows) write_source(message.index, message);
     if (k >= plan_.num_topk) return;
     arrivals_.keep(message, k, entry);
-    const float weight = args_.carries_weights && slot != nullptr ? weights[k] : 0.0f;
     if (args_.carries_weights) args_.out.plan_weights[message.index * plan_.topk_stride + k] = weight;
     write_entry(message, k, entry, weight);
   }
 
   __device__ void write_entry(const ArrivingMessage& message, int k, const ArrivingEntry& entry, float weight) const {
     const DispatchOutputs& out = args_.out;
-    if (!plan_.has_expert_rows()) {
+    if (!call_.has_expert_rows()) {
       if (message.index >= out.num_rows) return;
       const int32_t at = message.index * plan_.num_topk + k;
       if (out.topk_idx != nullptr) out.topk_idx[at] = entry.expert;
@@ -163,21 +200,37 @@ class MessageSpreader {
     if (args_.out.source_rank != nullptr) args_.out.source_rank[row] = message.source;
   }
 
-  // Each thread of the group, of every row; the same bytes for each.
-  __device__ void write_scales(const Rows& rows, const std::byte* scales) const {
-    const auto num_elements = static_cast<int32_t>(args_.scale_bytes / args_.scale_element_bytes);
-    rows.for_each([&](int32_t row) {
+  __device__ int32_t num_scale_words() const {
+    return static_cast<int32_t>((args_.call.slot.end() - args_.call.slot.scales()) / sizeof(uint32_t));
+  }
+  // Each thread of the group takes some words of the scales and writes them to every row; of the first one it has looked at it has seen `word`.
+  // False: the exchange has failed.
+  __device__ bool spread_scales(const ArrivingMessage& message, const Rows& rows, uint32_t* scales, uint32_t word) const {
+    bool ok = true;
 #pragma unroll 1
-      for (int32_t element = thread_; element < num_elements; element += kThreads) {
-        std::byte* to = args_.out.scale_address(plan_, {args_.scale_bytes, args_.scale_element_bytes}, row, element);
-        const std::byte* from = scales + element * args_.scale_element_bytes;
-        if (args_.scale_element_bytes == 4 && (reinterpret_cast<uintptr_t>(to) & 3) == 0)
-          *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
-        else
+    for (int32_t first = 0; first < num_scale_words() && ok; first += kThreads) {
+      const int32_t i = first + thread_;
+      const bool has = i < num_scale_words();
+      if (has && first > 0) word = look_at(scales + i);
+      ok = __all_sync(~0u, !has || call_.take_word(scales + i, {message.source, message.token, 0}, word)) != 0;
+      if (args_.out.scales != nullptr && ok)
+        rows.for_each([&](int32_t row) { write_scales(row, i * static_cast<int32_t>(sizeof(word)), word); });
+    }
+    return ok;
+  }
+  // The scales of a row at bytes `at`: a word of them, which may be several or a part of one.
+  __device__ void write_scales(int32_t row, int32_t at, uint32_t word) const {
+    const int32_t element_bytes = args_.scale_element_bytes;
+    const auto address = [&](int32_t byte) {
+      const int32_t element = byte / element_bytes;
+      return args_.out.scale_address(plan_, {args_.scale_bytes, element_bytes}, row, element) + (byte - element * element_bytes);
+    };
+    if (element_bytes == 4 && at < args_.scale_bytes && (reinterpret_cast<uintptr_t>(args_.out.scales) & 3) == 0) {
+      *reinterpret_cast<uint32_t*>(address(at)) = word;
+      return;
+    }
 #pragma unroll 1
-          for (int b = 0; b < args_.scale_element_bytes; ++b) to[b] = from[b];
-      }
-    });
+    for (int32_t byte = at; byte < min(at + 4, args_.scale_bytes); ++byte, word >>= 8) *address(byte) = static_cast<std::byte>(word);
   }
 
   const LatencyDispatchArgs& args_;

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "kernels/operation.cuh"
+#include "kernels/host_steps.cuh"
 #include "kernels/shared_memory.h"
 
 namespace tern::kernels {
@@ -136,6 +136,20 @@ class OwnTokens {
     }
   }
 
+  // The token, and where it goes in this node: what the node's ranks are told.
+  __device__ void put_words(int64_t token, int32_t* words) const {
+    words[0] = static_cast<int32_t>(token);
+    for (int k = 0; k < plan_.num_topk; ++k) {
+      const int32_t expert = usable_expert(given(token * plan_.num_topk + k));
+      words[1 + k] = is_here(expert) ? expert : -1;
+    }
+    for (int w = 0; plan_.num_topk == 0 && 1 + w < args_.slots.layout.num_routing_words; ++w) {
+      uint32_t bits = 0;
+      for (int b = 0; b < 32 && 32 * w + b < args_.exchange.num_ranks; ++b) bits |= goes_to(token, first_rank_ + 32 * w + b) ? 1u << b : 0u;
+      words[1 + w] = static_cast<int32_t>(bits);
+    }
+  }
+
  private:
   __device__ bool is_own() const { return node_ == args_.rails.own_node; }
   __device__ bool is_here(int32_t expert) const { return expert >= first_expert_ && expert < first_expert_ + plan_.num_experts; }
@@ -165,11 +179,13 @@ class OwnTokens {
     }
     return ranks;
   }
+  __device__ bool goes_to(int64_t token, int32_t rank) const {
+    return args_.token_in_rank[token * args_.num_group_ranks() + rank] != 0 && args_.unreachable[rank] == 0;
+  }
   __device__ uint64_t ranks_given(int64_t token, int32_t first, int num) const {
     uint64_t ranks = 0;
     for (int i = 0; i < num; ++i) {
-      const int32_t rank = first_rank_ + first + i;
-      const bool goes = args_.token_in_rank[token * args_.num_group_ranks() + rank] != 0 && args_.unreachable[rank] == 0;
+      const bool goes = goes_to(token, first_rank_ + first + i);
       if (goes) ranks |= uint64_t{1} << i;
       if (is_own()) args_.route.token_in_rank[(node_ * plan_.max_tokens + token) * args_.exchange.num_ranks + first + i] = goes ? 1 : 0;
     }
@@ -184,21 +200,16 @@ class OwnTokens {
   bool has_invalid_ = false;
 };
 
-// Block n: this rank's tokens in node n.
-__global__ void __launch_bounds__(kThreads) number_kernel(const __grid_constant__ NodeRouteArgs args) {
-  extern __shared__ __align__(16) int32_t shared[];
+// This rank's tokens in a node, by a block.
+__device__ void number_own(const NodeRouteArgs& args, const Operation& op, OwnTokens& tokens, int32_t node, int32_t* counters) {
   __shared__ ScanShared scanned;
-  const Operation op{args.exchange, TERN_OP_ROUTE, 0};
-  if (op.is_poisoned()) return;
   const PlanView& plan = args.plan;
   const RailTables& rails = args.rails;
-  const auto node = static_cast<int32_t>(blockIdx.x), thread = static_cast<int32_t>(threadIdx.x);
+  const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t num_ranks = args.exchange.num_ranks;
   const bool is_own = node == rails.own_node;
-  int32_t* const counters = shared;
   for (int32_t c = thread; c < plan.num_experts + num_ranks; c += kThreads) counters[c] = 0;
   __syncthreads();
-  OwnTokens tokens(args, node, counters);
   Position before{0, 0};
   for (int64_t first = 0; first < plan.max_tokens; first += kThreads) {
     const int64_t token = first + thread;
@@ -226,19 +237,17 @@ __global__ void __launch_bounds__(kThreads) number_kernel(const __grid_constant_
     args.report.entries[node * plan.num_experts + e] = num;
   }
   for (int32_t r = thread; r < num_ranks; r += kThreads) args.report.messages[node * num_ranks + r] = counters[plan.num_experts + r];
-  if (is_own && thread == 0) *args.report.num_tokens = args.route.batch_tokens[node] = tokens.num_tokens();
+  if (!is_own || thread != 0) return;
+  *args.report.num_tokens = args.route.batch_tokens[node] = tokens.num_tokens();
+  plan.num_tokens[plan.first_source + args.exchange.rank] = tokens.num_tokens();  // for who packs before the batch is routed
 }
 
-// Block n: the tokens of another node's batch, which have come. That of the own node is numbered already.
-__global__ void __launch_bounds__(kThreads) number_batches_kernel(const __grid_constant__ NodeRouteArgs args) {
+// The tokens of another node's batch, by a block. That of the own node is numbered already.
+__device__ void number_batch(const NodeRouteArgs& args, int32_t node, int32_t num_tokens) {
   __shared__ ScanShared scanned;
-  if (Operation{args.exchange, TERN_OP_ROUTE, 0}.is_poisoned()) return;
   const PlanView& plan = args.plan;
   const RailTables& rails = args.rails;
-  const auto node = static_cast<int32_t>(blockIdx.x);
-  if (node == rails.own_node) return;
   const int64_t first_token = node * plan.max_tokens;
-  const int32_t num_tokens = args.route.batch_tokens[node];
   Position before{0, 0};
   for (int64_t first = 0; first < plan.max_tokens; first += kThreads) {
     const int64_t token = first + threadIdx.x;
@@ -263,65 +272,53 @@ __global__ void __launch_bounds__(kThreads) number_batches_kernel(const __grid_c
 
 // ---- Over the rail
 
-__device__ int32_t words_per_token(const NodeRouteArgs& args) { return args.slots.layout.num_words - 1; }
-
-// A thread for each token and node.
-__global__ void __launch_bounds__(kThreads) pack_routing_kernel(const __grid_constant__ NodeRouteArgs args) {
-  if (Operation{args.exchange, TERN_OP_ROUTE, 0}.is_poisoned()) return;
-  const PlanView& plan = args.plan;
-  const int64_t first_token = args.round * args.tokens_per_round;
-  const int64_t num = min(args.tokens_per_round, plan.max_tokens - first_token);
-  for (int64_t i = thread_of_all(); i < num * args.rails.num_nodes; i += num_all_threads()) {
-    const auto node = static_cast<int32_t>(i / num);
-    const int64_t token = first_token + i % num;
-    const int32_t slot = args.rails.there[node * plan.max_tokens + token];
-    if (node == args.rails.own_node || slot < 0) continue;
-    auto* words = reinterpret_cast<int32_t*>(
-        args.slots.nth(node, slot - args.report.round_begin[node * (args.num_rounds + 1) + args.round]) + args.slots.layout.words());
-    words[0] = static_cast<int32_t>(token);
-    if (plan.num_topk > 0) {
-      for (int k = 0; k < plan.num_topk; ++k) {
-        const int64_t entry = token * plan.num_topk + k;
-        const int64_t expert =
-            args.is_int32 ? static_cast<const int32_t*>(args.topk_idx)[entry] : static_cast<const int64_t*>(args.topk_idx)[entry];
-        words[1 + k] = args.rails.node_of_entry[entry] == node ? static_cast<int32_t>(expert) : -1;
-      }
-      continue;
-    }
-    for (int w = 0; w < words_per_token(args); ++w) {
-      uint32_t bits = 0;
-      for (int b = 0; b < 32 && 32 * w + b < args.exchange.num_ranks; ++b) {
-        const int32_t rank = node * args.exchange.num_ranks + 32 * w + b;
-        const bool goes = args.token_in_rank[token * args.num_group_ranks() + rank] != 0 && args.unreachable[rank] == 0;
-        bits |= goes ? 1u << b : 0u;
-      }
-      words[1 + w] = static_cast<int32_t>(bits);
-    }
+// Those of the round that go to another node, by a block: a thread takes one after the other.
+__device__ void put_tokens(const NodeRouteArgs& args, const OwnTokens& tokens, int32_t node) {
+  const int64_t begin = args.round * args.tokens_per_round, end = min(begin + args.tokens_per_round, args.plan.max_tokens);
+  const int32_t first_slot = args.round == 0 ? 0 : args.report.round_begin[node * (args.num_rounds + 1) + args.round];
+  for (int64_t token = begin + threadIdx.x; token < end; token += kThreads) {
+    const int32_t slot = args.rails.there[node * args.plan.max_tokens + token];
+    if (slot < 0) continue;
+    tokens.put_words(token, reinterpret_cast<int32_t*>(args.slots.nth(node, slot - first_slot) + args.slots.layout.words()));
   }
 }
 
-// Some blocks for each node, a thread for each slot.
-__global__ void __launch_bounds__(kThreads) unpack_routing_kernel(const __grid_constant__ NodeRouteArgs args) {
-  if (Operation{args.exchange, TERN_OP_ROUTE, 0}.is_poisoned()) return;
+// Block n: node n. In the first round this rank's tokens are numbered while the host waits for room.
+__global__ void __launch_bounds__(kThreads) give_kernel(const __grid_constant__ NodeRouteArgs args) {
+  extern __shared__ __align__(16) int32_t shared[];
+  const Operation op{args.exchange, TERN_OP_ROUTE, 0};
+  if (op.is_poisoned()) return;
+  const HostTalker host(op, args.steps);
+  const auto node = static_cast<int32_t>(blockIdx.x);
+  OwnTokens tokens(args, node, shared);
+  host.ask_first();
+  if (args.round == 0) number_own(args, op, tokens, node, shared);
+  if (!host.await()) return;
+  if (node != args.rails.own_node) put_tokens(args, tokens, node);
+  host.finish();
+}
+
+// Nothing is known of a batch yet, by a block.
+__device__ void clear_batch(const NodeRouteArgs& args, int32_t node) {
   const PlanView& plan = args.plan;
-  const int32_t num_blocks = static_cast<int32_t>(gridDim.x) / args.rails.num_nodes;
-  const int32_t node = static_cast<int32_t>(blockIdx.x) / num_blocks, nth_block = static_cast<int32_t>(blockIdx.x) % num_blocks;
+  const int64_t first_token = node * plan.max_tokens;
+  for (int64_t i = threadIdx.x; i < plan.max_tokens * plan.num_topk; i += kThreads)
+    args.rails.experts[first_token * plan.num_topk + i] = -1;
+  for (int64_t i = threadIdx.x; plan.num_topk == 0 && i < plan.max_tokens * args.exchange.num_ranks; i += kThreads)
+    args.route.token_in_rank[first_token * args.exchange.num_ranks + i] = 0;
+  __syncthreads();
+}
+
+// What has come from a node in the round, by a block. Returns the tokens of the batch in all rounds.
+__device__ int32_t take_tokens(const NodeRouteArgs& args, int32_t node) {
+  const PlanView& plan = args.plan;
   const int32_t num_ranks = args.exchange.num_ranks, first_expert = args.rails.own_node * plan.num_experts;
-  if (node == args.rails.own_node) return;
-  const bool is_first_block = nth_block == 0;
-  if (args.unreachable[node * num_ranks + args.exchange.rank] != 0) {
-    if (is_first_block && threadIdx.x == 0) args.route.batch_tokens[node] = 0;
-    return;
-  }
   const std::byte* const bank = args.slots.bank(node);
   const auto* counts = reinterpret_cast<const int32_t*>(bank + args.counts_at);
-  if (is_first_block) {
-    if (threadIdx.x == 0) args.route.batch_tokens[node] = counts[plan.num_experts + args.num_group_ranks()];
-    for (int32_t e = static_cast<int32_t>(threadIdx.x); plan.num_topk == 0 && e < plan.num_experts; e += kThreads)
-      args.route.given_entries[node * plan.num_experts + e] = counts[e];
-  }
+  for (int32_t e = static_cast<int32_t>(threadIdx.x); plan.num_topk == 0 && e < plan.num_experts; e += kThreads)
+    args.route.given_entries[node * plan.num_experts + e] = counts[e];
   const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(bank)->num_slots;
-  for (int32_t slot = nth_block * kThreads + static_cast<int32_t>(threadIdx.x); slot < num_slots; slot += num_blocks * kThreads) {
+  for (auto slot = static_cast<int32_t>(threadIdx.x); slot < num_slots; slot += kThreads) {
     const auto* words = reinterpret_cast<const int32_t*>(args.slots.nth(node, slot) + args.slots.layout.words());
     const int64_t token = node * plan.max_tokens + words[0];
     for (int k = 0; k < plan.num_topk; ++k)
@@ -329,6 +326,27 @@ __global__ void __launch_bounds__(kThreads) unpack_routing_kernel(const __grid_c
     for (int r = 0; plan.num_topk == 0 && r < num_ranks; ++r)
       args.route.token_in_rank[token * num_ranks + r] = static_cast<uint8_t>(static_cast<uint32_t>(words[1 + r / 32]) >> (r % 32) & 1);
   }
+  __syncthreads();
+  return counts[plan.num_experts + args.num_group_ranks()];
+}
+
+// Block n: node n. The tokens of its batch are numbered when the last round has come.
+__global__ void __launch_bounds__(kThreads) take_kernel(const __grid_constant__ NodeRouteArgs args) {
+  const Operation op{args.exchange, TERN_OP_ROUTE, 0};
+  if (op.is_poisoned()) return;
+  const HostTalker host(op, args.steps);
+  const auto node = static_cast<int32_t>(blockIdx.x);
+  const bool is_own = node == args.rails.own_node;
+  const bool comes = !is_own && args.unreachable[node * args.exchange.num_ranks + args.exchange.rank] == 0;
+  host.ask_first();
+  if (args.round == 0 && !is_own) clear_batch(args, node);
+  if (!host.await()) return;
+  const int32_t num_tokens = comes ? take_tokens(args, node) : 0;
+  if (args.round + 1 == args.num_rounds && !is_own) {
+    if (threadIdx.x == 0) args.route.batch_tokens[node] = num_tokens;
+    number_batch(args, node, num_tokens);
+  }
+  host.finish();
 }
 
 // ---- Rows of all batches
@@ -408,25 +426,17 @@ int64_t counter_bytes(const NodeRouteArgs& args) {
 }  // namespace
 
 cudaError_t prepare_node_route() {
-  cudaError_t error = allow_shared(number_kernel, kMostNodeCounters * static_cast<int64_t>(sizeof(int32_t)));
-  if (error == cudaSuccess) error = allow_shared(number_batches_kernel, 0);
-  if (error == cudaSuccess) error = allow_shared(pack_routing_kernel, 0);
-  if (error == cudaSuccess) error = allow_shared(unpack_routing_kernel, 0);
+  cudaError_t error = allow_shared(give_kernel, kMostNodeCounters * static_cast<int64_t>(sizeof(int32_t)));
+  if (error == cudaSuccess) error = allow_shared(take_kernel, 0);
   if (error == cudaSuccess) error = allow_shared(settle_kernel, 0);
   return error;
 }
 
-cudaError_t launch_number(const NodeRouteArgs& args, cudaStream_t stream) {
-  return launch(number_kernel, {args.rails.num_nodes, kThreads, counter_bytes(args), false}, stream, args);
+cudaError_t launch_give(const NodeRouteArgs& args, cudaStream_t stream) {
+  return launch(give_kernel, {args.rails.num_nodes, kThreads, counter_bytes(args), false}, stream, args);
 }
-cudaError_t launch_pack_routing(const NodeRouteArgs& args, cudaStream_t stream) {
-  return launch(pack_routing_kernel, {blocks_for(args.tokens_per_round * args.rails.num_nodes), kThreads, 0, false}, stream, args);
-}
-cudaError_t launch_unpack_routing(const NodeRouteArgs& args, cudaStream_t stream) {
-  return launch(unpack_routing_kernel, {args.rails.num_nodes * blocks_for(args.tokens_per_round), kThreads, 0, false}, stream, args);
-}
-cudaError_t launch_number_batches(const NodeRouteArgs& args, cudaStream_t stream) {
-  return launch(number_batches_kernel, {args.rails.num_nodes, kThreads, 0, false}, stream, args);
+cudaError_t launch_take(const NodeRouteArgs& args, cudaStream_t stream) {
+  return launch(take_kernel, {args.rails.num_nodes, kThreads, 0, false}, stream, args);
 }
 cudaError_t launch_settle(const NodeRouteArgs& args, cudaStream_t stream) {
   return launch(settle_kernel, {blocks_for(args.batch_messages() * args.plan.topk_stride), kThreads, 0, false}, stream, args);

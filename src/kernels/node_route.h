@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels of a route between nodes. Within the node each batch is routed by the kernel of one node (route.h), as if it were alone; what is around it:
 //
-//   number    which of this rank's tokens go to which node, in which slots, and its counts
-//   pack      their experts into the slots of the rail's banks;   unpack    what has come that way, as the top-k indices of a batch
-//   number_batches    which slots the tokens of the batches have in what this rank returns
+//   give      which of this rank's tokens go to which node, in which slots, and its counts; their experts into the slots of the rail's banks
+//   take      what has come that way, as the top-k indices of a batch; which slots its tokens have in what this rank returns
 //   settle    rows of each batch alone become rows of all, when the host has everybody's counts
+//
+// Give and take are once for each round of the rail.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -57,8 +58,9 @@ struct NodeRouteArgs {
   int32_t num_tokens = 0;
   const int32_t* device_num_tokens = nullptr;
 
-  // Of pack and unpack: the banks; `slots.layout` has a word for the token, then those that say where it goes.
+  // Of give and take: the banks.
   RailSlots slots;
+  HostSteps steps;
   int64_t counts_at = 0;  // in a bank
   int32_t round = 0;
 
@@ -73,10 +75,8 @@ struct NodeRouteArgs {
 inline constexpr int64_t kMostNodeCounters = 20'000;
 
 cudaError_t prepare_node_route();
-cudaError_t launch_number(const NodeRouteArgs& args, cudaStream_t stream);
-cudaError_t launch_pack_routing(const NodeRouteArgs& args, cudaStream_t stream);
-cudaError_t launch_unpack_routing(const NodeRouteArgs& args, cudaStream_t stream);
-cudaError_t launch_number_batches(const NodeRouteArgs& args, cudaStream_t stream);
+cudaError_t launch_give(const NodeRouteArgs& args, cudaStream_t stream);
+cudaError_t launch_take(const NodeRouteArgs& args, cudaStream_t stream);
 cudaError_t launch_settle(const NodeRouteArgs& args, cudaStream_t stream);
 
 }  // namespace tern::kernels

@@ -55,6 +55,12 @@ struct Operation {
     return load_acquire_sys(word) >= expected || await_flag<kMasks>(*this, word, expected, peer, wait_ns);
   }
 
+  // The same until look() says that it is there; what it has `seen` is told if it never does.
+  template <bool kMasks, typename Look>
+  __device__ bool await_until(uint64_t expected, int peer, const uint64_t& seen, Look look) const {
+    return spin<kMasks>(expected, peer, seen, nullptr, look);
+  }
+
   // The same until a word of the latency path is of this epoch, and gives its value.
   template <bool kMasks = false>
   __device__ bool await_word(const uint64_t* word, int peer, uint32_t& value, int64_t* wait_ns = nullptr) const {
@@ -118,18 +124,10 @@ struct Operation {
     return last != 0;
   }
 
-  // One thread of each block, once in a kernel: returns when every block has come. All blocks are resident together.
-  __device__ bool await_blocks() const {
-    device::add_acq_rel_gpu(&exchange.state->blocks_synced, 1);
-    const uint64_t start = device::global_timer_ns();
-    for (int turn = 1; device::load_acquire_gpu(&exchange.state->blocks_synced) < gridDim.x; ++turn) {
-      if (turn % kSpinsPerLook != 0) continue;
-      if (is_aborted()) return false;
-      if (device::global_timer_ns() - start <= exchange.timeout_ns) continue;
-      give_up(TERN_TIMEOUT, exchange.rank, epoch, epoch);
-      return false;
-    }
-    return true;
+  // One thread for each peer, at the beginning of an operation that sends: what earlier kernels took has been read, since they have ended.
+  // `last_epoch` is what the lane has begun before.
+  __device__ void post_consumed_before(int peer, uint64_t last_epoch) const {
+    device::store_relaxed_sys(&progress(peer, exchange.rank)->consumed, last_epoch - static_cast<uint64_t>(exchange.consumed_lag_before));
   }
 
   // All threads of the last block, at the end of an operation that receives: nothing of the others' is needed any more.

@@ -2,6 +2,9 @@
 // What GPU ranks do between nodes, beside the kernels of one node: see rail.h.
 #include "kernels/rail.h"
 
+#include <algorithm>
+
+#include "kernels/host_steps.cuh"
 #include "kernels/shared_memory.h"
 #include "kernels/sums.cuh"
 #include "kernels/token_source.cuh"
@@ -11,62 +14,26 @@ namespace tern::kernels {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kCopyBlocks = 16;
+constexpr int kMostCopyBlocks = 16;
 
-// ---- Steps
-
-// Until the host has answered `step`. False: the exchange has failed.
-__device__ bool await_answer(const Operation& op, const HostCell* cell, uint64_t step) {
-  constexpr uint64_t kHostShare = 4;  // its waits have deadlines of their own, and it may have several in a step
-  const uint64_t start = device::global_timer_ns();
-  for (;;) {
-    const uint64_t answered = load_acquire_sys(&cell->answered);
-    if (answered == HostCell::kGaveUp) {
-      op.give_up_as(cell->failure);
-      return false;
-    }
-    if (answered >= step) return true;
-    if (op.is_aborted()) {
-      op.report_abort();
-      return false;
-    }
-    if (device::global_timer_ns() - start <= kHostShare * op.exchange.timeout_ns) continue;
-    op.give_up(TERN_TIMEOUT, op.exchange.rank, step, answered);
-    return false;
-  }
-}
-
-// One thread. What the kernels before have written for the host is published by the step that is asked; what the host has written, or the
-// network, can be seen by the kernels behind the one that awaits the answer.
 __global__ void talk_kernel(const __grid_constant__ TalkArgs args) {
   const Operation op{args.exchange, args.operation, 0};
-  if (op.is_aborted()) return op.report_abort();
-  if (args.asks) {
-    if (args.command != 0) args.cell->command = args.command;
-    device::fence_sys();
-    store_release_sys(&args.cell->asked, ++args.talk->asked);
-  }
-  if (!args.awaits || !await_answer(op, args.cell, ++args.talk->answered)) return;
-  args.talk->bank = args.cell->bank;
+  if (op.is_poisoned()) return;
+  const HostTalker host(op, args.steps);
+  host.ask_first();
+  if (host.await()) host.finish();
 }
 
-// ---- Copies
-
-template <typename Word>
-__device__ void copy_words(void* to, const void* from, int64_t num_bytes) {
-  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < num_bytes / static_cast<int64_t>(sizeof(Word));
-       at += int64_t{gridDim.x} * blockDim.x)
-    static_cast<Word*>(to)[at] = static_cast<const Word*>(from)[at];
-}
-
-__global__ void __launch_bounds__(kThreads) copy_kernel(void* to, const void* from, int64_t num_bytes) {
-  const uint64_t places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(num_bytes);
-  if (places % sizeof(uint4) == 0)
-    copy_words<uint4>(to, from, num_bytes);
-  else if (places % sizeof(uint32_t) == 0)
-    copy_words<uint32_t>(to, from, num_bytes);
-  else
-    copy_words<uint8_t>(to, from, num_bytes);
+__global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ CopyArgs args) {
+  const Operation op{args.exchange, args.operation, 0};
+  if (op.is_poisoned()) return;
+  const HostTalker host(op, args.steps);
+  host.ask_first();
+  if (!host.await()) return;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < args.num_bytes / static_cast<int64_t>(sizeof(uint4));
+       i += int64_t{gridDim.x} * kThreads)
+    reinterpret_cast<uint4*>(args.to)[i] = reinterpret_cast<const uint4*>(args.from)[i];
+  host.finish();
 }
 
 // ---- Tokens on their way to other nodes: a warp takes one after the other.
@@ -74,7 +41,11 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(void* to, const void* fr
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackArgs args) {
   const DispatchArgs& d = args.dispatch;
   const TransferArgs& t = d.transfer;
-  if (Operation{t.exchange, t.operation, 0}.is_poisoned()) return;
+  const Operation op{t.exchange, t.operation, 0};
+  if (op.is_poisoned()) return;
+  const HostTalker host(op, args.steps);
+  host.ask_first();
+  if (!host.await()) return;
   const TokenSource source(d);
   const int64_t num_warps = int64_t{gridDim.x} * (kThreads / kWarpThreads);
   const int64_t end = min(int64_t{d.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
@@ -86,9 +57,11 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
       const layout::RailSlotLayout& layout = args.slots.layout;
       if (d.row_bytes > 0) source.put_row(token, slot + layout.payload(), slot + layout.scales());
       if (d.scale_bytes > 0) source.put_scales(token, slot + layout.scales());
-      if (d.carries_weights) source.put_weights(token, token + 1, [&](int64_t) { return reinterpret_cast<float*>(slot + layout.words()); });
+      if (d.carries_weights)
+        source.put_weights(token, token + 1, [&](int64_t) { return reinterpret_cast<float*>(slot + layout.weights()); });
     }
   }
+  host.finish();
 }
 
 // ---- Sums over nodes: the Rows of sums.cuh. A warp takes one part of a row after the other.
@@ -165,13 +138,18 @@ class ReturnedRows {
 
 template <typename Wire, typename Form>
 __global__ void __launch_bounds__(kThreads) node_sum_kernel(const __grid_constant__ NodeSumArgs args) {
-  if (Operation{args.exchange, TERN_OP_COMBINE, 0}.is_poisoned()) return;
+  const Operation op{args.exchange, TERN_OP_COMBINE, 0};
+  if (op.is_poisoned()) return;
+  const HostTalker host(op, args.steps);
+  host.ask_first();
+  if (!host.await()) return;
   ReturnedRows rows(args);
   if constexpr (std::is_same_v<Form, GivenRow<Wire>>) {
     sum_by_threads<Wire>(rows);
   } else {
     for (SumRow row; rows.next_row(row);) make_row<Wire, Form, GivenRow<Wire>>(rows, row);
   }
+  host.finish();
 }
 
 // Calls function(kernel) for the type of the rows and what they are on their way.
@@ -201,12 +179,14 @@ cudaError_t prepare_rail() {
 }
 
 cudaError_t launch_talk(const TalkArgs& args, cudaStream_t stream) {
-  talk_kernel<<<1, 1, 0, stream>>>(args);
+  talk_kernel<<<1, kWarpThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
-cudaError_t launch_copy(void* to, const void* from, int64_t num_bytes, cudaStream_t stream) {
-  copy_kernel<<<kCopyBlocks, kThreads, 0, stream>>>(to, from, num_bytes);
+cudaError_t launch_copy(const CopyArgs& args, cudaStream_t stream) {
+  const int64_t words_of_blocks = kThreads * static_cast<int64_t>(sizeof(uint4));
+  const auto num_blocks = static_cast<int>(std::clamp<int64_t>(args.num_bytes / words_of_blocks, 1, kMostCopyBlocks));
+  copy_kernel<<<num_blocks, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -21,16 +21,25 @@ struct HostTalk {
   uint64_t asked;
   uint64_t answered;
   uint64_t bank;
+  uint32_t blocks_done;  // of the running kernel
 };
 
+// The steps of a kernel, around its work (host_steps.cuh).
+struct HostSteps {
+  HostCell* cell = nullptr;
+  HostTalk* talk = nullptr;
+  uint64_t command = 0;     // 0: the step begins none
+  bool asks_first = false;  // before its work; and it goes on
+  bool awaits = false;      // the next answer, before what that is about
+  bool asks_last = false;   // when all blocks are done
+};
+static_assert(std::is_trivially_copyable_v<HostSteps>);
+
+// A kernel of one warp that does nothing else.
 struct TalkArgs {
   ExchangeView exchange = {};
   int32_t operation = 0;  // tern_operation
-  HostCell* cell = nullptr;
-  HostTalk* talk = nullptr;
-  uint64_t command = 0;  // 0: the step begins none
-  bool asks = false;
-  bool awaits = false;  // the next answer, after that
+  HostSteps steps;
 };
 
 // Tables of a batch between nodes, beside those of its PlanView; made by the host. Batches are by the node of their source: of this rank's own
@@ -59,8 +68,19 @@ static_assert(std::is_trivially_copyable_v<RailTables>);
 struct PackArgs {
   DispatchArgs dispatch;  // what is to be packed, of which chunks
   RailSlots slots;
+  HostSteps steps;
   int32_t num_nodes = 0;
   bool packs_own = false;  // those of the own node too
+};
+
+// What the host tells, from pinned memory.
+struct CopyArgs {
+  ExchangeView exchange = {};
+  int32_t operation = 0;  // tern_operation
+  HostSteps steps;
+  std::byte* to = nullptr;
+  const std::byte* from = nullptr;
+  int64_t num_bytes = 0;  // a multiple of 16, as are the addresses
 };
 
 // The sums of this rank's tokens over what the nodes have returned.
@@ -68,6 +88,7 @@ struct NodeSumArgs {
   ExchangeView exchange;
   PlanView plan;
   RailSlots slots;
+  HostSteps steps;
   int32_t num_nodes = 0;
   int32_t dtype = 0;
   int64_t row_bytes = 0;
@@ -87,8 +108,7 @@ struct NodeSumArgs {
 // Loads the kernels' code on the current device.
 cudaError_t prepare_rail();
 cudaError_t launch_talk(const TalkArgs& args, cudaStream_t stream);
-// Between GPU and pinned memory, in either direction.
-cudaError_t launch_copy(void* to, const void* from, int64_t num_bytes, cudaStream_t stream);
+cudaError_t launch_copy(const CopyArgs& args, cudaStream_t stream);
 cudaError_t launch_pack(const PackArgs& args, int num_blocks, cudaStream_t stream);
 cudaError_t launch_node_sums(const NodeSumArgs& args, int num_blocks, cudaStream_t stream);
 

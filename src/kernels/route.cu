@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Route, in one launch. Each block has a range of this rank's tokens, its warps parts of it, and all blocks then a share of what arrives:
+// Route, in one launch:
 //
 //   count    experts of every entry; the ranks of every token, ascending, each once; how many entries (by expert) and messages (by rank) come
-//            before each among its warp's, among the lower warps' and among the lower blocks'
-//   push     counts, and for every message its token and its entries' experts and positions, into the receivers' routing banks; each block
-//            raises a flag of its own
-//   settle   when all ranks' have come: the rows of what arrives, and of this rank's messages where they go
+//            before each in its group of tokens. Each group is one block's, and no block waits for another one
+//   push     the group's counts, and for every message its token and its entries' experts and positions, into the receivers' routing banks; then
+//            the group's flag
+//   settle   when all groups of all ranks have come, all blocks together: the rows of what arrives, and of this rank's messages where they go
 //
 // Positions are those of a walk in token order, so they are the same on every run, and for any number of blocks.
+//
+// The code is run once, and fetching it takes about as long as the links do: so there is little of it.
 #include "kernels/operation.cuh"
 #include "kernels/route.h"
 #include "kernels/row_tables.cuh"
@@ -17,10 +19,10 @@
 namespace tern::kernels {
 namespace {
 
-constexpr int kThreads = kMostRouteWarps * kWarpThreads;
-constexpr int64_t kSharedBytes = 96 << 10;                         // every GPU has it
+constexpr int kThreads = kRouteWarps * kWarpThreads;
 constexpr int kEntryQuad = layout::RoutingBankLayout::kEntryQuad;  // entries of a message that a thread moves at a time
-static_assert(kMostRouteBlocks <= layout::kMaxChunks, "each block has a flag");
+constexpr int kGroupChunks = layout::RoutingBankLayout::kGroupChunks;
+static_assert(kRouteGroups <= layout::kMaxChunks, "each group has a flag");
 
 template <bool kExpertRows>
 class Route {
@@ -28,229 +30,238 @@ class Route {
   __device__ Route(const RouteArgs& args, int32_t* workspace)
       : args_(args),
         plan_(args.plan),
-        op_{args.exchange, TERN_OP_ROUTE, args.exchange.state->epoch + 1},
+        last_epoch_(args.exchange.state->epoch),
+        op_{args.exchange, TERN_OP_ROUTE, last_epoch_ + 1},
         rank_(args.exchange.rank),
         num_ranks_(args.exchange.num_ranks),
         num_counts_(plan_.num_counts(num_ranks_)),
-        banks_(reinterpret_cast<BankPair*>(workspace)),
-        own_(args, op_, banks_, workspace + bank_table_size(num_ranks_)),
-        rows_(plan_, rank_, num_ranks_, workspace + bank_table_size(num_ranks_) + int64_t{args.num_counting_warps} * num_counts_) {}
+        banks_offset_(args.offsets.banks + (op_.epoch % layout::kNumBanks == 0 ? 0 : args.offsets.odd_banks)),
+        windows_(reinterpret_cast<std::byte**>(workspace + args.memory.windows)),
+        own_(args, op_, workspace + args.memory.counters),
+        rows_(args, workspace) {}
 
   __device__ void run() {
-    open_banks();
     if (!exchange()) {
       if (threadIdx.x == 0) op_.report_abort();
       return;
     }
+    let_next_begin();
     settle();
-    if (!op_.is_last_block(&args_.exchange.state->blocks_done)) return;
-    op_.post_consumed();
-    if (threadIdx.x == 0) {
-      args_.exchange.state->epoch = op_.epoch;
-      args_.exchange.state->blocks_synced = 0;
-    }
+    if (threadIdx.x != 0 || !began_last_) return;
+    LaneState* const state = args_.exchange.state;
+    state->blocks_begun = 0;
+    device::store_relaxed_sys(&state->epoch, op_.epoch);  // a dispatch may look at it
   }
 
  private:
-  __device__ void open_banks() const {
-#pragma unroll 1
-    for (int other = static_cast<int>(threadIdx.x); other < num_ranks_; other += kThreads)
-      banks_[other] = op_.is_masked(other) ? BankPair{} : BankPair{bank(other, rank_), bank(rank_, other)};
-    __syncthreads();
-  }
-
   // Up to the moment when all ranks' counts and messages are here. False: the exchange has failed.
   __device__ bool exchange() {
+    const bool is_open = open_banks();
     own_.count();
-    if (!await_room()) return false;
-    own_.add_lower_blocks([&](int c, int32_t count) { push_count(c, count); });
+    // All have the epoch now: when all blocks have come here it may be advanced.
+    if (__syncthreads_and(is_open && op_.epoch != 0 ? 1 : 0) == 0) return false;
+    if (threadIdx.x == 0) began_last_ = atomicAdd(&args_.exchange.state->blocks_begun, 1u) == gridDim.x - 1;
+    own_.add_warps([&](int group, int c, int32_t count) { push_count(group, c, count); });
+    __syncthreads();
     push();
     publish();
-    return await_counts();
+    return await_groups();
   }
 
-  // Until all blocks have counted, and the peers' banks are free; different threads look at each of these, at the same time. Block 0 describes the
-  // call, long before anybody looks.
-  __device__ bool await_room() const {
-    __syncthreads();
-    const int thread = static_cast<int>(threadIdx.x);
-    bool ok = thread != 0 || op_.await_blocks();
-    if (thread == kWarpThreads) ok = !op_.is_aborted();
+  // Beside the warps that count, the last threads each look at a peer's bank: may it be written? Block 0 describes the call there.
+  __device__ bool open_banks() const {
+    bool ok = threadIdx.x != kThreads / 2 || !op_.is_aborted();
 #pragma unroll 1
-    for (int peer = kThreads - 1 - thread; peer < num_ranks_; peer += kThreads) {
+    for (int peer = peer_of_thread(); peer < num_ranks_; peer += kThreads) {
+      windows_[peer] = args_.exchange.window(peer);
       if (is_masked(peer)) continue;
-      ok = ok && op_.await_bank(peer);
-      if (ok && blockIdx.x == 0) announce(peer);
+      // Asked for before the epoch is known, which comes from memory too.
+      const uint64_t consumed = load_acquire_sys(&progress(rank_, peer)->consumed);
+      if (blockIdx.x == 0) op_.post_consumed_before(peer, last_epoch_);
+      ok = ok && (consumed + layout::kNumBanks >= op_.epoch || op_.await_bank(peer));
+      if (ok && blockIdx.x == 0) describe_call(peer);
+      if (peer == rank_ && blockIdx.x == 0) plan_.num_tokens[rank_] = own_.num_tokens();  // a dispatch that follows begins with it
     }
-    return __syncthreads_and(ok ? 1 : 0) != 0;
+    return ok;
   }
 
-  // ---- push
+  __device__ static int peer_of_thread() { return kThreads - 1 - static_cast<int>(threadIdx.x); }
 
-  __device__ std::byte* bank(int owner, int source) const {
-    return args_.exchange.window(owner) + args_.exchange.layout.routing(args_.exchange.lane, op_.epoch, source);
-  }
+  __device__ bool is_masked(int rank) const { return windows_[rank] == nullptr; }
 
-  __device__ bool is_masked(int rank) const { return banks_[rank].there == nullptr; }
-
-  __device__ void announce(int peer) const {
-    layout::CallCell* cell = op_.call(peer, rank_);
+  __device__ void describe_call(int peer) const {
+    auto* const cell =
+        reinterpret_cast<layout::CallCell*>(windows_[peer] + args_.exchange.layout.call(args_.exchange.lane, op_.epoch, rank_));
     cell->shape = args_.shape;
     cell->epoch = op_.epoch;
     cell->operation = TERN_OP_ROUTE;
     cell->num_tokens = own_.num_tokens();
-    store_release_sys(&op_.progress(peer, rank_)->ready, op_.epoch);
   }
 
-  // Every block knows all counts of this rank: each tells them to some of the peers.
-  __device__ void push_count(int c, int32_t count) const {
+  // ---- push
+
+  // Where this rank writes for the peer, and where it reads what the source has written.
+  __device__ std::byte* bank_at(int peer) const { return windows_[peer] + banks_offset_ + rank_ * args_.offsets.bank_bytes; }
+  __device__ const std::byte* bank_of(int source) const { return windows_[rank_] + banks_offset_ + source * args_.offsets.bank_bytes; }
+
+  __device__ void push_count(int group, int c, int32_t count) const {
 #pragma unroll 1
-    for (int i = static_cast<int>(blockIdx.x); i < num_ranks_; i += static_cast<int>(gridDim.x)) {
-      const int peer = rank_ + i < num_ranks_ ? rank_ + i : rank_ + i - num_ranks_;
-      if (!is_masked(peer)) reinterpret_cast<int32_t*>(banks_[peer].there + args_.bank.counts())[c] = count;
-    }
+    for (int peer = 0; peer < num_ranks_; ++peer)
+      if (!is_masked(peer)) reinterpret_cast<int32_t*>(bank_at(peer))[group * num_counts_ + c] = count;
   }
 
-  // kEntryQuad entries of a message, from k on, with positions among the warp's if they have rows.
-  struct MessageQuad {
-    int32_t token;
-    int k;
-    MessageRef message = {-1, 0};
-    int32_t experts[kEntryQuad], positions[kEntryQuad];
-  };
-
-  // By each warp for its own tokens: one thread for each kEntryQuad entries of a message, or for several, which are loaded before any is stored.
+  // By each warp for its own tokens, a message in each thread.
   __device__ void push() const {
     const TokenRange tokens = own_.tokens();
-    const auto quads = static_cast<uint32_t>(max(1, args_.bank.entry_stride() / kEntryQuad));
-    const uint32_t num = static_cast<uint32_t>(tokens.size() * plan_.messages_per_token) * quads;
+    const int32_t end = tokens.end * plan_.messages_per_token;
 #pragma unroll 1
-    for (uint32_t first = device::lane_idx(); first < num; first += kPushBatch * kWarpThreads) {
-      MessageQuad batch[kPushBatch];
-#pragma unroll
-      for (int u = 0; u < kPushBatch; ++u)
-        if (first + u * kWarpThreads < num) load_quad(first + u * kWarpThreads, quads, batch[u]);
-#pragma unroll
-      for (int u = 0; u < kPushBatch; ++u)
-        if (batch[u].message.rank >= 0) push_quad(batch[u]);
+    for (int32_t i = tokens.begin * plan_.messages_per_token + lane(); i < end; i += kWarpThreads) {
+      const MessageRef message = plan_.messages[i];
+      if (message.rank >= 0) push_message(message, static_cast<uint32_t>(i) / static_cast<uint32_t>(plan_.messages_per_token));
     }
   }
 
-  __device__ void load_quad(uint32_t i, uint32_t quads, MessageQuad& quad) const {
-    const auto nth_message = static_cast<int32_t>(i / quads);
-    quad.token = own_.tokens().begin + nth_message / plan_.messages_per_token;
-    quad.k = static_cast<int>(i % quads) * kEntryQuad;
-    quad.message = plan_.messages[own_.tokens().begin * plan_.messages_per_token + nth_message];
-    const int32_t at = quad.token * plan_.num_topk + quad.k;
-#pragma unroll
-    for (int e = 0; e < kEntryQuad; ++e) {
-      const bool in = quad.k + e < plan_.num_topk;
-      quad.experts[e] = in ? plan_.experts[at + e] : -1;
-      if constexpr (kExpertRows) quad.positions[e] = in ? plan_.entry_rows[at + e] : -1;
-    }
-  }
-
-  __device__ void push_quad(const MessageQuad& quad) const {
+  __device__ void push_message(MessageRef message, int32_t token) const {
     const int32_t* const before = own_.before();
-    const int to = quad.message.rank;
-    const int32_t nth = quad.message.row + before[plan_.num_experts + to];
-    std::byte* const bank_there = banks_[to].there;
-    if (quad.k == 0) reinterpret_cast<int32_t*>(bank_there + args_.bank.source_tokens())[nth] = quad.token;
-    if (plan_.num_topk == 0) return;
-    layout::RoutingBankLayout::Entry entries[kEntryQuad];
+    std::byte* const bank = bank_at(message.rank);
+    const int32_t slot = own_.group(own_.nth_group()) * args_.group_tokens + message.row + before[plan_.num_experts + message.rank];
+    reinterpret_cast<int32_t*>(bank + args_.offsets.tokens)[slot] = token;
+    auto* const words = reinterpret_cast<uint32_t*>(bank + args_.offsets.entries) + int64_t{slot} * plan_.topk_stride;
+#pragma unroll 1
+    for (int k = 0; k < plan_.num_topk; k += kEntryQuad) {
+      uint32_t quad[kEntryQuad];
 #pragma unroll
-    for (int e = 0; e < kEntryQuad; ++e) {
-      const int32_t expert = quad.experts[e];
-      entries[e] = {-1, 0};
-      if (expert < 0 || own_.rank_of(expert) != to) continue;
-      entries[e] = {expert - to * plan_.local_experts, kExpertRows ? quad.positions[e] + before[expert] : 0};
+      for (int e = 0; e < kEntryQuad; ++e)
+        quad[e] = k + e < plan_.num_topk ? entry_word(message.rank, token * plan_.num_topk + k + e) : layout::RoutingBankLayout::kNotHere;
+      *reinterpret_cast<uint4*>(words + k) = {quad[0], quad[1], quad[2], quad[3]};
     }
-    auto* out = reinterpret_cast<int4*>(bank_there + args_.bank.entries(plan_.max_tokens) + args_.bank.entry_at(nth, quad.k));
-    out[0] = {entries[0].expert, entries[0].position, entries[1].expert, entries[1].position};
-    out[1] = {entries[2].expert, entries[2].position, entries[3].expert, entries[3].position};
   }
 
-  // Every block raises flags of its own, when all its threads have pushed: what a thread has seen by the barrier goes with its release. Together
-  // the blocks raise kMostRouteBlocks, so nobody needs to know how many they are.
+  // Of an entry of this rank's, for a rank.
+  __device__ uint32_t entry_word(int to, int32_t entry) const {
+    const int32_t expert = plan_.experts[entry], local = expert - to * plan_.local_experts;
+    if (expert < 0 || static_cast<uint32_t>(local) >= static_cast<uint32_t>(plan_.local_experts))
+      return layout::RoutingBankLayout::kNotHere;
+    if constexpr (!kExpertRows) return static_cast<uint32_t>(local);
+    return static_cast<uint32_t>(plan_.entry_rows[entry] + own_.before()[expert]) << args_.expert_bits | static_cast<uint32_t>(local);
+  }
+
+  // Each of the block's groups has a flag, raised when all its threads have pushed: what a thread has seen by the barrier goes with its release.
+  // So does what block 0 has said of the call.
   __device__ void publish() const {
     __syncthreads();
-    const int num_blocks = static_cast<int>(gridDim.x), num_mine = (kMostRouteBlocks - 1 - static_cast<int>(blockIdx.x)) / num_blocks + 1;
+    const int num = own_.num_groups();
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num_mine; i += kThreads) {
-      const int peer = i / num_mine, flag = static_cast<int>(blockIdx.x) + i % num_mine * num_blocks;
-      if (!is_masked(peer)) store_release_sys(op_.staged_flag(peer, rank_, flag), op_.epoch);
-    }
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * num; i += kThreads)
+      if (!is_masked(i / num)) store_release_sys(flag(i / num, rank_, own_.group(i % num)), op_.epoch);
+    if (blockIdx.x != 0) return;
+#pragma unroll 1
+    for (int peer = peer_of_thread(); peer < num_ranks_; peer += kThreads)
+      if (!is_masked(peer)) store_release_sys(&progress(peer, rank_)->ready, op_.epoch);
   }
 
-  // Each thread waits for a flag of a source; others look at the calls at the same time, which have come while blocks were counting.
-  __device__ bool await_counts() const {
+  // What `source` says to `owner`.
+  __device__ uint64_t* flag(int owner, int source, int group) const {
+    return reinterpret_cast<uint64_t*>(windows_[owner] + args_.exchange.layout.staged(args_.exchange.lane, source)) + group;
+  }
+  __device__ layout::ProgressCell* progress(int owner, int source) const {
+    return reinterpret_cast<layout::ProgressCell*>(args_.exchange.window(owner) +
+                                                   args_.exchange.layout.progress(args_.exchange.lane, source));
+  }
+  __device__ const layout::CallCell* call_of(int source) const {
+    return reinterpret_cast<const layout::CallCell*>(windows_[rank_] + args_.exchange.layout.call(args_.exchange.lane, op_.epoch, source));
+  }
+
+  // Each thread waits for a group of a source; others look at the calls at the same time.
+  __device__ bool await_groups() const {
     bool ok = true;
 #pragma unroll 1
-    for (int source = kThreads - 1 - static_cast<int>(threadIdx.x); source < num_ranks_; source += kThreads)
+    for (int source = peer_of_thread(); source < num_ranks_; source += kThreads)
       if (!is_masked(source)) ok = ok && await_call(source);
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kMostRouteBlocks; i += kThreads) {
-      const int source = i / kMostRouteBlocks;
-      if (!is_masked(source)) ok = ok && op_.await(op_.staged_flag(rank_, source, i % kMostRouteBlocks), op_.epoch, source);
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kRouteGroups; i += kThreads) {
+      const int source = i / kRouteGroups;
+      if (!is_masked(source)) ok = ok && op_.await(flag(rank_, source, i % kRouteGroups), op_.epoch, source);
     }
     return __syncthreads_and(ok ? 1 : 0) != 0;
   }
 
   __device__ bool await_call(int source) const {
-    if (!op_.await(&op_.progress(rank_, source)->ready, op_.epoch, source)) return false;
-    const layout::CallCell* cell = op_.call(rank_, source);
+    if (!op_.await(&progress(rank_, source)->ready, op_.epoch, source)) return false;
+    const layout::CallCell* cell = call_of(source);
     if (cell->epoch == op_.epoch && cell->operation == TERN_OP_ROUTE && cell->shape == args_.shape) return true;
     op_.give_up(TERN_MISMATCH, source, op_.epoch, op_.epoch);
     return false;
   }
 
+  // From here on nobody is waited for, and a dispatch that follows may come before the peers with flags of the next epoch.
+  __device__ void let_next_begin() const {
+    if (threadIdx.x != kThreads - 1) return;
+    store_release_sys(&args_.exchange.state->routed[blockIdx.x], op_.epoch);
+    device::allow_next_kernel();
+  }
+
   // ---- settle
 
-  // Counts of a source; nullptr: it is masked.
+  // Counts of a source's groups; nullptr: it is masked.
   __device__ const int32_t* counts_of(int source) const {
-    return is_masked(source) ? nullptr : reinterpret_cast<const int32_t*>(banks_[source].here + args_.bank.counts());
+    return is_masked(source) ? nullptr : reinterpret_cast<const int32_t*>(bank_of(source));
   }
 
   __device__ void settle() const {
-    device::allow_next_kernel();  // from here on nobody is waited for
-    if (blockIdx.x == 0) tell_host();
-    rows_.add_up([&](int source) { return counts_of(source); }, static_cast<int>(threadIdx.x), kThreads);
+    const auto thread = static_cast<int>(threadIdx.x), warp = thread / kWarpThreads;
+    if (blockIdx.x == 0 && args_.host.words != nullptr) tell_host();
+    rows_.add_groups([&](int source) { return counts_of(source); }, thread, kThreads);
     __syncthreads();
-    rows_.place_groups(static_cast<int>(threadIdx.x) / kWarpThreads, kThreads / kWarpThreads);
+    rows_.add_sources(thread, kThreads);
     __syncthreads();
-    write_counts(plan_.counts, plan_.num_tokens, thread_of_all(), num_all_threads());
-    if (blockIdx.x == gridDim.x - 1) write_summary();
-    settle_received();
-    settle_empty_sources();
-    settle_own();
-  }
-
-  // One block. With extent exact the host waits for this.
-  __device__ void tell_host() const {
-    if (args_.host.counts == nullptr) return;
-    write_counts(args_.host.counts, args_.host.num_tokens, threadIdx.x, kThreads);
-    __syncthreads();
-    if (threadIdx.x == 0) store_release_sys(args_.host.ticket, args_.host.awaited_ticket);
-  }
-
-  // Thread i of n.
-  __device__ void write_counts(int32_t* counts, int32_t* num_tokens, uint32_t i, uint32_t n) const {
-    const auto first_count = static_cast<int>(i), step = static_cast<int>(n);
-#pragma unroll 1
-    for (int source = first_count; source < num_ranks_; source += step)
-      num_tokens[source] = is_masked(source) ? 0 : op_.call(rank_, source)->num_tokens;
-#pragma unroll 1
-    for (int c = first_count; c < num_counts_; c += step) {
-#pragma unroll 1
-      for (int first = 0; first < num_ranks_; first += kBatch) {
-        int32_t values[kBatch];
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) values[u] = first + u < num_ranks_ && !is_masked(first + u) ? counts_of(first + u)[c] : 0;
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u)
-          if (first + u < num_ranks_) counts[(first + u) * num_counts_ + c] = values[u];
-      }
+    if constexpr (kExpertRows) {
+      rows_.place_groups(warp, kRouteWarps);
+      __syncthreads();
     }
+    settle_received();
+    settle_own();
+    write_counts();
+    if (blockIdx.x == gridDim.x - 1) write_summary();
+  }
+
+  // One block. With extent exact the host waits for these words.
+  __device__ void tell_host() const {
+    const HostCountsView host = args_.host;
+    const uint32_t num = num_ranks_ * host.num_columns();
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < num; i += kThreads) {
+      const auto source = static_cast<int>(i / host.num_columns());
+      const auto column = static_cast<int>(i % host.num_columns());
+      int32_t value = 0;
+      if (column == host.num_tokens())
+        value = num_tokens_of(source);
+      else
+        value = sum_of_groups(
+            source, column < plan_.local_experts ? rank_ * plan_.local_experts + column : plan_.num_experts + column - plan_.local_experts);
+      device::store_relaxed_sys(host.words + i, host.ticket << 32 | static_cast<uint32_t>(value));
+    }
+  }
+
+  __device__ int32_t num_tokens_of(int source) const { return is_masked(source) ? 0 : call_of(source)->num_tokens; }
+  __device__ int32_t sum_of_groups(int source, int c) const {
+    int32_t sum = 0;
+    if (is_masked(source)) return sum;
+    const int32_t* const counts = counts_of(source) + c;
+#pragma unroll
+    for (int g = 0; g < kRouteGroups; ++g) sum += counts[g * num_counts_];
+    return sum;
+  }
+
+  // By all blocks together.
+  __device__ void write_counts() const {
+#pragma unroll 1
+    for (uint32_t source = thread_of_all(); source < static_cast<uint32_t>(num_ranks_); source += num_all_threads())
+      if (source != static_cast<uint32_t>(rank_)) plan_.num_tokens[source] = num_tokens_of(static_cast<int>(source));
+    const auto num = static_cast<uint32_t>(num_counts_);
+#pragma unroll 1
+    for (uint32_t i = thread_of_all(); i < num_ranks_ * num; i += num_all_threads())
+      plan_.counts[i] = sum_of_groups(static_cast<int>(i / num), static_cast<int>(i % num));
   }
 
   // Of the plan as a whole, by one block.
@@ -258,15 +269,17 @@ class Route {
 #pragma unroll 1
     for (int source = static_cast<int>(threadIdx.x); source <= num_ranks_; source += kThreads)
       plan_.received_begin[source] = rows_.received_begin(source);
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * kRouteGroups; i += kThreads)
+      begin_chunks({i / kRouteGroups, i % kRouteGroups});
     bool overflow = !kExpertRows && rows_.num_received() > plan_.row_capacity;
 #pragma unroll 1
     for (int e = static_cast<int>(threadIdx.x); kExpertRows && e < plan_.local_experts; e += kThreads) {
       int32_t num_entries = 0;
 #pragma unroll 1
       for (int source = 0; source < num_ranks_; ++source) {
-        const int32_t* const counts = counts_of(source);
         plan_.source_begin[e * num_ranks_ + source] = rows_.source_begin(e, source);
-        num_entries += counts == nullptr ? 0 : counts[rank_ * plan_.local_experts + e];
+        num_entries += rows_.total(source, rank_ * plan_.local_experts + e);
       }
       plan_.group_begin[e] = rows_.group_begin(e);
       if (e + 1 == plan_.local_experts)
@@ -276,73 +289,74 @@ class Route {
     if (overflow) op_.post_notice(TERN_CAPACITY_EXCEEDED);
   }
 
+  // Where the first chunk of a group begins, and behind the last group the end; all chunks of a group without messages.
+  __device__ void begin_chunks(SourceGroup of) const {
+    const int32_t begin = rows_.messages_before(of), num = rows_.num_messages(of);
+    const int first = of.group * kGroupChunks;
+    set_chunks(of.source, first, num == 0 ? first + kGroupChunks - 1 : first, begin);
+    if (of.group == kRouteGroups - 1) set_chunks(of.source, layout::kMaxChunks, layout::kMaxChunks, begin + num);
+  }
+
   __device__ static uint32_t thread_of_all() { return blockIdx.x * kThreads + threadIdx.x; }
   __device__ static uint32_t num_all_threads() { return gridDim.x * kThreads; }
 
-  // kEntryQuad entries of a message that arrives, from k on, and its token.
-  struct ReceivedQuad {
-    int32_t message = -1, nth;  // among all, among the source's
-    int source, k;
-    int32_t token, token_before;
-    int4 low, high;
-  };
-
-  // The messages that arrive, all blocks together: one thread for each kEntryQuad entries, or for several, which are loaded before any is stored.
+  // The messages that arrive: the warps of all blocks take parts of a source's groups, a message in each thread. Warps that have counted come last.
   __device__ void settle_received() const {
-    const auto quads = static_cast<uint32_t>(max(1, plan_.topk_stride / kEntryQuad));
-    const uint32_t num = static_cast<uint32_t>(rows_.num_received()) * quads;
+    const int num_parts = (args_.group_tokens + kWarpThreads - 1) / kWarpThreads;
+    const int num = num_ranks_ * kRouteGroups * num_parts, num_warps = kRouteWarps * static_cast<int>(gridDim.x);
+    const int warp = kRouteWarps - 1 - static_cast<int>(threadIdx.x) / kWarpThreads;
 #pragma unroll 1
-    for (uint32_t first = thread_of_all(); first < num; first += kPushBatch * num_all_threads()) {
-      ReceivedQuad batch[kPushBatch];
-#pragma unroll
-      for (int u = 0; u < kPushBatch; ++u)
-        if (first + u * num_all_threads() < num) load_received(first + u * num_all_threads(), quads, batch[u]);
-#pragma unroll
-      for (int u = 0; u < kPushBatch; ++u)
-        if (batch[u].message >= 0) settle_quad(batch[u]);
+    for (int i = warp * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); i < num; i += num_warps) {
+      const auto source_part = static_cast<uint32_t>(i / kRouteGroups), part = source_part / static_cast<uint32_t>(num_ranks_);
+      const SourceGroup of{static_cast<int>(source_part - part * num_ranks_), i % kRouteGroups};
+      const int32_t nth = static_cast<int32_t>(part) * kWarpThreads + lane();
+      if (nth < rows_.num_messages(of)) settle_message(of, nth);
     }
   }
 
-  __device__ void load_received(uint32_t i, uint32_t quads, ReceivedQuad& quad) const {
-    quad.message = static_cast<int32_t>(i / quads);
-    quad.k = static_cast<int>(i % quads) * kEntryQuad;
-    quad.source = rows_.source_of(quad.message);
-    quad.nth = quad.message - rows_.received_begin(quad.source);
-    const std::byte* const from = banks_[quad.source].here;
-    const auto* tokens = reinterpret_cast<const int32_t*>(from + args_.bank.source_tokens()) + quad.nth;
-    quad.token = tokens[0];
-    quad.token_before = quad.nth == 0 ? -plan_.tokens_per_chunk : tokens[-1];
-    if (plan_.num_topk == 0) return;
-    const auto* in = reinterpret_cast<const int4*>(from + args_.bank.entries(plan_.max_tokens) + args_.bank.entry_at(quad.nth, quad.k));
-    quad.low = in[0];
-    quad.high = in[1];
+  // The nth message of a group.
+  __device__ void settle_message(SourceGroup of, int32_t nth) const {
+    const std::byte* const from = bank_of(of.source);
+    const int32_t first_token = of.group * args_.group_tokens, nth_of_source = rows_.messages_before(of) + nth;
+    const int32_t message = rows_.received_begin(of.source) + nth_of_source;
+    const auto* const tokens = reinterpret_cast<const int32_t*>(from + args_.offsets.tokens) + first_token + nth;
+    const int32_t token = tokens[0], token_before = nth > 0 ? tokens[-1] : first_token;
+    const auto* const words =
+        reinterpret_cast<const uint32_t*>(from + args_.offsets.entries) + int64_t{first_token + nth} * plan_.topk_stride;
+#pragma unroll 2
+    for (int k = 0; k < plan_.topk_stride; k += kEntryQuad) settle_quad(of, message, k, *reinterpret_cast<const uint4*>(words + k));
+    plan_.source_token[message] = token;
+    // The group's first chunk begins with its first message in any case.
+    const int first_chunk = of.group * kGroupChunks, chunk = chunk_in_group(token - first_token);
+    set_chunks(of.source, first_chunk + chunk_in_group(token_before - first_token) + 1, first_chunk + chunk, nth_of_source);
+    if (nth + 1 == rows_.num_messages(of))
+      set_chunks(of.source, first_chunk + chunk + 1, first_chunk + kGroupChunks - 1, nth_of_source + 1);
   }
 
-  __device__ void settle_quad(const ReceivedQuad& quad) const {
-    const int32_t message = quad.message;
-    if (quad.k == 0) settle_message(quad);
-    if (plan_.num_topk == 0) return;
-    const int64_t at = int64_t{message} * plan_.topk_stride + quad.k;
-    const int4 low = quad.low, high = quad.high;
-    *reinterpret_cast<int4*>(plan_.received_experts + at) = {low.x, low.z, high.x, high.z};
-    *reinterpret_cast<int4*>(plan_.received_rows + at) = {
-        rows_.received_row(quad.source, message, {low.x, low.y}), rows_.received_row(quad.source, message, {low.z, low.w}),
-        rows_.received_row(quad.source, message, {high.x, high.y}), rows_.received_row(quad.source, message, {high.z, high.w})};
+  __device__ int chunk_in_group(int32_t token) const {
+    int chunk = 0;
+#pragma unroll
+    for (int c = 1; c < kGroupChunks; ++c) chunk += token >= c * plan_.tokens_per_chunk ? 1 : 0;
+    return chunk;
   }
 
-  // Where a message is the first of a chunk, or of several, they begin here.
-  __device__ void settle_message(const ReceivedQuad& quad) const {
-    plan_.source_token[quad.message] = quad.token;
-    const int chunk = quad.token / plan_.tokens_per_chunk;
-    set_chunks(quad.source, quad.token_before / plan_.tokens_per_chunk + 1, chunk, quad.nth);
-    const int32_t num = rows_.received_begin(quad.source + 1) - rows_.received_begin(quad.source);
-    if (quad.nth + 1 == num) set_chunks(quad.source, chunk + 1, layout::kMaxChunks, num);
-  }
-
-  __device__ void settle_empty_sources() const {
-#pragma unroll 1
-    for (auto source = static_cast<int>(thread_of_all()); source < num_ranks_; source += static_cast<int>(num_all_threads()))
-      if (rows_.received_begin(source) == rows_.received_begin(source + 1)) set_chunks(source, 0, layout::kMaxChunks, 0);
+  // Entries of a message that arrives, from k on.
+  __device__ void settle_quad(SourceGroup of, int32_t message, int k, uint4 words) const {
+    const int64_t at = int64_t{message} * plan_.topk_stride + k;
+    const int32_t message_row = rows_.bounded(message);
+    int4 experts, rows;
+    const auto settle_entry = [&](uint32_t word, int32_t& expert, int32_t& row) {
+      expert = row = -1;
+      if (word == layout::RoutingBankLayout::kNotHere) return;
+      expert = static_cast<int32_t>(word & ((1u << args_.expert_bits) - 1));
+      row = kExpertRows ? rows_.received_row(of, expert, static_cast<int32_t>(word >> args_.expert_bits)) : message_row;
+    };
+    settle_entry(words.x, experts.x, rows.x);
+    settle_entry(words.y, experts.y, rows.y);
+    settle_entry(words.z, experts.z, rows.z);
+    settle_entry(words.w, experts.w, rows.w);
+    *reinterpret_cast<int4*>(plan_.received_experts + at) = experts;
+    *reinterpret_cast<int4*>(plan_.received_rows + at) = rows;
   }
 
   __device__ void set_chunks(int source, int first, int last, int32_t begin) const {
@@ -362,16 +376,9 @@ class Route {
     const TokenRange tokens = own_.tokens();
     const int32_t end = tokens.end * plan_.messages_per_token;
 #pragma unroll 1
-    for (int32_t first = tokens.begin * plan_.messages_per_token + lane(); first < end; first += kPushBatch * kWarpThreads) {
-      MessageRef messages[kPushBatch];
-#pragma unroll
-      for (int u = 0; u < kPushBatch; ++u)
-        messages[u] = first + u * kWarpThreads < end ? plan_.messages[first + u * kWarpThreads] : MessageRef{-1, 0};
-#pragma unroll
-      for (int u = 0; u < kPushBatch; ++u) {
-        const auto [to, nth] = messages[u];
-        if (to >= 0) plan_.messages[first + u * kWarpThreads].row = kExpertRows ? 0 : rows_.message_row(to, nth + before[to]);
-      }
+    for (int32_t i = tokens.begin * plan_.messages_per_token + lane(); i < end; i += kWarpThreads) {
+      const auto [to, nth] = plan_.messages[i];
+      if (to >= 0) plan_.messages[i].row = kExpertRows ? 0 : rows_.message_row(own_.nth_group(), to, nth + before[to]);
     }
   }
 
@@ -379,67 +386,63 @@ class Route {
     const int32_t* const before = own_.before();
     const TokenRange tokens = own_.tokens();
     const int32_t end = tokens.end * plan_.num_topk;
-#pragma unroll 1
-    for (int32_t first = tokens.begin * plan_.num_topk + lane(); first < end; first += kBatch * kWarpThreads) {
-      int32_t experts[kBatch], positions[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int32_t i = first + u * kWarpThreads;
-        experts[u] = i < end ? plan_.experts[i] : -1;
-        positions[u] = i < end ? plan_.entry_rows[i] : -1;
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (experts[u] < 0) continue;
-        plan_.entry_rows[first + u * kWarpThreads] =
-            rows_.entry_row(experts[u], own_.rank_of(experts[u]), positions[u] + before[experts[u]]);
-      }
+#pragma unroll 2
+    for (int32_t i = tokens.begin * plan_.num_topk + lane(); i < end; i += kWarpThreads) {
+      const int32_t expert = plan_.experts[i], position = plan_.entry_rows[i];
+      if (expert >= 0) plan_.entry_rows[i] = rows_.entry_row(own_.nth_group(), expert, own_.rank_of(expert), position + before[expert]);
     }
   }
 
   __device__ static int32_t lane() { return static_cast<int32_t>(device::lane_idx()); }
 
-  static constexpr int kBatch = 4, kPushBatch = 3;  // loads that are under way at a time
-
   const RouteArgs& args_;
   const PlanView& plan_;
+  const uint64_t last_epoch_;  // that the lane has begun before
   const Operation op_;
   const int rank_;
   const int num_ranks_;
   const int num_counts_;
-  BankPair* const banks_;  // [num_ranks]
+  const int64_t banks_offset_;  // of this epoch's banks in a window
+  std::byte** const windows_;   // [num_ranks] nullptr: the rank is masked
   const TokenCounts<kExpertRows> own_;
   const RowTables<kExpertRows> rows_;
+  bool began_last_ = false;  // thread 0: all other blocks had the epoch before
 };
 
 template <bool kExpertRows>
 __global__ void __launch_bounds__(kThreads, 1) route_kernel(const __grid_constant__ RouteArgs args) {
   extern __shared__ __align__(16) int32_t shared[];
   int32_t* workspace = shared;
-  if (args.workspace != nullptr)
-    workspace = args.workspace + blockIdx.x * route_workspace(args.plan.num_experts, args.exchange.num_ranks, args.num_counting_warps);
+  if (args.workspace != nullptr) workspace = args.workspace + blockIdx.x * args.memory.size;
   Route<kExpertRows>(args, workspace).run();
 }
 
 }  // namespace
 
-int32_t route_counting_warps(int32_t num_experts, int32_t num_ranks) {
-  const int64_t counter_bytes = (int64_t{num_experts} + num_ranks) * static_cast<int64_t>(sizeof(int32_t));
-  const int64_t fitting = kSharedBytes / counter_bytes - 6;  // the other tables take as much as six more, or less
-  return static_cast<int32_t>(fitting < 1 ? 1 : fitting > kMostRouteWarps ? kMostRouteWarps : fitting);
+RouteArgs::RouteArgs(const ExchangeView& of_exchange, const PlanView& of_plan, int32_t num_blocks)
+    : exchange(of_exchange),
+      plan(of_plan),
+      memory(plan, exchange.num_ranks, num_blocks),
+      inverse_experts(RankOfExpert::inverse_of(plan.local_experts)) {
+  const layout::DeviceWindowLayout& window = exchange.layout;
+  const layout::RoutingBankLayout bank = plan.routing_bank(exchange.num_ranks);
+  offsets.banks = window.routing(exchange.lane, 0, 0);
+  offsets.odd_banks = window.routing(exchange.lane, 1, 0) - offsets.banks;
+  offsets.bank_bytes = window.routing_bytes;
+  offsets.tokens = bank.source_tokens();
+  offsets.entries = bank.entries();
+  group_tokens = bank.group_tokens();
+  expert_bits = bank.expert_bits();
 }
-
-bool route_fits_shared(int64_t workspace) { return workspace * static_cast<int64_t>(sizeof(int32_t)) <= kSharedBytes; }
 
 cudaError_t prepare_route() {
-  const cudaError_t error = allow_shared(route_kernel<false>, kSharedBytes);
-  return error != cudaSuccess ? error : allow_shared(route_kernel<true>, kSharedBytes);
+  const cudaError_t error = allow_shared(route_kernel<false>, RouteMemory::kSharedBytes);
+  return error != cudaSuccess ? error : allow_shared(route_kernel<true>, RouteMemory::kSharedBytes);
 }
 
-cudaError_t launch_route(const RouteArgs& args, int num_blocks, cudaStream_t stream) {
-  const int64_t workspace = route_workspace(args.plan.num_experts, args.exchange.num_ranks, args.num_counting_warps);
-  const int64_t shared_bytes = args.workspace != nullptr ? 0 : workspace * static_cast<int64_t>(sizeof(int32_t));
-  const LaunchShape shape{num_blocks, kThreads, shared_bytes, false};
+cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
+  const int64_t shared_bytes = args.workspace != nullptr ? 0 : args.memory.size * static_cast<int64_t>(sizeof(int32_t));
+  const LaunchShape shape{args.memory.num_blocks, kThreads, shared_bytes, false};
   return launch(args.plan.has_expert_rows() ? route_kernel<true> : route_kernel<false>, shape, stream, args);
 }
 

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The first half of a route: this rank's tokens are counted by all blocks, in token order.
+// The first half of a route: this rank's tokens are counted, each group of them by one block, in token order.
 //
-//   TokenCounts counts(args, op, banks, counters);   // counters: [num_counting_warps][num_counts] of the block
+//   TokenCounts counts(args, op, counters);   // counters: [kCountingWarps][num_counts] of the block
 //   counts.count();
-//   ... all blocks have counted ...
-//   counts.add_lower_blocks(use);                    // use(c, count) for each of the rank's counts
-//   position of a message = message.row + counts.before()[num_experts + message.rank], of an entry = entry_row + counts.before()[expert]
+//   __syncthreads();
+//   counts.add_warps(use);                    // use(group, c, count) for each of the groups' counts
+//   __syncthreads();
+//   position in its group: of a message message.row + counts.before()[num_experts + message.rank], of an entry entry_row + counts.before()[expert]
 //
-// Each block has a range of the tokens, and each of its warps a part of that. Counters are of entries by expert, then of messages by rank. Where
-// entries have no rows of their own (rank_major) nobody asks for their positions: the block's are counted in the first warp's counters.
+// A block may have several groups; its counting warps share them out evenly, and the tokens of a group among those that have it. Counters are of
+// entries by expert, then of messages by rank. Where entries have no rows of their own (rank_major) nobody asks for their positions: a group's are
+// counted in its first warp's counters.
 // Threads: all of a block; a warp's tables in the plan are its own.
 #pragma once
 
@@ -33,72 +35,67 @@ struct TokenRange {
 struct RankOfExpert {
   static constexpr int kShift = 52;
   uint64_t inverse;
-  __device__ explicit RankOfExpert(int32_t local_experts) : inverse((uint64_t{1} << kShift) / static_cast<uint32_t>(local_experts) + 1) {}
+  static constexpr uint64_t inverse_of(int32_t local_experts) { return (uint64_t{1} << kShift) / static_cast<uint32_t>(local_experts) + 1; }
   __device__ int operator()(int32_t expert) const { return static_cast<int>(static_cast<uint32_t>(expert) * inverse >> kShift); }
 };
 
 template <bool kExpertRows>
 class TokenCounts {
  public:
-  __device__ TokenCounts(const RouteArgs& args, const Operation& op, const BankPair* banks, int32_t* counters)
+  __device__ TokenCounts(const RouteArgs& args, const Operation& op, int32_t* counters)
       : args_(args),
         plan_(args.plan),
         op_(op),
-        banks_(banks),
         num_ranks_(args.exchange.num_ranks),
         num_counts_(plan_.num_counts(num_ranks_)),
         warp_(static_cast<int>(threadIdx.x) / kWarpThreads),
-        rank_of_(plan_.local_experts),
+        rank_of_{args.inverse_experts},
         counters_(counters),
-        num_tokens_(args.device_num_tokens == nullptr ? args.num_tokens : max(0, min(*args.device_num_tokens, args.num_tokens))) {
-    const TokenRange of_block = TokenRange{0, num_tokens_}.part(static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-    if (warp_ < args.num_counting_warps) tokens_ = of_block.part(warp_, args.num_counting_warps);
+        num_tokens_(args.device_num_tokens == nullptr ? args.num_tokens : max(0, min(*args.device_num_tokens, args.num_tokens))),
+        num_groups_(route_groups_of(static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x))),
+        warps_per_group_(kCountingWarps / max(1, num_groups_)),
+        nth_group_(warp_ / warps_per_group_) {
+    if (nth_group_ >= num_groups_) return;
+    const int32_t begin = group(nth_group_) * args.group_tokens, end = begin + args.group_tokens;
+    tokens_ = TokenRange{min(begin, num_tokens_), min(end, num_tokens_)}.part(warp_ % warps_per_group_, warps_per_group_);
   }
 
   __device__ int32_t num_tokens() const { return num_tokens_; }
-  // Of this warp.
+  // Of this block, and the nth of them.
+  __device__ int num_groups() const { return num_groups_; }
+  __device__ static int group(int nth) { return static_cast<int>(blockIdx.x) + nth * static_cast<int>(gridDim.x); }
+  // Of this warp: the group's number among the block's, and its tokens; there may be none.
+  __device__ int nth_group() const { return nth_group_; }
   __device__ TokenRange tokens() const { return tokens_; }
-  // What comes before the warp's tokens, once everything is counted.
+  // What comes before the warp's tokens in its group, after add_warps().
   __device__ const int32_t* before() const { return warp_counters(); }
   __device__ int rank_of(int32_t expert) const { return rank_of_(expert); }
 
-  // Leaves experts, messages and positions among the warp's in the plan, and the block's counts for the other blocks.
+  // By the counting warps. Leaves experts, messages and positions among the warp's in the plan.
   __device__ void count() const {
-    const int num_warps = args_.num_counting_warps;
+    constexpr int kBarrier = 1, kCountingThreads = kCountingWarps * kWarpThreads;
+    if (warp_ >= kCountingWarps) return;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < num_warps * num_counts_; i += num_threads()) counters_[i] = 0;
-    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kCountingWarps * num_counts_; i += kCountingThreads) counters_[i] = 0;
+    device::sync_some_warps(kBarrier, kCountingThreads);
+    if (tokens_.size() <= 0) return;
     if (kExpertRows && plan_.num_topk > 0) count_entries();
     __syncwarp();
     count_messages();
-    __syncthreads();
-#pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += num_threads()) {
-      const bool is_of_block = !kExpertRows && c < plan_.num_experts;
-      args_.block_counts[int64_t{blockIdx.x} * num_counts_ + c] = is_of_block ? counters_[c] : add_lower_warps(counters_ + c);
-    }
   }
 
-  // When all blocks have counted: what the lower ones did comes before, too. Calls use(c, count) for each of the rank's counts.
+  // What the lower warps of a group have counted comes before, too.
   template <typename Use>
-  __device__ void add_lower_blocks(Use use) const {
+  __device__ void add_warps(Use use) const {
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < num_counts_; c += num_threads()) {
-      int32_t lower = 0, all = 0;
-#pragma unroll
-      for (unsigned b = 0; b < kMostRouteBlocks; ++b) {
-        const int32_t count = b < gridDim.x ? args_.block_counts[b * num_counts_ + c] : 0;
-        lower += b < blockIdx.x ? count : 0;
-        all += count;
-      }
-      if (kExpertRows || c >= plan_.num_experts) {
-#pragma unroll 4
-        for (int w = 0; w < args_.num_counting_warps; ++w) counters_[int64_t{w} * num_counts_ + c] += lower;
-      }
-      if (args_.tokens_per_expert != nullptr && c < plan_.num_experts) all = args_.tokens_per_expert[c];
-      use(c, all);
+    for (int i = static_cast<int>(threadIdx.x); i < num_groups_ * num_counts_; i += num_threads()) {
+      const int nth = static_cast<int>(static_cast<uint32_t>(i) / static_cast<uint32_t>(num_counts_)), c = i - nth * num_counts_;
+      int32_t* const first = counters_ + int64_t{nth} * warps_per_group_ * num_counts_ + c;
+      const bool is_of_group = !kExpertRows && c < plan_.num_experts;
+      int32_t count = is_of_group ? *first : add_lower_warps(first);
+      if (args_.tokens_per_expert != nullptr && c < plan_.num_experts) count = group(nth) == 0 ? args_.tokens_per_expert[c] : 0;
+      use(group(nth), c, count);
     }
-    __syncthreads();
   }
 
  private:
@@ -106,18 +103,22 @@ class TokenCounts {
 
   __device__ static int num_threads() { return static_cast<int>(blockDim.x); }
   __device__ int32_t* warp_counters() const { return counters_ + int64_t{warp_} * num_counts_; }
+  // Where the warp counts entries.
+  __device__ int32_t* entry_counters() const {
+    return kExpertRows ? warp_counters() : counters_ + int64_t{nth_group_} * warps_per_group_ * num_counts_;
+  }
 
-  // The sum of the lower warps instead of a warp's own count; returns the block's.
+  // The sum of the lower warps instead of a warp's own count; returns the group's.
   __device__ int32_t add_lower_warps(int32_t* counter) const {
     int32_t sum = 0;
 #pragma unroll 1
-    for (int first = 0; first < args_.num_counting_warps; first += kBatch) {
+    for (int first = 0; first < warps_per_group_; first += kBatch) {
       int32_t counts[kBatch];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) counts[u] = first + u < args_.num_counting_warps ? counter[int64_t{first + u} * num_counts_] : 0;
+      for (int u = 0; u < kBatch; ++u) counts[u] = first + u < warps_per_group_ ? counter[int64_t{first + u} * num_counts_] : 0;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        if (first + u < args_.num_counting_warps) counter[int64_t{first + u} * num_counts_] = sum;
+        if (first + u < warps_per_group_) counter[int64_t{first + u} * num_counts_] = sum;
         sum += counts[u];
       }
     }
@@ -159,7 +160,7 @@ class TokenCounts {
     return args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
   }
 
-  __device__ bool is_masked(int rank) const { return banks_[rank].there == nullptr; }
+  __device__ bool is_masked(int rank) const { return op_.is_masked(rank); }
   __device__ bool is_invalid(int64_t given) const { return given < -1 || given >= plan_.num_experts; }
 
   // -1 for entries to masked ranks, and for numbers that are no expert.
@@ -233,7 +234,7 @@ class TokenCounts {
         if (!counts) continue;
         has_invalid = has_invalid || is_invalid(given[u]);
         plan_.experts[token * plan_.num_topk + first + u] = expert;
-        if (expert >= 0) atomicAdd(counters_ + expert, 1);
+        if (expert >= 0) atomicAdd(entry_counters() + expert, 1);
       }
     }
     if (has_invalid) op_.post_notice(TERN_INVALID_ARGUMENT);
@@ -243,13 +244,15 @@ class TokenCounts {
   const RouteArgs& args_;
   const PlanView& plan_;
   const Operation op_;
-  const BankPair* const banks_;  // of all ranks
   const int num_ranks_;
   const int num_counts_;
   const int warp_;
   const RankOfExpert rank_of_;
   int32_t* const counters_;
   const int32_t num_tokens_;
+  const int num_groups_;
+  const int warps_per_group_;
+  const int nth_group_;
   TokenRange tokens_ = {};
 };
 

@@ -138,7 +138,7 @@ class TokenSource {
   __device__ void put_packed_weights(int64_t token, float* to) const {
     const std::byte* slot = in_.slots.of(in_.node, token);
     if (slot == nullptr) return;
-    const auto* from = reinterpret_cast<const float*>(slot + in_.slots.layout.words());
+    const auto* from = reinterpret_cast<const float*>(slot + in_.slots.layout.weights());
     for (int k = static_cast<int>(device::lane_idx()); k < args_.plan.num_topk; k += kWarpThreads) to[k] = from[k];
   }
 

@@ -33,8 +33,8 @@ static_assert(sizeof(SourceView) == kSourceViewBytes);
 
 class Transfer {
  public:
-  __device__ explicit Transfer(const TransferArgs& args)
-      : args_(args), op_{args.exchange, args.operation, args.sends ? args.exchange.state->epoch + 1 : *args.ticket} {}
+  __device__ explicit Transfer(const TransferArgs& args) : Transfer(args, args.sends ? args.exchange.state->epoch + 1 : *args.ticket) {}
+  __device__ Transfer(const TransferArgs& args, uint64_t epoch) : args_(args), op_{args.exchange, args.operation, epoch} {}
 
   __device__ const Operation& operation() const { return op_; }
   __device__ int rank() const { return args_.exchange.rank; }
@@ -71,6 +71,12 @@ class Transfer {
       cell->delivers = args_.delivers ? 1 : 0;
       store_release_sys(&op_.progress(peer, rank())->ready, op_.epoch);
     }
+  }
+
+  // One warp of one block: what kernels before this one took from the peers, they have read.
+  __device__ void post_consumed_before() const {
+    for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads)
+      if (!op_.is_masked(peer)) op_.post_consumed_before(peer, op_.epoch - 1);
   }
 
   // One thread, for what its warp has staged: `num` more of the `total` rows of (peer, chunk) are there. True if they were the last.

@@ -213,7 +213,10 @@ __global__ void __launch_bounds__(kThreads) wire_combine_kernel(const __grid_con
   if (transfer.operation().is_poisoned()) return;
   const auto sources = reinterpret_cast<SourceView*>(shared);
   if (t.sends && transfer.await_staging()) {
-    if (blockIdx.x == 0 && threadIdx.x < kWarpThreads) transfer.announce(args.combine.plan.tokens_at(t.exchange.rank));
+    if (blockIdx.x == 0 && threadIdx.x < kWarpThreads) {
+      transfer.post_consumed_before();
+      transfer.announce(args.combine.plan.tokens_at(t.exchange.rank));
+    }
     Shares(args, transfer).run<Wire, Form>();
   }
   if (t.receives) {

@@ -2,13 +2,14 @@
 // Where things lie in a GPU rank's internal window. The same on every rank.
 //
 //   | abort | records [num_ranks] | lane 0: cells [num_ranks], calls [bank][num_ranks], staged [num_ranks][chunk] | lane 1 ...
-//   | routing: [lane][bank][source rank] | words: [lane][bank][source rank] | row flags: [lane][source rank] | staging: [lane][bank] |
+//   | routing: [lane][bank][source rank] | words: [lane][bank][source rank] | row flags: [lane][source rank] | slots: [lane][bank] |
+//   | staging: [lane][bank] |
 //
 // Rows of large batches are pulled: a rank puts what it sends into its own staging (or leaves it where it is, if that is window memory), tells
 // its peers where, and raises a flag for each chunk of tokens that is complete. Routing is small and is pushed into the receiver's routing bank.
 //
-// Rows of small batches, of the latency path, are pushed into slots of the receiver's staging, each with a flag of its own; what is smaller
-// still goes into words.
+// Rows of small batches, of the latency path, are pushed into slots of the receiver, and show themselves that they are there; or into slots of its
+// staging, each with a flag of its own. What is smaller still goes into words.
 #pragma once
 
 #include <cstdint>
@@ -86,33 +87,43 @@ struct LatencyWords {
   constexpr int64_t counts() const { return 2; }
   constexpr int64_t presence() const { return counts() + num_counts; }
   constexpr int64_t num_presence() const { return (max_tokens + 31) / 32; }
-  // Of a combine: the owner's weights of each (token, k), as bits.
-  constexpr int64_t weights() const { return 2; }
   constexpr int64_t num_routing_words() const { return presence() + num_presence(); }
-  constexpr int64_t num_words() const {
-    const int64_t routing = num_routing_words(), combine = weights() + max_tokens * num_topk;
-    return routing > combine ? routing : combine;
+  // [max_tokens, num_topk] of a dispatch: what an entry of the source's is (LatencyEntry), if it routes. Of a combine: the weights that go back to
+  // the owner of the tokens, as bits.
+  constexpr int64_t entries() const { return num_routing_words(); }
+  constexpr int64_t returned() const { return entries(); }
+  // [max_tokens, num_topk] the weights of the source's tokens, as bits.
+  constexpr int64_t weights() const { return entries() + max_tokens * num_topk; }
+  constexpr int64_t num_words() const { return weights() + max_tokens * num_topk; }
+};
+
+// An entry of a token, as it travels.
+struct LatencyEntry {
+  int32_t expert = -1;   // of all ranks' experts; -1: none
+  int32_t position = 0;  // among the source's entries of this expert
+
+  static constexpr uint32_t kNoExpert = 0xffff;
+  constexpr uint32_t packed() const { return static_cast<uint32_t>(position) << 16 | (static_cast<uint32_t>(expert) & kNoExpert); }
+  static constexpr LatencyEntry unpacked(uint32_t word) {
+    const uint32_t expert = word & kNoExpert;
+    return {expert == kNoExpert ? -1 : static_cast<int32_t>(expert), static_cast<int32_t>(word >> 16)};
   }
 };
+static_assert(kMostLatencyTokens * kMostLatencyTopk <= 0x10000);
+
+// Four bytes of a slot that nothing has been written to. A receiver puts it back wherever it has read; so a row needs no flag, but where it holds
+// this itself. In fp8, bf16 and fp32 that is NaNs which no computation makes.
+inline constexpr uint8_t kUnwrittenByte = 0xff;
+inline constexpr uint32_t kUnwritten = 0xffffffff;
 
 // A row pushed by the latency path. Parts that an operation lacks have length zero.
 struct LatencySlot {
   int64_t row_bytes = 0;
   int64_t scale_bytes = 0;
-  int64_t weight_bytes = 0;
-  int32_t num_entries = 0;
-
-  // An entry of the token.
-  struct Entry {
-    int32_t expert;    // of all ranks' experts; -1: none
-    int32_t position;  // among the source's entries of this expert
-  };
 
   constexpr int64_t row() const { return 0; }
   constexpr int64_t scales() const { return align_up(row_bytes, 16); }
-  constexpr int64_t weights() const { return scales() + align_up(scale_bytes, 16); }
-  constexpr int64_t entries() const { return weights() + align_up(weight_bytes, 16); }
-  constexpr int64_t end() const { return align_up(entries() + num_entries * static_cast<int64_t>(sizeof(Entry)), 16); }
+  constexpr int64_t end() const { return scales() + align_up(scale_bytes, 16); }
   constexpr int64_t stride() const { return align_up(end(), kBulkLine); }
 };
 
@@ -121,6 +132,7 @@ struct DeviceWindowLayout {
   int32_t num_lanes = 0;
   int64_t routing_bytes = 0;   // of one (lane, bank, source); a multiple of kCacheLine
   int64_t staging_bytes = 0;   // of one (lane, bank); a multiple of kCacheLine
+  int64_t slot_bytes = 0;      // of one (lane, bank), for rows that need no flags; a multiple of kCacheLine
   int64_t latency_words = 0;   // of one (lane, bank, source)
   int64_t latency_tokens = 0;  // that have row flags; 0: there is no latency path
 
@@ -149,8 +161,11 @@ struct DeviceWindowLayout {
     return words(num_lanes, 0, 0) + (int64_t{lane} * num_ranks + source) * num_row_flags() * static_cast<int64_t>(sizeof(uint64_t));
   }
   constexpr int64_t num_row_flags() const { return latency_tokens * kMostRowParts; }  // of one (lane, source)
+  constexpr int64_t slots(int lane, uint64_t epoch) const {
+    return align_up(row_flags(num_lanes, 0), 4096) + (lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * slot_bytes;
+  }
   constexpr int64_t staging(int lane, uint64_t epoch) const {
-    return align_up(row_flags(num_lanes, 0), 4096) + (lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * staging_bytes;
+    return align_up(slots(num_lanes, 0), 4096) + (lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks)) * staging_bytes;
   }
   constexpr int64_t total_bytes() const { return staging(num_lanes, 0); }
 
@@ -172,30 +187,40 @@ struct StagedSlot {
   constexpr int64_t stride() const { return align_up(weights() + align_up(weight_bytes, 16), kBulkLine); }
 };
 
-// What one source writes into its routing bank: its counts, then one slot for each message in the order of its tokens.
+// What one source writes into its routing bank. Its tokens are in kGroups groups that follow each other, whole chunks each, and what it says of a
+// group needs nothing of another one: how many entries and messages there are, and a slot for each message in the order of its tokens.
 struct RoutingBankLayout {
   int64_t num_counts = 0;
   int32_t num_topk = 0;
+  int32_t local_experts = 0;
+  int64_t max_tokens = 0;
 
-  // Where an entry of the message goes; expert -1: not here. A message's entries are moved four at a time.
-  struct Entry {
-    int32_t expert;    // local
-    int32_t position;  // among the source's entries of this expert
-  };
+  static constexpr int32_t kGroups = 16;
+  static constexpr int32_t kGroupChunks = kMaxChunks / kGroups;
+  static constexpr int32_t kEntryQuad = 4;  // a message's entries are moved four at a time
 
-  static constexpr int32_t kEntryQuad = 4;
+  constexpr int32_t group_tokens() const { return static_cast<int32_t>((max_tokens + kMaxChunks - 1) / kMaxChunks) * kGroupChunks; }
   constexpr int32_t entry_stride() const { return (num_topk + kEntryQuad - 1) / kEntryQuad * kEntryQuad; }
 
-  constexpr int64_t counts() const { return 0; }
-  constexpr int64_t source_tokens() const { return align_up(counts() + num_counts * static_cast<int64_t>(sizeof(int32_t)), kCacheLine); }
-  constexpr int64_t entries(int64_t max_messages) const {
-    return align_up(source_tokens() + max_messages * static_cast<int64_t>(sizeof(int32_t)), kCacheLine);
+  // Where an entry of a message goes, in a word: the local expert, above it the position among the group's entries of this expert.
+  static constexpr uint32_t kNotHere = ~0u;
+  constexpr int32_t expert_bits() const {
+    int32_t bits = 0;
+    while ((local_experts - 1) >> bits != 0) ++bits;
+    return bits;
   }
-  // Entry k of a message, from entries().
-  constexpr int64_t entry_at(int64_t message_idx, int k) const {
-    return (message_idx * entry_stride() + k) * static_cast<int64_t>(sizeof(Entry));
+  constexpr bool fits_entries() const { return (int64_t{group_tokens()} * num_topk) << expert_bits() <= int64_t{kNotHere}; }
+
+  constexpr int64_t counts() const { return 0; }  // [kGroups, num_counts]
+  constexpr int64_t source_tokens() const {       // [kGroups, group_tokens]
+    return align_up(counts() + kGroups * num_counts * static_cast<int64_t>(sizeof(int32_t)), kCacheLine);
   }
-  constexpr int64_t bytes(int64_t max_messages) const { return align_up(entries(max_messages) + entry_at(max_messages, 0), kCacheLine); }
+  constexpr int64_t entries() const {  // [kGroups, group_tokens, entry_stride]
+    return align_up(source_tokens() + int64_t{kGroups} * group_tokens() * static_cast<int64_t>(sizeof(int32_t)), kCacheLine);
+  }
+  constexpr int64_t bytes() const {
+    return align_up(entries() + int64_t{kGroups} * group_tokens() * entry_stride() * static_cast<int64_t>(sizeof(uint32_t)), kCacheLine);
+  }
 };
 
 }  // namespace tern::layout

@@ -3,6 +3,7 @@
 //
 //   | header | counts: int32 [num_counts] | slot 0 | slot 1 | ...
 //   slot: | payload | scales | words: 4 bytes each [num_words] |
+//   words: | routing: the token, then where it goes in the node [num_routing_words] | what else the operation needs, as weights |
 //
 // Slots follow each other in the order of the source's tokens, so they need not say whose they are.
 //
@@ -32,10 +33,12 @@ struct RailSlotLayout {
   int64_t payload_bytes = 0;
   int64_t scale_bytes = 0;
   int32_t num_words = 0;
+  int32_t num_routing_words = 0;  // of them, the first: of a route, and of a dispatch that routes on its way
 
   constexpr int64_t payload() const { return 0; }
   constexpr int64_t scales() const { return align_up(payload_bytes, SlotLayout::kPartAlignment); }
   constexpr int64_t words() const { return scales() + align_up(scale_bytes, SlotLayout::kPartAlignment); }
+  constexpr int64_t weights() const { return words() + num_routing_words * int64_t{4}; }
   constexpr int64_t stride() const { return align_up(words() + num_words * int64_t{4}, SlotLayout::kPartAlignment); }
 };
 

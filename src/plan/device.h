@@ -53,6 +53,9 @@ class DeviceExchange {
   virtual int32_t num_lanes() const = 0;
   virtual int32_t device_index() const = 0;  // of the CUDA device
   virtual std::unique_ptr<DevicePlan> create_plan(const PlanShape& shape) = 0;
+  // Counts of one routing by itself; nothing is communicated.
+  virtual void count_routing(const PlanShape& shape, const tern_routing& routing, const tern_launch& launch,
+                             const tern_routing_counts& counts) = 0;
   virtual void* alloc_window(int64_t bytes) = 0;
   virtual void free_window(void* pointer) = 0;
   virtual tern_exchange_state state() const = 0;

@@ -41,6 +41,8 @@ struct PlanShape {
   int32_t max_messages_per_token() const { return num_topk == 0 || num_topk > ranks_per_node() ? ranks_per_node() : num_topk; }
   // What says where a token goes in one node: its experts, or with top-k 0 a bit for each rank.
   int32_t route_words() const { return num_topk > 0 ? num_topk : (ranks_per_node() + 31) / 32; }
+  // With the token, in a slot between nodes.
+  int32_t routing_words() const { return 1 + route_words(); }
   // Groups of rows in this node that a source's rows are spread over: its experts, or in rank_major its ranks.
   int32_t num_row_begins() const { return has_expert_rows() ? node_experts() : ranks_per_node(); }
   // Rows of one expert in expert_padded.

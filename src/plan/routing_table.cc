@@ -7,14 +7,28 @@
 #include "layout/window.h"
 
 namespace tern {
-namespace {
 
 int64_t topk_at(const tern_routing& routing, int64_t idx) {
   if (routing.topk_idx_type == TERN_INDEX_INT32) return static_cast<const int32_t*>(routing.topk_idx)[idx];
   return static_cast<const int64_t*>(routing.topk_idx)[idx];
 }
 
-}  // namespace
+void check_routing(const PlanShape& shape, const tern_routing& routing) {
+  constexpr auto kBad = TERN_INVALID_ARGUMENT;
+  check_routing_arguments(shape, routing);
+  if (shape.num_topk == 0) {
+    for (int32_t expert = 0; expert < shape.num_experts && routing.tokens_per_expert != nullptr; ++expert)
+      if (routing.tokens_per_expert[expert] < 0)
+        fail(kBad, "routing: tokens_per_expert of expert {} is {}, must not be negative", expert, routing.tokens_per_expert[expert]);
+    return;
+  }
+  for (int64_t i = 0; i < routing.num_tokens * shape.num_topk; ++i) {
+    const int64_t expert = topk_at(routing, i);
+    if (expert < -1 || expert >= shape.num_experts)
+      fail(kBad, "routing: token {} names expert {} at k = {}, must be -1 (none) or 0 to {}", i / shape.num_topk, expert,
+           i % shape.num_topk, shape.num_experts - 1);
+  }
+}
 
 RoutingTable::RoutingTable(const PlanShape& shape)
     : shape_(shape),
@@ -33,23 +47,6 @@ RoutingTable::RoutingTable(const PlanShape& shape)
   for (int32_t node = 0; node < shape.num_nodes; ++node) {
     batches_.emplace_back(shape, shape.rail_in(node));
     if (node != shape.node()) tokens_to_[node].reserve(shape.max_tokens);
-  }
-}
-
-void RoutingTable::check(const tern_routing& routing) const {
-  constexpr auto kBad = TERN_INVALID_ARGUMENT;
-  check_routing_arguments(shape_, routing);
-  if (shape_.num_topk == 0) {
-    for (int32_t expert = 0; expert < shape_.num_experts && routing.tokens_per_expert != nullptr; ++expert)
-      if (routing.tokens_per_expert[expert] < 0)
-        fail(kBad, "routing: tokens_per_expert of expert {} is {}, must not be negative", expert, routing.tokens_per_expert[expert]);
-    return;
-  }
-  for (int64_t i = 0; i < routing.num_tokens * shape_.num_topk; ++i) {
-    const int64_t expert = topk_at(routing, i);
-    if (expert < -1 || expert >= shape_.num_experts)
-      fail(kBad, "routing: token {} names expert {} at k = {}, must be -1 (none) or 0 to {}", i / shape_.num_topk, expert,
-           i % shape_.num_topk, shape_.num_experts - 1);
   }
 }
 

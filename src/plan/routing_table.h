@@ -19,12 +19,15 @@
 
 namespace tern {
 
+// What the caller's top-k indices have at [token * num_topk + k].
+int64_t topk_at(const tern_routing& routing, int64_t idx);
+
+// TERN_INVALID_ARGUMENT if the routing does not fit the shape, by its arguments and by what its arrays hold.
+void check_routing(const PlanShape& shape, const tern_routing& routing);
+
 class RoutingTable {
  public:
   explicit RoutingTable(const PlanShape& shape);
-
-  // TERN_INVALID_ARGUMENT if the routing does not fit the shape. Changes nothing.
-  void check(const tern_routing& routing) const;
 
   // Step 1: this rank's side. Entries and messages to ranks with masked[rank] != 0 are dropped. `routing` has been checked. Between nodes,
   // ranks from which none of this node's are reached have no counts then.

@@ -98,9 +98,9 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
 
 int64_t rail_bank_bytes(const tern_exchange_options& o, int32_t num_ranks, int32_t num_nodes) {
   if (num_nodes == 1) return 0;
-  // Scales begin at a multiple of 16 bytes; a row of an exact combine brings two words.
+  // Scales begin at a multiple of 16 bytes. A row that is routed on its way brings its token, experts and weights.
   const layout::RailBankLayout bank{.num_counts = num_counts(o, num_ranks, num_nodes),
-                                    .slot = {.payload_bytes = o.max_row_bytes, .scale_bytes = 16, .num_words = std::max(o.max_topk, 2)}};
+                                    .slot = {.payload_bytes = o.max_row_bytes, .scale_bytes = 16, .num_words = 1 + 2 * o.max_topk}};
   const int64_t most =
       o.staging_bytes > 0 ? o.staging_bytes : std::max(staging_bound(o), num_rail_banks(o, num_nodes) * bank.bytes(o.max_topk));
   return std::min(layout::align_up(bank.bytes(o.max_tokens), kGranule), most / num_rail_banks(o, num_nodes) / kGranule * kGranule);

@@ -23,6 +23,14 @@ float ordinary_value(uint64_t word, uint32_t spread) {
 constexpr float kSpecials[] = {0.0f,    -0.0f,  INFINITY, -INFINITY, NAN,     3.38e38f, -3.38e38f, 1e-40f,
                                -1e-40f, 1e-45f, 65504.0f, 65520.0f,  6.1e-5f, 6e-8f,    448.0f,    464.0f};
 
+// One row in 8 gets some words with all bits set, by which receivers of small batches tell what nobody has written yet.
+void set_all_bits(const Draw& draw, std::span<uint8_t> row) {
+  constexpr size_t kWord = 4;
+  if (!draw.one_in(-2, 8)) return;
+  for (size_t i = 0; i + kWord <= row.size(); i += kWord)
+    if (draw.one_in(-3 - static_cast<int64_t>(i), 64)) std::memset(row.data() + i, 0xff, kWord);
+}
+
 // Mostly numbers like those of a network; one row in 16 has some that make trouble.
 void fill_numbers(tern_dtype dtype, const Draw& draw, std::span<uint8_t> row) {
   const int64_t num_elements = static_cast<int64_t>(row.size()) / element_bytes(dtype);
@@ -32,6 +40,7 @@ void fill_numbers(tern_dtype dtype, const Draw& draw, std::span<uint8_t> row) {
     const bool special = specials && (word >> 56) % 32 == 0;
     encode(dtype, special ? kSpecials[(word >> 40) % std::size(kSpecials)] : ordinary_value(word, 8), row.data(), i);
   }
+  if (specials) set_all_bits(draw, row);
 }
 
 // Finite numbers, in blocks of 128 that differ much in magnitude; some blocks are zero or below the smallest scale.
@@ -49,6 +58,7 @@ void fill_bytes(const Draw& draw, std::span<uint8_t> bytes) {
     const uint64_t word = draw.word(static_cast<int64_t>(i));
     std::memcpy(bytes.data() + i, &word, std::min<size_t>(8, bytes.size() - i));
   }
+  set_all_bits(draw, bytes);
 }
 
 // Chooses num_topk distinct experts of `allowed`, earlier ones more often with `zipf`.

@@ -141,15 +141,18 @@ void struck_anywhere(const SceneSettings& settings, int signal) {
       RoundTrip trip = member.trip(scenario);
       for (int batch = 0; batch < 1'000'000; ++batch) {
         if (batch == 10) seat.set_stage(kReady);
-        trip.route();
-        trip.dispatch(batch);
-        trip.combine(batch);
-        require(trip.differences().empty(), join_lines(trip.differences()));
+        RoundTrip fused_trip = member.trip(scenario);
+        RoundTrip& one = scenario.c.fused ? fused_trip : trip;
+        if (!scenario.c.fused) one.route();
+        one.dispatch(batch);
+        one.combine(batch);
+        require(one.differences().empty(), join_lines(one.differences()));
       }
     });
     if (seat.rank() == settings.victim()) return std::string();  // an error is all that it can get
-    const bool lost = settings.run.ranks_per_node > 0 && text.find("lost its connection") != std::string::npos;
-    require(lost || text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
+    require(says_connection_lost(text, settings) || text.find("TERN_TIMEOUT") != std::string::npos ||
+                text.find("TERN_ABORTED") != std::string::npos,
+            text);
     recover_masking(member);
     require_masked(member, only_victim(settings), 1);
     require_right(without, member);

@@ -14,6 +14,7 @@ struct SceneSettings {
   int32_t num_ranks = 4;
   RunOptions run;  // with the timeout of the operations, which most scenes wait for
   tern_extent extent = TERN_EXTENT_EXACT;
+  bool fused = false;                   // dispatches route; the extent is worst
   bool in_windows = false;              // large batches in rank_major, whose rows go from window to window
   int64_t process_timeout_ms = 40'000;  // of the whole scene
 

@@ -26,7 +26,8 @@ inline Case ordinary_case(const SceneSettings& settings) {
   c.ranks_per_node = settings.run.ranks_per_node;
   c.num_topk = 3;
   c.layout = TERN_LAYOUT_EXPERT_MAJOR;
-  c.extent = settings.extent;
+  c.extent = settings.fused ? TERN_EXTENT_WORST : settings.extent;
+  c.fused = settings.fused;
   c.weighting = TERN_WEIGHTS_DISPATCH;
   if (settings.in_windows) {
     c.layout = TERN_LAYOUT_RANK_MAJOR;
@@ -131,14 +132,19 @@ inline void await_failed(const Member& member) {
   }
 }
 
-// The error and the record name the rank, the operation and the epoch. Between nodes the network may say at once that a rank is gone.
+// Between nodes the network may say at once that a rank is gone; what a GPU had begun, the next call says.
+inline bool says_connection_lost(const std::string& text, const SceneSettings& settings) {
+  const auto has = [&](const std::string& part) { return text.find(part) != std::string::npos; };
+  const bool said_later = has("TERN_SYSTEM_ERROR") && has(fmt::format("waited for rank {}", settings.victim()));
+  return settings.run.ranks_per_node > 0 && (said_later || has(fmt::format("lost its connection to rank {}", settings.victim())));
+}
+
+// The error and the record name the rank, the operation and the epoch.
 inline void require_names_victim(const std::string& text, const char* operation, tern_operation recorded, const Member& member) {
   const int32_t victim = member.settings.victim();
   if (member.exchange.state().failure.status == TERN_SYSTEM_ERROR && member.settings.run.ranks_per_node > 0) {
     require(member.exchange.state().health == TERN_HEALTH_FAILED, "health is not FAILED");
-    const auto has = [&](const std::string& part) { return text.find(part) != std::string::npos; };
-    const bool said_later = has("TERN_SYSTEM_ERROR") && has(fmt::format("waited for rank {}", victim));  // of what a GPU had begun
-    return require(said_later || has(fmt::format("lost its connection to rank {}", victim)), text);
+    return require(says_connection_lost(text, member.settings), text);
   }
   require(text.find("TERN_TIMEOUT") != std::string::npos || text.find("TERN_ABORTED") != std::string::npos, text);
   for (const std::string& part : {fmt::format("rank {}", victim), std::string(operation), std::string("epoch")})

@@ -32,6 +32,12 @@ TEST_F(NodesFailure, StoppedRankWakesUpAndHarmsNobody) { stopped_rank_wakes_up_a
 TEST_F(NodesFailure, StoppedRankComesBack) { stopped_rank_comes_back(nodes()); }
 TEST_F(NodesFailure, StoppedAnywhere) { struck_anywhere(nodes(), SIGSTOP); }
 TEST_F(NodesFailure, KilledAnywhere) { struck_anywhere(nodes(), SIGKILL); }
+TEST_F(NodesFailure, StruckInDispatchesThatRoute) {
+  SceneSettings settings = nodes();
+  settings.fused = true;
+  struck_anywhere(settings, SIGSTOP);
+  struck_anywhere(settings, SIGKILL);
+}
 TEST_F(NodesFailure, RecoveryOfAllRanks) { recovery_of_all_ranks(nodes()); }
 TEST_F(NodesFailure, RecoveryFromAMismatch) { recovery_from_a_mismatch(nodes()); }
 TEST_F(NodesFailure, RecoveryWithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(nodes()); }

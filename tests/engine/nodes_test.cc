@@ -84,6 +84,8 @@ TEST_F(Nodes, TwoSendsUnderWay) {
   for (const bool in_order : {true, false})
     for (const tern_combine_mode mode : {TERN_COMBINE_HIERARCHICAL, TERN_COMBINE_EXACT}) {
       Case c = case_on_nodes(51);
+      c.extent = TERN_EXTENT_WORST;
+      c.fused = in_order == (mode == TERN_COMBINE_EXACT);
       c.phases = c.delays = true;
       c.combine_mode = mode;
       c.weighting = TERN_WEIGHTS_DISPATCH;
@@ -92,8 +94,10 @@ TEST_F(Nodes, TwoSendsUnderWay) {
       const Scenario b(c);
       expect_right(c, run(c, [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
                      RoundTrip first(a, rank, exchange, device), second(b, rank, exchange, device);
-                     first.route();
-                     second.route();
+                     if (!c.fused) {
+                       first.route();
+                       second.route();
+                     }
                      run_two_in_flight(first, second, {in_order, in_order});
                      std::vector<std::string> differences = first.differences();
                      differences.insert(differences.end(), second.differences().begin(), second.differences().end());
@@ -140,6 +144,7 @@ TEST_F(Nodes, NetworkBytesAreWhatTheRoutingPredicts) {
   for (const Routing routing : {Routing::kUniform, Routing::kGroupLimited, Routing::kOneRank, Routing::kNothing}) {
     Case c = case_on_nodes(81);
     c.num_ranks = 6;
+    c.extent = TERN_EXTENT_WORST;
     c.routing = routing;
     c.return_weights = false;
     const Scenario scenario(c);
@@ -154,18 +159,23 @@ TEST_F(Nodes, NetworkBytesAreWhatTheRoutingPredicts) {
                    const int64_t num_others = c.num_nodes() - 1;
                    const int64_t counts = c.num_experts() / c.num_nodes() + c.num_ranks + 1;
                    const int64_t topk_bytes = align(4 * c.num_topk, 16);
+                   // A dispatch that routes has all of it in one put.
+                   const int64_t routed_on_its_way =
+                       num_others * align(64 + 4 * counts, 64) + there * (c.token_bytes() + align(4 * (1 + 2 * c.num_topk), 16));
                    const int64_t expected[] = {
                        num_others * align(64 + 4 * counts, 64) + there * align(4 * (1 + c.num_topk), 16),
                        num_others * 64 + there * (c.token_bytes() + topk_bytes),
                        // The owner's weights go ahead.
                        num_others * 64 + there * topk_bytes + num_others * 64 + back * c.combine_row_bytes(),
+                       routed_on_its_way,
                    };
-                   RoundTrip trip(scenario, rank, exchange, device);
+                   RoundTrip trip(scenario, rank, exchange, device), routing_trip(scenario, rank, exchange, device);
                    uint64_t before = 0;
-                   for (int step = 0; step < 3; ++step) {
+                   for (int step = 0; step < 4; ++step) {
                      if (step == 0) trip.route();
                      if (step == 1) trip.dispatch(0);
                      if (step == 2) trip.combine(0);
+                     if (step == 3) routing_trip.dispatch(0);
                      tern_metrics metrics;
                      EXPECT_EQ(tern_exchange_get_metrics(exchange, &metrics), TERN_OK);
                      EXPECT_EQ(metrics.network_bytes - before, static_cast<uint64_t>(expected[step]))

@@ -63,7 +63,7 @@ inline std::vector<Case> window_cases(int32_t num_ranks) {
 inline std::vector<Case> delivery_cases(int32_t num_ranks) {
   std::vector<Case> result;
   for (const tern_extent extent : {TERN_EXTENT_EXACT, TERN_EXTENT_WORST})
-    for (const int64_t scale_bytes : {0, 32})
+    for (const int64_t scale_bytes : {0, 32, 92})  // the last no multiple of 16: by words
       for (const bool mixed : {false, true})
         for (const bool few : {false, true}) {
           Case c = ordinary_case(num_ranks, TERN_LAYOUT_RANK_MAJOR);
@@ -75,7 +75,7 @@ inline std::vector<Case> delivery_cases(int32_t num_ranks) {
           c.few_outputs = few;
           c.row_capacity = few && scale_bytes > 0 ? 90 : 0;
           c.hidden = few ? 1032 : 7168;
-          c.scale_bytes = scale_bytes;
+          c.scale_bytes = scale_bytes == 92 && few ? 252 : scale_bytes;
           c.window_tokens = c.window_dispatch = c.window_combine = true;
           c.mixed_windows = mixed;
           c.mode = TERN_MODE_THROUGHPUT;

@@ -106,6 +106,12 @@ TEST_F(GpuNodeRecovery, StoppedRankWakesUpAndHarmsNobody) { stopped_rank_wakes_u
 TEST_F(GpuNodeRecovery, StoppedRankComesBack) { stopped_rank_comes_back(nodes()); }
 TEST_F(GpuNodeRecovery, StoppedAnywhere) { struck_anywhere(nodes(), SIGSTOP); }
 TEST_F(GpuNodeRecovery, KilledAnywhere) { struck_anywhere(nodes(), SIGKILL); }
+TEST_F(GpuNodeRecovery, StruckInDispatchesThatRoute) {
+  SceneSettings settings = nodes();
+  settings.fused = true;
+  struck_anywhere(settings, SIGSTOP);
+  struck_anywhere(settings, SIGKILL);
+}
 TEST_F(GpuNodeRecovery, OfAllRanks) { recovery_of_all_ranks(nodes()); }
 TEST_F(GpuNodeRecovery, FromAMismatch) { recovery_from_a_mismatch(nodes()); }
 TEST_F(GpuNodeRecovery, WithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(nodes()); }
@@ -144,25 +150,31 @@ TEST_P(GpuNodeThreads, ReplayedGraphs) {
   expect_right(on_nodes(graph_cases(num_ranks()), GetParam()), how);
 }
 
-// What is on the network while sends are under way.
+// What is on the network while sends are under way; those that route, with their routing.
 TEST_P(GpuNodeThreads, TwoSendsUnderWay) {
-  Case c = on_nodes(ordinary_case(num_ranks(), TERN_LAYOUT_EXPERT_MAJOR), GetParam());
-  c.phases = c.delays = true;
-  const Scenario a(c);
-  c.seed = 52;
-  const Scenario b(c);
-  RunOptions how = options();
-  how.ranks_per_node = c.ranks_per_node;
-  conformance::expect_right(
-      c, run_threads(num_ranks(), a.exchange_options(), how, [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
-        RoundTrip first(a, rank, exchange, device), second(b, rank, exchange, device);
-        first.route();
-        second.route();
-        run_two_in_flight(first, second, {.dispatches_in_order = false});
-        std::vector<std::string> differences = first.differences();
-        differences.insert(differences.end(), second.differences().begin(), second.differences().end());
-        return differences;
-      }));
+  for (const bool fused : {false, true}) {
+    Case c = on_nodes(ordinary_case(num_ranks(), TERN_LAYOUT_EXPERT_MAJOR), GetParam());
+    c.phases = c.delays = true;
+    c.fused = fused;
+    if (fused) c.extent = TERN_EXTENT_WORST;
+    const Scenario a(c);
+    c.seed = 52;
+    const Scenario b(c);
+    RunOptions how = options();
+    how.ranks_per_node = c.ranks_per_node;
+    conformance::expect_right(
+        c, run_threads(num_ranks(), a.exchange_options(), how, [&](int32_t rank, tern_exchange* exchange, RankDevice& device) {
+          RoundTrip first(a, rank, exchange, device), second(b, rank, exchange, device);
+          if (!fused) {
+            first.route();
+            second.route();
+          }
+          run_two_in_flight(first, second, {.dispatches_in_order = false});
+          std::vector<std::string> differences = first.differences();
+          differences.insert(differences.end(), second.differences().begin(), second.differences().end());
+          return differences;
+        }));
+  }
 }
 
 }  // namespace

@@ -139,6 +139,8 @@ constexpr bool regions_are_apart(const DeviceWindowLayout& window) {
   for (int lane = 0; lane < window.num_lanes && window.latency_tokens > 0; ++lane)
     for (int source = 0; source < window.num_ranks; ++source)
       walk.region(window.row_flags(lane, source), window.num_row_flags() * kWord, kWord);
+  for (int lane = 0; lane < window.num_lanes && window.slot_bytes > 0; ++lane)
+    for (uint64_t epoch = 0; epoch < kNumBanks; ++epoch) walk.region(window.slots(lane, epoch), window.slot_bytes, kBulkLine);
   for (int lane = 0; lane < window.num_lanes; ++lane)
     for (uint64_t epoch = 0; epoch < kNumBanks; ++epoch) walk.region(window.staging(lane, epoch), window.staging_bytes, kBulkLine);
   return walk.ends_within(window.total_bytes());
@@ -153,6 +155,7 @@ constexpr bool device_windows_are_good() {
                                         .num_lanes = num_lanes,
                                         .routing_bytes = 192,
                                         .staging_bytes = 1280,
+                                        .slot_bytes = tokens * 128,
                                         .latency_words = tokens > 0 ? align_up(words.num_words(), 16) : 0,
                                         .latency_tokens = tokens};
         if (!regions_are_apart(window)) return false;
@@ -170,15 +173,16 @@ constexpr bool latency_parts_are_good() {
     dispatch.region(words.num_tokens(), 1, 1);
     dispatch.region(words.counts(), words.num_counts, 1);
     dispatch.region(words.presence(), words.num_presence(), 1);
+    dispatch.region(words.entries(), tokens * words.num_topk, 1);
+    dispatch.region(words.weights(), tokens * words.num_topk, 1);
     combine.region(words.num_tokens(), 1, 1);
+    combine.region(words.returned(), tokens * words.num_topk, 1);
     combine.region(words.weights(), tokens * words.num_topk, 1);
     if (!dispatch.ends_within(words.num_words()) || !combine.ends_within(words.num_words())) return false;
-    const LatencySlot slot{.row_bytes = 7168, .scale_bytes = 4 * tokens, .weight_bytes = 32, .num_entries = 8};
+    const LatencySlot slot{.row_bytes = 7168, .scale_bytes = 4 * tokens};
     Walk parts;
     parts.region(slot.row(), slot.row_bytes, kBulkLine);
     parts.region(slot.scales(), slot.scale_bytes, 16);
-    parts.region(slot.weights(), slot.weight_bytes, 16);
-    parts.region(slot.entries(), slot.num_entries * static_cast<int64_t>(sizeof(LatencySlot::Entry)), 16);
     if (!parts.ends_within(slot.end()) || slot.end() > slot.stride() || slot.stride() % kBulkLine != 0) return false;
   }
   return true;

@@ -6,10 +6,12 @@
 #include <limits>
 #include <map>
 #include <random>
+#include <set>
 #include <tuple>
 #include <vector>
 
 #include "base/error.h"
+#include "plan/count_routing.h"
 #include "plan/plan_shape.h"
 #include "plan/routing_table.h"
 
@@ -86,7 +88,7 @@ std::map<int32_t, RoutingTable> make_tables(const Batch& b) {
     if (b.masked[static_cast<size_t>(r)] != 0) continue;
     RoutingTable& table = tables.emplace(r, make_plan_shape(b.options, r, b.num_ranks)).first->second;
     const tern_routing routing = b.routing_of(r);
-    table.check(routing);
+    check_routing(table.shape(), routing);
     table.set_routing(routing, b.masked);
   }
   for (auto& [to, table] : tables)
@@ -279,12 +281,66 @@ TEST(RoutingTable, IsRoutedAgainFromNothing) {
   }
 }
 
+// Of rank 0, by sets.
+void check_counts(const Batch& batch, const PlanShape& shape) {
+  const auto num_ranks = static_cast<size_t>(shape.num_ranks);
+  const int64_t num_tokens = batch.num_tokens[0];
+  std::vector<int32_t> per_rank(num_ranks, -1), per_node(shape.num_nodes, -1), per_expert(shape.num_experts, -1);
+  std::vector<uint8_t> in_rank(num_ranks * num_tokens, 7);
+  count_routing(shape, batch.routing_of(0),
+                {.tokens_per_rank = per_rank.data(),
+                 .tokens_per_node = per_node.data(),
+                 .tokens_per_expert = per_expert.data(),
+                 .token_in_rank = in_rank.data()});
+  std::map<int64_t, int32_t> ranks, nodes, experts;
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    std::set<int32_t> goes_to;
+    for (int32_t k = 0; k < shape.num_topk; ++k) {
+      const int64_t expert = batch.topk_idx[0][token * shape.num_topk + k];
+      if (expert < 0) continue;
+      ++experts[expert];
+      goes_to.insert(shape.rank_of_expert(static_cast<int32_t>(expert)));
+    }
+    for (int32_t rank = 0; rank < shape.num_ranks && shape.num_topk == 0; ++rank)
+      if (batch.token_in_rank[0][token * shape.num_ranks + rank] != 0) goes_to.insert(rank);
+    std::set<int32_t> goes_to_nodes;
+    for (const int32_t rank : goes_to) goes_to_nodes.insert(shape.node_of_rank(rank));
+    for (const int32_t rank : goes_to) ++ranks[rank];
+    for (const int32_t node : goes_to_nodes) ++nodes[node];
+    for (int32_t rank = 0; rank < shape.num_ranks; ++rank)
+      EXPECT_EQ(in_rank[token * shape.num_ranks + rank], goes_to.contains(rank) ? 1 : 0);
+  }
+  for (size_t rank = 0; rank < num_ranks; ++rank) EXPECT_EQ(per_rank[rank], ranks[static_cast<int64_t>(rank)]);
+  for (size_t node = 0; node < per_node.size(); ++node) EXPECT_EQ(per_node[node], nodes[static_cast<int64_t>(node)]);
+  for (size_t expert = 0; expert < per_expert.size(); ++expert) EXPECT_EQ(per_expert[expert], experts[static_cast<int64_t>(expert)]);
+}
+
+TEST(CountRouting, CountsRanksNodesAndExperts) {
+  for (unsigned seed = 0; seed < 60; ++seed) {
+    SCOPED_TRACE(seed);
+    const Batch batch = random_batch(seed);
+    PlanShape shape = make_plan_shape(batch.options, 0, batch.num_ranks);
+    for (shape.num_nodes = 1; shape.num_nodes <= shape.num_ranks; ++shape.num_nodes)
+      if (shape.num_ranks % shape.num_nodes == 0) check_counts(batch, shape);
+  }
+}
+
+TEST(CountRouting, GivenCountsOfExpertsAreHandedOut) {
+  const PlanShape shape = make_plan_shape({.max_tokens = 2, .num_experts = 4, .num_topk = 0}, 0, 2);
+  const std::vector<int32_t> given = {5, 0, 2, 1};
+  std::vector<int32_t> told(4, -1);
+  count_routing(shape, {.tokens_per_expert = given.data()}, {.tokens_per_expert = told.data()});
+  EXPECT_EQ(told, given);
+  count_routing(shape, {}, {.tokens_per_expert = told.data()});
+  EXPECT_EQ(told, std::vector<int32_t>(4));
+}
+
 TEST(RoutingTable, RefusesRoutingsThatDoNotFit) {
   const PlanShape topk = make_plan_shape({.max_tokens = 4, .num_experts = 6, .num_topk = 2}, 0, 2);
   const PlanShape by_mask = make_plan_shape({.max_tokens = 4, .num_experts = 6, .num_topk = 0}, 0, 2);
   const std::vector<int64_t> good = {0, 5, -1, -1, 3, 3, 1, 2};
   const std::vector<uint8_t> mask(8);
-  const auto check = [&](const PlanShape& shape, tern_routing routing) { return status_of([&] { RoutingTable(shape).check(routing); }); };
+  const auto check = [&](const PlanShape& shape, tern_routing routing) { return status_of([&] { check_routing(shape, routing); }); };
   EXPECT_EQ(check(topk, {.topk_idx = good.data(), .num_tokens = 4}), TERN_OK);
   EXPECT_EQ(check(topk, {}), TERN_OK);
   EXPECT_EQ(check(by_mask, {}), TERN_OK);
