@@ -12,9 +12,12 @@ namespace tern::bench {
 
 // What a contender's output holds after a run; see Workload::check.
 enum class Result {
-  kDispatched,  // the rows of the tokens that came to this rank
-  kReturned,    // the experts' rows that came back to this rank, not summed
-  kCombined     // the sums of those rows
+  kDispatched,      // the rows of the tokens that came to this rank
+  kReturned,        // the experts' rows that came back to this rank, not summed
+  kCombined,        // the sums of those rows
+  kCombinedByNode,  // the same, but each node's sum is rounded before nodes are summed
+  kCrossed,         // between nodes: the tokens of this rank's rails that go to its node
+  kLeaving          // and this rank's own that go to other nodes
 };
 
 enum class Kind {

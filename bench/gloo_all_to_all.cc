@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// gloo over its TCP transport on the loopback device: on one machine it has no other.
+// gloo over its TCP transport, on the network device that GLOO_SOCKET_IFNAME names, or the loopback device: within a machine it has no other way.
 #include <gloo/alltoall.h>
 #include <gloo/alltoallv.h>
 #include <gloo/config.h>
@@ -7,6 +7,7 @@
 #include <gloo/rendezvous/file_store.h>
 #include <gloo/transport/tcp/device.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 
 #include <filesystem>
 #include <vector>
@@ -30,7 +31,11 @@ class GlooAllToAll : public AllToAll {
       : context_(std::make_shared<gloo::rendezvous::Context>(processes.rank(), processes.num_ranks())) {
     const std::string folder = processes.broadcast(processes.rank() == 0 ? make_meeting_folder() : "");
     gloo::rendezvous::FileStore store(folder);
-    auto device = gloo::transport::tcp::CreateDevice(gloo::transport::tcp::attr("127.0.0.1"));
+    const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
+    gloo::transport::tcp::attr address;
+    address.iface = interface == nullptr ? "lo" : interface;
+    address.ai_family = AF_INET;
+    auto device = gloo::transport::tcp::CreateDevice(address);
     context_->connectFullMesh(store, device);
     processes.all_true(true);
     if (processes.rank() == 0) std::filesystem::remove_all(folder);

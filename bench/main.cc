@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // tern_compare: dispatch and combine with Tern, beside the same made with Open MPI and with gloo, and beside a plain copy of the same
-// bytes. All in one run, in turn; every byte of every result is checked before and after. Started by mpirun: see bench/run.
+// bytes. All in one run, in turn; every byte of every result is checked before and after. Started by mpirun: see bench/run. Ranks may be on
+// several nodes of one machine, declared or network namespaces.
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <optional>
 
 #include "base/error.h"
 #include "bench/all_to_all.h"
 #include "bench/meter.h"
 #include "bench/packed_exchange.h"
 #include "bench/plain_copy.h"
+#include "bench/plain_stream.h"
 #include "bench/processes.h"
 #include "bench/report.h"
 #include "bench/tern_exchange.h"
@@ -65,8 +68,11 @@ void check_options(const Options& options, int num_ranks) {
 class Comparison {
  public:
   Comparison(const Shape& shape, const Processes& processes, const std::vector<AllToAll*>& libraries)
-      : processes_(processes), workload_(shape, processes.rank()), plain_copy_(workload_, processes), tern_(workload_, processes) {
-    plain_copy_.add_to(contenders_);
+      : processes_(processes), workload_(shape, processes.rank()), tern_(workload_, processes) {
+    if (shape.num_nodes() == 1)
+      plain_copy_.emplace(workload_, processes).add_to(contenders_);
+    else
+      plain_stream_.emplace(workload_, processes).add_to(contenders_);
     tern_.add_to(contenders_);
     for (AllToAll* library : libraries) packed_.push_back(std::make_unique<PackedExchange>(workload_, *library));
     for (const auto& packed : packed_) packed->add_to(contenders_);
@@ -79,13 +85,17 @@ class Comparison {
   }
 
   Section run(const Meter& meter, const Repetition& repetition) const {
-    Section section{.shape = workload_.shape(), .repetition = repetition, .wire_bytes = 0, .local_wire_bytes = 0, .lines = {}};
+    Section section{
+        .shape = workload_.shape(), .repetition = repetition, .wire_bytes = 0, .local_wire_bytes = 0, .crossing_bytes = 0, .lines = {}};
     const Shape& shape = workload_.shape();
     for (int source = 0; source < shape.num_ranks; ++source) {
       const double mean_row_bytes = static_cast<double>(shape.row_bytes()) / shape.num_ranks;
       for (int to = 0; to < shape.num_ranks; ++to)
         section.wire_bytes += static_cast<double>(workload_.num_rows(source, to)) * mean_row_bytes;
       section.local_wire_bytes += static_cast<double>(workload_.num_rows(source, source)) * mean_row_bytes;
+      for (int node = 0; node < shape.num_nodes(); ++node)
+        if (node != shape.node_of(source))
+          section.crossing_bytes += static_cast<double>(workload_.num_crossing(source, node)) * mean_row_bytes;
     }
     std::vector<bool> verified;
     for (const Contender& contender : contenders_) verified.push_back(meter.verify(workload_, contender));
@@ -101,7 +111,8 @@ class Comparison {
  private:
   const Processes& processes_;
   Workload workload_;
-  PlainCopy plain_copy_;
+  std::optional<PlainCopy> plain_copy_;      // within a node
+  std::optional<PlainStream> plain_stream_;  // between nodes
   TernExchange tern_;
   std::vector<std::unique_ptr<PackedExchange>> packed_;
   Contenders contenders_;
@@ -111,10 +122,11 @@ std::vector<Section> compare(const Options& options, const Processes& processes)
   const Meter meter(processes);
   const auto mpi = make_mpi_all_to_all(processes);
   const auto gloo = make_gloo_all_to_all(processes);
+  const int ranks_per_node = processes.make_group().info().ranks_in_node;
   std::vector<AllToAll*> libraries{mpi.get()};
   if (gloo) libraries.push_back(gloo.get());
   const auto shape = [&](int64_t num_tokens) {
-    return Shape{processes.num_ranks(), num_tokens, options.hidden, options.num_experts, options.num_topk, options.seed};
+    return Shape{processes.num_ranks(), num_tokens, options.hidden, options.num_experts, options.num_topk, options.seed, ranks_per_node};
   };
   std::vector<Section> sections;
   const auto add = [&](int64_t num_tokens, int num_samples, const std::vector<int>& chains) {

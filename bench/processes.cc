@@ -70,6 +70,8 @@ bool Processes::all_true(bool value) const {
 
 Group Processes::make_group() const { return Group::from_allgather(rank_, num_ranks_, allgather, nullptr); }
 
+std::unique_ptr<Bootstrap> Processes::make_bootstrap() const { return make_callback_bootstrap(rank_, num_ranks_, allgather, nullptr); }
+
 void Processes::abort_all() {
   MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
   std::abort();

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "memory/host_segment.h"
+#include "topology/bootstrap.h"
 
 namespace tern::bench {
 
@@ -35,6 +36,8 @@ class Processes {
   bool all_true(bool value) const;
   // A Tern group of the same ranks, over MPI_Allgather. Collective.
   Group make_group() const;
+  // The same for the parts of the library that need no group.
+  std::unique_ptr<Bootstrap> make_bootstrap() const;
 
   // Ends all processes of the run.
   [[noreturn]] static void abort_all();

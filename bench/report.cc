@@ -34,7 +34,9 @@ double median_of(const Section& section, const std::string& operation, const std
   return line == section.lines.end() ? 0 : line->measured.median_us;
 }
 
-double ceiling_median(const Section& section, const Line& line) { return median_of(section, ceiling_of(line.operation), "plain copy"); }
+double ceiling_median(const Section& section, const Line& line) {
+  return median_of(section, ceiling_of(line.operation), section.shape.num_nodes() == 1 ? "plain copy" : "plain stream");
+}
 
 std::vector<std::string> other_libraries(const Section& section) {
   std::vector<std::string> names;
@@ -74,8 +76,13 @@ std::string table_text(const Section& section) {
       fmt::format("\n{} ranks, {} tokens each, hidden {}, top-{} of {} experts, bf16; {} samples{}\n", shape.num_ranks, shape.num_tokens,
                   shape.hidden, shape.num_topk, shape.num_experts, section.repetition.num_samples,
                   section.repetition.num_chained == 1 ? "" : fmt::format(" of {} exchanges in a row", section.repetition.num_chained));
-  text += fmt::format("wire bytes per rank: {:.2f} MB, {:.0f} % of them to the rank itself\n\n", section.wire_bytes / 1e6,
+  text += fmt::format("wire bytes per rank: {:.2f} MB, {:.0f} % of them to the rank itself\n", section.wire_bytes / 1e6,
                       100 * section.local_wire_bytes / section.wire_bytes);
+  if (shape.num_nodes() > 1)
+    text +=
+        fmt::format("{} nodes x {}; a row for each token and other node that it goes to: {:.2f} MB, which is what the plain stream moves\n",
+                    shape.num_nodes(), shape.ranks_per_node, section.crossing_bytes / 1e6);
+  text += '\n';
   text +=
       fmt::format("{:<18} | {:<29} | {:>9} | {:>9} | {:>9} | {:>10}", "operation", "by", "median us", "p99 us", "GB/s rank", "of ceiling");
   for (const auto& other : others) text += fmt::format(" | {:>{}}", "x " + other, other.size() + 2);
@@ -104,6 +111,7 @@ nlohmann::json to_json(const Section& section) {
                           {"by", line.name},
                           {"dtype", "bf16"},
                           {"ranks", shape.num_ranks},
+                          {"ranks_per_node", shape.ranks_per_node},
                           {"tokens", shape.num_tokens},
                           {"hidden", shape.hidden},
                           {"topk", shape.num_topk},
@@ -114,6 +122,7 @@ nlohmann::json to_json(const Section& section) {
                           {"p99_us", line.measured.p99_us},
                           {"wire_bytes", section.wire_bytes},
                           {"local_wire_bytes", section.local_wire_bytes},
+                          {"crossing_bytes", section.crossing_bytes},
                           {"wire_gbps", gbps(section, line)},
                           {"share_of_ceiling", ceiling_median(section, line) / line.measured.median_us},
                           {"verified", line.verified}};

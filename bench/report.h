@@ -26,6 +26,7 @@ struct Section {
   Repetition repetition;
   double wire_bytes;        // rows to all ranks, this one included, of one exchange: the mean over ranks
   double local_wire_bytes;  // of these, to the rank itself
+  double crossing_bytes;    // between nodes: a row for each token and other node that it goes to
   std::vector<Line> lines;
 };
 

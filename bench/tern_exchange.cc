@@ -69,7 +69,7 @@ void TernExchange::add_to(Contenders& contenders) {
         routing(), {.tokens = workload_.tokens(), .dtype = TERN_DTYPE_BF16, .hidden = workload_.shape().hidden, .out_tokens = out});
   };
   const auto add = [&](const char* operation, const char* name, std::span<std::byte> output, std::function<void()> run) {
-    const Result result = output.data() == combined.data() ? Result::kCombined : Result::kDispatched;
+    const Result result = output.data() == combined.data() ? Result::kCombinedByNode : Result::kDispatched;
     contenders.push_back({operation, name, Kind::kTern, result, output, std::move(run)});
   };
   add("dispatch", "Tern into windows", window, [=, this] { dispatch(plan_, window.data()); });

@@ -100,9 +100,52 @@ bool Workload::check(Result result, std::span<const std::byte> output) const {
   switch (result) {
     case Result::kDispatched: return check_dispatched(output.data());
     case Result::kReturned: return check_returned(output.data());
-    case Result::kCombined: return check_combined(output.data());
+    case Result::kCombined: return check_combined(output.data(), 1);
+    case Result::kCombinedByNode: return check_combined(output.data(), shape_.num_nodes());
+    case Result::kCrossed:
+    case Result::kLeaving: return check_crossing(result, output.data());
   }
   return false;
+}
+
+bool Workload::goes_to_node(int source, int64_t token, int node) const {
+  const uint64_t ranks = ((uint64_t{1} << (shape_.ranks_per_node - 1)) * 2 - 1) << node * shape_.ranks_per_node;
+  return (destinations_[index(source)][index(token)] & ranks) != 0;
+}
+
+int64_t Workload::num_crossing(int source, int node) const {
+  int64_t result = 0;
+  for (int64_t token = 0; token < shape_.num_tokens; ++token) result += goes_to_node(source, token, node) ? 1 : 0;
+  return result;
+}
+
+template <typename Visit>
+void Workload::for_each_crossing(Result result, Visit visit) const {
+  const int own_node = shape_.node_of(rank_);
+  for (int node = 0; node < shape_.num_nodes(); ++node) {
+    if (node == own_node) continue;
+    const int source = result == Result::kLeaving ? rank_ : node * shape_.ranks_per_node + rank_ % shape_.ranks_per_node;
+    for (int64_t token = 0; token < shape_.num_tokens; ++token)
+      if (goes_to_node(source, token, result == Result::kLeaving ? node : own_node)) visit(source, token);
+  }
+}
+
+void Workload::fill_leaving(std::byte* out) const {
+  for_each_crossing(Result::kLeaving, [&](int source, int64_t token) {
+    make_row(shape_, {source, token}, out);
+    out += shape_.row_bytes();
+  });
+}
+
+bool Workload::check_crossing(Result result, const std::byte* output) const {
+  std::vector<std::byte> expected(index(shape_.row_bytes()));
+  bool right = true;
+  for_each_crossing(result, [&](int source, int64_t token) {
+    make_row(shape_, {source, token}, expected.data());
+    right = right && std::memcmp(output, expected.data(), expected.size()) == 0;
+    output += expected.size();
+  });
+  return right;
 }
 
 // By (source rank, source token).
@@ -133,16 +176,25 @@ bool Workload::check_returned(const std::byte* output) const {
   return true;
 }
 
-// Summed in FP32 in ascending order of ranks, rounded once.
-bool Workload::check_combined(const std::byte* output) const {
+// Summed in FP32 in ascending order of ranks, rounded once for each group of ranks, and then in the order of the groups.
+bool Workload::check_combined(const std::byte* output, int num_groups) const {
   std::vector<uint16_t> row(index(shape_.hidden));
-  std::vector<float> sum(index(shape_.hidden));
+  std::vector<float> sum(index(shape_.hidden)), of_group(index(shape_.hidden));
+  const int ranks_per_group = shape_.num_ranks / num_groups;
   for (int64_t token = 0; token < shape_.num_tokens; ++token, output += shape_.row_bytes()) {
     std::fill(sum.begin(), sum.end(), 0.0f);
+    int group = -1;
+    const auto add_group = [&] {
+      for (size_t i = 0; i < sum.size() && group >= 0; ++i) sum[i] += num_groups == 1 ? of_group[i] : bf16_to_f32(f32_to_bf16(of_group[i]));
+      std::fill(of_group.begin(), of_group.end(), 0.0f);
+    };
     for_each_rank(destinations()[index(token)], [&](int expert_rank) {
+      if (expert_rank / ranks_per_group != group) add_group();
+      group = expert_rank / ranks_per_group;
       make_row(shape_, {rank_, token, expert_rank}, reinterpret_cast<std::byte*>(row.data()));
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] += bf16_to_f32(row[i]);
+      for (size_t i = 0; i < sum.size(); ++i) of_group[i] += bf16_to_f32(row[i]);
     });
+    add_group();
     std::transform(sum.begin(), sum.end(), row.begin(), f32_to_bf16);
     if (std::memcmp(output, row.data(), index(shape_.row_bytes())) != 0) return false;
   }

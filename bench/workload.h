@@ -24,7 +24,10 @@ struct Shape {
   int num_experts;
   int num_topk;
   uint64_t seed;
+  int ranks_per_node;
 
+  int num_nodes() const { return num_ranks / ranks_per_node; }
+  int node_of(int rank) const { return rank / ranks_per_node; }
   int64_t row_bytes() const { return hidden * 2; }
   int rank_of_expert(int64_t expert) const { return static_cast<int>(expert / (num_experts / num_ranks)); }
 };
@@ -53,6 +56,10 @@ class Workload {
   // Rows that go from one rank to another, and where they start among the rows that arrive there.
   int64_t num_rows(int source, int destination) const { return num_rows_[index(source * shape_.num_ranks + destination)]; }
   int64_t first_row(int source, int destination) const;
+  // Between nodes: tokens of a rank that go to any rank of a node.
+  int64_t num_crossing(int source, int node) const;
+  // This rank's rows for each other node, one node after the other.
+  void fill_leaving(std::byte* out) const;
   int64_t num_sent() const;
   int64_t num_received() const { return first_row(shape_.num_ranks, rank_); }
 
@@ -64,7 +71,12 @@ class Workload {
   void route(int source);
   bool check_dispatched(const std::byte* output) const;
   bool check_returned(const std::byte* output) const;
-  bool check_combined(const std::byte* output) const;
+  bool check_combined(const std::byte* output, int num_groups) const;
+  bool goes_to_node(int source, int64_t token, int node) const;
+  // Visits what leaves this rank (kLeaving), or arrives at it from its rails (kCrossed), in order.
+  template <typename Visit>
+  void for_each_crossing(Result result, Visit visit) const;
+  bool check_crossing(Result result, const std::byte* output) const;
 
   Shape shape_;
   int rank_;
