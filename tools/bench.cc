@@ -27,7 +27,7 @@ void require_memory(const BenchSetting& setting) {
 }
 
 void require_gpu_for_gpu_flags(const BenchOptions& options, const ChosenDevice& device) {
-  if (!device.cuda() && (options.graph || options.chain > 1 || options.cold || options.table || !options.num_sms.empty()))
+  if (!device.cuda() && (options.graph || options.chain > 1 || options.cold || !options.table.empty() || !options.num_sms.empty()))
     fail(TERN_INVALID_ARGUMENT, "bench: --graph, --chain, --cold, --table and --num-sms are for GPUs; these ranks are on the CPU");
 }
 
@@ -98,8 +98,8 @@ int run_bench(const BenchOptions& given) {
   BenchOptions options = given;
   const ChosenDevice device = choose_device(options.device);
   require_gpu_for_gpu_flags(options, device);
-  if (options.iters == 0) options.iters = device.cuda() ? 100 : 30;
-  if (options.table) return run_bench_table(options, device);
+  if (options.iters == 0) options.iters = options.table == "small" ? 10'000 : device.cuda() ? 100 : 30;
+  if (!options.table.empty()) return run_bench_table(options, device);
   LaunchOptions launch_options = choose_launch(options.launch, options.traffic.ranks, options.timeout_ms, device);
   const Traffic traffic = make_traffic(options.traffic, launch_options.num_ranks);
   launch_options.num_ranks = traffic.routing.num_ranks();

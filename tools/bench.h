@@ -23,7 +23,8 @@ struct TrafficBytes {
 };
 
 struct BenchRecord {
-  std::string op;       // plan, dispatch, combine, round_trip, plan_dispatch, route_dispatch, round_trip_worst
+  std::string op;       // plan, dispatch, combine, round_trip, plan_dispatch, route_dispatch, round_trip_worst,
+                        // dispatch_send, dispatch_receive, combine_send, combine_receive
   std::string buffers;  // window, caller; "" where no rows move
   std::string extent;   // exact, worst
   std::string mode;     // throughput or latency: the path that was taken
@@ -60,7 +61,7 @@ struct BenchSeat {
 
 int run_bench(const BenchOptions& options);
 
-// `tern bench --table`: many settings, line by line, as Markdown.
+// `tern bench --table=KIND`: many settings, line by line, as Markdown.
 int run_bench_table(const BenchOptions& options, const ChosenDevice& device);
 
 // The batch that the options describe, routed as `traffic` says.

@@ -15,7 +15,8 @@
 namespace tern::tools {
 namespace {
 
-constexpr const char* kOperations[] = {"plan", "dispatch", "combine", "round_trip", "plan_dispatch", "route_dispatch", "round_trip_worst"};
+constexpr const char* kOperations[] = {"plan",           "dispatch",         "combine",         "round_trip",    "plan_dispatch",
+                                       "route_dispatch", "round_trip_worst", "dispatch_phases", "combine_phases"};
 constexpr int kDefaultRanks = 4;
 constexpr int64_t kDefaultTokens = 1024;
 
@@ -88,7 +89,10 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
                  "What is summed where: hierarchical (a rank's rows there) or exact (all at the token's owner)")
       ->check(CLI::IsMember({"hierarchical", "exact"}))
       ->capture_default_str();
-  app.add_option("--ops", options.ops, fmt::format("Operations to measure, of: {}; default: all", fmt::join(kOperations, ", ")))
+  app.add_option(
+         "--ops", options.ops,
+         fmt::format("Operations to measure, of: {}; default: all but the last two, which time sends and receives each by itself, on GPUs",
+                     fmt::join(kOperations, ", ")))
       ->delimiter(',')
       ->check(CLI::IsMember(std::vector<std::string>(std::begin(kOperations), std::end(kOperations))));
   app.add_option("--num-sms", options.num_sms,
@@ -99,10 +103,13 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
   app.add_option("--chain", options.chain, "GPUs: runs that are timed together, one behind the other; what counts is their mean (1)")
       ->check(CLI::Range(1, 1000));
   app.add_flag("--cold", options.cold, "GPUs: before each run the L2 cache is filled with something else");
-  app.add_flag("--table", options.table,
-               "GPUs: many settings, line by line, as a Markdown table; of the other flags only --device, --launch, "
-               "--ranks, --iters, --graph, --chain, --cold, --seed, --timeout and --json count");
-  app.add_option("--iters", options.iters, "Timed repetitions; default 30, on GPUs 100")->check(CLI::Range(int64_t{1}, int64_t{1000000}));
+  app.add_flag(
+      "--table{large}", options.table,
+      "GPUs: many settings, line by line, as a Markdown table: large (batches), small (batches, replayed one by one), or paths (both "
+      "ways of the same batch); of the other flags only --device, --launch, --ranks, --iters, --graph, --chain, --cold, --seed, "
+      "--timeout and --json count");
+  app.add_option("--iters", options.iters, "Timed repetitions; default 30, on GPUs 100, with --table=small 10000")
+      ->check(CLI::Range(int64_t{1}, int64_t{1000000}));
   app.add_option("--timeout", options.timeout_ms, "Deadline of every wait, milliseconds")
       ->check(CLI::Range(int64_t{1}, int64_t{86400000}))
       ->capture_default_str();

@@ -50,7 +50,7 @@ struct BenchOptions {
   bool graph = false;
   int32_t chain = 1;
   bool cold = false;
-  bool table = false;
+  std::string table;  // none, large, small or paths
 
   bool wants(const std::string& op) const { return ops.empty() || std::ranges::find(ops, op) != ops.end(); }
 };

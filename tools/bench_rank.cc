@@ -65,6 +65,7 @@ struct Operation {
   std::function<std::optional<std::string>()> check;  // after poison and run
   TrafficBytes bytes;
   bool reads_counts = false;  // the host waits in the middle, so that it is the host's clock that counts
+  bool in_phases = false;     // GPU: its send and its receive are timed each by itself; run is called for both
 };
 
 class BenchRank {
@@ -190,6 +191,19 @@ class BenchRank {
     if (on_gpu()) measure(plan, batch, {"plan_dispatch", "worst", plan_dispatch, dispatched, dispatch_bytes()}, buffers);
     measure(plan, batch, {"route_dispatch", "worst", route_dispatch, dispatched, dispatch_bytes()}, buffers);
     measure(plan, batch, {"round_trip_worst", "worst", round_trip, both, both_bytes()}, buffers);
+    measure_phases(plan, batch, buffers);
+  }
+
+  // Only where they are asked for, since a send must fit one round.
+  void measure_phases(Plan& plan, RankBatch& batch, const std::string& buffers) {
+    if (!on_gpu() || setting_.options.ops.empty()) return;
+    const auto dispatch = [&](const tern_launch& launch) { plan.dispatch(batch.routing(), batch.dispatch_args(), launch); };
+    const auto combine = [&](const tern_launch& launch) { plan.combine(batch.combine_args(), launch); };
+    const auto dispatched = [&] { return batch.check_dispatch(); };
+    const auto combined = [&] { return batch.check_combine(); };
+    measure(plan, batch, {"dispatch_phases", "worst", dispatch, dispatched, dispatch_bytes(), false, true}, buffers);
+    dispatch({.stream = seat_.device.stream()});  // whatever was measured before
+    measure(plan, batch, {"combine_phases", "worst", combine, combined, combine_bytes(), false, true}, buffers);
   }
 
   // With each number of SMs that is asked for.
@@ -199,18 +213,21 @@ class BenchRank {
     for (const int num_sms : setting_.options.num_sms.empty() ? as_chosen : setting_.options.num_sms) {
       const tern_launch launch{.stream = seat_.device.stream(), .num_sms = num_sms};
       progress_.show(operation.op + " " + buffers, static_cast<int64_t>(records_.size()) + 1, num_steps());
-      BenchRecord record = on_gpu() ? measure_on_gpu(batch, operation, launch) : measure_on_cpu(batch, operation);
-      record.op = operation.op;
-      record.buffers = buffers;
-      record.extent = operation.extent;
-      record.bytes.logical = operation.bytes.logical;
-      record.bytes.wire = operation.bytes.wire;
-      record.bytes.link = operation.bytes.link;
-      record.mode = plan.info().latency_path != 0 ? "latency" : "throughput";
+      std::vector<BenchRecord> records =
+          on_gpu() ? measure_on_gpu(batch, operation, launch) : std::vector{measure_on_cpu(batch, operation)};
       const std::array<double, 1> taken{static_cast<double>(plan.info().num_sms)};
-      record.num_sms = static_cast<int>(slowest_of_ranks(context_, taken).front());
-      record.ranks_per_node = ranks_per_node();
-      records_.push_back(std::move(record));
+      const auto taken_sms = static_cast<int>(slowest_of_ranks(context_, taken).front());
+      for (BenchRecord& record : records) {
+        record.buffers = buffers;
+        record.extent = operation.extent;
+        record.bytes.logical = operation.bytes.logical;
+        record.bytes.wire = operation.bytes.wire;
+        record.bytes.link = operation.bytes.link;
+        record.mode = plan.info().latency_path != 0 ? "latency" : "throughput";
+        record.num_sms = taken_sms;
+        record.ranks_per_node = ranks_per_node();
+        records_.push_back(std::move(record));
+      }
     }
   }
 
@@ -222,6 +239,7 @@ class BenchRank {
       return operation.check();
     };
     BenchRecord record;
+    record.op = operation.op;
     record.clock = "host";
     const uint64_t before = exchange_.metrics().network_bytes;
     auto wrong = run_checked();
@@ -238,39 +256,75 @@ class BenchRank {
     return static_cast<int64_t>(slowest_of_ranks(context_, network).front()) / num_runs;
   }
 
-  // Outputs are poisoned after the warm-up, and what the timed runs left there is checked.
-  BenchRecord measure_on_gpu(RankBatch& batch, const Operation& operation, const tern_launch& launch) {
+  // What is timed on a stream, each by itself.
+  static std::vector<StreamTimer::PutWork> parts_of(const Operation& operation, tern_launch launch, int32_t num_chained) {
+    if (!operation.in_phases)
+      return {[&operation, launch, num_chained] {
+        for (int32_t i = 0; i < num_chained; ++i) operation.run(launch);
+      }};
+    std::vector<StreamTimer::PutWork> parts;
+    for (const tern_phase phase : {TERN_PHASE_SEND, TERN_PHASE_RECEIVE}) {
+      launch.phase = phase;
+      parts.emplace_back([&operation, launch] { operation.run(launch); });
+    }
+    return parts;
+  }
+
+  // Outputs are poisoned after the warm-up, and what the timed runs left there is checked. A record for each part.
+  std::vector<BenchRecord> measure_on_gpu(RankBatch& batch, const Operation& operation, const tern_launch& launch) {
     constexpr int kNumWarmUps = 3;
     RankDevice& device = seat_.device;
-    const int32_t num_chained = operation.reads_counts ? 1 : setting_.options.chain;
-    const auto run = [&] {
-      for (int32_t i = 0; i < num_chained; ++i) operation.run(launch);
-    };
+    const int32_t num_chained = operation.reads_counts || operation.in_phases ? 1 : setting_.options.chain;
+    std::vector<StreamTimer::PutWork> parts = parts_of(operation, launch, num_chained);
     const uint64_t before = exchange_.metrics().network_bytes;
-    for (int i = 0; i < kNumWarmUps; ++i) run();
+    for (int i = 0; i < kNumWarmUps; ++i)
+      for (const auto& run : parts) run();
     device.synchronise();
     require_healthy(operation);
     const int64_t network_bytes = network_bytes_since(before, int64_t{kNumWarmUps} * num_chained);
     const bool as_graph = setting_.options.graph && !operation.reads_counts;
-    const std::unique_ptr<DeviceGraph> graph = as_graph ? device.capture(run) : nullptr;
+    std::vector<std::unique_ptr<DeviceGraph>> graphs;
+    for (StreamTimer::PutWork& run : parts) {
+      if (!as_graph) break;
+      graphs.push_back(device.capture(run));
+      run = [graph = graphs.back().get()] { graph->replay(); };
+    }
     batch.poison();
     context_.align();
-    BenchRecord record;
-    record.bytes.network = network_bytes;
-    if (operation.reads_counts) {
-      record.clock = "host";
-      record.times = meter_.measure([&] {
-        run();
+    std::vector<BenchRecord> records(parts.size());
+    if (operation.reads_counts)
+      records.front().times = meter_.measure([&] {
+        parts.front()();
         device.synchronise();
       });
-    } else {
-      record.clock = as_graph ? "graph" : "stream";
-      record.times.us = slowest_of_ranks(context_, timer_->time_us([&] { as_graph ? graph->replay() : run(); }));
-      for (double& us : record.times.us) us /= num_chained;
-    }
+    else
+      time_on_stream(operation, parts, num_chained, records);
     require_healthy(operation);
-    record.wrong = gather_wrong(context_, operation.check());
-    return record;
+    for (size_t part = 0; part < parts.size(); ++part) {
+      BenchRecord& record = records[part];
+      record.op = operation.in_phases ? phase_name(operation.op, part) : operation.op;
+      record.clock = operation.reads_counts ? "host" : as_graph ? "graph" : "stream";
+      record.bytes.network = network_bytes;
+      record.wrong = part == 0 ? gather_wrong(context_, operation.check()) : records.front().wrong;
+    }
+    return records;
+  }
+
+  // "dispatch_send" and "dispatch_receive".
+  static std::string phase_name(const std::string& op, size_t part) {
+    return op.substr(0, op.find('_')) + (part == 0 ? "_send" : "_receive");
+  }
+
+  void time_on_stream(const Operation& operation, const std::vector<StreamTimer::PutWork>& parts, int32_t num_chained,
+                      std::vector<BenchRecord>& records) {
+    // What a send leaves on its way has arrived after this.
+    constexpr double kPauseUs = 20, kSlowGbps = 200;
+    const double pause_us = operation.in_phases ? kPauseUs + static_cast<double>(operation.bytes.wire) * 1e-3 / kSlowGbps : 0;
+    const auto times_us = timer_->time_parts_us(parts, pause_us);
+    for (size_t part = 0; part < parts.size(); ++part) {
+      records[part].times.us = slowest_of_ranks(context_, times_us[part]);
+      for (double& us : records[part].times.us) us /= num_chained;
+    }
   }
 
   // Operations on a stream do not say by themselves that they failed.
@@ -296,6 +350,8 @@ class BenchRank {
     int64_t steps = of_buffers({"dispatch", "combine", "round_trip"});
     if (on_gpu() || small_batch()) steps += of_buffers({"route_dispatch", "round_trip_worst"});
     if (on_gpu()) steps += of_buffers({"plan_dispatch", "plan_dispatch"});
+    if (on_gpu() && !setting_.options.ops.empty())
+      steps += of_buffers({"dispatch_phases", "dispatch_phases", "combine_phases", "combine_phases"});
     steps += setting_.options.wants("plan");
     return steps * std::max<int64_t>(1, static_cast<int64_t>(setting_.options.num_sms.size())) + 1;
   }

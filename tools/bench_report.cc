@@ -153,21 +153,22 @@ void print_report(const BenchSetting& setting, const std::vector<BenchRecord>& r
 
 void print_table_head() {
   fmt::print(
-      "| ranks | tokens | hidden | routing | rows | layout | op | buffers | extent | clock | SMs | median us | p99 us | wire MB | local MB "
-      "| "
-      "GB/s | push | pull | of push | of pull | of best | of all | verified |\n"
-      "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+      "| ranks | tokens | hidden | routing | rows | layout | op | buffers | extent | clock | path | SMs | median us | p99 us | wire MB | "
+      "local MB | GB/s | push | pull | of push | of pull | of best | of all | verified |\n"
+      "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
 }
 
 void print_table_rows(const BenchSetting& setting, const std::vector<BenchRecord>& records, const std::vector<LinkRates>& links) {
   const BatchShape& shape = setting.shape;
   for (const BenchRecord& record : records) {
     const GpuCells cells = gpu_cells(record, links);
-    fmt::print("| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |\n",
-               shape.routing.num_ranks(), shape.routing.max_tokens(), shape.hidden, setting.traffic.description, shape.format.name,
-               layout_name(shape.layout), record.op, or_dash(record.buffers), record.extent, record.clock, cells.sms, cells.median_us,
-               cells.p99_us, cells.wire_mb, cells.local_mb, cells.gbps, cells.push_gbps, cells.pull_gbps, cells.of_push, cells.of_pull,
-               cells.of_best, cells.of_all, record.wrong.empty() ? "yes" : "NO: " + record.wrong);
+    const bool is_exact = shape.combines_entries() && record.op.starts_with("combine");
+    fmt::print(
+        "| {} | {} | {} | {} | {} | {} | {}{} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |\n",
+        shape.routing.num_ranks(), shape.routing.max_tokens(), shape.hidden, setting.traffic.description, shape.format.name,
+        layout_name(shape.layout), record.op, is_exact ? " exact" : "", or_dash(record.buffers), record.extent, record.clock, record.mode,
+        cells.sms, cells.median_us, cells.p99_us, cells.wire_mb, cells.local_mb, cells.gbps, cells.push_gbps, cells.pull_gbps,
+        cells.of_push, cells.of_pull, cells.of_best, cells.of_all, record.wrong.empty() ? "yes" : "NO: " + record.wrong);
   }
   std::fflush(stdout);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// `tern bench --table`: the settings that docs/performance.md shows, each measured afresh, by one set of ranks for each number of ranks.
+// `tern bench --table=KIND`: the settings that docs/performance.md shows, each measured afresh, by one set of ranks for each number of ranks.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "base/error.h"
 #include "tools/bench.h"
 #include "tools/bench_json.h"
 
@@ -25,6 +26,10 @@ struct TableCase {
   int64_t hidden = 7168;
   std::string routing = "uniform";
   int num_ranks = 0;  // 0: as many as there are
+  int experts = 256;
+  std::string mode = "auto";
+  std::string combine = "hierarchical";
+  bool graph = false;
 };
 
 using Ops = std::vector<std::string>;
@@ -79,14 +84,83 @@ std::vector<TableCase> shapes(int num_ranks) {
   return cases;
 }
 
+// Batches for decoding: each run is a graph's replay of one operation, or of a phase of one.
+std::vector<TableCase> small_batches(int num_ranks) {
+  const TableCase base{.dtype = "bf16",
+                       .layout = "expert_padded",
+                       .buffers = "caller",
+                       .ops = {"route_dispatch", "combine", "round_trip_worst"},
+                       .num_sms = {0},
+                       .tokens = 128,
+                       .experts = 288,
+                       .graph = true};
+  std::vector<TableCase> cases;
+  const auto add = [&](TableCase one, const Ops& phases) {
+    one.ops.insert(one.ops.end(), phases.begin(), phases.end());
+    cases.push_back(one);
+    one.dtype = "fp8-cast";
+    one.ops = {"route_dispatch"};
+    if (!phases.empty()) one.ops.emplace_back("dispatch_phases");
+    cases.push_back(one);
+  };
+  const auto of_ranks = [&](TableCase one, int ranks) {
+    one.num_ranks = ranks;
+    for (const int64_t tokens : {1, 8, 32, 64, 128}) {
+      one.tokens = tokens;
+      add(one, {"dispatch_phases", "combine_phases"});
+    }
+  };
+  of_ranks(base, 0);
+  TableCase exact = base, without_graph = base, wider = base;
+  exact.ops = {"combine", "combine_phases"};
+  exact.combine = "exact";
+  cases.push_back(exact);
+  without_graph.graph = false;
+  add(without_graph, {});
+  for (const int64_t hidden : {7168, 2048, 4096, 8192}) {
+    wider.hidden = hidden;
+    for (const int64_t tokens : {8, 32, 64, 128, 256, 512}) {
+      wider.tokens = tokens;
+      if (hidden != 7168 || tokens > 128) add(wider, {});
+    }
+  }
+  for (int fewer = num_ranks - 1; fewer >= 2; --fewer) of_ranks(base, fewer);
+  return cases;
+}
+
+// The same batches by both ways, along a plan and with a routing: what the engine's choice between them rests on (src/plan/batch_path.cc). To the
+// latency path it is all the same where rows lie.
+std::vector<TableCase> both_paths() {
+  std::vector<TableCase> cases;
+  for (const char* dtype : {"fp8", "bf16"})
+    for (const int64_t tokens : {32, 64, 128, 256, 512, 1024})
+      for (const std::string mode : {"latency", "throughput"})
+        cases.push_back({.dtype = dtype,
+                         .buffers = mode == "latency" ? "caller" : "both",
+                         .ops = {"dispatch", "route_dispatch", "combine"},
+                         .num_sms = {8, 24, 0},
+                         .tokens = tokens,
+                         .mode = mode});
+  return cases;
+}
+
+std::vector<TableCase> cases_of(const std::string& kind, int num_ranks) {
+  if (kind == "small") return small_batches(num_ranks);
+  if (kind == "paths") return both_paths();
+  if (kind != "large") fail(TERN_INVALID_ARGUMENT, "--table is \"{}\", must be large, small or paths", kind);
+  std::vector<TableCase> cases = operations();
+  for (const auto& more : {layouts_and_encodings(), shapes(num_ranks)}) cases.insert(cases.end(), more.begin(), more.end());
+  return cases;
+}
+
 BenchOptions options_of(const BenchOptions& base, const TableCase& one, int num_ranks) {
-  constexpr int kExperts = 256, kTopk = 8;
+  constexpr int kTopk = 8;
   BenchOptions options = base;
   options.traffic.routing = one.routing;
   options.traffic.skew = one.routing == "zipf" ? 1.0 : 0.0;
   options.traffic.ranks = num_ranks;
   options.traffic.tokens = one.tokens;
-  options.traffic.experts = (kExperts + num_ranks - 1) / num_ranks * num_ranks;  // experts divide by ranks
+  options.traffic.experts = (one.experts + num_ranks - 1) / num_ranks * num_ranks;  // experts divide by ranks
   options.traffic.topk = kTopk;
   options.hidden = one.hidden;
   options.dtype = one.dtype;
@@ -94,6 +168,9 @@ BenchOptions options_of(const BenchOptions& base, const TableCase& one, int num_
   options.alignment = one.layout == "expert_major" ? 128 : 1;
   options.buffers = one.buffers;
   options.ops = one.ops;
+  options.mode = one.mode;
+  options.combine = one.combine;
+  options.graph = base.graph || one.graph;
   options.num_sms = one.num_sms;
   return options;
 }
@@ -137,9 +214,7 @@ int table_rank(const TableGroup& group, RankContext& context, BenchJson& json) {
 
 int run_bench_table(const BenchOptions& options, const ChosenDevice& device) {
   const LaunchOptions all_ranks = choose_launch(options.launch, options.traffic.ranks, options.timeout_ms, device);
-  std::vector<TableCase> cases = operations();
-  for (const auto& more : {layouts_and_encodings(), shapes(all_ranks.kind == LaunchKind::kEnvironment ? 0 : all_ranks.num_ranks)})
-    cases.insert(cases.end(), more.begin(), more.end());
+  std::vector<TableCase> cases = cases_of(options.table, all_ranks.kind == LaunchKind::kEnvironment ? 0 : all_ranks.num_ranks);
   std::set<int, std::greater<>> rank_counts;
   for (TableCase& one : cases) {
     if (one.num_ranks == 0) one.num_ranks = all_ranks.num_ranks;

@@ -68,7 +68,9 @@ CheckedLine check_record(const Json& machine, const Json& record, const RoutingO
                                                          .in_windows = record.at("buffers") == "window",
                                                          .exact = record.at("extent") == "exact",
                                                          .num_sms = record.value("num_sms", 0),
-                                                         .may_be_small = record.at("mode") == "latency" || device == TERN_DEVICE_CPU});
+                                                         .mode = device == TERN_DEVICE_CPU        ? TERN_MODE_AUTO
+                                                                 : record.at("mode") == "latency" ? TERN_MODE_LATENCY
+                                                                                                  : TERN_MODE_THROUGHPUT});
   const auto mega = [&](const char* name) { return record.value(name, 0.0) / kMega; };
   return {.batch = describe(batch, record),
           .op = record.at("op"),
@@ -99,7 +101,9 @@ ForecastCheck check_forecasts(const std::string& path, const CostOverrides& over
   try {
     for (const Json& record : result.at("records")) {
       const auto routing = parse_routing(record.at("routing"));
-      if (routing && record.at("verified").get<bool>())
+      const std::string op = record.value("op", "");
+      const bool is_phase = op.ends_with("_send") || op.ends_with("_receive");
+      if (routing && !is_phase && record.at("verified").get<bool>())
         check.lines.push_back(check_record(machine, record, *routing, overrides));
       else
         ++check.num_skipped;

@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 #include "tools/cuda_call.h"
+#include "tools/pause.h"
 
 namespace tern::tools {
 namespace {
@@ -14,34 +15,40 @@ class CudaStreamTimer : public StreamTimer {
   CudaStreamTimer(RankDevice& device, const StreamTimerOptions& options)
       : device_(device), num_runs_(static_cast<size_t>(options.num_runs)) {
     check_cuda(cudaSetDevice(device.index()), "choosing the GPU");
-    for (size_t i = 0; i < 2 * num_runs_; ++i) events_.push_back(make_cuda_event());
+    prepare_pause();
     if (!options.cold) return;
     int l2_bytes = 0;
     check_cuda(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device.index()), "the size of the L2 cache");
     flushed_ = DeviceMemory(device, int64_t{4} * l2_bytes);
   }
 
-  std::vector<double> time_us(const std::function<void()>& put_run) override {
+  std::vector<std::vector<double>> time_parts_us(const std::vector<PutWork>& parts, double pause_us) override {
     check_cuda(cudaSetDevice(device_.index()), "choosing the GPU");
-    for (int i = 0; i < kNumUncounted; ++i) put_run();
-    const auto stream = static_cast<cudaStream_t>(device_.stream());
-    for (size_t i = 0; i < num_runs_; ++i) {
-      if (flushed_.data() != nullptr) device_.fill(flushed_.data(), static_cast<uint8_t>(i), flushed_.num_bytes());
-      check_cuda(cudaEventRecord(events_[2 * i].get(), stream), "the start of a run");
-      put_run();
-      check_cuda(cudaEventRecord(events_[2 * i + 1].get(), stream), "the end of a run");
-    }
+    while (events_.size() < 2 * num_runs_ * parts.size()) events_.push_back(make_cuda_event());
+    for (int i = 0; i < kNumUncounted; ++i)
+      for (const PutWork& put_part : parts) put_part();
+    for (size_t i = 0; i < num_runs_; ++i)
+      for (size_t part = 0; part < parts.size(); ++part) put_timed(parts[part], i * parts.size() + part, pause_us);
     device_.synchronise();
-    std::vector<double> us;
-    for (size_t i = 0; i < num_runs_; ++i) {
+    std::vector<std::vector<double>> us(parts.size());
+    for (size_t i = 0; i < num_runs_ * parts.size(); ++i) {
       float ms = 0;
       check_cuda(cudaEventElapsedTime(&ms, events_[2 * i].get(), events_[2 * i + 1].get()), "the time of a run");
-      us.push_back(static_cast<double>(ms) * 1e3);
+      us[i % parts.size()].push_back(static_cast<double>(ms) * 1e3);
     }
     return us;
   }
 
  private:
+  void put_timed(const PutWork& put_part, size_t nth, double pause_us) {
+    const auto stream = static_cast<cudaStream_t>(device_.stream());
+    if (flushed_.data() != nullptr) device_.fill(flushed_.data(), static_cast<uint8_t>(nth), flushed_.num_bytes());
+    if (pause_us > 0) launch_pause(pause_us, stream);
+    check_cuda(cudaEventRecord(events_[2 * nth].get(), stream), "the start of a run");
+    put_part();
+    check_cuda(cudaEventRecord(events_[2 * nth + 1].get(), stream), "the end of a run");
+  }
+
   RankDevice& device_;
   size_t num_runs_;
   std::vector<CudaEvent> events_;

@@ -188,14 +188,18 @@ TEST(Forecast, OperationsInARowAddUp) {
 }
 
 TEST(Forecast, SmallGpuBatchesTakeTheLatencyPath) {
-  const Forecaster two = gpus({1, 2}, 1000);  // 1 MB over the link
+  const Forecaster two = gpus({1, 2}, 500);  // 500 KB over the link
   EXPECT_TRUE(two.predict({.op = "dispatch"}).small);
-  EXPECT_DOUBLE_EQ(two.predict({.op = "dispatch"}).us(), 20 + 100);
-  EXPECT_DOUBLE_EQ(two.predict({.op = "route_dispatch", .exact = false}).us(), 30 + 100);
-  EXPECT_DOUBLE_EQ(two.predict({.op = "combine"}).us(), 20 + 100);
-  EXPECT_FALSE(two.predict({.op = "dispatch", .may_be_small = false}).small);
-  EXPECT_FALSE(gpus({1, 2}, 1025).predict({.op = "dispatch"}).small);
-  EXPECT_FALSE(gpus({1, 65}, 1000).predict({.op = "dispatch"}).small);
+  EXPECT_DOUBLE_EQ(two.predict({.op = "dispatch"}).us(), 20 + 50);
+  EXPECT_DOUBLE_EQ(two.predict({.op = "route_dispatch", .exact = false}).us(), 30 + 50);
+  EXPECT_DOUBLE_EQ(two.predict({.op = "combine"}).us(), 20 + 50);
+  EXPECT_FALSE(two.predict({.op = "dispatch", .mode = TERN_MODE_THROUGHPUT}).small);
+  EXPECT_FALSE(two.predict({.op = "dispatch", .num_sms = 8}).small);
+  EXPECT_FALSE(gpus({1, 2}, 1000).predict({.op = "dispatch"}).small);
+  EXPECT_TRUE(gpus({1, 2}, 1000).predict({.op = "route_dispatch", .exact = false}).small);  // a route costs the other path more
+  EXPECT_TRUE(gpus({1, 2}, 1024).predict({.op = "dispatch", .mode = TERN_MODE_LATENCY}).small);
+  EXPECT_FALSE(gpus({1, 2}, 1025).predict({.op = "dispatch", .mode = TERN_MODE_LATENCY}).small);
+  EXPECT_FALSE(gpus({1, 65}, 1).predict({.op = "dispatch", .mode = TERN_MODE_LATENCY}).small);
 }
 
 // 100 MB over the network and over the link within the node, in pieces of 1 MiB.
@@ -240,9 +244,9 @@ TEST(Forecast, LibrarySmsFollowTheDocumentedRule) {
   const auto sms = [](int64_t num_tokens, const OperationChoice& choice) { return gpus({1, 2}, num_tokens).library_sms(choice); };
   EXPECT_EQ(sms(100000, {.op = "dispatch"}), 24);
   EXPECT_EQ(sms(5243, {.op = "dispatch"}), 10);  // 5243000 / 524288
-  EXPECT_EQ(sms(100, {.op = "dispatch", .may_be_small = false}), 4);
-  EXPECT_EQ(sms(40, {.op = "dispatch"}), 81);     // latency path: a block for each message of 2 ranks and one more
-  EXPECT_EQ(sms(1000, {.op = "dispatch"}), 100);  // at most the GPU
+  EXPECT_EQ(sms(100, {.op = "dispatch", .mode = TERN_MODE_THROUGHPUT}), 4);
+  EXPECT_EQ(sms(40, {.op = "dispatch"}), 81);    // latency path: a block for each message of 2 ranks and one more
+  EXPECT_EQ(sms(200, {.op = "dispatch"}), 100);  // at most the GPU
   EXPECT_EQ(sms(640, {.op = "plan"}), 10);
 }
 

@@ -51,5 +51,26 @@ TEST(GpuMeters, EveryRunOnAStreamHasATime) {
   }
 }
 
+TEST(GpuMeters, PartsOfARunAreTimedByThemselvesAndPausesAreNot) {
+  TERN_NEED_A_GPU();
+  constexpr double kPauseUs = 20'000;
+  const std::unique_ptr<RankDevice> device = make_rank_device(TERN_DEVICE_CUDA, 0);
+  const DeviceMemory memory(*device, 1 << 20);
+  const std::unique_ptr<StreamTimer> timer = make_stream_timer(*device, {.num_runs = 5});
+  int num_first = 0, num_second = 0;
+  const auto fill = [&](int& count) {
+    ++count;
+    device->fill(memory.data(), 1, memory.num_bytes());
+  };
+  const auto us = timer->time_parts_us({[&] { fill(num_first); }, [&] { fill(num_second); }}, kPauseUs);
+  ASSERT_EQ(us.size(), 2u);
+  EXPECT_EQ(num_first, num_second);
+  for (const std::vector<double>& of_part : us) {
+    ASSERT_EQ(of_part.size(), 5u);
+    EXPECT_GT(std::ranges::min(of_part), 0.0);
+    EXPECT_LT(std::ranges::min(of_part), kPauseUs);
+  }
+}
+
 }  // namespace
 }  // namespace tern::tools

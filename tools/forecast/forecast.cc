@@ -7,15 +7,15 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "plan/batch_path.h"
 
 namespace tern::tools {
 namespace {
 
 constexpr double kMega = 1e6;
-// The library's own: src/cuda/transfer.h, src/cuda/latency.cc, src/layout/device_window.h, src/cpu/rail.cc.
-constexpr int64_t kBytesPerSm = 512 << 10, kTokensPerSm = 64;
-constexpr int kLeastSms = 4, kSaturatingSms = 24;
-constexpr int64_t kMostSmallTokens = 1024, kSmallBytesGpu = 4 << 20, kSmallBytesCpu = 32 << 10;
+// The library's own: src/cuda/plan.cc, src/layout/device_window.h, src/cpu/plan.cc, src/cpu/rail.cc, src/cuda/node_plan.cc.
+constexpr int64_t kTokensPerSm = 64, kMostSmallTokens = 1024, kSmallBytesCpu = 32 << 10, kSmallBytesCpuRail = 512 << 10,
+                  kSmallBytesGpuRail = 64 << 10;
 constexpr int kMostSmallRanks = 64;
 constexpr double kNetworkPieceBytes = 1 << 20;
 
@@ -38,6 +38,9 @@ class Work {
   double us_ = 0;
   std::vector<std::string> terms_;
 };
+
+// The dispatch routes.
+bool is_one_call(const std::string& op) { return op == "route_dispatch" || op == "round_trip_worst"; }
 
 Stage transfer(const char* name, double bytes, double gbps) {
   return {name, us_of(bytes, gbps), true, fmt::format("{:.2f} MB / {:g} GB/s", bytes / kMega, gbps)};
@@ -70,10 +73,29 @@ int64_t Forecaster::row_bytes_of(const std::string& op) const {
   return op == "combine" ? batch_.combine_row_bytes : batch_.dispatch_row_bytes + batch_.dispatch_scale_bytes;
 }
 
-bool Forecaster::is_small(int64_t row_bytes) const {
-  const int64_t bytes = batch_.num_tokens * row_bytes;
-  if (!on_gpu()) return batch_.places.num_nodes == 1 && bytes <= kSmallBytesCpu;
-  return bytes <= kSmallBytesGpu && batch_.num_tokens <= kMostSmallTokens && batch_.places.ranks_per_node <= kMostSmallRanks;
+bool Forecaster::is_small(const std::string& op, const OperationChoice& choice) const {
+  const bool is_between_nodes = batch_.places.num_nodes > 1;
+  // Between nodes only dispatches that route have such a path.
+  if (is_between_nodes && (op == "combine" || !is_one_call(choice.op))) return false;
+  if (on_gpu() && (batch_.num_tokens > kMostSmallTokens || batch_.places.ranks_per_node > kMostSmallRanks)) return false;
+  if (choice.mode != TERN_MODE_AUTO) return choice.mode == TERN_MODE_LATENCY;
+  const int64_t row_bytes = row_bytes_of(op), bytes = batch_.num_tokens * row_bytes;
+  if (is_between_nodes) return bytes <= (on_gpu() ? kSmallBytesGpuRail : kSmallBytesCpuRail);
+  if (!on_gpu()) return bytes <= kSmallBytesCpu;
+  const int most = static_cast<int>(costs_.workers);
+  return is_pushed({.operation = op == "combine" ? TERN_OP_COMBINE : TERN_OP_DISPATCH,
+                    .routes = op != "combine" && is_one_call(choice.op),
+                    .num_ranks = batch_.places.ranks_per_node,
+                    .num_tokens = batch_.num_tokens,
+                    .messages_per_token = std::min(batch_.places.ranks_per_node, batch_.choices.num_topk),
+                    .row_bytes = row_bytes,
+                    .num_sms = choice.num_sms > 0 ? std::min(choice.num_sms, most) : most,
+                    .are_sms_asked = choice.num_sms > 0});
+}
+
+// GPU ranks have kernels of their own for small batches, within one node.
+bool Forecaster::takes_small_kernels(const OperationChoice& single) const {
+  return on_gpu() && batch_.places.num_nodes == 1 && is_small(single.op, single);
 }
 
 // CPU: a rank's share of the node's cores.
@@ -88,9 +110,8 @@ int Forecaster::library_sms(const OperationChoice& choice) const {
   if (choice.op == "plan")
     return static_cast<int>(std::min<int64_t>({most, kSaturatingSms, (batch_.num_tokens + kTokensPerSm - 1) / kTokensPerSm}));
   // A block for each message that may arrive, and one for the routing.
-  if (choice.may_be_small && is_small(row_bytes))
-    return static_cast<int>(std::min<int64_t>(batch_.num_tokens * batch_.places.num_ranks() + 1, most));
-  return std::min(most, static_cast<int>(std::clamp<int64_t>(batch_.num_tokens * row_bytes / kBytesPerSm, kLeastSms, kSaturatingSms)));
+  if (takes_small_kernels(choice)) return static_cast<int>(std::min<int64_t>(batch_.num_tokens * batch_.places.num_ranks() + 1, most));
+  return sms_for_bytes(most, batch_.num_tokens * row_bytes);
 }
 
 int Forecaster::best_sms(const OperationChoice& choice) const {
@@ -102,7 +123,8 @@ int Forecaster::best_sms(const OperationChoice& choice) const {
     return predict(with).us();
   };
   const int most = static_cast<int>(costs_.workers);
-  const double least_us = us_with(most);  // in this model more SMs are never slower
+  double least_us = us_with(most);  // on one path more SMs are never slower, but with fewer the other one may be taken
+  for (int num_sms = 1; num_sms < most; ++num_sms) least_us = std::min(least_us, us_with(num_sms));
   int num_sms = 1;
   while (num_sms < most && us_with(num_sms) > least_us * kAlmost) ++num_sms;
   return num_sms;
@@ -177,7 +199,7 @@ Step Forecaster::route(bool exact, bool with_dispatch) const {
   if (!with_dispatch) add_trips(step, costs_.route_us, fmt::format("{:g} us", costs_.route_us));
   if (on_gpu() && exact)
     step.stages.push_back({"host", costs_.host_us, false, fmt::format("{:g} us until it knows the counts", costs_.host_us)});
-  add_network(step, load_of_route(batch_).network);
+  if (!with_dispatch) add_network(step, load_of_route(batch_).network);
   return step;
 }
 
@@ -190,9 +212,8 @@ Step Forecaster::small_step(const std::string& name, double fixed_us, const Load
 
 // `routed`: along a plan that has been routed, or routes itself in an operation of its own.
 Step Forecaster::dispatch(const OperationChoice& choice, bool routed) const {
-  const Load load = load_of_dispatch(batch_);
-  if (on_gpu() && choice.may_be_small && is_small(row_bytes_of("dispatch")))
-    return small_step("dispatch", costs_.small_dispatch_us - (routed ? costs_.small_route_us : 0), load);
+  const Load load = load_of_dispatch(batch_, !routed);
+  if (takes_small_kernels(choice)) return small_step("dispatch", costs_.small_dispatch_us - (routed ? costs_.small_route_us : 0), load);
 
   // On a GPU a token is staged once, and pulled by all; or it is delivered, from window to window. On a CPU it is pushed into the bank of each
   // other rank.
@@ -217,7 +238,7 @@ Step Forecaster::dispatch(const OperationChoice& choice, bool routed) const {
 
 Step Forecaster::combine(const OperationChoice& choice) const {
   const Load load = load_of_combine(batch_);
-  if (on_gpu() && choice.may_be_small && is_small(batch_.combine_row_bytes)) return small_step("combine", costs_.small_combine_us, load);
+  if (takes_small_kernels(choice)) return small_step("combine", costs_.small_combine_us, load);
 
   // Rows of the expert layouts are summed first, and one row of each token goes on.
   const bool stages = !choice.in_windows || (on_gpu() && batch_.layout != TERN_LAYOUT_RANK_MAJOR);
@@ -237,10 +258,11 @@ Step Forecaster::combine(const OperationChoice& choice) const {
   return step;
 }
 
-// One operation of a choice that may have several, with the SMs that it takes.
-OperationChoice Forecaster::as(const char* op, const OperationChoice& choice) const {
+// One operation of a choice that may have several, with the path and the SMs that it takes.
+OperationChoice Forecaster::as(const std::string& op, const OperationChoice& choice) const {
   OperationChoice single = choice;
   single.op = op;
+  single.mode = is_small(op, choice) ? TERN_MODE_LATENCY : TERN_MODE_THROUGHPUT;
   const int asked = choice.num_sms > 0 ? choice.num_sms : library_sms(single);
   single.num_sms = on_gpu() ? std::min(asked, static_cast<int>(costs_.workers)) : 0;
   return single;
@@ -249,23 +271,24 @@ OperationChoice Forecaster::as(const char* op, const OperationChoice& choice) co
 OperationForecast Forecaster::predict(const OperationChoice& choice) const {
   const std::string& op = choice.op;
   const bool is_round_trip = op == "round_trip" || op == "round_trip_worst";
-  const bool in_one_call = op == "route_dispatch" || op == "round_trip_worst";
+  const bool in_one_call = is_one_call(op);
   const bool routes = is_round_trip || in_one_call || op == "plan" || op == "plan_dispatch";
   const bool dispatches = is_round_trip || in_one_call || op == "dispatch" || op == "plan_dispatch";
   const bool combines = is_round_trip || op == "combine";
   if (!routes && !dispatches && !combines) fail(TERN_INVALID_ARGUMENT, "plan: there is no operation \"{}\"", op);
 
-  OperationForecast forecast{.num_sms = as(op.c_str(), choice).num_sms,
-                             .small = op != "plan" && choice.may_be_small && is_small(row_bytes_of(op))};
-  const bool routes_within = in_one_call && forecast.small && batch_.places.num_nodes == 1;
+  const OperationChoice chosen = as(op, choice);
+  OperationForecast forecast{.num_sms = chosen.num_sms, .small = op != "plan" && chosen.mode == TERN_MODE_LATENCY};
+  const bool routes_within = in_one_call && forecast.small;
   const auto add = [&](Step step, const Load& load) {
     forecast.steps.push_back(std::move(step));
     forecast.wire_bytes += load.rows() * (1 - 1.0 / batch_.places.num_ranks());
     forecast.link_bytes += load.link;
     forecast.network_bytes += load.network;
   };
-  if (routes && !(routes_within && on_gpu())) add(route(choice.exact, routes_within), load_of_route(batch_));
-  if (dispatches) add(dispatch(as("dispatch", choice), !routes_within), load_of_dispatch(batch_));
+  if (routes && !(routes_within && takes_small_kernels(chosen)))
+    add(route(choice.exact, routes_within), routes_within ? Load{} : load_of_route(batch_));
+  if (dispatches) add(dispatch(as("dispatch", choice), !routes_within), load_of_dispatch(batch_, routes_within));
   if (combines) add(combine(as("combine", choice)), load_of_combine(batch_));
   if (!on_gpu()) add_wake(forecast.steps.front());
   return forecast;

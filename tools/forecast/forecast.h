@@ -50,9 +50,9 @@ struct OperationForecast {
 struct OperationChoice {
   std::string op;  // plan, dispatch, combine, plan_dispatch, route_dispatch, round_trip, round_trip_worst
   bool in_windows = true;
-  bool exact = true;         // the host learns the counts
-  int num_sms = 0;           // 0: as the library chooses
-  bool may_be_small = true;  // else the throughput path, whatever the size
+  bool exact = true;                // the host learns the counts
+  int num_sms = 0;                  // 0: as the library chooses
+  tern_mode mode = TERN_MODE_AUTO;  // AUTO: the library chooses the path; LATENCY as far as there is one
 };
 
 // Bytes that SMs or cores move, and what one of them moves of each kind.
@@ -79,9 +79,10 @@ class Forecaster {
   bool on_gpu() const { return device_ == TERN_DEVICE_CUDA; }
 
  private:
-  OperationChoice as(const char* op, const OperationChoice& choice) const;
+  OperationChoice as(const std::string& op, const OperationChoice& choice) const;
   int64_t row_bytes_of(const std::string& op) const;
-  bool is_small(int64_t row_bytes) const;
+  bool is_small(const std::string& op, const OperationChoice& choice) const;
+  bool takes_small_kernels(const OperationChoice& single) const;
   double workers(int num_sms) const;
   double ranks_per_core() const;
   Step route(bool exact, bool with_dispatch) const;

@@ -12,6 +12,11 @@ double put_bytes(const ForecastBatch& batch, const layout::RailBankLayout& bank)
   return static_cast<double>(num_others * bank.slots()) + batch.network_rows() * static_cast<double>(bank.slot.stride());
 }
 
+layout::RailBankLayout route_bank(const ForecastBatch& batch) {
+  return {.num_counts = batch.choices.num_experts / batch.places.num_nodes + batch.places.num_ranks() + 1,
+          .slot = {.num_words = 1 + batch.choices.num_topk}};
+}
+
 Load load_of_rows(const ForecastBatch& batch, int64_t row_bytes) {
   const double bytes = batch.rows() * static_cast<double>(row_bytes);
   Load load;
@@ -24,20 +29,20 @@ Load load_of_rows(const ForecastBatch& batch, int64_t row_bytes) {
 }  // namespace
 
 Load load_of_route(const ForecastBatch& batch) {
-  const layout::RailBankLayout bank{.num_counts = batch.choices.num_experts / batch.places.num_nodes + batch.places.num_ranks() + 1,
-                                    .slot = {.num_words = 1 + batch.choices.num_topk}};
   Load load;
-  load.network = put_bytes(batch, bank);
+  load.network = put_bytes(batch, route_bank(batch));
   return load;
 }
 
-Load load_of_dispatch(const ForecastBatch& batch) {
+Load load_of_dispatch(const ForecastBatch& batch, bool routes_on_its_way) {
   const int64_t row_bytes = batch.dispatch_row_bytes + batch.dispatch_scale_bytes;
   Load load = load_of_rows(batch, row_bytes);
   if (batch.layout != TERN_LAYOUT_RANK_MAJOR) load.entries = (batch.entries() - batch.rows()) * static_cast<double>(row_bytes);
-  load.network = put_bytes(batch, {.slot = {.payload_bytes = batch.dispatch_row_bytes,
+  const layout::RailBankLayout routing = routes_on_its_way ? route_bank(batch) : layout::RailBankLayout{};
+  load.network = put_bytes(batch, {.num_counts = routing.num_counts,
+                                   .slot = {.payload_bytes = batch.dispatch_row_bytes,
                                             .scale_bytes = batch.dispatch_scale_bytes,
-                                            .num_words = batch.choices.num_topk}});
+                                            .num_words = routing.slot.num_words + batch.choices.num_topk}});
   return load;
 }
 

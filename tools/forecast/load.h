@@ -43,7 +43,8 @@ struct Load {
 };
 
 Load load_of_route(const ForecastBatch& batch);
-Load load_of_dispatch(const ForecastBatch& batch);
+// `routes_on_its_way`: between nodes, what a route would bring comes with the rows.
+Load load_of_dispatch(const ForecastBatch& batch, bool routes_on_its_way = false);
 Load load_of_combine(const ForecastBatch& batch);
 
 }  // namespace tern::tools

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdint>
+
+#include "tools/cuda_call.h"
+#include "tools/pause.h"
+
+namespace tern::tools {
+namespace {
+
+__device__ uint64_t now_ns() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+__global__ void pause_kernel(uint64_t num_ns) {
+  const uint64_t start_ns = now_ns();
+  while (now_ns() - start_ns < num_ns) __nanosleep(500);
+}
+
+}  // namespace
+
+void prepare_pause() {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, pause_kernel), "loading the kernel of pauses");
+}
+
+void launch_pause(double us, cudaStream_t stream) {
+  pause_kernel<<<1, 1, 0, stream>>>(static_cast<uint64_t>(us * 1e3));
+  check_cuda(cudaGetLastError(), "launching a pause");
+}
+
+}  // namespace tern::tools
