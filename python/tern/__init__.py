@@ -51,7 +51,7 @@ from .exchange import Exchange, Failure, MemoryInfo, State
 from .group import Group
 from .plan import Plan
 from .profile import Profile, Span, merge_traces, profile
-from .results import Combined, Dispatched, Pending, PlanInfo, Prepared
+from .results import Combined, Dispatched, Pending, PlanInfo, Prepared, RoutingCounts
 
 __version__ = f"{_lib.tern_version() // 10000}.{_lib.tern_version() // 100 % 100}.{_lib.tern_version() % 100}"
 
@@ -85,6 +85,7 @@ __all__ = [
     "PlanInfo",
     "Prepared",
     "Profile",
+    "RoutingCounts",
     "ScaleOrder",
     "Span",
     "SpanKind",

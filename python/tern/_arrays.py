@@ -40,7 +40,7 @@ class TorchArrays:
         self._empty, self._empty_like = torch.empty, torch.empty_like
         self._dtypes = {getattr(torch, name): dtype for name, dtype in _DTYPES.items() if hasattr(torch, name)}
         self._index_types = {getattr(torch, name): kind for name, kind in _INDEX_TYPES.items()}
-        self.int32, self.int64, self.float32 = torch.int32, torch.int64, torch.float32
+        self.int32, self.int64, self.float32, self.bool = torch.int32, torch.int64, torch.float32, torch.bool
         self.float8 = getattr(torch, "float8_e4m3fn", torch.uint8)
         # Methods of tensors themselves: a call less.
         self.pointer: Callable[[Array], int] = torch.Tensor.data_ptr
@@ -140,6 +140,7 @@ class NumpyArrays:
 
         self._numpy = numpy
         self.int32, self.int64, self.float32 = numpy.dtype("int32"), numpy.dtype("int64"), numpy.dtype("float32")
+        self.bool = numpy.dtype("bool")
         try:
             import ml_dtypes  # type: ignore[import-not-found]
 
@@ -269,6 +270,11 @@ class ArraysOfDevice:
         if self._numpy is None:
             self._numpy = NumpyArrays()
         return self._numpy
+
+
+def raw_stream(stream: Any) -> int:
+    """Of a torch.cuda.Stream, or the handle itself."""
+    return int(getattr(stream, "cuda_stream", stream))
 
 
 class GpuMemory:

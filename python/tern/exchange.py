@@ -13,10 +13,11 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _c
-from ._arrays import Array, ArraysOfDevice, memory_at
+from ._arrays import Array, ArraysOfDevice, memory_at, raw_stream
 from ._library import lib
 from .errors import InvalidArgumentError, check
 from .group import Group
+from .results import RoutingCounts
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -146,6 +147,45 @@ class Exchange:
         from .plan import Plan
 
         return Plan(self, **options)
+
+    def count_routing(
+        self, topk_idx: Array, num_experts: int, *, wanted: Sequence[str] | None = None, stream: Any = None
+    ) -> RoutingCounts:
+        """What a routing says by itself. Nothing is communicated, and on a GPU the host waits for nothing.
+
+        topk_idx: int64 or int32 [num_tokens, num_topk] global experts, -1: none. wanted: names of fields of RoutingCounts; default: all.
+        On a GPU what is no expert counts as -1; on a CPU it is an InvalidArgumentError.
+        """
+        arrays = self._arrays.of(topk_idx)
+        if len(topk_idx.shape) != 2:
+            raise InvalidArgumentError(f"topk_idx has shape {list(topk_idx.shape)}; it must be [num_tokens, num_topk]")
+        num_topk, num_ranks = topk_idx.shape[1], self.group.num_ranks
+        if num_topk == 0:
+            raise InvalidArgumentError("topk_idx has no columns; a token needs at least one")
+        topk_idx, num_tokens = arrays.matrix(topk_idx, "topk_idx", num_topk)
+        shapes = {
+            "tokens_per_rank": ((num_ranks,), arrays.int32),
+            "tokens_per_node": ((self.group.num_nodes,), arrays.int32),
+            "tokens_per_expert": ((num_experts,), arrays.int32),
+            "token_in_rank": ((num_tokens, num_ranks), arrays.bool),
+        }
+        made = {name: arrays.empty(*shapes[name]) for name in (shapes if wanted is None else wanted)}
+        routing = _c.Routing(
+            topk_idx=arrays.pointer(topk_idx), topk_idx_type=arrays.index_type(topk_idx), num_tokens=num_tokens
+        )
+        counts = _c.RoutingCounts(**{name: arrays.pointer(array) for name, array in made.items()})
+        launch = _c.Launch(stream=arrays.current_stream() if stream is None else raw_stream(stream))
+        check(
+            lib.tern_count_routing(
+                self._native.handle,
+                ctypes.byref(routing),
+                num_experts,
+                num_topk,
+                ctypes.byref(launch),
+                ctypes.byref(counts),
+            )
+        )
+        return RoutingCounts(**made)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         """An array in this rank's window, uninitialised: other ranks use it in place (zero copy).

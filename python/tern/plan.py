@@ -8,7 +8,7 @@ import weakref
 from typing import Any, Sequence, TypeVar
 
 from . import _c
-from ._arrays import Array, Arrays
+from ._arrays import Array, Arrays, raw_stream
 from ._calls import CombineCall, CombineKind, DispatchCall, DispatchKind, Shape
 from ._library import direct, lib
 from .errors import InvalidArgumentError, InvalidStateError, check
@@ -427,7 +427,7 @@ class Plan:
 
     def _set_launch(self, arrays: Arrays, lane: int, num_sms: int, stream: Any) -> None:
         launch = self._launch
-        launch.stream = arrays.current_stream() if stream is None else _raw(stream)
+        launch.stream = arrays.current_stream() if stream is None else raw_stream(stream)
         launch.lane, launch.num_sms = lane, num_sms
 
     def _send(self, function: Any, call: DispatchCall | CombineCall, result: Result, inputs: Any) -> Pending[Result]:
@@ -437,7 +437,7 @@ class Plan:
 
         def receive(stream: Any) -> None:
             launch.phase = _c.Phase.RECEIVE
-            launch.stream = call.arrays.current_stream() if stream is None else _raw(stream)
+            launch.stream = call.arrays.current_stream() if stream is None else raw_stream(stream)
             check(function(self._handle, ctypes.byref(args), ctypes.byref(launch)), result)
 
         return Pending(result, receive, (inputs, self))
@@ -458,7 +458,7 @@ class Plan:
                     f"prepared for {num_tokens} tokens and {num_rows} rows, but {self._num_tokens} tokens were routed, with "
                     f"{self._num_rows} rows; prepare it anew"
                 )
-            launch.stream = current_stream() if stream is None else _raw(stream)
+            launch.stream = current_stream() if stream is None else raw_stream(stream)
             status = function(handle, args_pointer, launch_pointer)
             if status != 0:
                 check(status, result)
@@ -472,11 +472,6 @@ class Plan:
         if routes:
             args.routing = ctypes.pointer(_c.Routing.from_buffer_copy(self._routing))
         return args, launch, routes
-
-
-def _raw(stream: Any) -> int:
-    """A torch.cuda.Stream, or the handle itself."""
-    return int(getattr(stream, "cuda_stream", stream))
 
 
 def _refuse_copies(arrays: Arrays, given: Sequence[Any], used: Sequence[int | None]) -> None:

@@ -95,6 +95,16 @@ class Dispatched:
     expert_rank_ranges: Array | None = None
 
 
+class RoutingCounts(NamedTuple):
+    """Of one rank's routing; None: not asked for. A token counts once for each rank or node that it goes to, and each of its entries for
+    its expert."""
+
+    tokens_per_rank: Array | None = None  # i32 [num_ranks]
+    tokens_per_node: Array | None = None  # i32 [num_nodes]
+    tokens_per_expert: Array | None = None  # i32 [num_experts]
+    token_in_rank: Array | None = None  # bool [num_tokens, num_ranks]
+
+
 class Combined(NamedTuple):
     """tokens: [num_tokens, hidden]. topk_weights: f32 [num_tokens, top-k], the row_weights handed back, if any were given."""
 

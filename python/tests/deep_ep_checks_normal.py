@@ -47,8 +47,25 @@ def check_received(case, rank, received, alignment=1):
     if case.num_nodes > 1:
         check_handle_between_nodes(case, rank, handle)
         return
-    assert len(handle) == 6
-    matrix = handle[0]
+    check_handle_in_node(case, rank, handle)
+
+
+def check_handle_in_node(case, rank, handle):
+    """Its six elements, by position, by name, and as a tuple."""
+    messages, tokens = case.messages(rank), range(case.num_tokens[rank])
+    assert isinstance(handle, tuple) and len(handle) == 6
+    matrix, sent, channel, tokens_of_rows, in_rank, head = handle
+    names = (
+        "rank_prefix_matrix channel_prefix_matrix recv_channel_prefix_matrix recv_src_idx is_token_in_rank send_head"
+    )
+    for position, name in enumerate(names.split()):
+        assert handle[position] is getattr(handle, name) and handle[position - 6] is handle[position]
+    assert handle[1:3] == (sent, channel) and handle == handle and hash(handle) == hash(handle)
+    goes = [[r in case.ranks_of(rank, t) for r in range(case.num_ranks)] for t in tokens]
+    assert in_rank.tolist() == goes and head.tolist() == [[int(one) - 1 for one in row] for row in goes]
+    assert sent.tolist() == [[sum(row[r] for row in goes)] for r in range(case.num_ranks)]
+    assert channel.tolist() == [[0]] * case.num_ranks
+    assert tokens_of_rows[: len(messages)].tolist() == [t for _, t in messages]
     assert matrix.dtype == torch.int32 and matrix.shape == (case.num_ranks, case.num_ranks)
     for i in range(case.num_ranks):
         assert int(matrix[i][rank]) == sum(1 for s, _ in messages if s <= i)

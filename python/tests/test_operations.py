@@ -461,3 +461,27 @@ def test_capacity_exceeded_says_so_and_leaves_the_rest(device: str) -> None:
         assert torch.equal(arrived.tokens.cpu(), rows[:2])
 
     as_threads(RANKS, body)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index_type", [torch.int64, torch.int32])
+def test_count_routing(device, index_type):
+    def run(group):
+        idx = batch(group.rank).idx
+        exchange = exchange_of(group, device)
+        there = idx.to(index_type).to("cpu" if device == "cpu" else f"cuda:{exchange.cuda_index}")
+        counts = exchange.count_routing(there, EXPERTS)
+        goes = [{int(e) // LOCAL for e in row if e >= 0} for row in idx]
+        assert counts.token_in_rank.dtype == torch.bool
+        assert counts.token_in_rank.tolist() == [[r in ranks for r in range(RANKS)] for ranks in goes]
+        assert counts.tokens_per_rank.tolist() == [sum(r in ranks for ranks in goes) for r in range(RANKS)]
+        assert counts.tokens_per_node.tolist() == [sum(len(ranks) > 0 for ranks in goes)]
+        assert counts.tokens_per_expert.tolist() == [int((idx == e).sum()) for e in range(EXPERTS)]
+        some = exchange.count_routing(there, EXPERTS, wanted=["tokens_per_rank"])
+        assert torch.equal(some.tokens_per_rank, counts.tokens_per_rank) and some.token_in_rank is None
+        with pytest.raises(tern.InvalidArgumentError, match="must be"):
+            exchange.count_routing(there, EXPERTS + 1)  # not divisible by the ranks
+        with pytest.raises(tern.InvalidArgumentError, match="num_topk"):
+            exchange.count_routing(there.flatten(), EXPERTS)
+
+    as_threads(RANKS, run)

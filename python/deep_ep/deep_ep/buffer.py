@@ -13,11 +13,11 @@ from . import sizes
 from .config import Config
 from .events import EventHandle, EventOverlap
 from .handles import Handle, LowLatencyHandle
-from .layout import dispatch_layout, num_tokens_per_node
+from .layout import dispatch_layout
 from .low_latency import Cast, Finish, Hook, LowLatencyMode, Shape
 from .nodes import Nodes
 from .normal import Batch, NormalMode, Rows
-from .streams import CudaStreams, HostStreams, Order
+from .streams import LOCAL, CudaStreams, HostStreams, Order
 
 topk_idx_t = torch.int64
 
@@ -195,20 +195,27 @@ class Buffer:
         None inside one node), num_tokens_per_expert i32 [E], is_token_in_rank bool [T, R], event.
         """
         self._require_alive()
+        mode = self._normal or self._low_latency
+        if mode is None:
+            raise tern.InvalidStateError(
+                "get_dispatch_layout: the Buffer has neither num_nvl_bytes nor a low-latency mode"
+            )
         if topk_idx.device != self._device:
             raise tern.InvalidArgumentError(
                 f"get_dispatch_layout: topk_idx is on {topk_idx.device}, but the Buffer is on {self._device}; move it "
                 f"there, or set {DEVICE_VARIABLE}"
             )
-        with self._streams.run(Order(previous_event, async_finish, allocate_on_comm_stream)) as work:
-            layout = dispatch_layout(topk_idx, num_experts, self.group_size)
-            num_nodes, per_node = self._nodes.num_nodes, None
-            if num_nodes > 1:
-                per_node = num_tokens_per_node(layout.is_token_in_rank, num_nodes)
+        with self._streams.run(Order(previous_event, async_finish, allocate_on_comm_stream), LOCAL) as work:
+            counts: Any = dispatch_layout(mode.exchange, topk_idx, num_experts)
             work.inputs.append(topk_idx)
-            work.outputs += [*layout, per_node]
-        per_rank, per_expert, in_rank = layout
-        return per_rank, per_node, per_expert, in_rank, work.overlap()
+            work.outputs += counts
+        return (
+            counts.tokens_per_rank,
+            counts.tokens_per_node,
+            counts.tokens_per_expert,
+            counts.token_in_rank,
+            work.overlap(),
+        )
 
     def dispatch(
         self,

@@ -8,8 +8,8 @@ handle has to come back as the object that it was. Its plan is free for other ba
 from __future__ import annotations
 
 import collections
-import weakref
-from typing import Any, Deque, NamedTuple, Optional, Union
+import functools
+from typing import Any, Deque, Iterator, NamedTuple, Optional, Union
 
 import tern
 import torch
@@ -23,10 +23,14 @@ _MOST_IDLE_PLANS = 32
 class PlanLease:
     """A plan that nobody else uses while this object lives."""
 
+    __slots__ = ("plan", "_idle")
+
     def __init__(self, plan: tern.Plan, idle: Deque[tern.Plan]) -> None:
-        self.plan = plan
-        # Runs wherever the last reference is dropped, in any thread: it must do nothing but append.
-        weakref.finalize(self, idle.append, plan).atexit = False
+        self.plan, self._idle = plan, idle
+
+    def __del__(self) -> None:
+        """Wherever the last reference is dropped, in any thread: it must do nothing but append."""
+        self._idle.append(self.plan)
 
 
 class PlanPool:
@@ -42,8 +46,10 @@ class PlanPool:
         self._idle: dict[tuple[Any, ...], Deque[tern.Plan]] = {}
 
     def lease(self, lane: int, captured: bool, **options: Any) -> PlanLease:
-        shape = (lane, *sorted(options.items()))
-        idle = self._idle.setdefault((captured, *shape), collections.deque())
+        shape = (lane, *options.items())
+        idle = self._idle.get((captured, *shape))
+        if idle is None:
+            idle = self._idle.setdefault((captured, *shape), collections.deque())
         plan = _pop(idle)
         if plan is None and captured:
             # The step that ran before to warm up has left its plan.
@@ -72,19 +78,65 @@ def _pop(idle: Deque[tern.Plan]) -> Optional[tern.Plan]:
 # In the matrices of channels all rows count as one channel.
 
 
-class _NormalFields(NamedTuple):
-    rank_prefix_matrix: torch.Tensor  # i32 [R, R]: [i][own rank] rows received from ranks 0..i; other columns are 0
-    channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: rows sent to each rank
-    recv_channel_prefix_matrix: torch.Tensor  # i32 [R, 1]: zeros, where the channel of each rank begins
-    recv_src_idx: torch.Tensor  # i32 [N]: source token of each row
-    is_token_in_rank: torch.Tensor  # bool [T, R]
-    send_head: torch.Tensor  # i32 [T, R]: -1 where the token does not go to the rank
+class NormalHandle(tuple):  # type: ignore[type-arg]
+    """Of a dispatch in normal mode inside one node. Elements are made when they are first looked at, on the stream that is current then: few
+    callers look at any."""
 
-
-class NormalHandle(_NormalFields):
-    """Of a dispatch in normal mode inside one node."""
+    def __new__(cls, lease: PlanLease, in_rank: torch.Tensor, arrived: tern.Dispatched, rank: int) -> NormalHandle:
+        """in_rank: bool [T, R]"""
+        names = "rank_prefix_matrix", "channel_prefix_matrix", "recv_channel_prefix_matrix"
+        handle = super().__new__(cls, (*names, "recv_src_idx", "is_token_in_rank", "send_head"))
+        handle.lease, handle._rank = lease, rank
+        handle.recv_src_idx, handle._rank_counts, handle.is_token_in_rank = (
+            arrived.source_token,
+            arrived.rank_counts,
+            in_rank,
+        )
+        return handle
 
     lease: PlanLease
+    _rank: int
+    _rank_counts: Any
+    recv_src_idx: Any  # i32 [N]: source token of each row
+    is_token_in_rank: torch.Tensor  # bool [T, R]
+
+    @functools.cached_property
+    def rank_prefix_matrix(self) -> torch.Tensor:
+        """i32 [R, R]: [i][own rank] rows received from ranks 0..i; other columns are 0"""
+        num_ranks = self.is_token_in_rank.shape[1]
+        prefix = torch.zeros((num_ranks, num_ranks), dtype=torch.int32, device=self.is_token_in_rank.device)
+        prefix[:, self._rank] = self._rank_counts.cumsum(0, dtype=torch.int32)
+        return prefix
+
+    @functools.cached_property
+    def channel_prefix_matrix(self) -> torch.Tensor:
+        """i32 [R, 1]: rows sent to each rank"""
+        return self.is_token_in_rank.sum(dim=0, dtype=torch.int32).unsqueeze(1)
+
+    @functools.cached_property
+    def recv_channel_prefix_matrix(self) -> torch.Tensor:
+        """i32 [R, 1]: zeros, where the channel of each rank begins"""
+        return torch.zeros((self.is_token_in_rank.shape[1], 1), dtype=torch.int32, device=self.is_token_in_rank.device)
+
+    @functools.cached_property
+    def send_head(self) -> torch.Tensor:
+        """i32 [T, R]: -1 where the token does not go to the rank"""
+        return self.is_token_in_rank.to(torch.int32) - 1
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """The tensors that there are from the start."""
+        return self.recv_src_idx, self._rank_counts, self.is_token_in_rank
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return tuple(self)[position]
+        return getattr(self, super().__getitem__(position))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, name) for name in super().__iter__())
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
 
 class _InternodeFields(NamedTuple):
@@ -109,6 +161,10 @@ class InternodeHandle(_InternodeFields):
 
     lease: PlanLease
 
+    @property
+    def sources(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self)
+
 
 Handle = Union[NormalHandle, InternodeHandle]
 
@@ -127,23 +183,6 @@ class LowLatencyHandle(_LowLatencyFields):
     lease: PlanLease
     lane: int
     bank: int
-
-
-def handle_in_node(lease: PlanLease, in_rank: torch.Tensor, arrived: Any, rank: int) -> NormalHandle:
-    """By torch on the device, so that the host waits for nothing. in_rank: bool [T, R]; arrived: tern.Dispatched."""
-    num_ranks = in_rank.shape[1]
-    prefix = torch.zeros((num_ranks, num_ranks), dtype=torch.int32, device=in_rank.device)
-    prefix[:, rank] = arrived.rank_counts.cumsum(0, dtype=torch.int32)
-    handle = NormalHandle(
-        rank_prefix_matrix=prefix,
-        channel_prefix_matrix=in_rank.sum(dim=0, dtype=torch.int32).unsqueeze(1),
-        recv_channel_prefix_matrix=torch.zeros((num_ranks, 1), dtype=torch.int32, device=in_rank.device),
-        recv_src_idx=arrived.source_token,
-        is_token_in_rank=in_rank,
-        send_head=in_rank.to(torch.int32) - 1,
-    )
-    handle.lease = lease
-    return handle
 
 
 def handle_between_nodes(lease: PlanLease, in_rank: torch.Tensor, arrived: Any, nodes: Nodes) -> InternodeHandle:

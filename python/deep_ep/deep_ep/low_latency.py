@@ -8,11 +8,9 @@ Results take turns on two lanes, so that two may be alive at a time, also in two
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from dataclasses import dataclass
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Set
+from typing import Any, Callable, NamedTuple, Optional, Set
 
 import tern
 import torch
@@ -35,8 +33,7 @@ _LEAST_HIDDEN = 8  # of bf16 rows
 _CASTS = {(False, False): "fp8_f32", (True, False): "fp8_f32_pow2", (True, True): "fp8_ue8m0"}
 
 
-@dataclass(frozen=True)
-class Finish:
+class Finish(NamedTuple):
     """When the caller wants an operation to be done."""
 
     async_finish: bool
@@ -47,8 +44,7 @@ class Finish:
             raise tern.InvalidArgumentError("async_finish and return_recv_hook exclude each other; both are set")
 
 
-@dataclass(frozen=True)
-class Cast:
+class Cast(NamedTuple):
     """What is done to rows on the way."""
 
     use_fp8: bool
@@ -132,6 +128,7 @@ class LowLatencyMode:
         self._fitting: Set[Shape] = set()
         self._sms_of_lane = streams.num_sms // num_lanes
         self._zero_copy = [self.exchange.empty((bank_bytes,), torch.uint8) for _ in range(_NUM_BANKS)]
+        self._zero_copy_begins = [bank.untyped_storage().data_ptr() for bank in self._zero_copy]
         self._lane_locks = [threading.Lock() for _ in range(num_lanes)]
         self._turn_lock = threading.Lock()
         self._num_dispatches = 0
@@ -325,7 +322,6 @@ class LowLatencyMode:
             self._streams.follow(lane)
             return operation(), EventOverlap()
         with self._streams.run(Order(async_finish=True), lane) as work:
-            self._streams.follow(lane)
             result = operation()
             work.inputs += inputs
             work.outputs += _tensors(result)
@@ -385,8 +381,7 @@ class LowLatencyMode:
         if x.dtype != torch.bfloat16:
             raise tern.InvalidArgumentError(f"low_latency_combine: x is {x.dtype}; it must be bfloat16")
         # Ranks agree on whether rows lie in the window by zero_copy alone.
-        begin = x.untyped_storage().data_ptr()
-        return x.clone() if any(begin == bank.untyped_storage().data_ptr() for bank in self._zero_copy) else x
+        return x.clone() if x.untyped_storage().data_ptr() in self._zero_copy_begins else x
 
     def _combine_mode(self, shape: Shape, num_topk: int, finish: Finish) -> str:
         if self._asked_mode != "auto":
@@ -437,16 +432,32 @@ class LowLatencyMode:
             extent="worst",
         )
 
-    @contextlib.contextmanager
-    def _one_operation(self, operation: str, lane: int, shape: Shape, rows_per_token: int = 1) -> Iterator[None]:
-        try:
-            with self._lane_locks[lane]:
-                yield
-        except tern.MaskedOutError:
+    def _one_operation(self, operation: str, lane: int, shape: Shape, rows_per_token: int = 1) -> _OneOperation:
+        return _OneOperation(self, self._lane_locks[lane], (operation, shape, rows_per_token))
+
+    def explain(self, error: tern.Error, operation: tuple[str, Shape, int]) -> None:
+        """What an operation has met; raises what the caller shall see instead, if anything."""
+        if isinstance(error, tern.MaskedOutError):
             self._is_masked_out = True
-            raise
-        except tern.OutOfMemoryError as error:
-            raise tern.OutOfMemoryError(f"{self._too_small(operation, shape, rows_per_token)} [{error}]") from error
+        elif isinstance(error, tern.OutOfMemoryError):
+            raise tern.OutOfMemoryError(f"{self._too_small(*operation)} [{error}]") from error
+
+
+class _OneOperation:
+    """A context in which the lane is this thread's."""
+
+    __slots__ = ("_mode", "_lock", "_operation")
+
+    def __init__(self, mode: LowLatencyMode, lock: threading.Lock, operation: tuple[str, Shape, int]) -> None:
+        self._mode, self._lock, self._operation = mode, lock, operation
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        self._lock.release()
+        if isinstance(error, tern.Error):
+            self._mode.explain(error, self._operation)
 
 
 def _asked_combine_mode() -> str:

@@ -14,9 +14,9 @@ from tern.exchange import Exchange
 
 from . import layout, sizes
 from .events import EventOverlap
-from .handles import Handle, PlanLease, PlanPool, handle_between_nodes, handle_in_node, plan_of
+from .handles import Handle, NormalHandle, PlanLease, PlanPool, handle_between_nodes, plan_of
 from .nodes import Nodes
-from .streams import Order
+from .streams import NORMAL_LANE, Order
 
 Rows = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
@@ -122,7 +122,7 @@ class NormalMode:
     def dispatch(self, x: Rows, batch: Batch, order: Order, num_sms: int) -> Received:
         batch.check(self._nodes.num_nodes)
         tokens, scales = _parts(x)
-        with self._streams.run(order) as work:
+        with self._streams.run(order, NORMAL_LANE) as work:
             work.inputs += [
                 tokens,
                 scales,
@@ -148,7 +148,7 @@ class NormalMode:
             handle = self._handle(lease, batch, arrived)
             topk_idx = None if arrived.topk_idx is None else arrived.topk_idx.to(torch.int64)
             received = _joined(x, arrived)
-            work.outputs += [*_parts(received), topk_idx, arrived.topk_weights, *handle]
+            work.outputs += [*_parts(received), topk_idx, arrived.topk_weights, *handle.sources]
         counts: list[int] = []
         if info is not None:
             alignment = batch.expert_alignment
@@ -159,7 +159,7 @@ class NormalMode:
         """Along the routing of an earlier dispatch."""
         plan = plan_of(handle)
         tokens, scales = _parts(x)
-        with self._streams.run(order) as work:
+        with self._streams.run(order, NORMAL_LANE) as work:
             work.inputs += [tokens, scales]
             with self._explains_memory("dispatch", plan, tokens.shape[1] * tokens.element_size()):
                 arrived = plan.dispatch(_aligned(tokens), scales=scales, outputs=(), num_sms=num_sms)
@@ -178,7 +178,7 @@ class NormalMode:
     ) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
         plan = plan_of(handle)
         biases = list(bias) if isinstance(bias, (tuple, list)) else [bias]
-        with self._streams.run(order) as work:
+        with self._streams.run(order, NORMAL_LANE) as work:
             work.inputs += [x, topk_weights, *biases]
             rides = topk_weights is not None and topk_weights.dim() == 2 and topk_weights.shape[1] == plan.num_topk
             with self._explains_memory("combine", plan, x.shape[-1] * x.element_size()):
@@ -239,13 +239,18 @@ class NormalMode:
             ) from error
 
     def _handle(self, lease: PlanLease, batch: Batch, arrived: tern.Dispatched) -> Handle:
-        in_rank = batch.is_token_in_rank
+        in_rank: Any = batch.is_token_in_rank
         if in_rank is None:
             assert batch.topk_idx is not None
-            in_rank = layout.is_token_in_rank(batch.topk_idx, batch.num_experts, self._nodes.num_ranks)
+            in_rank = self.exchange.count_routing(
+                batch.topk_idx, batch.num_experts, wanted=["token_in_rank"]
+            ).token_in_rank
         if self._nodes.num_nodes > 1:
             return handle_between_nodes(lease, in_rank, arrived, self._nodes)
-        return handle_in_node(lease, in_rank, arrived, self._rank)
+        handle = NormalHandle(lease, in_rank, arrived, self._rank)
+        if self._streams.is_capturing():
+            tuple(handle)  # so that replays write the elements too
+        return handle
 
     @contextlib.contextmanager
     def _explains_memory(self, operation: str, plan: tern.Plan, row_bytes: int) -> Iterator[None]:
@@ -280,11 +285,13 @@ class _NumTokens:
         self._plan = exchange.plan(max_tokens=1, num_experts=self._num_ranks**2, num_topk=0)
         self._none = torch.empty((0, self._num_ranks), dtype=torch.bool, device=device)
         self._counts = torch.zeros((self._num_ranks, self._num_ranks), dtype=torch.int32, device=device)
+        self._num_counted = 0
 
     def most(self, num_tokens: int) -> int:
         if self._num_ranks == 1:
             return num_tokens
-        self._counts[:, self._rank] = num_tokens
+        if num_tokens != self._num_counted:
+            self._counts[:, self._rank] = self._num_counted = num_tokens
         info = self._plan.route(token_in_rank=self._none, tokens_per_expert=self._counts)
         assert info is not None and info.received_per_expert is not None
         return max(info.received_per_expert)

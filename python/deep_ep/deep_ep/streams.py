@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """On which stream an operation runs, and who waits for it. All that the module knows of CUDA streams is here.
 
-Operations in normal mode run on the buffer's communication stream, and so do the small torch operations around them:
-their outputs come from that stream's share of torch's allocator, and `record_stream` tells it who else uses them. CPU
-ranks have no streams.
+An operation that the caller's stream waits for anyway runs on that stream. One that is to overlap with it, or to begin behind another
+event, runs on the buffer's communication stream, and so do the small torch operations around it: their outputs come from that
+stream's share of torch's allocator, and `record_stream` tells it who else uses them. CPU ranks have no streams.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import tern
 import torch
 
 from .events import EventHandle, EventOverlap
+
+NORMAL_LANE = -1
+LOCAL = None  # no lane: nothing is exchanged with other ranks
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class HostStreams:
         self.num_sms = 0
 
     @contextlib.contextmanager
-    def run(self, order: Order, lane: int = 0) -> Iterator[Work]:
+    def run(self, order: Order, lane: Optional[int]) -> Iterator[Work]:
         order.check()
         work = Work()
         yield work
@@ -73,7 +76,7 @@ class HostStreams:
     def on(self, stream: Any) -> Any:
         return contextlib.nullcontext()
 
-    def follow(self, lane: int) -> None:
+    def follow(self, lane: Optional[int]) -> None:
         pass
 
     def is_capturing(self) -> bool:
@@ -81,7 +84,7 @@ class HostStreams:
 
 
 class CudaStreams:
-    """Of GPU ranks."""
+    """Of GPU ranks. Lanes: NORMAL_LANE, and those of low-latency mode."""
 
     def __init__(self, device: torch.device, num_lanes: int) -> None:
         self._device = device
@@ -90,24 +93,30 @@ class CudaStreams:
         self._comm_streams: list[Any] = [cuda.Stream(device) for _ in range(num_lanes)]
         self.comm_stream: Any = self._comm_streams[0]
         self.num_sms: int = cuda.get_device_properties(device).multi_processor_count
-        self._last: list[Any] = [None] * num_lanes
+        self._last: dict[Optional[int], Any] = {}  # by lane: the stream that its last operation was on
+        self._handle_of_current: Any = torch._C._cuda_getCurrentRawStream  # an object of it takes microseconds
 
     @contextlib.contextmanager
-    def run(self, order: Order, lane: int = 0) -> Iterator[Work]:
-        """What is done inside runs on the lane's communication stream, behind the order's event or the caller's stream.
+    def run(self, order: Order, lane: Optional[int]) -> Iterator[Work]:
+        """What is done inside runs behind the order's event, or else behind what is on the caller's stream.
 
         Behind it the caller's stream waits, or with async_finish work.event is there. Append to work.inputs and
-        work.outputs what the operation reads and what it hands out.
+        work.outputs what the operation reads and what it hands out. lane: whose operations it follows; LOCAL: nobody's.
         """
         order.check()
-        caller, comm = torch.cuda.current_stream(self._device), self._comm_streams[lane]
         awaited = order.awaited
+        work = Work()
+        if awaited is None and not order.async_finish:
+            self.follow(lane)
+            yield work
+            return
+        caller, comm = torch.cuda.current_stream(self._device), self._comm_streams[max(lane or 0, 0)]
         if awaited is not None and awaited.event is not None:
             comm.wait_event(awaited.event)
         else:
             comm.wait_stream(caller)
-        work = Work()
         with torch.cuda.stream(comm):
+            self.follow(lane)
             yield work
             if order.async_finish:
                 work.event = EventHandle(comm)
@@ -127,18 +136,20 @@ class CudaStreams:
     def on(self, stream: Any) -> Any:
         return torch.cuda.stream(stream)
 
-    def follow(self, lane: int) -> None:
+    def follow(self, lane: Optional[int]) -> None:
         """Operations of a lane must run in the order of their calls, so the current stream waits for the one that the
         last was on.
 
         Not while a graph is captured: what is captured is ordered by the graph itself, and must not wait for anything
             outside of it.
         """
-        if self.is_capturing():
+        if lane is LOCAL or self.is_capturing():
             return
-        stream = torch.cuda.current_stream(self._device)
-        last, self._last[lane] = self._last[lane], stream
-        if last is not None and last != stream:
+        last = self._last.get(lane)
+        if last is not None and last.cuda_stream == self._handle_of_current(self._device.index):
+            return
+        stream = self._last[lane] = torch.cuda.current_stream(self._device)
+        if last is not None:
             stream.wait_stream(last)
 
     def is_capturing(self) -> bool:
