@@ -2,20 +2,19 @@
 """The argument structs of dispatch and combine, kept for calls of the same kind.
 
 What distinguishes kinds of calls (dtypes, hidden size, choices, which outputs are wanted) is looked at once and filled into a struct;
-a further call of that kind sets the pointers and makes the outputs. That is most of what a call costs on the host.
+a further call of that kind sets the pointers and makes the outputs. Calls that look the same altogether take a way that is shorter still:
+_repeats.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
-import operator
 import struct
 from typing import Any, Callable, NamedTuple, Sequence
 
 from . import _c
-from ._arrays import Array, Arrays
+from ._arrays import Array, ArrayKind, Arrays
 from .errors import InvalidArgumentError
 from .results import Dispatched
 
@@ -29,7 +28,6 @@ DEFAULT_OUTPUTS = {
 OUT_NAMES = tuple(Dispatched.__dataclass_fields__)
 _OUT_ADDRESSES = struct.Struct(f"{len(OUT_NAMES)}Q")
 _OUT_OFFSET = _c.DispatchArgs.out_tokens.offset
-_out_arrays = operator.attrgetter(*OUT_NAMES)
 
 
 class Shape(NamedTuple):
@@ -45,6 +43,24 @@ class Shape(NamedTuple):
         if self.layout == _c.Layout.EXPERT_PADDED:
             return (self.num_local_experts, self.num_ranks * self.max_tokens)
         return (num_rows,)
+
+
+class OutputMaker:
+    """Makes arrays: by patterns from the second time in a row on that a size wants them, since those take time to make, and sizes may
+    change with every batch."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+        self._size, self._has_patterns = -1, False
+        self.make_again: Callable[[], list[Array]] = list  # of the last size
+
+    def make(self, size: int, kinds: Callable[[int], list[ArrayKind | None]]) -> list[Array]:
+        """Of the kinds that the size wants; None stays None."""
+        if size != self._size or not self._has_patterns:
+            self._size, self._has_patterns = size, size == self._size
+            make = self._arrays.patterns if self._has_patterns else self._arrays.plain
+            self.make_again = make(kinds(size))
+        return self.make_again()
 
 
 class DispatchKind(NamedTuple):
@@ -82,10 +98,9 @@ class DispatchCall:
         self._of_rows: list[tuple[str, tuple[int, ...], Any]] = []
         self._fixed: list[tuple[str, tuple[int, ...], Any]] = []
         self._scales = self._arriving_scales()
-        self._makers: list[tuple[int, Callable[[], Array]]] = []  # position in OUT_NAMES, and what makes that array
-        self._makers_rows, self._has_patterns = -1, False
         wanted = DEFAULT_OUTPUTS[shape.layout] if kind.outputs is None else kind.outputs
         self._add_outputs([name for name in wanted if name not in ("tokens", "scales")])
+        self.maker = OutputMaker(arrays)
 
     def _arriving_scales(self) -> tuple[int, Any]:
         """Number and dtype; dtype None: none arrive."""
@@ -129,43 +144,49 @@ class DispatchCall:
 
     def make_outputs(self, num_rows: int) -> Dispatched:
         """Fresh arrays, and their addresses in the struct."""
-        if num_rows != self._makers_rows or not self._has_patterns:
-            self._set_makers(num_rows)
-        pointer = self.arrays.pointer
-        made: list[Array] = [None] * len(OUT_NAMES)
-        addresses = [0] * len(OUT_NAMES)
-        for position, make in self._makers:
-            made[position] = array = make()
-            addresses[position] = pointer(array)
-        _OUT_ADDRESSES.pack_into(self.args, _OUT_OFFSET, *addresses)
-        return Dispatched(*made)
+        made = Dispatched(*self.maker.make(num_rows, self._kinds))
+        set_outputs(self.args, out_addresses(made, self.arrays.pointer))
+        return made
 
-    def _set_makers(self, num_rows: int) -> None:
-        """By patterns from the second call on that has as many rows: making those takes time, and rows may change with every batch."""
-        arrays = self.arrays
-        self._has_patterns, self._makers_rows = num_rows == self._makers_rows, num_rows
-        maker = arrays.pattern if self._has_patterns else functools.partial(functools.partial, arrays.empty)
+    def _kinds(self, num_rows: int) -> list[ArrayKind | None]:
+        """Of all fields of Dispatched; None: stays None."""
         rows = self.shape.rows(num_rows)
-        shapes = [(name, rows + tail, dtype) for name, tail, dtype in self._of_rows] + self._fixed
-        self._makers = [(OUT_NAMES.index(name), maker(shape, dtype)) for name, shape, dtype in shapes]
+        kinds = {name: ArrayKind(rows + tail, dtype) for name, tail, dtype in self._of_rows}
+        kinds.update({name: ArrayKind(shape, dtype) for name, shape, dtype in self._fixed})
         num_scales, dtype = self._scales
-        if dtype is None:
-            return
-        if self.kind.scale_order == _c.ScaleOrder.ROW_MAJOR:
-            make = maker((*rows, num_scales), dtype)
-        else:
-            make_transposed = maker((*rows[:-1], num_scales, rows[-1]), dtype)
-
-            def make() -> Array:
-                return arrays.transpose(make_transposed())
-
-        self._makers.append((OUT_NAMES.index("scales"), make))
+        if dtype is not None:
+            by_column = self.kind.scale_order != _c.ScaleOrder.ROW_MAJOR
+            kinds["scales"] = ArrayKind((*rows, num_scales), dtype, transposed=by_column)
+        return [kinds.get(name) for name in OUT_NAMES]
 
     def use_outputs(self, out: Dispatched) -> None:
         """The caller's arrays; those that are None are not written."""
-        pointer = self.arrays.pointer
-        addresses = [0 if array is None else pointer(array) for array in _out_arrays(out)]
-        _OUT_ADDRESSES.pack_into(self.args, _OUT_OFFSET, *addresses)
+        set_outputs(self.args, out_addresses(out, self.arrays.pointer))
+
+
+def set_outputs(args: _c.DispatchArgs, addresses: Sequence[int]) -> None:
+    _OUT_ADDRESSES.pack_into(args, _OUT_OFFSET, *addresses)
+
+
+def out_addresses(out: Dispatched, address: Callable[[Array], int]) -> tuple[int, ...]:
+    """In the order of OUT_NAMES. Written out: a loop over the names takes twice as long, and this is done at every call."""
+    tokens, scales, topk_idx, topk_weights = out.tokens, out.scales, out.topk_idx, out.topk_weights
+    source_token, source_rank, row_expert = out.source_token, out.source_rank, out.row_expert
+    offsets, counts = out.expert_offsets, out.expert_counts
+    rank_counts, ranges = out.rank_counts, out.expert_rank_ranges
+    return (
+        0 if tokens is None else address(tokens),
+        0 if scales is None else address(scales),
+        0 if topk_idx is None else address(topk_idx),
+        0 if topk_weights is None else address(topk_weights),
+        0 if source_token is None else address(source_token),
+        0 if source_rank is None else address(source_rank),
+        0 if row_expert is None else address(row_expert),
+        0 if offsets is None else address(offsets),
+        0 if counts is None else address(counts),
+        0 if rank_counts is None else address(rank_counts),
+        0 if ranges is None else address(ranges),
+    )
 
 
 # Of a combine, as they follow each other in the struct: topk_weights, row_weights, bias[2], out_tokens, out_topk_weights.
@@ -200,8 +221,7 @@ class CombineCall:
         self.pointer = ctypes.byref(self.args)
         self._num_rows = -1
         self._shapes_of_rows: tuple[tuple[int, ...], ...] = ()  # of as many
-        self._num_tokens = -1
-        self._make_result: Callable[[], Array] | None = None  # for as many tokens
+        self.maker = OutputMaker(arrays)
 
     def check_rows(self, given: tuple[int, ...], num_rows: int) -> None:
         """The shape of the rows."""
@@ -212,13 +232,10 @@ class CombineCall:
             raise InvalidArgumentError(f"rows has shape {list(given)}; it must be {list(self._shapes_of_rows[0])}")
 
     def make_result(self, num_tokens: int) -> Array:
-        """A fresh array; by a pattern, as DispatchCall's."""
-        if num_tokens != self._num_tokens:
-            self._num_tokens, self._make_result = num_tokens, None
-            return self.arrays.empty((num_tokens, self.kind.hidden), self.kind.dtype)
-        if self._make_result is None:
-            self._make_result = self.arrays.pattern((num_tokens, self.kind.hidden), self.kind.dtype)
-        return self._make_result()
+        return self.maker.make(num_tokens, self._kinds)[0]
+
+    def _kinds(self, num_tokens: int) -> list[ArrayKind | None]:
+        return [ArrayKind((num_tokens, self.kind.hidden), self.kind.dtype)]
 
     def set_addresses(self, addresses: _Addresses) -> None:
         _COMBINE_ADDRESSES.pack_into(self.args, _COMBINE_OFFSET, *addresses)

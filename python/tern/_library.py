@@ -50,3 +50,6 @@ lib = _load()
 def direct(name: str) -> Any:
     """The function without the look at the types of its arguments, for calls whose arguments are objects of ctypes already."""
     return ctypes.CFUNCTYPE(ctypes.c_int32)((name, lib))
+
+
+tern_dispatch, tern_combine = direct("tern_dispatch"), direct("tern_combine")
