@@ -3,14 +3,15 @@
 
     python python/bench/host_overhead.py [--device cuda] [--tokens 1] [--hidden 7168]
 
-Four ways: outputs allocated by the call, outputs given, both operations prepared, and the two C functions alone with arguments that are
-there already, which is what Python comes on top of. On a GPU the time is that of enqueueing: the GPU is waited for between the batches and not within.
+Five ways: outputs allocated by the call, outputs given, outputs given and other inputs at every call, both operations prepared, and the two
+C functions alone with arguments that are there already, which is what Python comes on top of. On a GPU the time is that of enqueueing: the GPU is waited for between the batches and not within.
 On a CPU rank the C functions also do the work, so use few small tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from typing import Callable
@@ -66,6 +67,13 @@ def main() -> None:
         plan.dispatch(x, topk_idx=idx, out=arrived)
         plan.combine(arrived.tokens, topk_weights=weights, out=y)
 
+    others = itertools.cycle([[array.clone() for array in (x, idx, weights)] for _ in range(7)])
+
+    def others_into_given() -> None:
+        other_x, other_idx, other_weights = next(others)
+        plan.dispatch(other_x, topk_idx=other_idx, out=arrived)
+        plan.combine(arrived.tokens, topk_weights=other_weights, out=y)
+
     into_given()
     dispatch_call, combine_call = (
         next(reversed(plan._dispatch_calls.values())),
@@ -92,6 +100,7 @@ def main() -> None:
         "C functions": c_functions,
         "prepared": prepared,
         "outputs given": into_given,
+        "and other inputs": others_into_given,
         "outputs allocated": allocating,
     }
     for name, call in ways.items():
