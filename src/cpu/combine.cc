@@ -29,6 +29,8 @@ class Combine {
     pull_ = in_window && !encodes() && phase == TERN_PHASE_WHOLE && !is_small(ctx_, call_.row_bytes) && !ctx_.lane.has_unreceived();
     per_entry_ = args_.mode == TERN_COMBINE_EXACT && shape_.has_expert_rows();
     own_in_place_ = !pull_ && !encodes() && phase == TERN_PHASE_WHOLE && !shape_.has_expert_rows();
+    own_node_in_place_ = ctx_.rail != nullptr && shape_.ranks_per_node() == 1 && run.phase == TERN_PHASE_WHOLE && !per_entry_ &&
+                         !call_.carries_weights && (pull_ || own_in_place_);
     store_ = slot_store(ctx_, call_.row_bytes, phase);
     set_trip(phase, run.phase);
   }
@@ -218,6 +220,7 @@ class Combine {
     Span span(ctx_.lane.spans(), {.kind = TERN_SPAN_REDUCE, .operation = trip_.operation, .epoch = epoch});
     size_t num_rows = 0;
     for (const SourceBatch& batch : ctx_.table.batches()) {
+      if (own_node_in_place_ && batch.source() == shape_.rank) continue;
       const int64_t end = batch.first_from(range.end);
       for (int64_t token = batch.first_from(range.begin); token < end; ++token) {
         scratch_.terms.clear();
@@ -323,7 +326,7 @@ class Combine {
 
   // The rows of one message where they lie; a group of its own, so that the sum on its rank is rounded as if it were made there.
   void pull_message(const SourceBatch& batch, int64_t token, Message message) {
-    if (!shape_.has_expert_rows()) {
+    if (!has_groups()) {
       const int32_t row = batch.message_row(message);
       const std::byte* payload = row < 0 ? nullptr : pulled_row(message.rank, row);
       if (payload != nullptr) scratch_.terms.push_back({payload, 1.0f});
@@ -338,6 +341,9 @@ class Combine {
     }
     scratch_.group_ends.push_back(static_cast<int32_t>(scratch_.terms.size()));
   }
+
+  // Is what a rank contributes a sum that is made where the token's is?
+  bool has_groups() const { return pull_ && shape_.has_expert_rows(); }
 
   const std::byte* pulled_row(int32_t rank, int32_t row) const {
     const std::byte* rows = scratch_.row_address[static_cast<size_t>(rank - shape_.first_rank())];
@@ -413,7 +419,7 @@ class Combine {
         gather_returned_entries(token, banks);
       else
         gather_returned_sums(token, banks);
-      sum_terms(per_entry_ && args_.weighting != TERN_WEIGHTS_NONE, token);
+      sum_terms((per_entry_ || (own_node_in_place_ && pull_)) && args_.weighting != TERN_WEIGHTS_NONE, token);
     }
     ctx_.rail->finish_round(rail_epoch(rail_round));
   }
@@ -426,8 +432,13 @@ class Combine {
     float* out_weights = out_weights_of(token);
     for (int32_t node = 0; node < shape_.num_nodes; ++node) {
       if (!goes_to(token, node)) continue;
+      if (own_node_in_place_ && node == shape_.node()) {
+        gather_messages(ctx_.table.own(), token, nullptr);
+        continue;
+      }
       const std::byte* slot = next_returned_slot(node, banks);
       scratch_.terms.push_back({slot, 1.0f});
+      if (own_node_in_place_ && has_groups()) scratch_.group_ends.push_back(static_cast<int32_t>(scratch_.terms.size()));
       const auto* handed_back = reinterpret_cast<const float*>(slot + rail_trip_.bank.slot.words());
       for (int32_t k = 0; k < shape_.num_topk && out_weights != nullptr; ++k) out_weights[k] += handed_back[k];
     }
@@ -463,6 +474,8 @@ class Combine {
   PlanScratch& scratch_;
   bool pull_ = false;          // owners read the rows in their experts' windows
   bool own_in_place_ = false;  // this rank's rows for its own tokens are not copied to a slot
+  // Between nodes, with one rank on each: they are not copied to the rail's bank either, but summed with what the nodes return.
+  bool own_node_in_place_ = false;
   bool per_entry_ = false;     // every expert's row goes to the owner
   bool has_slots_ = true;
   bool receives_as_it_sends_ = false;  // between nodes, no phase: a round of the rail is received when the next one is sent

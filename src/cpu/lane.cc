@@ -175,8 +175,10 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   };
   while (Deadline::Clock::now() - start < options_.spin) {
     if (ready()) return done(true);
+    if (proxy_ != nullptr) proxy_->help();
     ::sched_yield();
   }
+  if (proxy_ != nullptr) proxy_->hand_over();
   for (;;) {
     const uint32_t heard = listen(bell);
     if (ready()) {

@@ -23,6 +23,7 @@
 #include "domain/doorbell.h"
 #include "domain/failure.h"
 #include "trace/trace.h"
+#include "transport/proxy.h"
 
 namespace tern::cpu {
 
@@ -89,6 +90,9 @@ class Lane {
  public:
   // `spans`: where this lane's timeline goes.
   Lane(const Domain& domain, int index, const LaneOptions& options, SpanLog& spans);
+
+  // Whose bytes to move while waiting, as long as that does not sleep; nullptr: there is no network.
+  void set_proxy(Proxy* proxy) { proxy_ = proxy; }
 
   // Epochs start again; `domain` holds fresh windows.
   void restart();
@@ -222,6 +226,7 @@ class Lane {
   std::vector<uint8_t> given_up_;      // [num_ranks], of the domain
   bool gave_up_any_ = false;
   int64_t* wait_ns_ = nullptr;  // [num_ranks] of the running operation's caller
+  Proxy* proxy_ = nullptr;
 };
 
 inline CountedWaits::CountedWaits(Lane& lane, int64_t* wait_ns) : lane_(lane) { lane.wait_ns_ = wait_ns; }

@@ -12,7 +12,7 @@ namespace tern::cpu {
 namespace {
 
 constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
-constexpr int64_t kRailRoundBytes = 1 << 20;  // of slots from one rank to another node
+constexpr int64_t kRailRoundBytes = 512 << 10;  // of slots from one rank to another node
 constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
 constexpr int64_t kLatencyKb = 32;            // of rows per rank: batches up to this size take the latency path
 constexpr int64_t kRailLatencyKb = 512;       // the same of a dispatch between nodes, which saves a trip over the network by it
@@ -226,9 +226,11 @@ void set_rail_rounds(const PlanContext& context, RailTrip& rail_trip, RoundTrip&
   }
   trip.tokens_per_round = std::min(trip.tokens_per_round, fitting);
   if (phase == TERN_PHASE_WHOLE) {
-    const int64_t wanted = kRailRoundBytes / (rail_trip.bank.slot.stride() * slots_per_token) / trip.tokens_per_round;
+    // Rounds without rows, whose slots are small, are cut too: the network brings the next one meanwhile.
+    const int64_t wanted = std::max<int64_t>(1, kRailRoundBytes / (rail_trip.bank.slot.stride() * slots_per_token));
+    trip.tokens_per_round = std::min(trip.tokens_per_round, wanted);
     const int64_t most = (fitting < most_tokens ? fitting : most_tokens + trip.tokens_per_round - 1) / trip.tokens_per_round;
-    rail_trip.tokens_per_round = std::clamp<int64_t>(wanted, 1, most) * trip.tokens_per_round;
+    rail_trip.tokens_per_round = std::clamp<int64_t>(wanted / trip.tokens_per_round, 1, most) * trip.tokens_per_round;
   } else {
     rail_trip.tokens_per_round = most_tokens;
   }

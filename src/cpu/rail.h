@@ -8,6 +8,7 @@
 //   rail.finish_round(epoch);                                   // they are no longer needed
 //
 // Every round exchanges something with each node. Two may be under way, on both sides.
+// While the lane waits, for whomever, it moves the network's bytes.
 // Memory: what await_arrived() returns is visible and stays until finish_round(). Threads: those of the lane.
 #pragma once
 

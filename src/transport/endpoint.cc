@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "transport/endpoint.h"
 
+#include <sched.h>
+
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 #include "base/error.h"
 
@@ -16,6 +20,22 @@ void Endpoint::put(Put put, Deadline deadline) {
            put.num_bytes, put.peer, put.channel, put.epoch, num_outstanding());
     wait(Deadline::in_ms(std::min(kRetryMs, deadline.remaining_ms())));
   }
+}
+
+bool Endpoint::wait(Deadline deadline) {
+  constexpr int kNumYields = 20;
+  constexpr std::chrono::microseconds kFirstPause(10), kMostPause(500);
+  std::chrono::microseconds pause = kFirstPause;
+  for (int turn = 0; !progress(); ++turn) {
+    if (deadline.passed()) return false;
+    if (turn < kNumYields) {
+      ::sched_yield();
+      continue;
+    }
+    std::this_thread::sleep_for(std::min<std::chrono::nanoseconds>(pause, deadline.remaining()));
+    pause = std::min(pause * 2, kMostPause);
+  }
+  return true;
 }
 
 }  // namespace tern

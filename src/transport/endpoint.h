@@ -14,7 +14,7 @@
 // epoch) are in this rank's memory, and visible to the thread that progresses. Bytes that are put must stay as they are until flush().
 // Epochs of a (peer, channel) are 1, 2, 3 ...; each ends with a put that is `last`, of 0 bytes if there is nothing else to say. Two may
 // be under way: epoch e may be begun once the peer has retired e - 2, and it is for the caller to know (the peer puts a word, or 0 bytes).
-// Threads: an endpoint and its regions belong to one thread at a time, but for wake(). Nothing moves by itself: bytes may be sent, received and counted
+// Threads: an endpoint and its regions belong to one thread at a time. Nothing moves by itself: bytes may be sent, received and counted
 // only while this rank is in put, progress, wait or flush, so a rank that others put to must come back until they are done.
 // Deadlines: a wait that ends without what it was for is TERN_TIMEOUT with the ranks at fault, except of wait(), which returns false.
 // Errors of the network are TERN_SYSTEM_ERROR with the peer's rank, once for each peer from whichever call finds out, and again from every
@@ -98,7 +98,6 @@ struct EndpointOptions {
 struct EndpointFacts {
   std::string provider, domain;
   bool traffic_class = false;  // the provider takes the class that was asked for
-  bool blocks = false;         // wait() sleeps in the kernel; otherwise it looks again and again, with short sleeps
   size_t most_message_bytes = 0;
   int most_outstanding = 0;
 };
@@ -120,10 +119,8 @@ class Endpoint {
 
   // Counts what has come and what has left; does not wait. False if there was nothing.
   virtual bool progress() = 0;
-  // Waits until progress() would be true, and does it; false: the deadline has passed, or somebody called wake().
-  virtual bool wait(Deadline deadline) = 0;
-  // Ends the wait() under way, or the next one. Any thread; where facts().blocks is false the wait ends with its next look.
-  virtual void wake() = 0;
+  // Progresses until there was something, with pauses of up to half a millisecond; false: the deadline has passed.
+  bool wait(Deadline deadline);
 
   // Nothing is outstanding any more: it is in its peers' memory, as far as it is confirmed, and what it was put from may change.
   // TERN_TIMEOUT names the peers that did not take theirs.

@@ -56,18 +56,12 @@ FabricConnection::FabricConnection(FabricInfo info, int most_outstanding, int nu
   check("fi_enable", fi_enable(endpoint_.get()));
 }
 
-// Some providers can wake a sleeper (tcp, verbs), some cannot (efa).
+// Nobody sleeps at the queue: for that the provider "net" has a thread of its own, which then reads all that comes, and wakes ours for each
+// message.
 void FabricConnection::open_queue(size_t num_entries) {
   fi_cq_attr attributes = {};
   attributes.format = FI_CQ_FORMAT_DATA;
   attributes.size = num_entries;
-  attributes.wait_obj = FI_WAIT_UNSPEC;
-  fid_cq* queue = nullptr;
-  blocks_ = fi_cq_open(domain_.get(), &attributes, &queue, nullptr) == 0;
-  if (blocks_) {
-    queue_.reset(queue);
-    return;
-  }
   attributes.wait_obj = FI_WAIT_NONE;
   queue_ = open_fid<fid_cq>("fi_cq_open", *info_, [&](fid_cq** out) { return fi_cq_open(domain_.get(), &attributes, out, nullptr); });
 }

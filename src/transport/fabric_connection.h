@@ -46,7 +46,6 @@ class FabricConnection {
   fid_ep* endpoint() const { return endpoint_.get(); }
   fi_addr_t address_of(int peer) const { return addresses_[peer]; }
   std::vector<Departing>& departing() { return departing_; }
-  bool blocks() const { return blocks_; }
 
  private:
   bool has_mode(int mr_mode_bit) const { return (info_->domain_attr->mr_mode & mr_mode_bit) != 0; }
@@ -63,7 +62,6 @@ class FabricConnection {
 
   std::vector<fi_addr_t> addresses_;
   uint64_t next_key_ = 1;
-  bool blocks_ = false;
 };
 
 // For an endpoint that ends with messages under way. ofi_rxm (libfabric 1.17) crashes when it closes then, so what is layered over it stays

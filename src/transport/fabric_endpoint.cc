@@ -5,11 +5,8 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <chrono>
 #include <deque>
 #include <functional>
-#include <thread>
 
 #include "base/error.h"
 #include "transport/endpoint.h"
@@ -35,8 +32,6 @@ class FabricEndpoint final : public Endpoint {
   Region register_memory(void* address, size_t num_bytes) override { return connection_->register_memory(connection_, address, num_bytes); }
   bool try_put(Put& put) override;
   bool progress() override;
-  bool wait(Deadline deadline) override;
-  void wake() override;
   void flush(Deadline deadline) override;
   int num_outstanding() const override { return static_cast<int>(connection_->departing().size() - idle_.size()); }
   int num_outstanding_to(int peer) const override { return num_outstanding_to_[peer]; }
@@ -70,7 +65,6 @@ class FabricEndpoint final : public Endpoint {
   std::vector<std::string> lost_;  // for each peer, "" or why it cannot be reached
   std::deque<Failure> problems_;   // to be thrown, one by each call that finds it here
   EndpointFacts facts_;
-  std::atomic<bool> woken_ = false;
 };
 
 FabricEndpoint::FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& options, FabricInfo info)
@@ -88,7 +82,6 @@ FabricEndpoint::FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& opti
   facts_.most_message_bytes =
       std::min(options.most_message_bytes == 0 ? SIZE_MAX : options.most_message_bytes, info->ep_attr->max_msg_size);
   connection_ = std::make_shared<FabricConnection>(std::move(info), facts_.most_outstanding, bootstrap.num_ranks());
-  facts_.blocks = connection_->blocks();
   for (Departing& message : connection_->departing()) idle_.push_back(&message);
 }
 
@@ -233,35 +226,6 @@ void FabricEndpoint::throw_problem() {
   const Failure problem = problems_.front();
   problems_.pop_front();
   throw problem;
-}
-
-// Providers that progress only when asked may miss the reason to wake up, so sleep is bounded.
-bool FabricEndpoint::wait(Deadline deadline) {
-  constexpr int kMostSleepMs = 20;
-  constexpr std::chrono::microseconds kFirstPause(10), kMostPause(500);
-  std::chrono::microseconds pause = kFirstPause;
-  while (!progress()) {
-    if (woken_.exchange(false) || deadline.passed()) return false;
-    if (!facts_.blocks) {
-      std::this_thread::sleep_for(std::min<std::chrono::nanoseconds>(pause, deadline.remaining()));
-      pause = std::min(pause * 2, kMostPause);
-      continue;
-    }
-    Completions completions;
-    const ssize_t got =
-        fi_cq_sread(connection_->queue(), completions.data(), kBatch, nullptr, std::min(kMostSleepMs, deadline.remaining_ms()));
-    if (got <= 0) continue;  // progress() finds errors
-    take(completions, static_cast<size_t>(got));
-    throw_problem();
-    return true;
-  }
-  return true;
-}
-
-// The flag stays for a waiter that comes later, and so does the provider's own; one that misses it sleeps as long as any.
-void FabricEndpoint::wake() {
-  woken_.store(true);
-  if (facts_.blocks) fi_cq_signal(connection_->queue());
 }
 
 void FabricEndpoint::flush(Deadline deadline) {

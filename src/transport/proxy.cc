@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "transport/proxy.h"
 
+#include <sys/prctl.h>
+
 #include <algorithm>
 #include <atomic>
 
@@ -9,9 +11,14 @@
 namespace tern {
 namespace {
 
-constexpr int kLongestSleepMs = 20;
 constexpr int64_t kProbeEveryMs = 100;
-constexpr int kRetryMs = 1;  // a provider that cannot take a put now does not always say when it can
+
+// The thread's pauses: each is twice as long as the one before, from when something has happened; while puts are on their way and while
+// others move the bytes they have bounds of their own.
+constexpr std::chrono::microseconds kFirstPause{100}, kLongestPause{4000}, kLongestBusyPause{200}, kHelpedPause{200};
+constexpr unsigned long kSlackNs = 1000;  // else each pause ends up to 50 us late
+
+constexpr size_t kHeavyBytes = 256 << 10;
 
 // Of the farewell channel. They come in any order.
 constexpr int64_t kGoodbye = 1;
@@ -38,7 +45,7 @@ Proxy::~Proxy() { stop(); }
 void Proxy::stop() {
   if (!thread_.joinable()) return;
   stop_ = true;
-  endpoint_->wake();
+  wake();
   thread_.join();
 }
 
@@ -57,37 +64,88 @@ void Proxy::put(const Put& put) {
     queue_.push_back(put);
     queue_.back().channel = data_channel(put.channel);
   }
-  endpoint_->wake();
+  has_queued_.store(true, std::memory_order_release);
+  const bool is_heavy = put.num_bytes >= kHeavyBytes;
+  if (is_heavy) is_heavy_ = true;
+  if (!help() || is_heavy) wake();
 }
 
 void Proxy::finish(int channel, uint64_t epoch) {
   for (Line& line : lines_)
     if (line.channel == channel) line.finished.store(epoch, std::memory_order_release);
-  endpoint_->wake();
+  if (!help()) wake();
 }
 
 bool Proxy::close(Deadline deadline) {
   closing_ = true;
-  endpoint_->wake();
+  wake();
   std::unique_lock lock(mutex_);
   return has_closed_.wait_until(lock, deadline.time(), [&] { return closed_; });
 }
 
-void Proxy::run() {
-  while (!stop_) {
-    start_puts();
-    for (Line& line : lines_) {
-      report_problems([&] {
-        count_arrivals(line);
-        give_credits(line);
-      });
-    }
-    for (Peer& peer : peers_) hear_farewell(peer);
-    options_.turned();
-    if (closing_ && all_delivered()) say_farewell();
-    const int sleep_ms = pending_.empty() ? kLongestSleepMs : kRetryMs;
-    report_problems([&] { endpoint_->wait(Deadline::in_ms(sleep_ms)); });
+bool Proxy::help() {
+  const std::unique_lock turn(turn_, std::try_to_lock);
+  if (!turn.owns_lock()) return false;
+  was_helped_.store(true, std::memory_order_relaxed);
+  move_bytes();
+  return true;
+}
+
+void Proxy::hand_over() {
+  was_helped_ = false;
+  wake();
+}
+
+void Proxy::wake() {
+  {
+    const std::lock_guard lock(mutex_);
+    is_awake_ = true;
   }
+  has_work_.notify_one();
+}
+
+// True: it was woken.
+bool Proxy::sleep(std::chrono::microseconds longest) {
+  std::unique_lock lock(mutex_);
+  const bool woken = has_work_.wait_for(lock, longest, [&] { return is_awake_; });
+  is_awake_ = false;
+  return woken;
+}
+
+void Proxy::run() {
+  static_cast<void>(::prctl(PR_SET_TIMERSLACK, kSlackNs));
+  auto pause = kFirstPause;
+  while (!stop_) {
+    options_.turned();
+    if (was_helped_.exchange(false) && !is_heavy_ && !closing_) {
+      pause = sleep(kHelpedPause) ? kFirstPause : kHelpedPause;
+      continue;
+    }
+    bool moved = false, is_busy = false;
+    {
+      const std::lock_guard turn(turn_);
+      moved = move_bytes();
+      is_busy = !all_delivered();
+      if (closing_ && !is_busy) say_farewell();
+    }
+    const bool woken = !moved && sleep(std::min(pause, is_busy ? kLongestBusyPause : kLongestPause));
+    pause = moved || woken ? kFirstPause : std::min(2 * pause, kLongestPause);
+  }
+}
+
+// With `turn_` held. False: there was nothing.
+bool Proxy::move_bytes() {
+  bool moved = start_puts();
+  report_problems([&] { moved |= endpoint_->progress(); });
+  for (Line& line : lines_) {
+    report_problems([&] {
+      count_arrivals(line);
+      give_credits(line);
+    });
+  }
+  for (Peer& peer : peers_) hear_farewell(peer);
+  if (is_heavy_ && all_delivered()) is_heavy_ = false;
+  return moved;
 }
 
 // What the network says against a peer is told once, and not at all if that has left.
@@ -108,13 +166,13 @@ void Proxy::report_problems(Call call) {
 }
 
 // No order between puts is needed, so one that the provider cannot take now does not hold up the others.
-void Proxy::start_puts() {
-  {
+bool Proxy::start_puts() {
+  if (has_queued_.exchange(false, std::memory_order_acquire)) {
     const std::lock_guard lock(mutex_);
     pending_.insert(pending_.end(), queue_.begin(), queue_.end());
     queue_.clear();
   }
-  std::erase_if(pending_, [&](Put& put) { return try_put(put); });
+  return std::erase_if(pending_, [&](Put& put) { return try_put(put); }) != 0;
 }
 
 // True: there is nothing left to do about it.

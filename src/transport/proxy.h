@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// A thread that owns an endpoint: bytes move whatever the rank's other threads do, and what has come is a word in memory that they
-// can wait for as for any other.
+// Shares an endpoint between a rank's threads: what has come is a word in memory that they can wait for as for any other. Whoever waits
+// moves the bytes meanwhile (help), and a thread of the proxy's own does while nobody waits.
 //
 //   const Region region = endpoint->register_memory(...);                    // and everybody's, exchanged
 //   Proxy proxy(std::move(endpoint), {.peers = {{2, remotes[2]}, {4, remotes[4]}}, .region = &region, .changed = ...});
 //   proxy.start();
 //   wait_until(proxy.taken(2, 0) + 2 >= epoch);              // credit: the peer has room for this epoch
 //   proxy.put({.peer = 2, ..., .epoch = epoch, .last = true});
-//   wait_until(proxy.arrived(2, 0) >= epoch);                // what rank 2 put here in this epoch is all there
+//   while (proxy.arrived(2, 0) < epoch) proxy.help();        // what rank 2 put here in this epoch is all there
 //   proxy.finish(0, epoch);                                  // ... and is no longer needed: rank 2 gets its credit
 //
 // Channels are the caller's; the endpoint has more (channels_for): for credits, and to say goodbye. In every epoch of a channel a rank
@@ -19,6 +19,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -41,10 +42,10 @@ struct ProxyOptions {
   std::vector<ProxyPeer> peers;  // ranks that are put to and received from; this one is not among them
   int num_channels = 1;
   const Region* region = nullptr;  // from which notices are put
-  // Called on the proxy's thread; must neither wait nor throw.
+  // Must neither wait nor throw. The first two are called on whichever thread moves the bytes, one at a time, and call nothing here.
   std::function<void(int channel)> changed;                       // one of the channel's words has grown
   std::function<void(int peer, const std::string& text)> failed;  // the peer cannot be put to, once; -1: something else is wrong
-  std::function<void()> turned;                                   // whenever something may have happened, at least every 20 ms
+  std::function<void()> turned;                                   // on the proxy's thread, at least every 20 ms
 };
 
 class Proxy {
@@ -59,7 +60,7 @@ class Proxy {
   // Starts the thread. Once, before anything else is called.
   void start();
 
-  // Is on its way soon. Not before the peer has taken the channel's epoch before the previous one.
+  // Is on its way, or soon. Not before the peer has taken the channel's epoch before the previous one.
   void put(const Put& put);
   // This rank no longer needs what its peers put up to this epoch, all of which has arrived. Tells them.
   void finish(int channel, uint64_t epoch);
@@ -67,6 +68,11 @@ class Proxy {
   // The last epoch up to which everything has arrived from the peer, or was taken by it. To be read with acquire.
   const uint64_t& arrived(int peer, int channel) const { return line(peer, channel).arrived; }
   const uint64_t& taken(int peer, int channel) const { return line(peer, channel).taken; }
+
+  // Moves bytes on the calling thread, and lets words grow; false: another thread is at it. The proxy's own thread stands back then.
+  bool help();
+  // Whoever has helped will not for a while: the proxy's thread goes on at once.
+  void hand_over();
 
   // Nothing is put or finished any more: waits until everything is with its peers, says goodbye to those that have not done so themselves,
   // and waits for their answers. Their other threads have nothing to do for that. False: the deadline has passed.
@@ -98,7 +104,10 @@ class Proxy {
   const Line& line(int peer, int channel) const;
   int farewell_channel() const { return 2 * options_.num_channels; }
   void run();
-  void start_puts();
+  bool sleep(std::chrono::microseconds longest);
+  void wake();
+  bool move_bytes();
+  bool start_puts();
   bool try_put(Put& put);
   void notify(const Peer& peer, int endpoint_channel, int64_t epoch);
   void count_arrivals(Line& line);
@@ -114,7 +123,8 @@ class Proxy {
   ProxyOptions options_;
   std::vector<Line> lines_;  // [channel][peer]
 
-  // The thread's own.
+  // Whoever moves bytes holds it; guards the endpoint and what follows.
+  std::mutex turn_;
   std::vector<Peer> peers_;
   std::vector<Put> pending_;  // taken from the queue, not yet handed to the endpoint
   bool said_farewell_ = false;
@@ -122,10 +132,15 @@ class Proxy {
 
   std::atomic<bool> closing_ = false;
   std::atomic<bool> stop_ = false;
+  std::atomic<bool> was_helped_ = false;  // since the thread looked last
+  std::atomic<bool> is_heavy_ = false;    // more is on its way than a socket holds: the thread helps those who help
+  std::atomic<bool> has_queued_ = false;
   std::mutex mutex_;
-  std::vector<Put> queue_;  // guarded, as is the next
+  std::vector<Put> queue_;  // guarded, as are the next two
+  bool is_awake_ = false;
   bool closed_ = false;
   std::condition_variable has_closed_;
+  std::condition_variable has_work_;
   std::thread thread_;
 };
 

@@ -32,14 +32,6 @@ EndpointOptions loopback_options() {
 
 uint64_t load(const uint64_t& word) { return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire); }
 
-void await(const uint64_t& word, uint64_t value, const char* what) {
-  const Deadline deadline = ample();
-  while (load(word) < value) {
-    require(!deadline.passed(), what);
-    std::this_thread::yield();
-  }
-}
-
 // A rank with a proxy. Its memory: [channel][bank][in, out][rank].
 class ProxyRank {
  public:
@@ -88,10 +80,24 @@ class ProxyRank {
   }
 
   Proxy& proxy() { return *proxy_; }
+  bool helps = false;  // moves bytes while it waits
   std::atomic<int> num_changes = 0;
   std::atomic<int> failed_peer = -2;
 
  private:
+  void await(const uint64_t& word, uint64_t value, const char* what) {
+    const Deadline deadline = ample();
+    for (int turn = 0; load(word) < value; ++turn) {
+      require(!deadline.passed(), what);
+      constexpr int kTurnsUntilHandOver = 100;
+      if (helps && turn < kTurnsUntilHandOver)
+        proxy_->help();
+      else if (helps && turn == kTurnsUntilHandOver)
+        proxy_->hand_over();
+      std::this_thread::yield();
+    }
+  }
+
   size_t offset(int channel, uint64_t epoch, size_t direction, int rank) const {
     return (((static_cast<size_t>(channel) * 2 + epoch % 2) * 2 + direction) * static_cast<size_t>(num_ranks_) +
             static_cast<size_t>(rank)) *
@@ -138,6 +144,23 @@ TEST_F(Proxies, ManyEpochsOfTwoChannels) {
       }
     require(rank.proxy().close(ample()), "all take leave");
     require(rank.num_changes > 0 && rank.failed_peer == -2, "words grow, and nobody is lost");
+  });
+}
+
+// Two threads of each rank, with a channel each, move bytes while they wait, and so does the proxy's own.
+TEST_F(Proxies, ThreadsThatWaitMoveTheBytes) {
+  run_ok(2, [](int, ProxyRank& rank) {
+    constexpr uint64_t kNumEpochs = 300;
+    rank.helps = true;
+    const std::vector<std::string> texts = run_threads(kChannels, [&](int channel) {
+      for (uint64_t epoch = 1; epoch <= kNumEpochs; ++epoch) {
+        rank.send(channel, epoch);
+        rank.receive(channel, epoch);
+      }
+    });
+    for (const std::string& text : texts) require(text == "ok", text);
+    require(rank.proxy().close(ample()), "all take leave");
+    require(rank.failed_peer == -2, "nobody is lost");
   });
 }
 

@@ -395,16 +395,20 @@ HWY_INLINE void add_group(std::span<const SumTerm> group, size_t first, size_t n
 }
 
 template <class Wire>
-HWY_INLINE void write_rounded(const BlockSum& total, size_t num, Store how, typename Wire::Element* out) {
+HWY_INLINE void write_vector(Vec<float> sum, size_t n, bool streams, typename Wire::Element* out) {
   using Element = typename Wire::Element;
+  const Vec<Element> rounded = Wire::narrow(sum);
+  if (streams && n == hn::Lanes(As<Element>()))
+    hn::Stream(rounded, As<Element>(), out);
+  else
+    store(rounded, out, n);
+}
+
+template <class Wire>
+HWY_INLINE void write_rounded(const BlockSum& total, size_t num, Store how, typename Wire::Element* out) {
   const bool streams = how == Store::kStreaming && can_stream(out);
-  for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR {
-    const Vec<Element> rounded = Wire::narrow(load_sum(total.values + i, total.is_zero));
-    if (streams && n == hn::Lanes(As<Element>()))
-      hn::Stream(rounded, As<Element>(), out + i);
-    else
-      store(rounded, out + i, n);
-  });
+  for_each_vector(num, [&](size_t i, size_t n)
+                           HWY_ATTR { write_vector<Wire>(load_sum(total.values + i, total.is_zero), n, streams, out + i); });
 }
 
 inline void write_encoded(BlockSum& total, size_t first, size_t num, void* out) {
@@ -414,8 +418,44 @@ inline void write_encoded(BlockSum& total, size_t first, size_t num, void* out) 
     encode_log_block(total.values + at, std::min<size_t>(kLogBlock, num - at), block);
 }
 
+// The same sum of so few rows that it stays in registers.
+template <class Wire, bool kWeighted, size_t kNumTerms>
+HWY_INLINE void sum_few(const SumArgs& args, size_t first, size_t num) {
+  using Element = typename Wire::Element;
+  const Element* in[kNumTerms];
+  for (size_t t = 0; t < kNumTerms; ++t) in[t] = static_cast<const Element*>(args.terms[t].row) + first;
+  Element* out = static_cast<Element*>(args.out) + first;
+  const bool streams = args.store == Store::kStreaming && can_stream(out);
+  for_each_vector(num, [&](size_t i, size_t n) HWY_ATTR {
+    Vec<float> sum = hn::Zero(Floats());
+    for (size_t t = 0; t < kNumTerms; ++t) {
+      Vec<float> value = Wire::widen(load(in[t] + i, n));
+      hwy::Prefetch(in[t] + i + kSumBlock);
+      if constexpr (kWeighted) value = hn::Mul(hn::Set(Floats(), args.terms[t].weight), value);
+      sum = hn::Add(sum, value);
+    }
+    write_vector<Wire>(sum, n, streams, out + i);
+  });
+}
+
+// False: there are too many rows, or there is more to do than to add them.
+template <class Wire, bool kWeighted>
+bool try_sum_few(const SumArgs& args, size_t first, size_t num) {
+  const bool is_plain = args.bias[0] == nullptr && args.bias[1] == nullptr && args.group_ends.empty() &&
+                        args.terms_wire == TERN_WIRE_AS_DTYPE && args.out_wire == TERN_WIRE_AS_DTYPE;
+  if (!is_plain) return false;
+  switch (args.terms.size()) {
+    case 1: sum_few<Wire, kWeighted, 1>(args, first, num); return true;
+    case 2: sum_few<Wire, kWeighted, 2>(args, first, num); return true;
+    case 3: sum_few<Wire, kWeighted, 3>(args, first, num); return true;
+    case 4: sum_few<Wire, kWeighted, 4>(args, first, num); return true;
+    default: return false;
+  }
+}
+
 template <class Wire, bool kWeighted>
 void sum_block(const SumArgs& args, size_t first, size_t num) {
+  if (try_sum_few<Wire, kWeighted>(args, first, num)) return;
   BlockSum total;
   for (const void* bias : args.bias) {
     if (bias != nullptr) add_row<Wire, false>({bias, 1.0f}, first, num, total);
