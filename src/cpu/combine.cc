@@ -476,7 +476,7 @@ class Combine {
   bool own_in_place_ = false;  // this rank's rows for its own tokens are not copied to a slot
   // Between nodes, with one rank on each: they are not copied to the rail's bank either, but summed with what the nodes return.
   bool own_node_in_place_ = false;
-  bool per_entry_ = false;     // every expert's row goes to the owner
+  bool per_entry_ = false;  // every expert's row goes to the owner
   bool has_slots_ = true;
   bool receives_as_it_sends_ = false;  // between nodes, no phase: a round of the rail is received when the next one is sent
   Store store_ = Store::kCached;

@@ -17,13 +17,12 @@ namespace {
 
 constexpr int64_t kDefaultSpinUs = 50;
 constexpr int64_t kCrowdedSpinUs = 20;
-constexpr int64_t kNetworkSpinUs = 200;   // while it waits a rank moves the network's bytes itself
 
 LaneOptions lane_options(const tern_exchange_options& options, int num_ranks, int num_nodes) {
   // With more ranks than cores, the rank that is waited for may need this core: spinning gives it away at once, which is cheaper than
   // to sleep and be woken, but only for as long as nobody else takes it for a whole time slice.
   const bool crowded = num_ranks > static_cast<int>(std::thread::hardware_concurrency());
-  const int64_t spin_us = knobs().spin_us.value_or(num_nodes > 1 ? kNetworkSpinUs : crowded ? kCrowdedSpinUs : kDefaultSpinUs);
+  const int64_t spin_us = knobs().spin_us.value_or(num_nodes > 1 ? kNetworkSpin.count() : crowded ? kCrowdedSpinUs : kDefaultSpinUs);
   return {.timeout_ms = options.timeout_ms,
           .spin = std::chrono::microseconds(spin_us),
           .on_timeout = options.on_timeout,

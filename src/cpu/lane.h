@@ -27,6 +27,9 @@
 
 namespace tern::cpu {
 
+// How long a lane between nodes looks before it sleeps: meanwhile it moves the network's bytes itself.
+inline constexpr std::chrono::microseconds kNetworkSpin{200};
+
 struct LaneOptions {
   int64_t timeout_ms = 0;
   std::chrono::nanoseconds spin{0};

@@ -11,11 +11,11 @@
 namespace tern::cpu {
 namespace {
 
-constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
+constexpr int64_t kRoundBytes = 256 << 10;      // of slots from one rank to another
 constexpr int64_t kRailRoundBytes = 512 << 10;  // of slots from one rank to another node
-constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
-constexpr int64_t kLatencyKb = 32;            // of rows per rank: batches up to this size take the latency path
-constexpr int64_t kRailLatencyKb = 512;       // the same of a dispatch between nodes, which saves a trip over the network by it
+constexpr int64_t kStreamingBytes = 1 << 20;    // batches from this size on are written past the caches
+constexpr int64_t kLatencyKb = 32;              // of rows per rank: batches up to this size take the latency path
+constexpr int64_t kRailLatencyKb = 512;         // the same of a dispatch between nodes, which saves a trip over the network by it
 
 size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<size_t>(rows * shape.num_topk); }
 

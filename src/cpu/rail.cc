@@ -7,9 +7,7 @@
 
 namespace tern::cpu {
 
-Rail::Rail(Lane& lane, const RailPlace& place) : lane_(lane), place_(place), num_slots_(place.ranks.size()) {
-  lane.set_proxy(place.proxy);
-}
+Rail::Rail(Lane& lane, const RailPlace& place) : lane_(lane), place_(place), num_slots_(place.ranks.size()) { lane.set_proxy(place.proxy); }
 
 void Rail::start_round(const RailTrip& trip, uint64_t epoch) {
   std::fill(num_slots_.begin(), num_slots_.end(), 0);

@@ -407,8 +407,8 @@ HWY_INLINE void write_vector(Vec<float> sum, size_t n, bool streams, typename Wi
 template <class Wire>
 HWY_INLINE void write_rounded(const BlockSum& total, size_t num, Store how, typename Wire::Element* out) {
   const bool streams = how == Store::kStreaming && can_stream(out);
-  for_each_vector(num, [&](size_t i, size_t n)
-                           HWY_ATTR { write_vector<Wire>(load_sum(total.values + i, total.is_zero), n, streams, out + i); });
+  for_each_vector(num,
+                  [&](size_t i, size_t n) HWY_ATTR { write_vector<Wire>(load_sum(total.values + i, total.is_zero), n, streams, out + i); });
 }
 
 inline void write_encoded(BlockSum& total, size_t first, size_t num, void* out) {
