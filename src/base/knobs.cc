@@ -29,7 +29,7 @@ void for_each_knob(Knobs& k, Visitor visit) {
   visit("TERN_TIMEOUT_MS", "default deadline of every wait, milliseconds (30000)", k.timeout_ms);
   visit("TERN_LOG_LEVEL", "0 off, 1 error, 2 warning, 3 info, 4 debug (2)", k.log_level);
   visit("TERN_SPIN_US",
-        "how long a CPU rank spins for a flag before it sleeps, microseconds (20 with more ranks than cores, else 50; between nodes 200)",
+        "how long a CPU rank spins for a flag before it sleeps, microseconds (20 with more ranks than cores, else 50; between nodes 10000)",
         k.spin_us);
   visit("TERN_STAGING_MAX_MB", "bound of the staging that is computed from shapes, MiB (CPU ranks 256, GPU ranks 1024)", k.staging_max_mb);
   visit("TERN_LATENCY_MAX_KB",

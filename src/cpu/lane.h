@@ -27,8 +27,9 @@
 
 namespace tern::cpu {
 
-// How long a lane between nodes looks before it sleeps: meanwhile it moves the network's bytes itself.
-inline constexpr std::chrono::microseconds kNetworkSpin{200};
+// How long a lane between nodes looks before it sleeps: meanwhile it moves the network's bytes itself, which it should do for as long as a
+// round takes, also where ranks share cores.
+inline constexpr std::chrono::microseconds kNetworkSpin{10'000};
 
 struct LaneOptions {
   int64_t timeout_ms = 0;
