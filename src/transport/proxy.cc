@@ -18,7 +18,7 @@ constexpr int64_t kProbeEveryMs = 100;
 constexpr std::chrono::microseconds kFirstPause{100}, kLongestPause{4000}, kLongestBusyPause{200}, kHelpedPause{200};
 constexpr unsigned long kSlackNs = 1000;  // else each pause ends up to 50 us late
 
-constexpr size_t kHeavyBytes = 256 << 10;
+constexpr size_t kHeavyBytes = 256 << 10;  // a put that may take more than one turn
 
 // Of the farewell channel. They come in any order.
 constexpr int64_t kGoodbye = 1;
@@ -73,6 +73,7 @@ void Proxy::put(const Put& put) {
 void Proxy::finish(int channel, uint64_t epoch) {
   for (Line& line : lines_)
     if (line.channel == channel) line.finished.store(epoch, std::memory_order_release);
+  has_finished_.store(true, std::memory_order_release);
   if (!help()) wake();
 }
 
@@ -135,17 +136,20 @@ void Proxy::run() {
 
 // With `turn_` held. False: there was nothing.
 bool Proxy::move_bytes() {
-  bool moved = start_puts();
-  report_problems([&] { moved |= endpoint_->progress(); });
-  for (Line& line : lines_) {
-    report_problems([&] {
-      count_arrivals(line);
-      give_credits(line);
-    });
+  const bool has_put = start_puts();
+  bool has_come = true;  // also if it throws: then it may have counted something
+  report_problems([&] { has_come = endpoint_->progress(); });
+  if (has_finished_.exchange(false, std::memory_order_acquire) || has_come) {
+    for (Line& line : lines_) {
+      report_problems([&] {
+        count_arrivals(line);
+        give_credits(line);
+      });
+    }
+    for (Peer& peer : peers_) hear_farewell(peer);
   }
-  for (Peer& peer : peers_) hear_farewell(peer);
   if (is_heavy_ && all_delivered()) is_heavy_ = false;
-  return moved;
+  return has_put || has_come;
 }
 
 // What the network says against a peer is told once, and not at all if that has left.

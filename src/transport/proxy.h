@@ -132,9 +132,9 @@ class Proxy {
 
   std::atomic<bool> closing_ = false;
   std::atomic<bool> stop_ = false;
-  std::atomic<bool> was_helped_ = false;  // since the thread looked last
-  std::atomic<bool> is_heavy_ = false;    // more is on its way than a socket holds: the thread helps those who help
-  std::atomic<bool> has_queued_ = false;
+  std::atomic<bool> was_helped_ = false;                         // since the thread looked last
+  std::atomic<bool> is_heavy_ = false;                           // much is on its way: the thread helps those who help
+  std::atomic<bool> has_queued_ = false, has_finished_ = false;  // since the last turn
   std::mutex mutex_;
   std::vector<Put> queue_;  // guarded, as are the next two
   bool is_awake_ = false;
