@@ -55,6 +55,29 @@ TEST_F(Nodes, BatchesLargerThanTheStaging) {
   }
 }
 
+// Combine sums the own node's rows where they are: in windows and in the caller's memory, in several rounds too.
+TEST_F(Nodes, OneRankOnEachNode) {
+  for (const tern_layout layout : {TERN_LAYOUT_RANK_MAJOR, TERN_LAYOUT_EXPERT_MAJOR, TERN_LAYOUT_EXPERT_PADDED})
+    for (const tern_weighting weighting : {TERN_WEIGHTS_NONE, TERN_WEIGHTS_DISPATCH, TERN_WEIGHTS_OWNER})
+      for (const bool in_windows : {false, true}) {
+        const bool has_expert_rows = layout != TERN_LAYOUT_RANK_MAJOR;
+        if (has_expert_rows ? !in_windows : weighting != TERN_WEIGHTS_NONE) continue;
+        Case c = case_on_nodes(77);
+        c.num_ranks = 3;
+        c.ranks_per_node = 1;
+        c.layout = layout;
+        c.weighting = weighting;
+        c.return_weights = false;
+        c.max_tokens = 200;
+        c.hidden = 1544;
+        c.routing = Routing::kHoles;
+        c.num_biases = in_windows ? 2 : 0;
+        c.window_combine = c.window_dispatch = in_windows;
+        c.mode = TERN_MODE_THROUGHPUT;
+        expect_right_as_threads(c.normalized());
+      }
+}
+
 // Some ranks are left out by choice, whole nodes among them: nothing goes to them, and nothing over their rails.
 TEST_F(Nodes, RandomCasesWithoutSomeRanks) {
   for (int64_t seed = 4001; seed <= 4000 + scaled(40); ++seed) {
