@@ -1,21 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cstdint>
 
+#include "device/order.cuh"
 #include "tools/cuda_call.h"
 #include "tools/pause.h"
 
 namespace tern::tools {
 namespace {
 
-__device__ uint64_t now_ns() {
-  uint64_t ns;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
-  return ns;
-}
-
 __global__ void pause_kernel(uint64_t num_ns) {
-  const uint64_t start_ns = now_ns();
-  while (now_ns() - start_ns < num_ns) __nanosleep(500);
+  const uint64_t start_ns = device::global_timer_ns();
+  while (device::global_timer_ns() - start_ns < num_ns) __nanosleep(500);
 }
 
 }  // namespace

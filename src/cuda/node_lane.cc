@@ -2,11 +2,11 @@
 #include "cuda/node_lane.h"
 
 #include <sched.h>
-#include <sys/prctl.h>
 
 #include <cstring>
 
 #include "base/error.h"
+#include "base/short_pauses.h"
 #include "domain/failure.h"
 
 namespace tern::cuda {
@@ -138,9 +138,7 @@ bool NodeLane::await_command() {
 }
 
 void NodeLane::run() {
-  // Else each of its short pauses ends up to 50 us late.
-  constexpr unsigned long kSlackNs = 1000;
-  static_cast<void>(::prctl(PR_SET_TIMERSLACK, kSlackNs));
+  allow_short_pauses();
   try {
     while (await_command()) take(cell_[0].command)(*this);
   } catch (const std::exception& error) {

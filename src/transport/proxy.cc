@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "transport/proxy.h"
 
-#include <sys/prctl.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "base/error.h"
+#include "base/short_pauses.h"
 
 namespace tern {
 namespace {
@@ -16,7 +15,6 @@ constexpr int64_t kProbeEveryMs = 100;
 // The thread's pauses: each is twice as long as the one before, from when something has happened; while puts are on their way and while
 // others move the bytes they have bounds of their own.
 constexpr std::chrono::microseconds kFirstPause{100}, kLongestPause{4000}, kLongestBusyPause{200}, kHelpedPause{200};
-constexpr unsigned long kSlackNs = 1000;  // else each pause ends up to 50 us late
 
 constexpr size_t kHeavyBytes = 256 << 10;  // a put that may take more than one turn
 
@@ -114,7 +112,7 @@ bool Proxy::sleep(std::chrono::microseconds longest) {
 }
 
 void Proxy::run() {
-  static_cast<void>(::prctl(PR_SET_TIMERSLACK, kSlackNs));
+  allow_short_pauses();
   auto pause = kFirstPause;
   while (!stop_) {
     options_.turned();

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "spin.h"
 
+#include "device/order.cuh"
+
 namespace tern::conformance {
 namespace {
 
-__device__ int64_t nanoseconds() {
-  int64_t now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
-}
+__device__ int64_t nanoseconds() { return static_cast<int64_t>(device::global_timer_ns()); }
 
 __global__ void spin(int64_t duration_ns) {
   const int64_t end = nanoseconds() + duration_ns;
