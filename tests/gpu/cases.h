@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "conformance/case.h"
@@ -60,9 +61,10 @@ inline std::vector<Case> window_cases(int32_t num_ranks) {
 
 // Large rows that go from window to window, in pieces too: on all ranks, or on some, where windows then begin elsewhere. With few rows, rows
 // beyond the capacity, graphs (extent WORST) and several rounds, the staging of which is chosen where they run.
-inline std::vector<Case> delivery_cases(int32_t num_ranks) {
+inline std::vector<Case> delivery_cases(int32_t num_ranks,
+                                        std::initializer_list<tern_extent> extents = {TERN_EXTENT_EXACT, TERN_EXTENT_WORST}) {
   std::vector<Case> result;
-  for (const tern_extent extent : {TERN_EXTENT_EXACT, TERN_EXTENT_WORST})
+  for (const tern_extent extent : extents)
     for (const int64_t scale_bytes : {0, 32, 92})  // the last no multiple of 16: by words
       for (const bool mixed : {false, true})
         for (const bool few : {false, true}) {
@@ -74,7 +76,8 @@ inline std::vector<Case> delivery_cases(int32_t num_ranks) {
           c.routing = !few ? Routing::kUniform : mixed ? Routing::kRankMask : Routing::kHoles;
           c.few_outputs = few;
           c.row_capacity = few && scale_bytes > 0 ? 90 : 0;
-          c.hidden = few ? 1032 : 7168;
+          // One piece; two of which the last has 16 bytes; and two large ones.
+          c.hidden = few ? 1032 : scale_bytes == 0 ? 2056 : scale_bytes == 92 ? 4104 : 7168;
           c.scale_bytes = scale_bytes == 92 && few ? 252 : scale_bytes;
           c.window_tokens = c.window_dispatch = c.window_combine = true;
           c.mixed_windows = mixed;

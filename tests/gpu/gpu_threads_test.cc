@@ -59,7 +59,7 @@ TEST_P(GpuThreads, RowsFromWindowToWindow) {
   expect_right_on_gpus(delivery_cases(num_ranks()), how);
   expect_right_in_rounds(delivery_cases(num_ranks()), how);
   how.num_replays = 5;
-  expect_right_on_gpus(delivery_cases(num_ranks()), how);
+  expect_right_on_gpus(delivery_cases(num_ranks(), {TERN_EXTENT_WORST}), how);
 }
 
 TEST_P(GpuThreads, Rounds) { expect_right_in_rounds(rounds_cases(num_ranks()), options()); }
