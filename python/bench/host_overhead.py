@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--topk", type=int, default=2)
     parser.add_argument("--batches", type=int, default=1000)
+    parser.add_argument("--own-stream", action="store_true", help="on a stream of torch's, and not on the default stream")
     given = parser.parse_args()
 
     group = tern.Group.local(1)[0]
@@ -54,6 +55,8 @@ def main() -> None:
         max_tokens=given.tokens, num_experts=given.experts, num_topk=given.topk, layout="expert_padded", extent="worst"
     )
     device = torch.device("cpu" if exchange.cuda_index is None else f"cuda:{exchange.cuda_index}")
+    if given.own_stream:
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     x = torch.randn(given.tokens, given.hidden, device=device).to(torch.bfloat16)
     idx = torch.stack([torch.randperm(given.experts)[: given.topk] for _ in range(given.tokens)]).to(device)
     weights = torch.rand(given.tokens, given.topk, device=device)
