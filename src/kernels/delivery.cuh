@@ -19,7 +19,8 @@
 namespace tern::kernels {
 
 // The rows of one warp, which it takes as it comes to them: a flow of ring.cuh. The first rows are loaded while open() waits for the others' calls;
-// it says whether they have come, and `ranks` are valid then.
+// it says whether they have come, and `ranks` are valid then. All warps ask at the same place of the code, those without rows too: in open() they
+// meet at a barrier, and tools that check barriers take two places for two barriers.
 template <typename Open>
 class RowDelivery {
  public:
@@ -32,17 +33,19 @@ class RowDelivery {
     look_ahead(warp);
   }
 
-  // Warps that have no rows ask too.
-  __device__ bool is_open() {
-    if (!has_asked_) is_open_ = open_();
-    has_asked_ = true;
-    return is_open_;
-  }
+  // After run_ring().
+  __device__ bool is_open() const { return is_open_; }
 
   __device__ RingLoad load(std::byte* stage, uint64_t* arrivals, bool) {
     const RowPieces& p = args_.pieces;
+    const bool has_more = load_piece_ > 0 || next_token_ < end_token_;
+    // Before the ring is full, behind which the first piece is stored.
+    if (!has_asked_ && (!has_more || ++num_loads_ == p.num_stages - kPendingStores)) {
+      is_open_ = open_();
+      has_asked_ = true;
+    }
+    if (!has_more || (has_asked_ && !is_open_)) return RingLoad::kNoMore;
     if (load_piece_ == 0) {
-      if (next_token_ >= end_token_ || (has_asked_ && !is_open_)) return RingLoad::kNoMore;
       token_ = next_token_;
 #pragma unroll
       for (int i = 0; i < kMostRefs; ++i) refs_[i] = refs_ahead_[i];
@@ -67,7 +70,7 @@ class RowDelivery {
 
   // Each thread stores to its ranks, which it wrote down itself.
   __device__ void store(std::byte* stage) {
-    if (!is_open()) return;
+    if (!is_open_) return;
     const RowPieces& p = args_.pieces;
     const bool is_last = store_piece_ + 1 == p.num_pieces;
     const int64_t at = int64_t{store_piece_} * p.piece_bytes;
@@ -158,6 +161,7 @@ class RowDelivery {
   MessageRef refs_[kMostRefs] = {}, refs_ahead_[kMostRefs] = {};  // the thread's, of the two tokens
   uint32_t words_[kScaleWords] = {}, words_ahead_[kScaleWords] = {};
   int load_piece_ = 0, store_piece_ = 0;
+  int num_loads_ = 0;  // up to the question
   Open open_;
   bool has_asked_ = false, is_open_ = false;
 };
