@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--topk", type=int, default=2)
     parser.add_argument("--batches", type=int, default=1000)
-    parser.add_argument("--own-stream", action="store_true", help="on a stream of torch's, and not on the default stream")
+    parser.add_argument(
+        "--own-stream", action="store_true", help="on a stream of torch's, and not on the default stream"
+    )
     given = parser.parse_args()
 
     group = tern.Group.local(1)[0]
