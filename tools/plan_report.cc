@@ -55,12 +55,9 @@ std::string name_of(const PlannedOperation& operation) {
                                        : fmt::format("{} {}", operation.choice.op, operation.choice.in_windows ? "window" : "caller");
 }
 
+// An operation has steps.
 const Stage& slowest_of(const OperationForecast& forecast) {
-  const Stage* slowest = nullptr;
-  for (const Step& step : forecast.steps) {
-    if (slowest == nullptr || step.slowest().us > slowest->us) slowest = &step.slowest();
-  }
-  return *slowest;
+  return std::ranges::max_element(forecast.steps, {}, [](const Step& step) { return step.slowest().us; })->slowest();
 }
 
 void print_operations(const PlanResult& result) {
