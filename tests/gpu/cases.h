@@ -76,8 +76,8 @@ inline std::vector<Case> delivery_cases(int32_t num_ranks,
           c.routing = !few ? Routing::kUniform : mixed ? Routing::kRankMask : Routing::kHoles;
           c.few_outputs = few;
           c.row_capacity = few && scale_bytes > 0 ? 90 : 0;
-          // One piece; two of which the last has 16 bytes; and two large ones.
-          c.hidden = few ? 1032 : scale_bytes == 0 ? 2056 : scale_bytes == 92 ? 4104 : 7168;
+          // One piece; two that are alike; two of which the last is shorter.
+          c.hidden = few ? 1032 : scale_bytes == 32 ? 7168 : 4104;
           c.scale_bytes = scale_bytes == 92 && few ? 252 : scale_bytes;
           c.window_tokens = c.window_dispatch = c.window_combine = true;
           c.mixed_windows = mixed;
