@@ -12,9 +12,6 @@ namespace {
 
 // Parts of rows that are sent: each has an SM on every GPU that there is, and is long enough for all warps of a block.
 constexpr int64_t kMostParts = 128, kLeastPartBytes = 2048;
-// Of a rank: see has_row_flags(). 4 H200, bf16 of 7168, us with and without flags: dispatch 7.9 and 8.1 with 1 token, 8.6 and 8.4 with 8, 9.4 and 8.8
-// with 16; combine 5.9 and 6.7 with 1, 7.8 and 8.5 with 16, 9.5 and 10.2 with 32, 14.7 and 13.9 with 64.
-constexpr int64_t kMostFlaggedInDispatch = 4, kMostFlaggedInCombine = 32;
 // Sends that route take one epoch here and two otherwise, when not two of them can be under way: so this does not depend on forecasts.
 constexpr int64_t kRoutedSendBytes = 4 << 20;
 // What slots are made for; larger batches take the throughput path.
@@ -98,14 +95,11 @@ layout::LatencySlot combine_slot(const CudaPlan& plan, const CombineCall& call) 
 // See LatencyCombineArgs.
 bool shares_slots(const CudaPlan& plan, const CombineCall& call) { return is_per_entry(plan, call) && !plan.exchange().masks_late_ranks(); }
 
-// Do rows have flags? They show nothing by themselves under TERN_ON_TIMEOUT_MASK and in the 10-bit encoding. Rows of entries are so many that to
-// put back what is unwritten takes longer than flags; and a few rows are looked at so soon that a flag behind them costs less than looks at all words.
-bool has_row_flags(const CudaPlan& plan, const DispatchCall&) {
-  return plan.exchange().masks_late_ranks() || plan.shape().max_tokens <= kMostFlaggedInDispatch;
-}
+// Do rows have flags? They show nothing by themselves under TERN_ON_TIMEOUT_MASK and in the 10-bit encoding. And rows of entries are so many that to
+// put back what is unwritten takes longer than flags.
+bool has_row_flags(const CudaPlan& plan) { return plan.exchange().masks_late_ranks(); }
 bool has_row_flags(const CudaPlan& plan, const CombineCall& call) {
-  return plan.exchange().masks_late_ranks() || plan.shape().max_tokens <= kMostFlaggedInCombine || call.args.wire == TERN_WIRE_LOG10BIT ||
-         is_per_entry(plan, call);
+  return has_row_flags(plan) || call.args.wire == TERN_WIRE_LOG10BIT || is_per_entry(plan, call);
 }
 
 bool fits(const CudaPlan& plan, const layout::LatencySlot& slot, int64_t num_slots, bool has_row_flags) {
@@ -209,7 +203,7 @@ bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call, const te
                         .rows_per_token = plan.shape().max_messages_per_token(),
                         .row_bytes = call.wire_bytes + call.scale_bytes,
                         .is_send = launch.phase == TERN_PHASE_SEND};
-  if (!is_small(plan, batch) || !fits(plan, slot, plan.shape().max_messages(), has_row_flags(plan, call))) return false;
+  if (!is_small(plan, batch) || !fits(plan, slot, plan.shape().max_messages(), has_row_flags(plan))) return false;
   return dispatch_memory(plan, slot).num_bytes <= kernels::kMostLatencyShared;
 }
 
@@ -261,7 +255,7 @@ kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_befo
   const layout::LatencySlot slot = dispatch_slot(call_);
   kernels::LatencyDispatchArgs args;
   args.call = make_call(plan_, launch_,
-                        {TERN_OP_DISPATCH, shape_, slot, has_row_flags(plan_, call_), call_.wire_bytes, parts_log2_,
+                        {TERN_OP_DISPATCH, shape_, slot, has_row_flags(plan_), call_.wire_bytes, parts_log2_,
                          plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
   args.memory = dispatch_memory(plan_, slot);
   args.call.routes = routes;

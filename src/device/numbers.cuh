@@ -30,6 +30,16 @@ __device__ __forceinline__ Vec16 load_vec16_relaxed_sys(const std::byte* from) {
                : "memory");
   return v;
 }
+// The same if `wanted`, and zeros if not. Without a branch: the compiler puts what is done with a load that has one behind it, before the next load,
+// and then they are not under way together.
+__device__ __forceinline__ Vec16 load_vec16_relaxed_sys_if(bool wanted, const std::byte* from) {
+  Vec16 v = {};
+  asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0; @wanted ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(v.words[0]), "+r"(v.words[1]), "+r"(v.words[2]), "+r"(v.words[3])
+               : "l"(from), "r"(static_cast<uint32_t>(wanted))
+               : "memory");
+  return v;
+}
 // Of global memory that is read once: it takes no room in the SM's cache.
 __device__ __forceinline__ Vec16 load_vec16_once(const std::byte* from) {
   Vec16 v;

@@ -8,7 +8,8 @@
 //
 // So a row has no flag as a rule, and no fence: it is there when none of its words is kUnwritten. One that holds this very word has a flag raised,
 // which who waits for long looks at too. All rows have flags (has_row_flags()) where they show nothing by themselves: under TERN_ON_TIMEOUT_MASK,
-// since a rank that was given up may write on, and in the 10-bit encoding, whose words are written by several threads; and where that is quicker.
+// since a rank that was given up may write on, and in the 10-bit encoding, whose words are written by several threads; and where that is quicker,
+// in exact combines.
 //
 // Under TERN_ON_TIMEOUT_MASK a rank is in an operation with all that it sends, or not at all: each block first waits for everything that comes,
 // and the first one that has all of a rank, or misses something at the deadline, decides for all blocks (settle_attendance()).
@@ -42,8 +43,8 @@ __device__ __forceinline__ int32_t quotient(int32_t number, uint32_t reciprocal)
 __device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) { return quotient(expert, args.experts_reciprocal); }
 
 __device__ __forceinline__ bool looks_unwritten(const Vec16& vec) {
-  return vec.words[0] == layout::kUnwritten || vec.words[1] == layout::kUnwritten || vec.words[2] == layout::kUnwritten ||
-         vec.words[3] == layout::kUnwritten;
+  return (vec.words[0] == layout::kUnwritten) | (vec.words[1] == layout::kUnwritten) | (vec.words[2] == layout::kUnwritten) |
+         (vec.words[3] == layout::kUnwritten);
 }
 __device__ __forceinline__ bool looks_unwritten(const uint2& vec) { return vec.x == layout::kUnwritten || vec.y == layout::kUnwritten; }
 __device__ __forceinline__ bool looks_unwritten(uint32_t word) { return word == layout::kUnwritten; }
@@ -77,7 +78,6 @@ struct RowVecs {
 enum class CallKind {
   kMasking,  // under TERN_ON_TIMEOUT_MASK; rows have flags
   kFlagged,  // so they have here
-  kUsualFlagged,
   kAny,
   kUsual,  // see is_usual_call()
 };
@@ -85,7 +85,7 @@ enum class CallKind {
 // Rows have flags or not on all ranks alike; what is usual each rank may find for itself.
 inline CallKind kind_of(const LatencyArgs& args, bool is_usual) {
   if (args.exchange.attendance != nullptr) return CallKind::kMasking;
-  if (args.has_row_flags) return is_usual ? CallKind::kUsualFlagged : CallKind::kFlagged;
+  if (args.has_row_flags) return CallKind::kFlagged;
   return is_usual ? CallKind::kUsual : CallKind::kAny;
 }
 
@@ -111,7 +111,7 @@ class LatencyCall {
   __device__ int rank() const { return args_.exchange.rank; }
   __device__ int num_ranks() const { return args_.exchange.num_ranks; }
 
-  __device__ static constexpr bool is_usual() { return kKind == CallKind::kUsual || kKind == CallKind::kUsualFlagged; }
+  __device__ static constexpr bool is_usual() { return kKind == CallKind::kUsual; }
   __device__ bool sends() const { return is_usual() || args_.sends; }
   __device__ bool receives() const { return is_usual() || args_.receives; }
   // A usual dispatch routes.
@@ -166,7 +166,7 @@ class LatencyCall {
     bool ok = !is_raising() || may_begin();
     // All have the epoch now: when all blocks have come here it may be advanced.
     ok = __syncthreads_and(ok && op_.epoch != 0 ? 1 : 0) != 0;
-    if (threadIdx.x == 0) count_begun();
+    if (threadIdx.x == kWorkThreads) count_begun();  // the others have more to do
     return ok;
   }
 
@@ -263,26 +263,31 @@ class LatencyCall {
 #pragma unroll 1
     for (int look = 1;; ++look) {
 #pragma unroll
-      for (int v = 0; v < kNum; ++v)
-        if (vecs.has(v)) values[v] = device::load_vec16_relaxed_sys(vecs.at(v));
+      for (int v = 0; v < kNum; ++v) values[v] = device::load_vec16_relaxed_sys_if(vecs.has(v), vecs.at(v));
+      __syncwarp();  // or the compiler would look at some before it asks for the next
       if (look == 1) meanwhile();
       if (has_row_flags()) return true;
-      int missing = -1;
+      bool is_unwritten = false;
+#pragma unroll
+      for (int v = 0; v < kNum; ++v) is_unwritten = is_unwritten | looks_unwritten(values[v]);
+      if (__any_sync(~0u, is_unwritten) == 0) break;
+      if (look < kLooksAtAll) continue;
+      const std::byte* missing_at = nullptr;
+      uint32_t missing = 0;  // its bit
 #pragma unroll
       for (int v = 0; v < kNum; ++v)
-        if (vecs.has(v) && looks_unwritten(values[v]) && (as_sent >> v & 1) == 0) missing = v;
-      const uint32_t missing_in = __ballot_sync(~0u, missing >= 0);
+        if (looks_unwritten(values[v]) && (as_sent >> v & 1) == 0) {
+          missing = 1u << v;
+          missing_at = vecs.at(v);
+        }
+      const uint32_t missing_in = __ballot_sync(~0u, missing != 0);
       if (missing_in == 0) break;
-      if (look < kLooksAtAll) continue;
       Arrival arrival = Arrival::kShown;
       if (missing_in >> device::lane_idx() == 1) {
-        const std::byte* at = vecs.at(missing);
-        arrival = await_arrival(reinterpret_cast<const Vec16*>(at), vecs.row_of(at));
-        if (arrival == Arrival::kFlagged) as_sent |= 1u << missing;
+        arrival = await_arrival(reinterpret_cast<const Vec16*>(missing_at), vecs.row_of(missing_at));
+        if (arrival == Arrival::kFlagged) as_sent |= missing;
       }
       if (__any_sync(~0u, arrival == Arrival::kFailed)) return false;
-#pragma unroll
-      for (int v = 0; v < kNum; ++v) values[v] = Vec16{};  // or what is not read again would be kept over the call
     }
 #pragma unroll
     for (int v = 0; v < kNum; ++v)
@@ -368,7 +373,7 @@ class LatencyCall {
  private:
   static constexpr bool kMasks = kKind == CallKind::kMasking;
   static constexpr int kBegunBarrier = 12, kMostUnclear = 4;
-  static constexpr int kLooksAtAll = 8;  // then a thread looks at what is missing alone
+  static constexpr int kLooksAtAll = 24;  // then a thread looks at what is missing alone
 
   // Not inlined, like all that is seldom done.
   template <typename T>

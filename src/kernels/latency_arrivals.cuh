@@ -30,8 +30,9 @@ class Arrivals {
         num_ranks_(call.num_ranks()),
         num_words_(static_cast<int>(args.call.words.num_routing_words())) {}
 
-  // All threads of the block. False: the exchange has failed, or this is the raising warp, which has no further part in it.
-  __device__ bool open() {
+  // All threads of the block, of which workers that open nothing may call await_open() instead. False: the exchange has failed, or this is the
+  // raising warp, which has no further part in it.
+  __device__ bool open() const {
     if (is_opening()) {
       if (call_.may_go_on_without())
         settle();
@@ -50,20 +51,26 @@ class Arrivals {
       call_.wait_no_more();
       device::sync_some_warps(kSettleBarrier, kSettleThreads);
     } else {
-      device::sync_some_warps(kOpenedBarrier, kWorkThreads);
+      return await_open();
     }
     if (*memory_.has_failed() != 0) return false;
     if (is_raising() && call_.routes()) settle_own();
     return !is_raising();
   }
+  // False: the exchange has failed.
+  __device__ bool await_open() const {
+    device::sync_some_warps(kOpenedBarrier, kWorkThreads);
+    return *memory_.has_failed() == 0;
+  }
 
   // Message i of those that there may be; false: there is none. All threads of a warp.
   __device__ int32_t num_candidates() const {
     if (!call_.routes()) return plan_.received_begin[num_ranks_];
-    int32_t most_tokens = 0;
+    uint32_t most_tokens = 0;
 #pragma unroll 1
-    for (int source = 0; source < num_ranks_; ++source) most_tokens = max(most_tokens, num_tokens(source));
-    return most_tokens * num_ranks_;
+    for (int source = static_cast<int>(device::lane_idx()); source < num_ranks_; source += kWarpThreads)
+      most_tokens = max(most_tokens, static_cast<uint32_t>(num_tokens(source)));
+    return static_cast<int32_t>(__reduce_max_sync(~0u, most_tokens)) * num_ranks_;
   }
   __device__ bool candidate(int32_t i, ArrivingMessage& message) const {
     if (!call_.routes()) {
@@ -74,10 +81,17 @@ class Arrivals {
         message.source += __popc(__ballot_sync(~0u, first + lane < num_ranks_ && plan_.received_begin[first + lane + 1] <= i));
       return true;
     }
-    message.token = quotient(i, args_.call.ranks_reciprocal);
-    message.source = rank_ + i - message.token * num_ranks_;
-    if (message.source >= num_ranks_) message.source -= num_ranks_;
+    message = candidate_at(i);
     return (presence(message.source)[message.token / 32] >> message.token % 32 & 1) != 0;
+  }
+  // The same of a call that routes before all is known: the warp asks the source's own word. False also where the exchange has failed.
+  __device__ bool await_candidate(int32_t i, ArrivingMessage& message) const {
+    message = candidate_at(i);
+    if (message.token >= plan_.max_tokens || call_.is_masked(message.source)) return false;
+    const auto word = static_cast<int32_t>(args_.call.words.presence()) + message.token / 32;
+    uint32_t present = 0;
+    if (device::lane_idx() == 0) call_.await_word_after(call_.look_at_word(message.source, word), message.source, word, present);
+    return (__shfl_sync(~0u, present, 0) >> message.token % 32 & 1) != 0;
   }
   // All threads of a warp: where a candidate stands.
   __device__ void place(ArrivingMessage& message) const {
@@ -142,6 +156,14 @@ class Arrivals {
 
  private:
   static constexpr int kOpenedBarrier = 14, kSettleBarrier = 13, kSettleThreads = kOpenThreads + kWarpThreads;
+
+  // Those of all sources side by side, this rank's first.
+  __device__ ArrivingMessage candidate_at(int32_t i) const {
+    ArrivingMessage message{0, quotient(i, args_.call.ranks_reciprocal), -1};
+    message.source = rank_ + i - message.token * num_ranks_;
+    if (message.source >= num_ranks_) message.source -= num_ranks_;
+    return message;
+  }
 
   // What the source says.
   __device__ uint32_t* words(int source) const { return memory_.words() + source * num_words_; }

@@ -16,21 +16,28 @@ namespace {
 template <typename Wire, bool kLog, typename Call>
 class OwnerSums {
  public:
-  __device__ OwnerSums(const LatencyCombineArgs& args, const Call& call) : args_(args), plan_(args.call.plan), call_(call) {}
+  // Asks for what the plan says of the warp's first piece: before it is known whether the exchange has failed, and the plan may say anything.
+  __device__ OwnerSums(const LatencyCombineArgs& args, const Call& call)
+      : args_(args),
+        plan_(args.call.plan),
+        call_(call),
+        num_pieces_((args.row_bytes + kPieceBytes - 1) / kPieceBytes),
+        first_(static_cast<int32_t>(warp() * gridDim.x + blockIdx.x)) {
+    if (is_raising() || !call.receives()) return;
+    num_tokens_ = plan_.num_tokens[call_.rank()];
+    if (first_ < plan_.max_tokens * num_pieces_) ahead_ = message_of(first_ / num_pieces_, static_cast<int>(device::lane_idx()));
+  }
 
   // The workers of all blocks; a warp takes a piece of a token's row at a time, which is not of more than one part.
   __device__ void run() const {
-    const int32_t num_pieces = (args_.row_bytes + kPieceBytes - 1) / kPieceBytes;
-    const int32_t num_tokens = plan_.num_tokens[call_.rank()];
-    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
     const auto num_warps = static_cast<int32_t>(kRaisingWarp * gridDim.x);
-    const auto first = static_cast<int32_t>(warp * gridDim.x + blockIdx.x);
-    if (call_.may_go_on_without()) settle(num_tokens);
-    if (first >= num_tokens * num_pieces) call_.wait_no_more();
-    for (int32_t i = first; i < num_tokens * num_pieces; i += num_warps) {
-      const int32_t token = i / num_pieces, piece = i % num_pieces;
+    const int32_t end_piece = num_tokens_ * num_pieces_;
+    if (call_.may_go_on_without()) settle(num_tokens_);
+    if (first_ >= end_piece) call_.wait_no_more();
+    for (int32_t i = first_; i < end_piece; i += num_warps) {
+      const int32_t token = i / num_pieces_, piece = i - token * num_pieces_;
       // Where the terms will be, before they are there.
-      const MessageRef message = message_of(token, static_cast<int>(device::lane_idx()));
+      const MessageRef message = i == first_ ? ahead_ : message_of(token, static_cast<int>(device::lane_idx()));
       Terms terms = is_per_entry<Call>(args_) ? terms_of_entries(token) : terms_of_shares(token, message);
       TermBatch batch = {};
       if (!kLog) batch = take_batch(terms);
@@ -39,7 +46,7 @@ class OwnerSums {
       bool ok = !call_.has_row_flags() || await_share(token, part, message);
       if (piece == 0 && returns_weights<Call>(args_) && args_.out_topk_weights != nullptr && ok) ok = sum_weights(token);
       if (!__all_sync(~0u, ok)) return;
-      const bool is_last = i + num_warps >= num_tokens * num_pieces;
+      const bool is_last = i + num_warps >= end_piece;
       std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
       sum_bytes<Wire>(
           begin, end,
@@ -65,6 +72,9 @@ class OwnerSums {
   }
 
  private:
+  // The last warp of a block first: a short part of a row is pushed by the first ones.
+  __device__ int warp() const { return kRaisingWarp - 1 - static_cast<int>(threadIdx.x) / kWarpThreads; }
+
   // Under TERN_ON_TIMEOUT_MASK, where rows are in one part: who has a share in the sums.
   __device__ __noinline__ void settle(int32_t num_tokens) const {
     call_.template settle_attendance<kWorkThreads>([&] {
@@ -188,6 +198,9 @@ class OwnerSums {
   const LatencyCombineArgs& args_;
   const PlanView& plan_;
   const Call& call_;
+  const int32_t num_pieces_, first_;
+  int32_t num_tokens_ = 0;
+  MessageRef ahead_ = {-1, -1};  // of the first piece's token
 };
 
 // All threads of all blocks: the weights of this rank's tokens, to the ranks of their experts.
@@ -210,6 +223,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
   using Call = LatencyCall<kKind>;
   Call call(args.call);
   ShareSender<Wire, kLog, Call> sender(args, call);
+  const OwnerSums<Wire, kLog, Call> sums(args, call);
   if (call.begin()) {
     const bool announces = is_raising() && blockIdx.x == gridDim.x - 1;  // in a block that seldom has a message
     if (call.sends()) {
@@ -220,7 +234,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
     }
     if (call.receives()) {
       if (!is_raising()) {
-        OwnerSums<Wire, kLog, Call>(args, call).run();
+        sums.run();
       } else {
         if (announces) call.await_calls();
         call.wait_no_more();
@@ -265,7 +279,6 @@ cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_block
   switch (kind_of(args.call, is_usual_combine(args))) {
     case CallKind::kMasking: return with_kernel<false, CallKind::kMasking>(args.dtype, launch_one);
     case CallKind::kFlagged: return with_kernel<false, CallKind::kFlagged>(args.dtype, launch_one);
-    case CallKind::kUsualFlagged: return with_kernel<false, CallKind::kUsualFlagged>(args.dtype, launch_one);
     case CallKind::kAny: return with_kernel<false, CallKind::kAny>(args.dtype, launch_one);
     case CallKind::kUsual: return with_kernel<false, CallKind::kUsual>(args.dtype, launch_one);
   }
@@ -274,8 +287,7 @@ cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_block
 
 cudaError_t prepare_latency_combine() {
   for (const auto prepare_kind : {prepare<true, CallKind::kMasking>, prepare<true, CallKind::kFlagged>, prepare<false, CallKind::kMasking>,
-                                  prepare<false, CallKind::kFlagged>, prepare<false, CallKind::kUsualFlagged>,
-                                  prepare<false, CallKind::kAny>, prepare<false, CallKind::kUsual>})
+                                  prepare<false, CallKind::kFlagged>, prepare<false, CallKind::kAny>, prepare<false, CallKind::kUsual>})
     if (const cudaError_t error = prepare_kind(); error != cudaSuccess) return error;
   return cudaSuccess;
 }

@@ -270,14 +270,16 @@ __device__ int32_t num_tokens_of(const LatencyDispatchArgs& args, const Call& ca
   return call.routes() ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
 }
 
+constexpr int kAllCountedBarrier = 6;
+
 template <typename Travel, typename Call>
 __device__ void send(const LatencyDispatchArgs& args, const Call& call, const OwnRouting<Call>& routing, RowSender<Travel, Call>& rows) {
   const int32_t num_tokens = num_tokens_of(args, call);
   if (blockIdx.x == 0) {
     if (is_raising()) {
       call.announce_to_throughput();
-    } else if (is_opening() && call.routes()) {
-      sync_openers();
+    } else if (call.routes()) {
+      device::sync_some_warps(kAllCountedBarrier, kWorkThreads);
       routing.publish();
     }
     if (gridDim.x > 1) return;
@@ -291,13 +293,16 @@ __device__ void send(const LatencyDispatchArgs& args, const Call& call, const Ow
 
 template <typename Call>
 __device__ void receive(const LatencyDispatchArgs& args, const Call& call, const DispatchMemory& memory) {
-  Arrivals arrivals(args, call, memory);
-  if (!arrivals.open()) return;
-  if (is_opening())
+  const Arrivals arrivals(args, call, memory);
+  // Who only spreads begins while others learn what arrives.
+  const bool is_ahead = call.routes() && !call.may_go_on_without() && !is_opening() && !is_raising() && blockIdx.x != 0;
+  if (!is_ahead && !arrivals.open()) return;
+  if (is_opening()) {
     arrivals.write_outputs();
-  else if (blockIdx.x == 0 && call.routes())
+  } else if (blockIdx.x == 0 && call.routes()) {
     arrivals.keep_counts();
-  MessageSpreader(args, call, arrivals).run();
+  }
+  MessageSpreader(args, call, arrivals, !is_ahead).run();
 }
 
 template <typename Travel, CallKind kKind>
@@ -348,7 +353,6 @@ cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blo
   switch (kind_of(args.call, is_usual_call(args.call) && args.call.routes)) {
     case CallKind::kMasking: return with_kernel<CallKind::kMasking>(args.in, launch_one);
     case CallKind::kFlagged: return with_kernel<CallKind::kFlagged>(args.in, launch_one);
-    case CallKind::kUsualFlagged: return with_kernel<CallKind::kUsualFlagged>(args.in, launch_one);
     case CallKind::kAny: return with_kernel<CallKind::kAny>(args.in, launch_one);
     case CallKind::kUsual: return with_kernel<CallKind::kUsual>(args.in, launch_one);
   }
@@ -356,8 +360,8 @@ cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blo
 }
 
 cudaError_t prepare_latency_dispatch() {
-  for (const auto prepare_kind : {prepare<CallKind::kMasking>, prepare<CallKind::kFlagged>, prepare<CallKind::kUsualFlagged>,
-                                  prepare<CallKind::kAny>, prepare<CallKind::kUsual>})
+  for (const auto prepare_kind :
+       {prepare<CallKind::kMasking>, prepare<CallKind::kFlagged>, prepare<CallKind::kAny>, prepare<CallKind::kUsual>})
     if (const cudaError_t error = prepare_kind(); error != cudaSuccess) return error;
   return cudaSuccess;
 }

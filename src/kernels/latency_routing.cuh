@@ -87,19 +87,21 @@ class OwnRouting {
     }
   }
 
-  // The openers of a block, when they have counted all tokens: tells every rank all counts, and which tokens have a message for it.
+  // The workers of a block, when all tokens are counted: tells every rank all counts, and which tokens have a message for it.
   __device__ void publish() const {
     const layout::LatencyWords& words = args_.call.words;
     const auto counts = static_cast<int32_t>(words.counts()), presence = static_cast<int32_t>(words.presence());
     const int num_counts = plan_.num_counts(num_ranks_), num_words = num_counts + num_ranks_ * num_presence_;
+    const int num_present = num_words - num_counts;  // first: it is what is asked for first
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < num_words; c += kOpenThreads) {
-      if (c < plan_.num_experts)
+    for (int w = static_cast<int>(threadIdx.x); w < num_words; w += kWorkThreads) {
+      const int c = w - num_present;
+      if (c < 0)
+        put_presence(presence, w);
+      else if (c < plan_.num_experts)
         put_everywhere(counts + c, memory_.entries_sent()[c]);
-      else if (c < num_counts)
-        put_everywhere(counts + c, messages_to(c - plan_.num_experts));
       else
-        put_presence(presence, c - num_counts);
+        put_everywhere(counts + c, messages_to(c - plan_.num_experts));
     }
   }
 

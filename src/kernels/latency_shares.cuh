@@ -172,11 +172,22 @@ class ShareSender {
 
   // Of the first part, the first bytes of the warp's piece. The plan of a failed exchange may say anything, so that no row is read by it.
   __device__ void sum_first() {
-    const bool can = call_.has_expert_rows() && !is_per_entry<Call>(args_) && !sums_owner_weights<Call>(args_) && first() < num_parts();
-    has_sums_ = __all_sync(~0u, can && call_.was_healthy()) != 0;
+    const bool can = !kLog && call_.has_expert_rows() && !is_per_entry<Call>(args_) && !sums_owner_weights<Call>(args_);
+    has_sums_ = __all_sync(~0u, can && first() < num_parts() && call_.was_healthy()) != 0;
+    if (!has_sums_) return;
     const Piece mine = piece_of(first());
-    if (has_sums_)
-      add_terms<Wire, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end, sums_);
+    PieceSums<Wire> sums = {};
+    add_terms<Wire, kSumVecs>(terms_of(ahead_), mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16)), mine.end, sums);
+#pragma unroll
+    for (int v = 0; v < kSumVecs; ++v) summed_[v] = Wire::narrow(sums[v]);
+  }
+  // Pushes them; returns what is left of the piece.
+  __device__ Piece push_first(std::byte* slot, const Piece& mine) {
+    const int at = mine.begin + static_cast<int>(device::lane_idx() * sizeof(Vec16));
+#pragma unroll
+    for (int v = 0; v < kSumVecs; ++v)
+      if (at + v * kPieceBytes / kSumVecs < mine.end) store(slot + at + v * kPieceBytes / kSumVecs, summed_[v]);
+    return {min(mine.begin + kPieceBytes, mine.end), mine.end};
   }
 
   // May be asked for beyond the last message, and in a failed exchange, where the plan may say anything, for any.
@@ -214,13 +225,15 @@ class ShareSender {
     }
   }
 
-  // Part `i`. has_sums: sums_ are of it.
+  // Part `i`. has_sums: its beginning is summed.
   __device__ void push(const Share& share, int32_t i, bool has_sums) {
     const int32_t message = message_at(i);
     const auto [owner, slot] = target_;
     if (is_cut_off(owner)) return;
     if (returns_weights<Call>(args_) && call_.part_of(i) == 0) return_weights(message, owner, share.token);
-    const Piece mine = piece_of(i);
+    Piece mine = piece_of(i);
+    if (has_sums) mine = push_first(slot, mine);
+    if (mine.begin == mine.end) return;
     if (!call_.has_expert_rows()) {
       if (message < plan_.row_capacity) copy(args_.rows + int64_t{message} * args_.row_bytes, slot, mine);
       return;
@@ -230,7 +243,7 @@ class ShareSender {
     if (is_per_entry<Call>(args_))
       copy_entries(terms, slot, mine);
     else
-      sum_into(terms, slot, mine, has_sums);
+      sum_into(terms, slot, mine);
   }
 
   // All threads of a warp alike, though other warps may add to the set meanwhile.
@@ -238,15 +251,9 @@ class ShareSender {
     return call_.may_go_on_without() && __shfl_sync(~0u, static_cast<int>(call_.cut_off() >> owner & 1), 0) != 0;
   }
 
-  __device__ void sum_into(const Terms& terms, std::byte* row, const Piece& mine, bool has_sums) {
+  __device__ void sum_into(const Terms& terms, std::byte* row, const Piece& mine) {
     sum_bytes<Wire>(
-        mine.begin, mine.end,
-        [&](int at, PieceSums<Wire>& sums) {
-          if (has_sums && at < mine.begin + kPieceBytes)
-            take_sums(sums);
-          else
-            add_terms<Wire, kSumVecs>(terms, at, mine.end, sums);
-        },
+        mine.begin, mine.end, [&](int at, PieceSums<Wire>& sums) { add_terms<Wire, kSumVecs>(terms, at, mine.end, sums); },
         [&](int at, const auto& sum) {
           if constexpr (kLog)
             LogRow<Wire>::store(sum, at < mine.end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, row);
@@ -258,13 +265,6 @@ class ShareSender {
     is_unclear_ = is_unclear_ || looks_unwritten(value);
     *reinterpret_cast<Vec16*>(to) = value;
   }
-  __device__ void take_sums(PieceSums<Wire>& sums) const {
-#pragma unroll
-    for (int v = 0; v < kSumVecs; ++v)
-#pragma unroll
-      for (int i = 0; i < Wire::kElements; ++i) sums[v][i] = sums_[v][i];
-  }
-
   __device__ bool await_owner_weight(int source, int32_t token, float& weight) const {
     const int k = static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
@@ -325,7 +325,7 @@ class ShareSender {
     one.valid = 1;
     one.address = from;
     if constexpr (kLog)
-      sum_into(one, to, mine, false);
+      sum_into(one, to, mine);
     else
       copy_some(one, one.valid, to, mine);
   }
@@ -355,7 +355,7 @@ class ShareSender {
   Target target_ = {};       // where it goes
   bool has_sums_ = false;    // of the block's first part
   bool is_unclear_ = false;  // what this thread has pushed of a part
-  PieceSums<Wire> sums_ = {};
+  Vec16 summed_[kSumVecs] = {};
 };
 
 }  // namespace tern::kernels

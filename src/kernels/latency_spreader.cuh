@@ -6,51 +6,80 @@
 
 namespace tern::kernels {
 
-// Spreads the messages that arrive; a group of warps takes a part of one at a time.
+// Spreads the messages that arrive; a group of warps takes a part of one at a time, each of its warps by itself.
 template <typename Call>
 class MessageSpreader {
  public:
-  __device__ MessageSpreader(const LatencyDispatchArgs& args, const Call& call, const Arrivals<Call>& arrivals)
+  // is_open: arrivals.open() lies behind this warp. One for which it does not takes its first part meanwhile.
+  __device__ MessageSpreader(const LatencyDispatchArgs& args, const Call& call, const Arrivals<Call>& arrivals, bool is_open)
       : args_(args),
         plan_(args.call.plan),
         call_(call),
         arrivals_(arrivals),
         group_(kGroups - 1 - static_cast<int>(threadIdx.x) / kThreads),
-        thread_(static_cast<int>(threadIdx.x) % kThreads) {}
+        thread_(static_cast<int>(threadIdx.x) % kThreads),
+        is_open_(is_open) {}
 
   // The workers of all blocks, but for the routing block. Groups take parts in turn, those of all sources side by side; first those of
   // a block that do not write outputs meanwhile.
   __device__ void run() {
-    const bool is_alone = gridDim.x == 1;
-    const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
-    const int32_t num_groups = kGroups * num_blocks, first = group_ * num_blocks + block;
-    const int32_t end = block < 0 ? first : call_.num_parts_of(arrivals_.num_candidates());
-#pragma unroll 1
-    for (int32_t i = first; i < end; i += num_groups) {
-      ArrivingMessage message;
-      if (!arrivals_.candidate(call_.row_of(i), message)) continue;
-      const bool is_absent = call_.is_absent(message.source);
-      if (is_absent)
-        clear(message);
-      else if (!await_flag(message, call_.part_of(i)) || !spread(message, call_.part_of(i), i + num_groups >= end))
-        return;
-    }
-    wait_no_more();
+    if (args_.call.part_bytes <= kFewVecs * kStep)
+      run_with<kFewVecs>();
+    else
+      run_with<kMostVecs>();
   }
 
  private:
   static constexpr int kThreads = 96, kGroups = kWorkThreads / kThreads;
   static_assert(kGroups * kThreads == kWorkThreads);
+  static constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
+  // What a thread has of a row at a time: what there is not of a short one costs instructions too.
+  static constexpr int kFewVecs = 5, kMostVecs = 10;
+
+  template <int kVecs>
+  __device__ void run_with() {
+    const bool is_alone = gridDim.x == 1;
+    const auto num_blocks = static_cast<int32_t>(is_alone ? 1 : gridDim.x - 1), block = static_cast<int32_t>(is_alone ? 0 : blockIdx.x - 1);
+    const int32_t num_groups = kGroups * num_blocks, first = group_ * num_blocks + block;
+    if (is_open_) set_end();
+#pragma unroll 1
+    for (int32_t i = first; block >= 0 && (!is_open_ || i < end_); i += num_groups) {
+      ArrivingMessage message;
+      const bool is_there = is_open_ ? arrivals_.candidate(call_.row_of(i), message) : arrivals_.await_candidate(call_.row_of(i), message);
+      if (is_there && call_.is_absent(message.source))
+        clear(message);
+      else if (is_there && !spread<kVecs>(message, call_.part_of(i), i + num_groups))
+        return;
+      if (!is_open_ && !open()) return;
+    }
+    wait_no_more();
+  }
+
+  // All that the sources tell is known. False: the exchange has failed.
+  __device__ bool open() {
+    is_open_ = true;
+    const bool ok = arrivals_.await_open();
+    if (ok) set_end();
+    return ok;
+  }
+  __device__ void set_end() { end_ = call_.num_parts_of(arrivals_.num_candidates()); }
 
   // The rows of a message: in each thread of a warp, one.
   struct Rows {
     int32_t row;
+    std::byte* address;
     uint32_t valid;
 
     template <typename Visit>
     __device__ void for_each(Visit visit) const {
 #pragma unroll 1
       for (uint32_t left = valid; left != 0; left &= left - 1) visit(__shfl_sync(~0u, row, __ffs(static_cast<int>(left)) - 1));
+    }
+    template <typename Visit>
+    __device__ void for_each_address(Visit visit) const {
+#pragma unroll 1
+      for (uint32_t left = valid; left != 0; left &= left - 1)
+        visit(reinterpret_cast<std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(address), __ffs(static_cast<int>(left)) - 1)));
     }
   };
 
@@ -98,10 +127,9 @@ class MessageSpreader {
     return static_cast<int32_t>(args_.call.words.weights()) + message.token * plan_.num_topk + k;
   }
 
-  // Each warp by itself: a part of a message; is_last: it takes no other one. False: the exchange has failed.
-  __device__ bool spread(ArrivingMessage& message, int part, bool is_last) {
-    constexpr int kVecs = 10;
-    constexpr int32_t kStep = kThreads * static_cast<int32_t>(sizeof(Vec16));
+  // Each warp by itself: a part of a message; the next one that it takes is `next`, if there is one. False: the exchange has failed.
+  template <int kVecs>
+  __device__ bool spread(ArrivingMessage& message, int part, int32_t next) {
     std::byte* const slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     const bool with_weights = args_.carries_weights && part == 0 && thread_ < kWarpThreads;
     const bool with_scales = args_.scale_bytes > 0 && part == 0;
@@ -110,6 +138,8 @@ class MessageSpreader {
     float weight = 0.0f;
     Rows rows;
     const int32_t part_begin = part * args_.call.part_bytes, end = min(part_begin + args_.call.part_bytes, args_.row_bytes);
+    bool ok = await_flag(message, part);
+    bool is_placed = is_open_;
 #pragma unroll 1
     for (int32_t first = part_begin; first == part_begin || first < end; first += kVecs * kStep) {
       Vec16 values[kVecs];
@@ -117,28 +147,34 @@ class MessageSpreader {
       const RowVecs<kStep> vecs{slot + begin, end - begin, {message.source, message.token, part}};
       Words seen = {};
       uint32_t scale_word = 0;
-      bool ok = call_.take_vecs(vecs, values, [&] {
+      ok = ok && call_.take_vecs(vecs, values, [&] {
         if (first != part_begin) return;
         seen = look_at_words(message, with_weights);
         if (with_scales && thread_ < num_scale_words()) scale_word = look_at(scales + thread_);
-        arrivals_.place(message);
+        if (is_open_) arrivals_.place(message);
       });
       if (first == part_begin) {
+        if (!is_open_) ok = open() && ok;
+        if (!is_placed && !call_.has_expert_rows() && ok) {
+          arrivals_.place(message);
+          is_placed = true;
+        }
         ok = ok && await_words(message, with_weights, seen, entry, weight);
         if (!__all_sync(~0u, ok)) return false;
         rows = rows_of(message, entry);
         if (with_scales) ok = spread_scales(message, rows, scales, scale_word);
       }
       if (!__all_sync(~0u, ok)) return false;
-      if (is_last && first + kVecs * kStep >= end) wait_no_more();
-      rows.for_each([&](int32_t row) {
-        std::byte* to = args_.out.tokens + int64_t{row} * args_.row_bytes;
+      if (next >= end_ && first + kVecs * kStep >= end) wait_no_more();
+      rows.for_each_address([&](std::byte* row) {
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
-          if (begin + v * kStep < end) *reinterpret_cast<Vec16*>(to + begin + v * kStep) = values[v];
+          if (begin + v * kStep < end) *reinterpret_cast<Vec16*>(row + begin + v * kStep) = values[v];
       });
     }
-    if (part == 0 && thread_ < kWarpThreads) keep(message, entry, weight);
+    if (part != 0 || thread_ >= kWarpThreads) return true;
+    if (!is_placed) arrivals_.place(message);
+    keep(message, entry, weight);
     return true;
   }
 
@@ -147,6 +183,7 @@ class MessageSpreader {
     Rows rows;
     rows.row = entry.row;
     if (!call_.has_expert_rows()) rows.row = device::lane_idx() == 0 && message.index < args_.out.num_rows ? message.index : -1;
+    rows.address = args_.out.tokens + int64_t{rows.row} * args_.row_bytes;
     rows.valid = __ballot_sync(~0u, rows.row >= 0);
     return rows;
   }
@@ -238,6 +275,8 @@ class MessageSpreader {
   const Call& call_;
   const Arrivals<Call>& arrivals_;
   const int group_, thread_;
+  bool is_open_;
+  int32_t end_ = 0;  // of the parts that there may be
   bool waits_ = true;
 };
 
