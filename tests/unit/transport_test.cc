@@ -136,7 +136,7 @@ TEST(AgreeOnProvider, TheFirstThatAllHave) {
 EndpointOptions over_loopback() {
   EndpointOptions options;
   options.provider = "tcp";
-  options.domain = "lo";
+  options.domains = {"lo"};
   options.traffic_class = "";
   return options;
 }
@@ -460,7 +460,7 @@ TEST_F(Endpoints, SaysWhatIsMissing) {
   options.provider = "pigeon";
   for (const auto& text : run_with(options)) expect_parts(text, {"TERN_UNSUPPORTED", "rank 0", "provider pigeon", "there are", "on lo"});
   options = over_loopback();
-  options.domain = "pigeon0";
+  options.domains = {"pigeon0"};
   for (const auto& text : run_with(options)) expect_parts(text, {"TERN_UNSUPPORTED", "rank 0", "device pigeon0", "TERN_FABRIC_DOMAIN"});
   options = over_loopback();
   options.traffic_class = "dscp:64";
@@ -474,7 +474,7 @@ TEST_F(Endpoints, TrafficClassesAreAccepted) {
   for (const char* name : {"low_latency", "bulk_data", "dscp:46"}) {
     EndpointOptions options = over_loopback();
     options.traffic_class = name;
-    run_ok(2, options, [](const Rank& me) { EXPECT_EQ(me.endpoint.facts().domain, "lo"); });
+    run_ok(2, options, [](const Rank& me) { EXPECT_EQ(me.endpoint.facts().domains, std::vector<std::string>{"lo"}); });
   }
 }
 
