@@ -15,8 +15,8 @@ struct NetworkDevice {
 };
 
 struct DeviceWish {
-  std::string gpu_place;  // "": the rank has no GPU
-  int rank_idx = 0;       // of the ranks of its host
+  std::string gpu_place = {};  // "": the rank has no GPU
+  int rank_idx = 0;            // of the ranks of its host
   int num_ranks = 1;
   int num_devices = 1;
 };
