@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <ranges>
 #include <system_error>
-#include <tuple>
+#include <utility>
 
 namespace tern {
 namespace {
@@ -27,13 +29,14 @@ std::vector<size_t> choose_devices(const std::vector<NetworkDevice>& devices, co
     if (!devices[i].place.empty()) choice.push_back(i);
   if (choice.empty()) return std::vector<size_t>(num_devices, 0);
 
-  const auto distance = [&](size_t i) { return -static_cast<int>(closeness(devices[i].place, wish.gpu_place)); };
-  std::ranges::stable_sort(choice, {}, distance);
-  const auto num_closest = static_cast<size_t>(std::ranges::count_if(choice, [&](size_t i) { return distance(i) == distance(choice[0]); }));
+  const auto distance = [&](size_t i) { return -static_cast<int64_t>(closeness(devices[i].place, wish.gpu_place)); };
+  const int64_t least = std::ranges::min(choice | std::views::transform(distance));
+  std::vector<size_t> closest = choice;
+  std::erase_if(closest, [&](size_t i) { return distance(i) != least; });
   // Ranks that share their closest devices begin with different ones, as far apart as they can; then all go round in one direction.
-  const size_t step = std::max(num_devices, num_closest / static_cast<size_t>(wish.num_ranks));
-  const size_t first = choice[static_cast<size_t>(wish.rank_idx) * step % num_closest];
-  std::ranges::sort(choice, {}, [&](size_t i) { return std::tuple(distance(i), (i + devices.size() - first) % devices.size()); });
+  const size_t step = std::max(num_devices, closest.size() / static_cast<size_t>(wish.num_ranks));
+  const size_t first = closest[static_cast<size_t>(wish.rank_idx) * step % closest.size()];
+  std::ranges::sort(choice, {}, [&](size_t i) { return std::pair(distance(i), (i + devices.size() - first) % devices.size()); });
   const size_t num_found = choice.size();
   for (size_t i = num_found; i < num_devices; ++i) choice.push_back(choice[i % num_found]);
   choice.resize(num_devices);

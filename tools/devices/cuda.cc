@@ -88,7 +88,7 @@ class CudaDevice : public RankDevice {
   int32_t index() const override { return index_; }
   std::string pci_address() const override {
     char address[32] = {};
-    check(cudaDeviceGetPCIBusId(address, sizeof(address), index_), "asking for the address of a GPU");
+    check("cudaDeviceGetPCIBusId", cudaDeviceGetPCIBusId(address, sizeof(address), index_));
     return address;
   }
   void* stream() const override { return stream_.get(); }
