@@ -19,7 +19,11 @@ namespace tern::tools {
 namespace {
 
 void print_path(const PathReport& report, const PathPair& pair) {
-  const auto device = [&](int rank) { return fmt::format("{}", fmt::join(report.ranks[static_cast<size_t>(rank)].devices, ",")); };
+  // Several are named with their rank.
+  const auto device = [&](int rank) {
+    const std::vector<std::string>& devices = report.ranks[static_cast<size_t>(rank)].devices;
+    return devices.size() == 1 ? devices[0] : fmt::format("{} devices", devices.size());
+  };
   const std::string over = device(pair.a) == device(pair.b) ? device(pair.a) : device(pair.a) + ", " + device(pair.b);
   const std::string name = fmt::format("{:<11} {:<20}", fmt::format("{} - {}", pair.a, pair.b), report.provider + " " + over);
   if (!pair.problem.empty()) {
