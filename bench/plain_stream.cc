@@ -35,7 +35,8 @@ std::vector<size_t> begins_of(const Workload& workload, int rank, bool leaving) 
 PlainStream::PlainStream(const Workload& workload, const Processes& processes)
     : workload_(workload), rails_(rails_of(workload.shape(), workload.rank())) {
   const std::unique_ptr<Bootstrap> bootstrap = processes.make_bootstrap();
-  endpoint_ = make_endpoint(*bootstrap, {}, Deadline::in_ms(kTimeoutMs));
+  const HostSeat seat = seat_on_host(discover(*bootstrap, "", Deadline::in_ms(kTimeoutMs)));
+  endpoint_ = make_endpoint(*bootstrap, {.seat = seat}, Deadline::in_ms(kTimeoutMs));
   for (Side* side : {&leaving_, &arriving_}) {
     const bool leaving = side == &leaving_;
     side->begins = begins_of(workload, workload.rank(), leaving);

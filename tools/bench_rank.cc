@@ -80,7 +80,7 @@ class BenchRank {
         exchange_(seat.context.group, exchange_options(setting, seat.device)),
         with_windows_(setting.options.buffers != "caller"),
         with_caller_(setting.options.buffers != "window") {
-    if (ranks_per_node() < context_.num_ranks) network_.emplace(context_);
+    if (ranks_per_node() < context_.num_ranks) network_.emplace(context_, seat.device);
     if (on_gpu()) timer_ = make_stream_timer(seat.device, {.num_runs = setting.options.iters, .cold = setting.options.cold});
   }
 

@@ -139,6 +139,13 @@ void print_cuda(const CudaReport& cuda) {
   }
 }
 
+void print_providers(const NetworkReport& network) {
+  if (network.providers.empty()) print_fact("providers", network.problem);
+  for (const FabricProvider& provider : network.providers)
+    print_fact(&provider == network.providers.data() ? "providers" : "",
+               fmt::format("{:<16}{}", provider.name, fmt::join(provider.devices, ", ")));
+}
+
 void print_devices(const Findings& findings) {
   print_heading("GPUs");
   const GpuReport& report = findings.gpus;
@@ -154,9 +161,7 @@ void print_devices(const Findings& findings) {
   print_cuda(findings.cuda);
   print_heading("Network");
   print_fact("libfabric", findings.network.libfabric.empty() ? findings.network.problem : findings.network.libfabric);
-  if (!findings.network.libfabric.empty())
-    print_fact("providers", findings.network.providers.empty() ? findings.network.problem
-                                                               : fmt::format("{}", fmt::join(findings.network.providers, ", ")));
+  if (!findings.network.libfabric.empty()) print_providers(findings.network);
   print_fact("RDMA devices",
              findings.network.rdma_devices.empty() ? "none" : fmt::format("{}", fmt::join(findings.network.rdma_devices, ", ")));
 }
@@ -245,13 +250,13 @@ Json devices_json(const Findings& findings) {
                     {"link_to", gpu.link_to}});
   }
   const NetworkReport& network = findings.network;
-  return {{"gpus", {{"driver", findings.gpus.driver}, {"problem", findings.gpus.problem}, {"list", gpus}}},
-          {"cuda", cuda_json(findings.cuda)},
-          {"network",
-           {{"libfabric", network.libfabric},
-            {"providers", network.providers},
-            {"problem", network.problem},
-            {"rdma_devices", network.rdma_devices}}}};
+  Json providers = Json::array();
+  for (const FabricProvider& provider : network.providers) providers.push_back({{"name", provider.name}, {"devices", provider.devices}});
+  return {
+      {"gpus", {{"driver", findings.gpus.driver}, {"problem", findings.gpus.problem}, {"list", gpus}}},
+      {"cuda", cuda_json(findings.cuda)},
+      {"network",
+       {{"libfabric", network.libfabric}, {"providers", providers}, {"problem", network.problem}, {"rdma_devices", network.rdma_devices}}}};
 }
 
 Json findings_json(const Findings& findings) {

@@ -19,7 +19,11 @@ namespace tern::tools {
 namespace {
 
 void print_path(const PathReport& report, const PathPair& pair) {
-  const auto device = [&](int rank) { return report.ranks[static_cast<size_t>(rank)].device; };
+  // Several are named with their rank.
+  const auto device = [&](int rank) {
+    const std::vector<std::string>& devices = report.ranks[static_cast<size_t>(rank)].devices;
+    return devices.size() == 1 ? devices[0] : fmt::format("{} devices", devices.size());
+  };
   const std::string over = device(pair.a) == device(pair.b) ? device(pair.a) : device(pair.a) + ", " + device(pair.b);
   const std::string name = fmt::format("{:<11} {:<20}", fmt::format("{} - {}", pair.a, pair.b), report.provider + " " + over);
   if (!pair.problem.empty()) {
@@ -43,10 +47,14 @@ void print_paths(const PathReport& report) {
   fmt::print("Ranks\n");
   for (size_t r = 0; r < report.ranks.size(); ++r) {
     const PathRank& rank = report.ranks[r];
-    fmt::print("  {:<6}node {}, host {}, {} on {}\n", r, rank.node, rank.host, report.provider, rank.device);
+    fmt::print("  {:<6}node {}, host {}, {} on {}\n", r, rank.node, rank.host, report.provider, fmt::join(rank.devices, ", "));
   }
+  const size_t num_devices = report.ranks[0].devices.size();  // on every rank
   fmt::print(
-      "\nPaths between nodes, one pair at a time: one way in microseconds, bandwidth in GB/s; \"at once\" while all pairs are busy\n");
+      "\nPaths between nodes over {} device{} of each rank, one pair at a time: one way in microseconds, bandwidth in GB/s; \"at once\" "
+      "while "
+      "all pairs are busy\n",
+      num_devices, num_devices == 1 ? "" : "s");
   fmt::print("  {:<11} {:<20} {:>9} {:>9} {:>8} {:>8} {:>8} {:>8}\n", "ranks", "over", "median us", "p99 us", "there", "back", "both",
              "at once");
   for (const PathPair& pair : report.pairs) print_path(report, pair);
@@ -69,7 +77,7 @@ Json path_json(const PathPair& pair) {
 
 Json paths_json(const PathReport& report) {
   Json ranks = Json::array(), pairs = Json::array();
-  for (const PathRank& rank : report.ranks) ranks.push_back({{"node", rank.node}, {"host", rank.host}, {"device", rank.device}});
+  for (const PathRank& rank : report.ranks) ranks.push_back({{"node", rank.node}, {"host", rank.host}, {"devices", rank.devices}});
   for (const PathPair& pair : report.pairs) {
     Json one{{"a", pair.a}, {"b", pair.b}, {"problem", pair.problem}, {"slow", pair.slow}};
     if (pair.problem.empty()) one.update(path_json(pair));

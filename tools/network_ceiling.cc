@@ -16,7 +16,8 @@ Deadline patience(const RankContext& context) { return Deadline::in_ms(context.t
 
 }  // namespace
 
-NetworkCeiling::NetworkCeiling(const RankContext& context) : context_(context), bootstrap_(context), flows_(bootstrap_, patience(context)) {
+NetworkCeiling::NetworkCeiling(const RankContext& context, const RankDevice& device)
+    : context_(context), bootstrap_(context), flows_(bootstrap_, device.pci_address(), patience(context)) {
   const tern_group_info info = context.group.info();
   for (int node = 0; node < info.num_nodes; ++node)
     if (node != info.node) rails_.push_back(node * info.ranks_in_node + info.rank_in_node);

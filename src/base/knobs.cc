@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/names.h"
 
 namespace tern {
 namespace {
@@ -22,6 +23,8 @@ void parse(const char* name, const char* text, Number& value) {
 }
 
 void parse(const char*, const char* text, std::optional<std::string>& value) { value = text; }
+
+void parse(const char*, const char* text, std::vector<std::string>& value) { value = split_names(text); }
 
 // The table: calls visit(name, meaning, member) for each knob.
 template <typename Visitor>
@@ -42,8 +45,11 @@ void for_each_knob(Knobs& k, Visitor visit) {
   visit("TERN_RENDEZVOUS", "host:port at which the ranks of a launcher meet (from the launcher)", k.rendezvous);
   visit("TERN_FABRIC_PROVIDER", "libfabric's provider between hosts: verbs, efa, cxi, tcp, ... (the first of these that all ranks have)",
         k.fabric_provider);
-  visit("TERN_FABRIC_DOMAIN", "network device between hosts, by libfabric's name: eth0, mlx5_0, ... (the provider's first)",
+  visit("TERN_FABRIC_DOMAIN",
+        "network devices of each rank between hosts, by libfabric's names, as many on all ranks: eth0, or mlx5_0,mlx5_1 (those closest to "
+        "its GPU; tcp: the first)",
         k.fabric_domain);
+  visit("TERN_FABRIC_RAILS", "how many network devices each rank takes where they are not named, 1 to 8 (1)", k.fabric_rails);
   visit("TERN_FABRIC_TCLASS",
         "traffic class between hosts: best_effort, low_latency, dedicated_access, bulk_data, scavenger, network_ctrl or dscp:0 to dscp:63",
         k.fabric_tclass);

@@ -21,7 +21,8 @@ struct Knobs {
   int64_t ranks_per_node = 0;             // TERN_RANKS_PER_NODE: declares nodes of so many ranks each; 0: found out
   std::optional<std::string> rendezvous;  // TERN_RENDEZVOUS: host:port where the ranks of a launcher meet
   std::optional<std::string> fabric_provider;  // TERN_FABRIC_PROVIDER: libfabric's provider between hosts
-  std::optional<std::string> fabric_domain;    // TERN_FABRIC_DOMAIN: its network device
+  std::vector<std::string> fabric_domain;      // TERN_FABRIC_DOMAIN: its network devices, by name
+  int64_t fabric_rails = 1;                    // TERN_FABRIC_RAILS: how many of them each rank takes, where they are not named
   std::optional<std::string> fabric_tclass;    // TERN_FABRIC_TCLASS: traffic class of what is sent between hosts
 };
 

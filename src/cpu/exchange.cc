@@ -67,8 +67,8 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
     board_ = std::make_unique<AdmissionBoard>(topology, *sharer_, deadline);
     return;
   }
-  council_ = std::make_unique<NodesCouncil>(topology, bootstrap, *sharer_, deadline);
-  network_ = std::make_unique<Network>(domain_, options, log);
+  council_ = std::make_unique<NodesCouncil>(topology, "", bootstrap, *sharer_, deadline);
+  network_ = std::make_unique<Network>(domain_, "", options, log);
   start_network(bootstrap, council_->masked(), deadline);
 }
 

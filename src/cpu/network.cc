@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/network.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -30,8 +32,8 @@ layout::RailMemoryLayout Network::memory_layout(const Topology& topology, const 
           .bank_bytes = rail_bank_bytes(options, topology.num_ranks, topology.num_nodes)};
 }
 
-Network::Network(const Domain& domain, const tern_exchange_options& options, const Log& log)
-    : domain_(domain), options_(options), log_(log) {}
+Network::Network(const Domain& domain, const std::string& gpu, const tern_exchange_options& options, const Log& log)
+    : domain_(domain), gpu_(gpu), options_(options), log_(log) {}
 
 void Network::start(std::byte* memory, Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
   const Topology& topology = domain_.topology;
@@ -47,7 +49,7 @@ void Network::start(std::byte* memory, Bootstrap& bootstrap, const std::vector<u
   region_.reset();
   memory_ = memory;
   if (masked.empty() || any_rail_serves(topology, masked)) return open(bootstrap, masked, deadline);
-  region_ = std::make_unique<Region>(memory_, RemoteRegion{}, nullptr, nullptr);
+  region_ = std::make_unique<Region>(memory_, static_cast<size_t>(place_.layout.total_bytes()));
   place_.memory = region_.get();
 }
 
@@ -55,6 +57,8 @@ void Network::open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dea
   const Topology& topology = domain_.topology;
   EndpointOptions endpoint_options;
   endpoint_options.num_channels = Proxy::channels_for(options_.num_lanes + 1);
+  endpoint_options.seat = seat_on_host(topology);
+  endpoint_options.gpu = gpu_;
   endpoint_options.absent = masked;
   auto endpoint = make_endpoint(bootstrap, endpoint_options, deadline);
   const auto num_bytes = static_cast<size_t>(place_.layout.total_bytes());
@@ -75,7 +79,8 @@ void Network::open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dea
     if (is_peer(node)) proxy_options.peers.push_back({rank, place_.remote.back()});
   }
   log_.write(TERN_LOG_INFO, "rank {}: node {} of {}, network banks of {} bytes, {} bytes in all, over {} ({})", topology.rank, place_.node,
-             topology.num_nodes, place_.layout.bank_bytes, num_bytes, endpoint->facts().provider, endpoint->facts().domain);
+             topology.num_nodes, place_.layout.bank_bytes, num_bytes, endpoint->facts().provider,
+             fmt::join(endpoint->facts().domains, ", "));
   proxy_ = std::make_unique<Proxy>(std::move(endpoint), proxy_options);
   place_.proxy = proxy_.get();
   proxy_->start();

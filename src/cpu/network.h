@@ -25,8 +25,8 @@ class Network {
   // What the network writes to and reads from.
   static layout::RailMemoryLayout memory_layout(const Topology& topology, const tern_exchange_options& options);
 
-  // `domain` is the node's, and stays.
-  Network(const Domain& domain, const tern_exchange_options& options, const Log& log);
+  // `domain` is the node's, and stays. `gpu`: as in EndpointOptions.
+  Network(const Domain& domain, const std::string& gpu, const tern_exchange_options& options, const Log& log);
   // Collective among those who are not masked out, [num_ranks of the group]; empty: nobody is. `memory`, of memory_layout() and zeroed, stays
   // until the next start. If no rank has another one in its rail, as when this node is all that is left, there is no network, and none is
   // needed.
@@ -52,6 +52,7 @@ class Network {
   int failure_channel() const { return domain_.layout.num_lanes; }
 
   const Domain& domain_;
+  std::string gpu_;
   tern_exchange_options options_;
   Log log_;
   std::atomic<bool> closing_ = false;

@@ -32,12 +32,13 @@ std::vector<std::shared_ptr<Segment>> share_notes(SegmentSharer& sharer, int num
 
 }  // namespace
 
-NodesCouncil::NodesCouncil(const Topology& topology, Bootstrap& bootstrap, SegmentSharer& node_sharer, Deadline deadline)
+NodesCouncil::NodesCouncil(const Topology& topology, const std::string& gpu, Bootstrap& bootstrap, SegmentSharer& node_sharer,
+                           Deadline deadline)
     : topology_(topology),
       first_rank_(first_rank_of_node(topology)),
       masked_(static_cast<size_t>(topology.num_ranks)),
       segments_(share_notes(node_sharer, ranks_of_node(topology), (1 + kNoteWords) * sizeof(uint64_t), deadline)),
-      board_(bootstrap, sizeof(Note), ranks_of_other_nodes(topology), deadline),
+      board_(bootstrap, sizeof(Note), ranks_of_other_nodes(topology), {.seat = seat_on_host(topology), .gpu = gpu}, deadline),
       notes_(static_cast<size_t>(topology.num_ranks)),
       mover_([this](const std::stop_token& end) { keep_moving(end); }) {}
 

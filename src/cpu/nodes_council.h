@@ -4,7 +4,7 @@
 // Each rank has a note. Those of its own node read it in shared memory, the others find it on a noticeboard. Both are made with the exchange
 // and stay for all generations, since those who were masked out must be able to read them too; they are used in recoveries only.
 //
-//   NodesCouncil council(topology, bootstrap, *node_sharer, deadline);                        // collective
+//   NodesCouncil council(topology, "", bootstrap, *node_sharer, deadline);                        // collective
 //   const NextGeneration next = next_generation(council, options, timeout_ms);
 //   GoingOnBootstrap bootstrap(council, next);                                                // among those who go on
 //   council.begin(next);
@@ -16,6 +16,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -30,7 +31,8 @@ namespace tern::cpu {
 
 class NodesCouncil final : public Council {
  public:
-  NodesCouncil(const Topology& topology, Bootstrap& bootstrap, SegmentSharer& node_sharer, Deadline deadline);
+  // `gpu`: as in EndpointOptions.
+  NodesCouncil(const Topology& topology, const std::string& gpu, Bootstrap& bootstrap, SegmentSharer& node_sharer, Deadline deadline);
 
   // The generation has begun.
   void begin(const NextGeneration& next);

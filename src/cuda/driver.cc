@@ -102,6 +102,12 @@ std::string device_name(int device) {
   return fmt::format("GPU {} ({})", device, properties.name);
 }
 
+std::string pci_address(int device) {
+  char address[32] = {};
+  check(cudaDeviceGetPCIBusId(address, sizeof(address), device), "asking for a GPU's address on the PCI bus");
+  return address;
+}
+
 void require_device(int device) {
   driver();
   const int count = num_devices();

@@ -28,6 +28,9 @@ std::string old_driver();
 // For people: "GPU 2 (NVIDIA H200)".
 std::string device_name(int device);
 
+// On the PCI bus: "0000:1B:00.0".
+std::string pci_address(int device);
+
 // TERN_INVALID_ARGUMENT if there is no such device, TERN_UNSUPPORTED if there are none at all.
 void require_device(int device);
 

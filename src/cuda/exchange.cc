@@ -149,7 +149,7 @@ CudaExchange::CudaExchange(const Topology& topology, Bootstrap& bootstrap, const
              topology.num_ranks, device_name(facts_.device), layout_.total_bytes(), options.num_lanes, options.window_bytes,
              facts_.has_bulk_copies ? "with" : "without");
   if (topology.num_nodes == 1) return;
-  council_ = std::make_unique<cpu::NodesCouncil>(topology, bootstrap, *sharer_, deadline);
+  council_ = std::make_unique<cpu::NodesCouncil>(topology, pci_address(facts_.device), bootstrap, *sharer_, deadline);
   nodes_ = std::make_unique<Nodes>(pool_, control_, Nodes::Setup{options, [this] { check_health(); }, log});
   nodes_->start(bootstrap, council_->masked(), deadline);
 }

@@ -11,7 +11,7 @@ Nodes::Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, cons
       setup_(setup),
       layout_(cpu::Network::memory_layout(domain.topology, setup.options)),
       trace_(setup.options.num_lanes),
-      network_(std::make_unique<cpu::Network>(domain, setup.options, setup.log)),
+      network_(std::make_unique<cpu::Network>(domain, pci_address(pool->device()), setup.options, setup.log)),
       unreachable_on_gpu_(pool, static_cast<size_t>(domain.topology.num_ranks)) {}
 
 void Nodes::start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {

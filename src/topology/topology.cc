@@ -137,6 +137,16 @@ bool Topology::same_process(int r) const {
   return same_host(r) && a.pid_namespace == b.pid_namespace && a.pid == b.pid && a.process_nonce == b.process_nonce;
 }
 
+HostSeat seat_on_host(const Topology& topology) {
+  HostSeat seat{0, 0};
+  for (int r = 0; r < topology.num_ranks; ++r) {
+    if (!topology.same_host(r)) continue;
+    ++seat.num_ranks;
+    if (r < topology.rank) ++seat.idx;
+  }
+  return seat;
+}
+
 std::string describe_process(const RankInfo& info) {
   const RankInfo self = describe_self("");
   const bool visible =

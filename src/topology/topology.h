@@ -49,6 +49,13 @@ struct Topology {
   bool same_process(int r) const;
 };
 
+// A rank among those of its host.
+struct HostSeat {
+  int idx = 0;  // by rank
+  int num_ranks = 1;
+};
+HostSeat seat_on_host(const Topology& topology);
+
 // The calling process.
 RankInfo describe_self(const std::string& declared_node);
 

@@ -6,10 +6,17 @@
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <utility>
 
 #include "base/error.h"
 
 namespace tern {
+
+Region::Region(std::byte* address, size_t num_bytes, std::vector<Registration> registrations)
+    : address_(address), registrations_(std::move(registrations)) {
+  remote_.num_bytes = num_bytes;
+  for (size_t i = 0; i < registrations_.size(); ++i) remote_.devices[i] = registrations_[i].access;
+}
 
 void Endpoint::put(Put put, Deadline deadline) {
   // A provider that cannot take more now does not always say when it can.

@@ -14,6 +14,8 @@
 // epoch) are in this rank's memory, and visible to the thread that progresses. Bytes that are put must stay as they are until flush().
 // Epochs of a (peer, channel) are 1, 2, 3 ...; each ends with a put that is `last`, of 0 bytes if there is nothing else to say. Two may
 // be under way: epoch e may be begun once the peer has retired e - 2, and it is for the caller to know (the peer puts a word, or 0 bytes).
+// Devices: a rank may have several, as many as every other; device i of one talks to device i of the others. A put of 2 kLeastStripeBytes and
+// more goes over them in stripes, a smaller one whole, over the one that has the fewest bytes under way.
 // Threads: an endpoint and its regions belong to one thread at a time. Nothing moves by itself: bytes may be sent, received and counted
 // only while this rank is in put, progress, wait or flush, so a rank that others put to must come back until they are done.
 // Deadlines: a wait that ends without what it was for is TERN_TIMEOUT with the ranks at fault, except of wait(), which returns false.
@@ -25,6 +27,7 @@
 // Registered memory must outlive its region, and the endpoint unless that was flushed.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -35,34 +38,48 @@
 #include "base/deadline.h"
 #include "base/knobs.h"
 #include "topology/bootstrap.h"
+#include "topology/topology.h"
 
 namespace tern {
 
+constexpr int kMostDevices = 8;  // of the network, for each rank
+constexpr size_t kLeastStripeBytes = 64 << 10;
+
 // Memory that others may write to, for them. Bytes, to be exchanged.
 struct RemoteRegion {
-  uint64_t base = 0;  // what the provider adds offsets to: an address, or 0
-  uint64_t key = 0;
+  // By one of its rank's devices.
+  struct Access {
+    uint64_t base = 0;  // what the provider adds offsets to: an address, or 0
+    uint64_t key = 0;
+  };
   uint64_t num_bytes = 0;
+  std::array<Access, kMostDevices> devices = {};
 };
-static_assert(std::is_trivially_copyable_v<RemoteRegion> && sizeof(RemoteRegion) == 24);
+static_assert(std::is_trivially_copyable_v<RemoteRegion> && sizeof(RemoteRegion) == 8 + kMostDevices * 16);
 
 // Memory that may be put from and to; undone when this is destroyed.
 class Region {
  public:
-  Region(std::byte* address, RemoteRegion remote, void* descriptor, std::shared_ptr<const void> registration)
-      : address_(address), remote_(remote), descriptor_(descriptor), registration_(std::move(registration)) {}
+  // With one network device.
+  struct Registration {
+    RemoteRegion::Access access;
+    void* descriptor = nullptr;  // for the provider
+    std::shared_ptr<const void> owner;
+  };
+
+  // Without a registration it is memory like any other, which cannot be put from.
+  Region(std::byte* address, size_t num_bytes, std::vector<Registration> registrations = {});
   Region(Region&&) = default;
   Region& operator=(Region&&) = default;
 
   std::byte* address() const { return address_; }
   const RemoteRegion& remote() const { return remote_; }
-  void* descriptor() const { return descriptor_; }  // for the provider
+  void* descriptor(int device) const { return registrations_[static_cast<size_t>(device)].descriptor; }
 
  private:
   std::byte* address_;
   RemoteRegion remote_;
-  void* descriptor_;
-  std::shared_ptr<const void> registration_;
+  std::vector<Registration> registrations_;
 };
 
 struct Put {
@@ -84,22 +101,28 @@ struct EndpointOptions {
   // The name of libfabric's provider ("verbs", or in full "verbs;ofi_rxm"). Default: TERN_FABRIC_PROVIDER, else the first of verbs, efa,
   // cxi and tcp that every rank has.
   std::string provider = knobs().fabric_provider.value_or("");
-  // The network device, by libfabric's name for it ("mlx5_0", "eth0"): how a rank chooses its rail. Default: TERN_FABRIC_DOMAIN, else the
-  // first that libfabric lists for the provider.
-  std::string domain = knobs().fabric_domain.value_or("");
+  // The rank's network devices, by libfabric's names for them ("mlx5_0", "eth0"); one may be named twice. Default: TERN_FABRIC_DOMAIN, else
+  // `num_rails` of those that choose_devices() (choose_devices.h) chooses for the rank's GPU and its seat.
+  std::vector<std::string> domains = knobs().fabric_domain;
+  int64_t num_rails = knobs().fabric_rails;
+  HostSeat seat;
+  std::string gpu;  // its address on the PCI bus, "0000:1b:00.0"; "": none
   // best_effort, low_latency, dedicated_access, bulk_data, scavenger, network_ctrl, dscp:0 ... dscp:63. Default: TERN_FABRIC_TCLASS.
   std::string traffic_class = knobs().fabric_tclass.value_or("");
-  std::vector<uint8_t> absent;  // [num_ranks] 1: takes no part, and cannot be put to; empty: all do
+  std::vector<uint8_t> absent = {};  // [num_ranks] 1: takes no part, and cannot be put to; empty: all do
   int num_channels = 1;
-  int most_outstanding = 256;     // messages that are outstanding; fewer if the provider has fewer
+  int most_outstanding = 256;     // messages that are outstanding, of each device; fewer if the provider has fewer
   size_t most_message_bytes = 0;  // longer puts are several messages; default: the provider's limit
+
+  int64_t num_devices() const { return domains.empty() ? num_rails : static_cast<int64_t>(domains.size()); }
 };
 
 struct EndpointFacts {
-  std::string provider, domain;
-  bool traffic_class = false;  // the provider takes the class that was asked for
+  std::string provider;
+  std::vector<std::string> domains;  // of the rank's devices
+  bool traffic_class = false;        // the provider takes the class that was asked for
   size_t most_message_bytes = 0;
-  int most_outstanding = 0;
+  int most_outstanding = 0;  // of each device
 };
 
 class Endpoint {
@@ -139,7 +162,8 @@ class Endpoint {
 };
 
 // Collective. All ranks agree on one provider. If one of them has none that fits, all get TERN_UNSUPPORTED with that rank and its reason:
-// libfabric is not installed, or none of its providers has what is needed, or not the device that was asked for.
+// libfabric is not installed, or none of its providers has what is needed, or not the devices that were asked for. If they do not have as
+// many devices or channels, all get TERN_MISMATCH.
 std::unique_ptr<Endpoint> make_endpoint(Bootstrap& bootstrap, const EndpointOptions& options, Deadline deadline);
 
 }  // namespace tern

@@ -2,7 +2,10 @@
 #include "transport/fabric_connection.h"
 
 #include <rdma/fi_errno.h>
+#include <rdma/fi_rma.h>
 
+#include <algorithm>
+#include <functional>
 #include <mutex>
 #include <string_view>
 #include <utility>
@@ -33,23 +36,29 @@ struct AddressMessage {
   std::byte bytes[120] = {};
 };
 
-struct Registration {
+struct Registered {
   std::shared_ptr<FabricConnection> connection;  // outlives `memory`
   Owned<fid_mr> memory;
 };
 
+size_t num_departing(const fi_info& info, int most_outstanding) {
+  const auto most = static_cast<size_t>(most_outstanding);
+  return info.tx_attr->size == 0 ? most : std::min(most, info.tx_attr->size);
+}
+
 }  // namespace
 
-FabricConnection::FabricConnection(FabricInfo info, int most_outstanding, int num_ranks)
-    : info_(std::move(info)), departing_(most_outstanding) {
+FabricConnection::FabricConnection(FabricInfo info, const Options& options)
+    : info_(std::move(info)), device_(options.device), departing_(num_departing(*info_, options.most_outstanding)) {
+  for (Departing& message : departing_) idle_.push_back(&message);
   const auto& i = *info_;
   fabric_ = open_fid<fid_fabric>("fi_fabric", i, [&](fid_fabric** out) { return fabric_library().fabric(i.fabric_attr, out, nullptr); });
   domain_ = open_fid<fid_domain>("fi_domain", i, [&](fid_domain** out) { return fi_domain(fabric_.get(), info_.get(), out, nullptr); });
   fi_av_attr peers = {};
-  peers.count = static_cast<size_t>(num_ranks);
+  peers.count = static_cast<size_t>(options.num_ranks);
   peers_ = open_fid<fid_av>("fi_av_open", i, [&](fid_av** out) { return fi_av_open(domain_.get(), &peers, out, nullptr); });
   // Room for what leaves, and for some messages of each peer: more wait in the provider until the queue is read.
-  open_queue(departing_.size() + size_t(num_ranks) * 16 + 1024);
+  open_queue(departing_.size() + size_t(options.num_ranks) * 16 + 1024);
   endpoint_ = open_fid<fid_ep>("fi_endpoint", i, [&](fid_ep** out) { return fi_endpoint(domain_.get(), info_.get(), out, nullptr); });
   check("fi_ep_bind (addresses)", fi_ep_bind(endpoint_.get(), &peers_->fid, 0));
   check("fi_ep_bind (completions)", fi_ep_bind(endpoint_.get(), &queue_->fid, FI_TRANSMIT | FI_RECV));
@@ -79,22 +88,19 @@ void FabricConnection::meet(Bootstrap& bootstrap, const std::vector<uint8_t>& ab
     const int inserted = fi_av_insert(peers_.get(), all[r].bytes, 1, &addresses_[r], 0, nullptr);
     if (inserted != 1)
       fail(TERN_SYSTEM_ERROR, "transport: the address of rank {} ({} bytes) is none for provider {}, device {}: fi_av_insert gave {}", r,
-           all[r].num_bytes, info_->fabric_attr->prov_name, info_->domain_attr->name, inserted);
+           all[r].num_bytes, info_->fabric_attr->prov_name, device_name(), inserted);
   }
 }
 
-Region FabricConnection::register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes) {
-  if (address == nullptr || num_bytes == 0)
-    fail(TERN_INVALID_ARGUMENT, "transport: {} bytes at {:#x} are registered, there must be some", num_bytes,
-         reinterpret_cast<uintptr_t>(address));
+Region::Registration FabricConnection::register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes) {
   fid_mr* opened = nullptr;
   const int code = fi_mr_reg(domain_.get(), address, num_bytes, FI_WRITE | FI_REMOTE_WRITE, 0, next_key_, 0, &opened, nullptr);
   if (code != 0)
     fail(TERN_SYSTEM_ERROR,
          "transport: cannot register {} bytes with provider {}, device {}: {}; is the limit of locked memory (ulimit -l) high enough?",
-         num_bytes, info_->fabric_attr->prov_name, info_->domain_attr->name, fabric_library().error_text(code));
+         num_bytes, info_->fabric_attr->prov_name, device_name(), fabric_library().error_text(code));
   ++next_key_;  // ours, if the provider has none of its own
-  auto registration = std::make_shared<Registration>(Registration{self, Owned<fid_mr>(opened)});
+  auto owner = std::make_shared<Registered>(Registered{self, Owned<fid_mr>(opened)});
   if (has_mode(FI_MR_ENDPOINT)) {
     check("fi_mr_bind", fi_mr_bind(opened, &endpoint_->fid, 0));
     check("fi_mr_enable", fi_mr_enable(opened));
@@ -102,7 +108,44 @@ Region FabricConnection::register_memory(const std::shared_ptr<FabricConnection>
   const uint64_t key = fi_mr_key(opened);
   if (key == FI_KEY_NOTAVAIL) fail(TERN_UNSUPPORTED, "transport: provider {} has keys of more than 8 bytes", info_->fabric_attr->prov_name);
   const uint64_t base = has_mode(FI_MR_VIRT_ADDR) ? reinterpret_cast<uint64_t>(address) : 0;
-  return Region(static_cast<std::byte*>(address), {base, key, num_bytes}, fi_mr_desc(opened), std::move(registration));
+  return {{base, key}, fi_mr_desc(opened), std::move(owner)};
+}
+
+ssize_t FabricConnection::write(const Put& put, size_t num_bytes, uint64_t data) {
+  if (idle_.empty()) return -FI_EAGAIN;
+  Departing* message = idle_.back();
+  const RemoteRegion::Access& access = put.to.devices[static_cast<size_t>(device_)];
+  iovec from = {put.from->address() + put.from_offset, num_bytes};
+  fi_rma_iov to = {access.base + put.to_offset, num_bytes, access.key};
+  void* descriptor = put.from->descriptor(device_);
+  fi_msg_rma rma = {};
+  rma.msg_iov = &from;
+  rma.desc = &descriptor;
+  rma.iov_count = 1;
+  rma.addr = addresses_[static_cast<size_t>(put.peer)];
+  rma.rma_iov = &to;
+  rma.rma_iov_count = 1;
+  rma.context = &message->context;
+  rma.data = data;
+  const uint64_t inject = num_bytes <= info_->tx_attr->inject_size ? FI_INJECT : 0;
+  const uint64_t confirmed = put.confirmed ? FI_DELIVERY_COMPLETE : 0;
+  const uint64_t counted = put.counted ? FI_REMOTE_CQ_DATA : 0;
+  const ssize_t code = fi_writemsg(endpoint_.get(), &rma, counted | FI_COMPLETION | confirmed | inject);
+  if (code != 0) return code;
+  idle_.pop_back();
+  message->peer = put.peer;
+  message->num_bytes = num_bytes;
+  outstanding_bytes_ += num_bytes;
+  return 0;
+}
+
+std::optional<int> FabricConnection::settle(void* context) {
+  const std::less<const void*> before;
+  if (before(context, departing_.data()) || !before(context, departing_.data() + departing_.size())) return std::nullopt;
+  auto* message = static_cast<Departing*>(context);
+  outstanding_bytes_ -= message->num_bytes;
+  idle_.push_back(message);
+  return message->peer;
 }
 
 void abandon(std::shared_ptr<FabricConnection> connection) {

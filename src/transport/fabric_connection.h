@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// libfabric's objects of one endpoint, opened in order and closed in the reverse one. Shared by the endpoint and its regions.
+// A rank on one network device: libfabric's objects, opened in order and closed in the reverse one, and the messages that are under way. Shared
+// by the endpoint and its regions.
 #pragma once
 
 #include <rdma/fi_cm.h>
@@ -8,7 +9,7 @@
 #include <rdma/fi_eq.h>
 
 #include <memory>
-#include <string>
+#include <optional>
 #include <vector>
 
 #include "topology/bootstrap.h"
@@ -30,22 +31,35 @@ using Owned = std::unique_ptr<Fid, CloseFid>;
 struct Departing {
   fi_context2 context;
   int peer;
+  size_t num_bytes;
 };
 
 class FabricConnection {
  public:
-  FabricConnection(FabricInfo info, int most_outstanding, int num_ranks);
+  struct Options {
+    int device = 0;  // of the rank's, for which regions have as many registrations
+    int num_ranks = 1;
+    int most_outstanding = 1;  // messages; fewer if the provider has fewer
+  };
+  FabricConnection(FabricInfo info, const Options& options);
 
   // Collective: exchanges addresses. `absent` as in EndpointOptions.
   void meet(Bootstrap& bootstrap, const std::vector<uint8_t>& absent, Deadline deadline);
 
-  Region register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes);
+  Region::Registration register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes);
+
+  // The first bytes of a put as one message, with completion data if it is counted. 0: it is on its way; -FI_EAGAIN: not now; else libfabric's
+  // error.
+  ssize_t write(const Put& put, size_t num_bytes, uint64_t data);
+  // By the context of a completion: the peer of a message that is on its way no more; none if it is not of one of ours.
+  std::optional<int> settle(void* context);
 
   const fi_info& info() const { return *info_; }
+  const char* device_name() const { return info_->domain_attr->name; }
   fid_cq* queue() const { return queue_.get(); }
-  fid_ep* endpoint() const { return endpoint_.get(); }
-  fi_addr_t address_of(int peer) const { return addresses_[peer]; }
-  std::vector<Departing>& departing() { return departing_; }
+  int most_outstanding() const { return static_cast<int>(departing_.size()); }
+  int num_outstanding() const { return static_cast<int>(departing_.size() - idle_.size()); }
+  size_t outstanding_bytes() const { return outstanding_bytes_; }
 
  private:
   bool has_mode(int mr_mode_bit) const { return (info_->domain_attr->mr_mode & mr_mode_bit) != 0; }
@@ -53,6 +67,7 @@ class FabricConnection {
 
   // Closed from the last to the first: the provider writes to `departing_` until the endpoint is closed.
   FabricInfo info_;
+  int device_;
   std::vector<Departing> departing_;
   Owned<fid_fabric> fabric_;
   Owned<fid_domain> domain_;
@@ -60,6 +75,8 @@ class FabricConnection {
   Owned<fid_cq> queue_;
   Owned<fid_ep> endpoint_;
 
+  std::vector<Departing*> idle_;
+  size_t outstanding_bytes_ = 0;
   std::vector<fi_addr_t> addresses_;
   uint64_t next_key_ = 1;
 };

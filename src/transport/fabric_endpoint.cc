@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The endpoint over libfabric. Built where libfabric's headers are.
 #include <rdma/fi_errno.h>
-#include <rdma/fi_rma.h>
 
 #include <algorithm>
 #include <array>
 #include <deque>
-#include <functional>
+#include <numeric>
+#include <utility>
 
 #include "base/error.h"
 #include "transport/endpoint.h"
@@ -20,20 +20,25 @@ namespace {
 
 class FabricEndpoint final : public Endpoint {
  public:
-  FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& options, FabricInfo info);
+  FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& options, std::vector<FabricInfo> infos);
 
   ~FabricEndpoint() override {
-    if (num_outstanding() != 0) abandon(connection_);
+    for (const auto& connection : connections_)
+      if (connection->num_outstanding() != 0) abandon(connection);
   }
 
-  void meet(Bootstrap& bootstrap, const std::vector<uint8_t>& absent, Deadline deadline) { connection_->meet(bootstrap, absent, deadline); }
+  void meet(Bootstrap& bootstrap, const std::vector<uint8_t>& absent, Deadline deadline) {
+    for (const auto& connection : connections_) connection->meet(bootstrap, absent, deadline);
+  }
 
   const EndpointFacts& facts() const override { return facts_; }
-  Region register_memory(void* address, size_t num_bytes) override { return connection_->register_memory(connection_, address, num_bytes); }
+  Region register_memory(void* address, size_t num_bytes) override;
   bool try_put(Put& put) override;
   bool progress() override;
   void flush(Deadline deadline) override;
-  int num_outstanding() const override { return static_cast<int>(connection_->departing().size() - idle_.size()); }
+  int num_outstanding() const override {
+    return std::accumulate(ways_.begin(), ways_.end(), 0, [](int sum, const Way& way) { return sum + way.connection->num_outstanding(); });
+  }
   int num_outstanding_to(int peer) const override { return num_outstanding_to_[peer]; }
   bool lost(int peer) const override { return !lost_[peer].empty(); }
   void try_again(int peer) override { lost_[peer].clear(); }
@@ -45,44 +50,64 @@ class FabricEndpoint final : public Endpoint {
   using Completions = std::array<fi_cq_data_entry, kBatch>;
 
   void check(const Put& put) const;
+  size_t stripe_bytes(size_t num_bytes) const;
   bool send_message(const Put& put, size_t num_bytes, bool last);
-  void take(const Completions& completions, size_t num_completions);
-  void take_error();
-  // The message of a completion; nullptr if it is not of one of ours.
-  Departing* departed(void* context);
+  bool read(FabricConnection& connection);
+  void take(FabricConnection& connection, const Completions& completions, size_t num_completions);
+  void take_error(FabricConnection& connection);
   // The text is thrown at the end of the batch, so that nothing else in it gets lost.
-  void lose(int peer, const std::string& why);
+  void lose(int peer, const FabricConnection& connection, const std::string& why);
   void count(uint64_t data);
   void throw_problem();
+
+  // A device as puts choose among them.
+  struct Way {
+    FabricConnection* connection;
+    uint64_t last_taken = 0;
+  };
 
   int rank_;
   NoticeCode code_;
   Departures departures_;
   Arrivals arrivals_;
-  std::shared_ptr<FabricConnection> connection_;
-  std::vector<Departing*> idle_;
+  std::vector<std::shared_ptr<FabricConnection>> connections_;  // one for each device
+  std::vector<Way> ways_;                                       // the same
+  uint64_t num_taken_ = 0;
   std::vector<int> num_outstanding_to_;
   std::vector<std::string> lost_;  // for each peer, "" or why it cannot be reached
   std::deque<Failure> problems_;   // to be thrown, one by each call that finds it here
   EndpointFacts facts_;
 };
 
-FabricEndpoint::FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& options, FabricInfo info)
+// All devices are of one provider, and alike in what the first is asked for.
+FabricEndpoint::FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& options, std::vector<FabricInfo> infos)
     : rank_(bootstrap.rank()),
-      code_(bootstrap.num_ranks(), options.num_channels, info->domain_attr->cq_data_size),
+      code_(bootstrap.num_ranks(), options.num_channels, infos[0]->domain_attr->cq_data_size),
       departures_(bootstrap.num_ranks(), options.num_channels),
       arrivals_(bootstrap.num_ranks(), options.num_channels),
       num_outstanding_to_(bootstrap.num_ranks()),
       lost_(bootstrap.num_ranks()) {
-  const size_t provider_messages = info->tx_attr->size == 0 ? size_t(options.most_outstanding) : info->tx_attr->size;
-  facts_.most_outstanding = static_cast<int>(std::min<size_t>(options.most_outstanding, provider_messages));
-  facts_.provider = info->fabric_attr->prov_name;
-  facts_.domain = info->domain_attr->name;
-  facts_.traffic_class = info->tx_attr->tclass != FI_TC_UNSPEC;
-  facts_.most_message_bytes =
-      std::min(options.most_message_bytes == 0 ? SIZE_MAX : options.most_message_bytes, info->ep_attr->max_msg_size);
-  connection_ = std::make_shared<FabricConnection>(std::move(info), facts_.most_outstanding, bootstrap.num_ranks());
-  for (Departing& message : connection_->departing()) idle_.push_back(&message);
+  facts_.provider = infos[0]->fabric_attr->prov_name;
+  facts_.traffic_class = infos[0]->tx_attr->tclass != FI_TC_UNSPEC;
+  facts_.most_message_bytes = options.most_message_bytes == 0 ? SIZE_MAX : options.most_message_bytes;
+  facts_.most_outstanding = options.most_outstanding;
+  for (FabricInfo& info : infos) {
+    facts_.domains.emplace_back(info->domain_attr->name);
+    facts_.most_message_bytes = std::min(facts_.most_message_bytes, info->ep_attr->max_msg_size);
+    const FabricConnection::Options of_device{static_cast<int>(connections_.size()), bootstrap.num_ranks(), options.most_outstanding};
+    connections_.push_back(std::make_shared<FabricConnection>(std::move(info), of_device));
+    ways_.push_back({connections_.back().get()});
+    facts_.most_outstanding = std::min(facts_.most_outstanding, connections_.back()->most_outstanding());
+  }
+}
+
+Region FabricEndpoint::register_memory(void* address, size_t num_bytes) {
+  if (address == nullptr || num_bytes == 0)
+    fail(TERN_INVALID_ARGUMENT, "transport: {} bytes at {:#x} are registered, there must be some", num_bytes,
+         reinterpret_cast<uintptr_t>(address));
+  std::vector<Region::Registration> registrations;
+  for (const auto& connection : connections_) registrations.push_back(connection->register_memory(connection, address, num_bytes));
+  return Region(static_cast<std::byte*>(address), num_bytes, std::move(registrations));
 }
 
 void FabricEndpoint::check(const Put& put) const {
@@ -103,7 +128,7 @@ void FabricEndpoint::check(const Put& put) const {
 bool FabricEndpoint::try_put(Put& put) {
   check(put);
   while (true) {
-    const size_t num_bytes = std::min(put.num_bytes, facts_.most_message_bytes);
+    const size_t num_bytes = std::min(stripe_bytes(put.num_bytes), facts_.most_message_bytes);
     const bool whole = num_bytes == put.num_bytes;
     if (!send_message(put, num_bytes, whole && put.last)) return false;
     put.from_offset += num_bytes;
@@ -113,71 +138,73 @@ bool FabricEndpoint::try_put(Put& put) {
   }
 }
 
+// Each stripe is a device's share of what is left: large ones first, and small ones at the end that make the devices even, since each goes where
+// the least is under way. So it does not matter how much of the put was sent before.
+size_t FabricEndpoint::stripe_bytes(size_t num_bytes) const {
+  if (ways_.size() == 1 || num_bytes < 2 * kLeastStripeBytes) return num_bytes;
+  constexpr size_t kAlignment = 4096;
+  const size_t share = (num_bytes / ways_.size() + kAlignment - 1) / kAlignment * kAlignment;
+  return std::max(share, kLeastStripeBytes);
+}
+
 bool FabricEndpoint::send_message(const Put& put, size_t num_bytes, bool last) {
-  if (idle_.empty()) return false;
   const uint64_t num_messages = put.counted ? departures_.num_sent(put.peer, put.channel, put.epoch) + 1 : 0;
   if (num_messages > code_.most_messages())
     fail(TERN_CAPACITY_EXCEEDED,
          "transport: more than {} messages to rank {} in epoch {} of channel {}; put more bytes at once or use more epochs",
          code_.most_messages(), put.peer, put.epoch, put.channel);
-  Departing* message = idle_.back();
-  iovec from = {put.from->address() + put.from_offset, num_bytes};
-  fi_rma_iov to = {put.to.base + put.to_offset, num_bytes, put.to.key};
-  void* descriptor = put.from->descriptor();
-  fi_msg_rma rma = {};
-  rma.msg_iov = &from;
-  rma.desc = &descriptor;
-  rma.iov_count = 1;
-  rma.addr = connection_->address_of(put.peer);
-  rma.rma_iov = &to;
-  rma.rma_iov_count = 1;
-  rma.context = &message->context;
-  if (put.counted) rma.data = code_.encode({rank_, put.channel, put.epoch, last ? num_messages : 0});
-  const uint64_t inject = num_bytes <= connection_->info().tx_attr->inject_size ? FI_INJECT : 0;
-  const uint64_t confirmed = put.confirmed ? FI_DELIVERY_COMPLETE : 0;
-  const uint64_t counted = put.counted ? FI_REMOTE_CQ_DATA : 0;
-  const ssize_t code = fi_writemsg(connection_->endpoint(), &rma, counted | FI_COMPLETION | confirmed | inject);
-  if (code == -FI_EAGAIN) return false;
-  if (code != 0) {
-    lose(put.peer, fabric_library().error_text(static_cast<int>(code)));
-    throw_problem();
+  const uint64_t data = put.counted ? code_.encode({rank_, put.channel, put.epoch, last ? num_messages : 0}) : 0;
+  // A device that is slow, or busy with other ranks, has more under way than others. Where all have as much, they take turns.
+  std::ranges::sort(ways_, {}, [](const Way& way) { return std::pair(way.connection->outstanding_bytes(), way.last_taken); });
+  for (Way& way : ways_) {
+    const ssize_t code = way.connection->write(put, num_bytes, data);
+    if (code == -FI_EAGAIN) continue;
+    if (code != 0) {
+      lose(put.peer, *way.connection, fabric_library().error_text(static_cast<int>(code)));
+      throw_problem();
+    }
+    way.last_taken = ++num_taken_;
+    ++num_outstanding_to_[put.peer];
+    if (put.counted) departures_.count(put.peer, put.channel, put.epoch, last);
+    return true;
   }
-  idle_.pop_back();
-  message->peer = put.peer;
-  ++num_outstanding_to_[put.peer];
-  if (put.counted) departures_.count(put.peer, put.channel, put.epoch, last);
-  return true;
+  return false;
 }
 
 bool FabricEndpoint::progress() {
+  bool any = false;
+  for (const auto& connection : connections_) any |= read(*connection);
+  throw_problem();
+  return any;
+}
+
+bool FabricEndpoint::read(FabricConnection& connection) {
   Completions completions;
   bool any = false;
   while (true) {
-    const ssize_t got = fi_cq_read(connection_->queue(), completions.data(), kBatch);
+    const ssize_t got = fi_cq_read(connection.queue(), completions.data(), kBatch);
     if (got == -FI_EAVAIL) {
-      take_error();
+      take_error(connection);
     } else if (got == -FI_EAGAIN || got == -FI_EINTR || got == 0) {
       break;
     } else if (got < 0) {
       fail(TERN_SYSTEM_ERROR, "transport: fi_cq_read: {}", fabric_library().error_text(static_cast<int>(got)));
     } else {
-      take(completions, static_cast<size_t>(got));
+      take(connection, completions, static_cast<size_t>(got));
     }
     any = true;
     if (got != static_cast<ssize_t>(kBatch) && got > 0) break;
   }
-  throw_problem();
   return any;
 }
 
-void FabricEndpoint::take(const Completions& completions, size_t num_completions) {
+void FabricEndpoint::take(FabricConnection& connection, const Completions& completions, size_t num_completions) {
   for (size_t i = 0; i < num_completions; ++i) {
     const fi_cq_data_entry& completion = completions[i];
     if ((completion.flags & FI_REMOTE_CQ_DATA) != 0) {
       count(completion.data);
-    } else if (Departing* message = departed(completion.op_context)) {
-      --num_outstanding_to_[message->peer];
-      idle_.push_back(message);
+    } else if (const auto peer = connection.settle(completion.op_context)) {
+      --num_outstanding_to_[*peer];
     }
   }
 }
@@ -190,34 +217,27 @@ void FabricEndpoint::count(uint64_t data) {
   }
 }
 
-Departing* FabricEndpoint::departed(void* context) {
-  std::vector<Departing>& all = connection_->departing();
-  const std::less<const void*> before;
-  if (before(context, all.data()) || !before(context, all.data() + all.size())) return nullptr;
-  return static_cast<Departing*>(context);
-}
-
-void FabricEndpoint::take_error() {
+void FabricEndpoint::take_error(FabricConnection& connection) {
   fi_cq_err_entry error = {};
-  const ssize_t got = fi_cq_readerr(connection_->queue(), &error, 0);
+  const ssize_t got = fi_cq_readerr(connection.queue(), &error, 0);
   if (got == -FI_EAGAIN) return;
   if (got < 0) fail(TERN_SYSTEM_ERROR, "transport: fi_cq_readerr: {}", fabric_library().error_text(static_cast<int>(got)));
   char buffer[256] = {};
-  const char* detail = fi_cq_strerror(connection_->queue(), error.prov_errno, error.err_data, buffer, sizeof(buffer));
+  const char* detail = fi_cq_strerror(connection.queue(), error.prov_errno, error.err_data, buffer, sizeof(buffer));
   const std::string why = fmt::format("{}; {}", fabric_library().error_text(error.err), detail == nullptr ? "" : detail);
-  Departing* message = departed(error.op_context);
-  if (message == nullptr) {  // of what a peer sends; that peer finds out by itself
+  const auto peer = connection.settle(error.op_context);
+  if (!peer) {  // of what a peer sends; that peer finds out by itself
     problems_.emplace_back(TERN_SYSTEM_ERROR, fmt::format("transport: something that was put to rank {} failed: {}", rank_, why));
     return;
   }
-  --num_outstanding_to_[message->peer];
-  idle_.push_back(message);
-  lose(message->peer, why);
+  --num_outstanding_to_[*peer];
+  lose(*peer, connection, why);
 }
 
-void FabricEndpoint::lose(int peer, const std::string& why) {
+// By whichever device: what was on its way over it is missing.
+void FabricEndpoint::lose(int peer, const FabricConnection& connection, const std::string& why) {
   if (!lost_[peer].empty()) return;
-  lost_[peer] = fmt::format("transport: rank {} cannot be reached over {}: {}", peer, facts_.provider, why);
+  lost_[peer] = fmt::format("transport: rank {} cannot be reached over {} on {}: {}", peer, facts_.provider, connection.device_name(), why);
   problems_.emplace_back(TERN_SYSTEM_ERROR, lost_[peer]);
 }
 
@@ -250,9 +270,9 @@ void check(const EndpointOptions& options) {
 std::unique_ptr<Endpoint> make_endpoint(Bootstrap& bootstrap, const EndpointOptions& options, Deadline deadline) {
   check(options);
   const FabricChoices choices(options);
-  const std::string provider =
-      agree_on_provider(bootstrap, {choices.providers(), choices.problem(), options.num_channels}, options.absent, deadline);
-  auto endpoint = std::make_unique<FabricEndpoint>(bootstrap, options, choices.first_of(provider));
+  const Offer offer{choices.providers(), choices.problem(), options.num_channels, static_cast<int>(options.num_devices())};
+  const std::string provider = agree_on_provider(bootstrap, offer, options.absent, deadline);
+  auto endpoint = std::make_unique<FabricEndpoint>(bootstrap, options, choices.devices_of(provider));
   endpoint->meet(bootstrap, options.absent, deadline);
   return endpoint;
 }

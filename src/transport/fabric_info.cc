@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "base/error.h"
+#include "transport/choose_devices.h"
 
 namespace tern {
 namespace {
@@ -27,6 +28,8 @@ std::string_view core_name(std::string_view provider) { return provider.substr(0
 bool means(const std::string& asked_for, std::string_view provider) {
   return asked_for == provider || asked_for == core_name(provider) || (asked_for == "tcp" && provider == "net");
 }
+
+bool named(const fi_info& info, std::string_view name) { return name == info.domain_attr->name; }
 
 struct TrafficClass {
   std::string_view name;
@@ -70,18 +73,29 @@ FabricInfo make_hints(uint32_t traffic_class) {
   return hints;
 }
 
+// By what the provider says of its bus. Older libfabrics say nothing for verbs, whose devices the system knows by the same names.
+std::string place_of_device(const fi_info& info) {
+  const fi_bus_attr* bus = info.nic == nullptr ? nullptr : info.nic->bus_attr;
+  if (bus == nullptr || bus->bus_type != FI_BUS_PCI)
+    return place_of(fmt::format("/sys/class/infiniband/{}/device", info.domain_attr->name));
+  const fi_pci_attr& pci = bus->attr.pci;
+  return pci_place(fmt::format("{:04x}:{:02x}:{:02x}.{:x}", pci.domain_id, pci.bus_id, pci.device_id, pci.function_id));
+}
+
 }  // namespace
 
 FabricChoices::FabricChoices(const EndpointOptions& options)
-    : domain_(options.domain), traffic_class_(parse_traffic_class(options.traffic_class)) {
-  if (!fabric_library()) {
+    : options_(options), traffic_class_(parse_traffic_class(options.traffic_class)) {
+  if (const int64_t number = options.num_devices(); number < 1 || number > kMostDevices)
+    problem_ = fmt::format("{} network devices are asked for (TERN_FABRIC_DOMAIN, TERN_FABRIC_RAILS), a rank can have 1 to {}", number,
+                           kMostDevices);
+  else if (!fabric_library())
     problem_ = fmt::format("libfabric.so.1 is not on this machine, or lacks functions; {}", kInstall);
-    return;
-  }
-  list(options);
+  else
+    list();
 }
 
-void FabricChoices::list(const EndpointOptions& options) {
+void FabricChoices::list() {
   const FabricInfo hints = make_hints(traffic_class_);
   fi_info* found = nullptr;
   const int code = fabric_library().getinfo(kFabricVersion, nullptr, nullptr, 0, hints.get(), &found);
@@ -91,7 +105,7 @@ void FabricChoices::list(const EndpointOptions& options) {
     return;
   }
   infos_.reset(found);
-  rank_providers(options.provider);
+  rank_providers();
   if (!providers_.empty()) return;
   std::vector<std::string> there;
   for (const fi_info* info = infos_.get(); info != nullptr; info = info->next) {
@@ -99,35 +113,69 @@ void FabricChoices::list(const EndpointOptions& options) {
     if (std::ranges::count(there, name) == 0) there.push_back(name);
   }
   problem_ = fmt::format("provider {}{} is asked for (TERN_FABRIC_PROVIDER, TERN_FABRIC_DOMAIN); there are {}",
-                         options.provider.empty() ? "verbs, efa, cxi or tcp" : options.provider,
-                         domain_.empty() ? "" : " on device " + domain_, fmt::join(there, ", "));
+                         options_.provider.empty() ? "verbs, efa, cxi or tcp" : options_.provider,
+                         options_.domains.empty() ? "" : fmt::format(" on device {}", fmt::join(options_.domains, " and ")),
+                         fmt::join(there, ", "));
 }
 
-void FabricChoices::rank_providers(const std::string& asked_for) {
-  const auto offered = [&](std::string_view provider) {
-    for (const fi_info* info = infos_.get(); info != nullptr; info = info->next)
-      if (provider == info->fabric_attr->prov_name && fits(*info)) return true;
-    return false;
-  };
+void FabricChoices::rank_providers() {
+  const std::string& asked_for = options_.provider;
   for (const std::string_view provider : kPreferred)
-    if ((asked_for.empty() || means(asked_for, provider)) && offered(provider)) providers_.emplace_back(provider);
+    if ((asked_for.empty() || means(asked_for, provider)) && fits(provider)) providers_.emplace_back(provider);
   if (asked_for.empty() || !providers_.empty()) return;
-  for (const fi_info* info = infos_.get(); info != nullptr; info = info->next)
-    if (means(asked_for, info->fabric_attr->prov_name) && fits(*info)) {
-      providers_.emplace_back(info->fabric_attr->prov_name);
-      return;
-    }
+  for (const fi_info* info = infos_.get(); info != nullptr; info = info->next) {
+    const std::string_view provider = info->fabric_attr->prov_name;
+    if (!means(asked_for, provider) || !fits(provider)) continue;
+    providers_.emplace_back(provider);
+    return;
+  }
 }
 
-bool FabricChoices::fits(const fi_info& info) const { return domain_.empty() || domain_ == info.domain_attr->name; }
+std::vector<const fi_info*> FabricChoices::listed(std::string_view provider) const {
+  std::vector<const fi_info*> devices;
+  for (const fi_info* info = infos_.get(); info != nullptr; info = info->next) {
+    const auto is_same = [&](const fi_info* other) { return named(*other, info->domain_attr->name); };
+    if (provider == info->fabric_attr->prov_name && std::ranges::none_of(devices, is_same)) devices.push_back(info);
+  }
+  return devices;
+}
 
-FabricInfo FabricChoices::first_of(const std::string& provider) const {
-  const fi_info* info = infos_.get();
-  while (info != nullptr && (provider != info->fabric_attr->prov_name || !fits(*info))) info = info->next;
-  if (info == nullptr) fail(TERN_INTERNAL_ERROR, "transport: provider {} was offered and is not there", provider);
-  FabricInfo copy(fabric_library().dupinfo(info));
-  if (copy == nullptr) fail(TERN_OUT_OF_MEMORY, "transport: fi_dupinfo: no memory");
-  return copy;
+bool FabricChoices::fits(std::string_view provider) const {
+  const std::vector<const fi_info*> devices = listed(provider);
+  const auto is_there = [&](const std::string& name) {
+    return std::ranges::any_of(devices, [&](const fi_info* info) { return named(*info, name); });
+  };
+  return !devices.empty() && std::ranges::all_of(options_.domains, is_there);
+}
+
+std::vector<const fi_info*> FabricChoices::closest(const std::string& provider) const {
+  std::vector<const fi_info*> devices = listed(provider);
+  // verbs connects by IP addresses: of devices that have none it can reach nothing.
+  const auto lacks_address = [](const fi_info* info) { return info->src_addr == nullptr; };
+  if (!std::ranges::all_of(devices, lacks_address)) std::erase_if(devices, lacks_address);
+  std::vector<NetworkDevice> places;
+  for (const fi_info* info : devices) places.push_back({info->domain_attr->name, place_of_device(*info)});
+  std::vector<const fi_info*> chosen;
+  for (const size_t i : choose_devices(places, {.gpu_place = pci_place(options_.gpu),
+                                                .rank_idx = options_.seat.idx,
+                                                .num_ranks = options_.seat.num_ranks,
+                                                .num_devices = static_cast<int>(options_.num_devices())}))
+    chosen.push_back(devices[i]);
+  return chosen;
+}
+
+std::vector<FabricInfo> FabricChoices::devices_of(const std::string& provider) const {
+  std::vector<const fi_info*> chosen;
+  const std::vector<const fi_info*> devices = listed(provider);
+  for (const std::string& name : options_.domains)
+    chosen.push_back(*std::ranges::find_if(devices, [&](const fi_info* info) { return named(*info, name); }));
+  if (chosen.empty()) chosen = closest(provider);
+  std::vector<FabricInfo> copies;
+  for (const fi_info* info : chosen) {
+    copies.emplace_back(fabric_library().dupinfo(info));
+    if (copies.back() == nullptr) fail(TERN_OUT_OF_MEMORY, "transport: fi_dupinfo: no memory");
+  }
+  return copies;
 }
 
 }  // namespace tern

@@ -2,10 +2,13 @@
 #include "transport/fabric_library.h"
 
 #include <fmt/core.h>
+#include <rdma/fi_domain.h>
 #include <rdma/fi_errno.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
+#include <utility>
 
 #include "transport/fabric_report.h"
 
@@ -42,12 +45,14 @@ FabricReport read_fabric() {
     return report;
   }
   const FabricInfo owned(list);
-  for (const fi_info* info = list; info != nullptr; info = info->next)
-    if (info->fabric_attr != nullptr && info->fabric_attr->prov_name != nullptr)
-      report.providers.emplace_back(info->fabric_attr->prov_name);
-  std::ranges::sort(report.providers);
-  const auto repeated = std::ranges::unique(report.providers);
-  report.providers.erase(repeated.begin(), repeated.end());
+  std::map<std::string, std::vector<std::string>> devices;  // of each provider
+  for (const fi_info* info = list; info != nullptr; info = info->next) {
+    if (info->fabric_attr == nullptr || info->fabric_attr->prov_name == nullptr) continue;
+    std::vector<std::string>& known = devices[info->fabric_attr->prov_name];
+    const bool has_name = info->domain_attr != nullptr && info->domain_attr->name != nullptr;
+    if (has_name && std::ranges::count(known, info->domain_attr->name) == 0) known.emplace_back(info->domain_attr->name);
+  }
+  for (auto& [name, names] : devices) report.providers.push_back({name, std::move(names)});
   return report;
 }
 

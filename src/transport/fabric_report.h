@@ -7,10 +7,15 @@
 
 namespace tern {
 
+struct FabricProvider {
+  std::string name;
+  std::vector<std::string> devices;  // as libfabric orders them, each once
+};
+
 struct FabricReport {
-  std::string libfabric;               // its version, "" if it is absent
-  std::vector<std::string> providers;  // by name, without duplicates
-  std::string problem;                 // why providers are not listed
+  std::string libfabric;                  // its version, "" if it is absent
+  std::vector<FabricProvider> providers;  // by name
+  std::string problem;                    // why providers are not listed
 };
 
 FabricReport read_fabric();

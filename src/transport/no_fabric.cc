@@ -19,7 +19,7 @@ FabricReport read_fabric() {
 
 std::unique_ptr<Endpoint> make_endpoint(Bootstrap& bootstrap, const EndpointOptions& options, Deadline deadline) {
   const std::string problem = "this library was built without libfabric's headers: install libfabric-dev and build it again";
-  agree_on_provider(bootstrap, {.providers = {}, .problem = problem, .num_channels = options.num_channels}, options.absent, deadline);
+  agree_on_provider(bootstrap, {.providers = {}, .problem = problem}, options.absent, deadline);
   fail(TERN_UNSUPPORTED, "transport: {}", problem);
 }
 

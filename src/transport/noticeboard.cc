@@ -24,10 +24,12 @@ uint64_t note_hash(std::span<const uint64_t> words) {
   return hash == 0 ? 1 : hash;
 }
 
-Noticeboard::Noticeboard(Bootstrap& bootstrap, size_t note_bytes, const std::vector<int>& readers, Deadline deadline)
+Noticeboard::Noticeboard(Bootstrap& bootstrap, size_t note_bytes, const std::vector<int>& readers, EndpointOptions options,
+                         Deadline deadline)
     : rank_(bootstrap.rank()), note_bytes_(note_bytes), own_(slot_words()) {
   const auto num_ranks = static_cast<size_t>(bootstrap.num_ranks());
-  EndpointOptions options;
+  options.num_rails = 1;
+  if (options.domains.size() > 1) options.domains.resize(1);
   options.most_outstanding = std::max(options.most_outstanding, static_cast<int>(num_ranks));
   endpoint_ = make_endpoint(bootstrap, options, deadline);
   memory_.resize((num_ranks + readers.size()) * slot_words());

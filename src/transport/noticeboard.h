@@ -2,7 +2,7 @@
 // A note of each rank that ranks of other hosts read whenever they like: its last words, for rare things that must work while other ranks
 // are gone. Nobody waits for anybody, and no epochs are counted.
 //
-//   Noticeboard board(bootstrap, sizeof(note), ranks_of_other_hosts, deadline);      // collective
+//   Noticeboard board(bootstrap, sizeof(note), ranks_of_other_hosts, {}, deadline);  // collective
 //   board.write(std::as_bytes(std::span(&note, 1)));
 //   while (!board.read(3, bytes)) board.progress();                                   // with pauses and a deadline
 //
@@ -29,8 +29,9 @@ uint64_t note_hash(std::span<const uint64_t> words);
 
 class Noticeboard {
  public:
-  // `note_bytes`: a multiple of 8. `readers`: ranks that read this one's notes, and whose notes it reads.
-  Noticeboard(Bootstrap& bootstrap, size_t note_bytes, const std::vector<int>& readers, Deadline deadline);
+  // `note_bytes`: a multiple of 8. `readers`: ranks that read this one's notes, and whose notes it reads. Of the network devices that the
+  // options choose the first one will do.
+  Noticeboard(Bootstrap& bootstrap, size_t note_bytes, const std::vector<int>& readers, EndpointOptions options, Deadline deadline);
 
   void write(std::span<const std::byte> note);
   // False: the rank has written nothing yet, or it is arriving.

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Nodes that share nothing but a network: network namespaces, joined by virtual Ethernet. Skipped where they cannot be made.
+// Ranks with two devices need an environment of their own, TERN_FABRIC_DOMAIN=veth0,veth1.
 #include "engine/namespaces.h"
 
 #include <chrono>
+#include <cstdlib>
 #include <optional>
+#include <string>
 #include <tern/tern.hpp>
 
 #include "conformance/processes.h"
@@ -87,6 +90,17 @@ TEST_P(NodesInNamespaces, AreRight) {
 
 INSTANTIATE_TEST_SUITE_P(NodesAndRanks, NodesInNamespaces,
                          ::testing::Values(std::pair(2, 1), std::pair(2, 2), std::pair(3, 1), std::pair(3, 2)));
+
+TEST(NamespacesOfTwoLinks, BothCarryWhatRanksSend) {
+  const char* devices = std::getenv("TERN_FABRIC_DOMAIN");
+  if (devices == nullptr || std::string(devices) != "veth0,veth1") GTEST_SKIP() << "TERN_FABRIC_DOMAIN is not veth0,veth1";
+  const Namespaces nodes(2, 2);
+  if (!nodes.problem().empty()) GTEST_SKIP() << nodes.problem();
+  for (const Case& c : some_cases(2, 2)) expect_right_on(nodes, c);
+  constexpr int64_t kMany = 1 << 20;
+  for (const int node : {0, 1})
+    for (const int link : {0, 1}) EXPECT_GT(nodes.sent_bytes(node, link), kMany) << "node " << node << ", veth" << link;
+}
 
 TEST(Namespaces, DelayJitterLossAndReorderingChangeNothingButTime) {
   const Namespaces nodes(2);

@@ -82,7 +82,7 @@ TEST_F(Paths, OfTwoNodesOfOneRank) {
     for (size_t r = 0; r < 2; ++r) {
       EXPECT_EQ(report.ranks[r].node, static_cast<int>(r));
       EXPECT_FALSE(report.ranks[r].host.empty());
-      EXPECT_FALSE(report.ranks[r].device.empty());
+      EXPECT_FALSE(report.ranks[r].devices.empty());
     }
   }
   EXPECT_EQ(all[0].pairs[0].there_gbps, all[1].pairs[0].there_gbps) << "ranks have the same report";
@@ -107,7 +107,7 @@ TEST_F(Paths, NeedTwoNodes) {
 // The counterpart never runs, so the deadline ends the wait, with the rank that was waited for.
 TEST_F(Paths, OfASilentPeerAreAProblem) {
   const auto outcomes = run_ranks(2, [](Bootstrap& bootstrap) {
-    Flows flows(bootstrap, Deadline::in_ms(kAmpleMs));
+    Flows flows(bootstrap, "", Deadline::in_ms(kAmpleMs));
     if (bootstrap.rank() == 0) {
       std::vector<Flow> none{{.peer = 1, .receives = true}};
       flows.run(none, {}, Deadline::in_ms(100));
@@ -150,7 +150,7 @@ TEST_F(Paths, ThatFailLeaveTheOthersAlone) {
 // Each way as many epochs as were asked for, each answered once, and the bytes as they were sent.
 TEST_F(Paths, CarryAllEpochsBothWays) {
   const auto outcomes = run_ranks(2, [](Bootstrap& bootstrap) {
-    Flows flows(bootstrap, Deadline::in_ms(kAmpleMs));
+    Flows flows(bootstrap, "", Deadline::in_ms(kAmpleMs));
     const int peer = 1 - bootstrap.rank();
     EXPECT_FALSE(flows.received_unchanged(peer));
     std::vector<Flow> both{{.peer = peer, .sends = true, .receives = true}};

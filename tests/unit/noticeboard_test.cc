@@ -39,7 +39,7 @@ TEST(Noticeboard, TheLastNoteIsSeenByAll) {
     std::vector<int> others;
     for (int peer = 0; peer < kNumRanks; ++peer)
       if (peer != r) others.push_back(peer);
-    Noticeboard board(*bootstraps[static_cast<size_t>(r)], sizeof(Note), others, ample());
+    Noticeboard board(*bootstraps[static_cast<size_t>(r)], sizeof(Note), others, {}, ample());
     Note seen;
     const auto bytes = std::as_writable_bytes(std::span(seen));
     for (const int peer : others) require(!board.read(peer, bytes), "nothing was written yet");

@@ -25,7 +25,7 @@ constexpr size_t kBankBytes = 4096;
 EndpointOptions loopback_options() {
   EndpointOptions options;
   options.provider = "tcp";
-  options.domain = "lo";
+  options.domains = {"lo"};
   options.num_channels = Proxy::channels_for(kChannels);
   return options;
 }

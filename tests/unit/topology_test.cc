@@ -205,6 +205,17 @@ TEST(DescribeProcess, RunningStoppedExited) {
   EXPECT_EQ(describe_process(info), process + " has exited");
 }
 
+TEST(SeatOnHost, IsAmongTheRanksOfTheHost) {
+  std::vector<RankInfo> ranks;
+  for (const char* host : {"a", "b", "a", "b", "b"}) ranks.push_back(rank_on(host, ""));
+  const int expected[] = {0, 0, 1, 1, 2};
+  for (int r = 0; r < 5; ++r) {
+    const HostSeat seat = seat_on_host(make_topology(r, ranks));
+    EXPECT_EQ(seat.idx, expected[r]);
+    EXPECT_EQ(seat.num_ranks, ranks[static_cast<size_t>(r)].boot_id[0] == 'a' ? 2 : 3);
+  }
+}
+
 TEST(DescribeRank, ForErrorTexts) {
   const Topology topology = make_topology(0, {describe_self(""), rank_on("elsewhere", "")});
   EXPECT_EQ(describe_rank(topology, 0), " (process " + std::to_string(::getpid()) + " is running)");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Puts between ranks as threads, each with an endpoint of its own, over TCP on this machine's loopback; and the counting of epochs by itself.
+// Puts between ranks as threads, each with an endpoint of its own, over TCP on this machine's loopback.
 #include "transport/endpoint.h"
 
 #include <gtest/gtest.h>
@@ -13,9 +13,6 @@
 #include <tuple>
 
 #include "test_ranks.h"
-#include "transport/fabric_report.h"
-#include "transport/meet.h"
-#include "transport/notices.h"
 
 // libfabric 1.17's provider "net" loses a few hundred bytes with each endpoint, also when it is closed.
 extern "C" __attribute__((visibility("default"))) const char* __lsan_default_suppressions() { return "leak:libfabric.so.1"; }
@@ -25,118 +22,10 @@ namespace {
 
 using namespace test;
 
-// --------------------------------------------------------------------------------------------------------------- counting
-
-TEST(NoticeCode, KeepsWhatItIsGiven) {
-  for (const size_t data_bytes : {4, 8})
-    for (const int num_ranks : {1, 2, 5, 2048})
-      for (const int num_channels : {1, 2, 8}) {
-        const NoticeCode code(num_ranks, num_channels, data_bytes);
-        EXPECT_GE(code.most_messages(), 65535u);
-        for (const uint64_t number : {uint64_t(0), uint64_t(1), code.most_messages()})
-          for (int64_t epoch = 0; epoch < 6; ++epoch) {
-            const uint64_t data = code.encode({num_ranks - 1, num_channels - 1, epoch, number});
-            if (data_bytes == 4) {
-              EXPECT_EQ(data >> 32, 0u);
-            }
-            const Notice notice = code.decode(data);
-            EXPECT_EQ(notice.sender, num_ranks - 1);
-            EXPECT_EQ(notice.channel, num_channels - 1);
-            EXPECT_EQ(notice.epoch, epoch % 4);
-            EXPECT_EQ(notice.num_messages, number);
-          }
-      }
-  expect_parts(outcome([] { NoticeCode(1 << 20, 16, 4); }), {"TERN_UNSUPPORTED", "1048576 ranks", "16 channels"});
-}
-
-TEST(Arrivals, CompleteInWhateverOrder) {
-  Arrivals arrivals(3, 2);
-  std::mt19937 random(1);
-  for (int64_t epoch = 1; epoch < 40; epoch += 2) {
-    // Two epochs of 1 to 5 messages, of which the last says how many; mixed.
-    std::vector<Notice> notices;
-    uint64_t left[2];
-    for (const int64_t e : {epoch, epoch + 1}) {
-      const uint64_t number = left[e - epoch] = 1 + random() % 5;
-      for (uint64_t i = 1; i <= number; ++i) notices.push_back({2, 1, e % 4, i == number ? number : 0});
-    }
-    std::ranges::shuffle(notices, random);
-    for (const Notice& notice : notices) {
-      for (const int64_t e : {epoch, epoch + 1}) EXPECT_EQ(arrivals.complete(2, 1, e), left[e - epoch] == 0);
-      --left[(notice.epoch - epoch) & 3];
-      arrivals.count(notice);
-    }
-    EXPECT_FALSE(arrivals.complete(2, 0, 1));
-    EXPECT_FALSE(arrivals.complete(1, 1, 1));
-    for (const int64_t e : {epoch, epoch + 1}) {
-      EXPECT_TRUE(arrivals.complete(2, 1, e));
-      arrivals.retire(2, 1, e);
-      EXPECT_TRUE(arrivals.complete(2, 1, e)) << "also later";
-      EXPECT_FALSE(arrivals.complete(2, 1, e + 2));
-    }
-  }
-}
-
-TEST(Arrivals, RefuseWhatCannotBe) {
-  Arrivals arrivals(2, 1);
-  const auto count = [&](Notice notice) { return outcome([&] { arrivals.count(notice); }); };
-  const auto retire = [&](int64_t epoch) { return outcome([&] { arrivals.retire(1, 0, epoch); }); };
-  expect_parts(count({1, 0, 3, 1}), {"TERN_MISMATCH", "rank 1", "3 modulo 4", "credit"});
-  expect_parts(count({3, 0, 1, 1}), {"TERN_INVALID_ARGUMENT", "rank 3"});
-  expect_parts(retire(1), {"TERN_INVALID_STATE", "not complete"});
-  EXPECT_EQ(count({1, 0, 2, 1}), "ok");
-  expect_parts(retire(2), {"TERN_INVALID_STATE", "the one before it was not"});
-  EXPECT_EQ(count({1, 0, 1, 2}), "ok");
-  expect_parts(count({1, 0, 1, 2}), {"TERN_MISMATCH", "rank 1", "epoch 1", "2 messages"});
-  EXPECT_EQ(retire(1), "ok");
-  EXPECT_EQ(retire(2), "ok");
-  expect_parts(retire(2), {"TERN_INVALID_STATE", "not under way"});
-  EXPECT_EQ(count({1, 0, 3, 1}), "ok");
-  expect_parts(count({1, 0, 3, 0}), {"TERN_MISMATCH", "epoch 3", "1 messages"});
-}
-
-TEST(Departures, EpochsFollowEachOther) {
-  Departures departures(2, 1);
-  const auto check = [&](int64_t epoch) { return outcome([&] { departures.check(1, 0, epoch); }); };
-  EXPECT_EQ(check(1), "ok");
-  EXPECT_EQ(check(2), "ok");
-  expect_parts(check(3), {"TERN_INVALID_STATE", "rank 1", "epoch 3"});
-  expect_parts(check(0), {"TERN_INVALID_STATE", "epoch 0"});
-  departures.count(1, 0, 1, false);
-  expect_parts(check(3), {"TERN_INVALID_STATE", "epoch 1 is not over"});
-  departures.count(1, 0, 1, true);
-  EXPECT_EQ(departures.num_sent(1, 0, 1), 2u);
-  expect_parts(check(1), {"TERN_INVALID_STATE", "whose last message was sent"});
-  EXPECT_EQ(check(3), "ok");
-  EXPECT_EQ(departures.num_sent(1, 0, 3), 0u);
-}
-
-// ----------------------------------------------------------------------------------------------------------- agreement
-
-TEST(AgreeOnProvider, TheFirstThatAllHave) {
-  const auto meet = [](const std::vector<Offer>& offers, std::vector<std::string>& chosen) {
-    auto bootstraps = make_local_bootstraps(static_cast<int>(offers.size()));
-    chosen.resize(offers.size());
-    return run_threads(static_cast<int>(offers.size()),
-                       [&](int r) { chosen[r] = agree_on_provider(*bootstraps[r], offers[r], {}, ample()); });
-  };
-  std::vector<std::string> chosen;
-  for (const auto& text : meet({{{"verbs;ofi_rxm", "efa", "tcp"}, "", 1}, {{"tcp", "efa"}, "", 1}}, chosen)) EXPECT_EQ(text, "ok");
-  EXPECT_EQ(chosen, (std::vector<std::string>{"efa", "efa"}));
-  for (const auto& text : meet({{{"verbs;ofi_rxm"}, "", 1}, {{"verbs;ofi_rxm", "tcp"}, "", 1}, {{"tcp"}, "", 1}}, chosen))
-    expect_parts(text, {"TERN_UNSUPPORTED", "rank 0 has verbs;ofi_rxm", "rank 2 has tcp"});
-  for (const auto& text : meet({{{"tcp"}, "", 1}, {{}, "libfabric.so.1 is not on this machine; install libfabric", 1}}, chosen))
-    expect_parts(text, {"TERN_UNSUPPORTED", "rank 1: libfabric.so.1", "install"});
-  for (const auto& text : meet({{{"tcp"}, "", 1}, {{"tcp"}, "", 2}}, chosen))
-    expect_parts(text, {"TERN_MISMATCH", "rank 1 has 2 channels", "rank 0 has 1"});
-}
-
-// ----------------------------------------------------------------------------------------------------------- endpoints
-
-EndpointOptions over_loopback() {
+EndpointOptions over_loopback(int num_devices = 1) {
   EndpointOptions options;
   options.provider = "tcp";
-  options.domain = "lo";
+  options.domains.assign(static_cast<size_t>(num_devices), "lo");
   options.traffic_class = "";
   return options;
 }
@@ -227,13 +116,13 @@ std::vector<Piece> make_pieces(int sender, int receiver, const std::vector<size_
   return pieces;
 }
 
-class AllToAll : public Endpoints, public ::testing::WithParamInterface<std::tuple<int, size_t>> {};
+class AllToAll : public Endpoints, public ::testing::WithParamInterface<std::tuple<int, size_t, int>> {};
 
 TEST_P(AllToAll, LandsByteForByte) {
-  const auto [num_ranks, most_message_bytes] = GetParam();
+  const auto [num_ranks, most_message_bytes, num_devices] = GetParam();
   const std::vector<size_t> sizes = {0, 1, 2, 7, 63, 64, 65, 255, 4095, 4096, 65537, 1000003, 8 << 20};
   constexpr size_t kPerSender = (10 << 20);
-  EndpointOptions options = over_loopback();
+  EndpointOptions options = over_loopback(num_devices);
   options.most_message_bytes = most_message_bytes;
   options.most_outstanding = 16;  // fewer than the largest put has messages
   std::vector<std::vector<std::byte>> sources;
@@ -270,12 +159,18 @@ TEST_P(AllToAll, LandsByteForByte) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(RanksAndMessageSizes, AllToAll, ::testing::Values(std::tuple(2, 0), std::tuple(4, 0), std::tuple(3, 65521)));
+INSTANTIATE_TEST_SUITE_P(RanksMessageSizesAndDevices, AllToAll,
+                         ::testing::Values(std::tuple(2, 0, 1), std::tuple(4, 0, 1), std::tuple(3, 65521, 1), std::tuple(2, 0, 2),
+                                           std::tuple(3, 0, 3), std::tuple(3, 65521, 2)));
+
+// What depends on how many devices there are.
+class OverDevices : public Endpoints, public ::testing::WithParamInterface<int> {};
+INSTANTIATE_TEST_SUITE_P(Devices, OverDevices, ::testing::Values(1, 2, 3));
 
 // Two epochs under way: their puts are sent in turns, into banks that are used again when the peer has given credit on channel 1.
-TEST_F(Endpoints, TwoEpochsUnderWay) {
+TEST_P(OverDevices, TwoEpochsUnderWay) {
   static constexpr int kRanks = 3, kEpochs = 40, kSlots = 24;
-  EndpointOptions options = over_loopback();
+  EndpointOptions options = over_loopback(GetParam());
   options.num_channels = 2;
   run_ok(kRanks, options, [&](const Rank& me) {
     using Bank = std::array<uint64_t, kSlots>;
@@ -327,9 +222,9 @@ TEST_F(Endpoints, TwoEpochsUnderWay) {
   });
 }
 
-TEST_F(Endpoints, ManySmallPutsWithFewOutstanding) {
+TEST_P(OverDevices, ManySmallPutsWithFewOutstanding) {
   constexpr int kPuts = 5000, kMost = 16;
-  EndpointOptions options = over_loopback();
+  EndpointOptions options = over_loopback(GetParam());
   options.most_outstanding = kMost;
   run_ok(2, options, [&](const Rank& me) {
     const int peer = 1 - me.rank();
@@ -342,7 +237,7 @@ TEST_F(Endpoints, ManySmallPutsWithFewOutstanding) {
     for (int i = 0; i < kPuts; ++i) {
       const size_t offset = i * sizeof(uint64_t);
       me.endpoint.put({peer, &from, offset, remotes[peer], offset, sizeof(uint64_t), 0, 1, i + 1 == kPuts}, ample());
-      require(me.endpoint.num_outstanding() <= kMost, "no more are under way");
+      require(me.endpoint.num_outstanding() <= GetParam() * kMost, "no more are under way");
     }
     me.await(peer, 0, 1);
     for (int i = 0; i < kPuts; ++i) require(window[i] == uint64_t(i) * 3 + peer, "every word came");
@@ -352,12 +247,12 @@ TEST_F(Endpoints, ManySmallPutsWithFewOutstanding) {
 }
 
 // Rank 1 leaves in the middle. Rank 0 learns of it by putting, rank 2 by its own deadline; these two go on.
-TEST_F(Endpoints, APeerThatLeavesIsNamed) {
+TEST_P(OverDevices, APeerThatLeavesIsNamed) {
   auto bootstraps = make_local_bootstraps(3);
   std::atomic<int> num_finished = 0;
   const auto outcomes = run_threads(3, [&](int r) {
     std::vector<std::byte> memory(1 << 20);
-    auto endpoint = make_endpoint(*bootstraps[r], over_loopback(), ample());
+    auto endpoint = make_endpoint(*bootstraps[r], over_loopback(GetParam()), ample());
     const Rank me = {*bootstraps[r], *endpoint, num_finished};
     std::optional<Region> here = endpoint->register_memory(memory.data(), memory.size());
     const std::vector<RemoteRegion> remotes = me.exchange(*here);
@@ -373,7 +268,10 @@ TEST_F(Endpoints, APeerThatLeavesIsNamed) {
         const Deadline deadline = Deadline::in_ms(5000);
         while (true) endpoint->put({1, &*here, 0, remotes[1], 0, memory.size(), 0, 2, false}, deadline);
       };
-      expect_parts(outcome(put), {"transport", "rank 1"});
+      const std::string text = outcome(put);
+      expect_parts(text, {"transport", "rank 1"});
+      // The provider may also wait for the peer to come back.
+      require(endpoint->lost(1) == text.starts_with("TERN_SYSTEM_ERROR"), text);
       endpoint->put({2, &*here, 0, remotes[2], 0, 64, 0, 2, true}, ample());
     }
     if (r == 2) {
@@ -388,8 +286,35 @@ TEST_F(Endpoints, APeerThatLeavesIsNamed) {
   for (const std::string& text : outcomes) EXPECT_EQ(text, "ok");
 }
 
+// Small puts are one message, large ones one for each device at least.
+TEST_P(OverDevices, LargePutsAreStripes) {
+  constexpr size_t kMost = 4 << 20;
+  run_ok(2, over_loopback(GetParam()), [&](const Rank& me) {
+    std::vector<std::byte> memory(kMost);
+    const Region here = me.endpoint.register_memory(memory.data(), memory.size());
+    const std::vector<RemoteRegion> remotes = me.exchange(here);
+    me.connect(here, remotes);
+    const int peer = 1 - me.rank();
+    const auto num_messages = [&](size_t num_bytes, bool last) {
+      Put put{.peer = peer, .from = &here, .to = remotes[peer], .num_bytes = num_bytes, .epoch = 2, .last = last};
+      require(me.endpoint.try_put(put), "there is room for it");
+      const int number = me.endpoint.num_outstanding();
+      require(me.endpoint.num_outstanding_to(peer) == number, "there is only one peer");
+      me.endpoint.flush(ample());
+      return number;
+    };
+    for (const size_t small : {size_t{0}, size_t{1}, 2 * kLeastStripeBytes - 1})
+      require(num_messages(small, false) == 1, "a small put is not split");
+    require(num_messages(2 * kLeastStripeBytes, false) == std::min(GetParam(), 2), "stripes have a least size");
+    const int number = num_messages(kMost, true);
+    require(GetParam() == 1 ? number == 1 : number > GetParam() && number < 8 * GetParam(), "a few for each device");
+    me.await(peer, 0, 2);
+    me.finish();
+  });
+}
+
 TEST_F(Endpoints, WhoDoesNotTakeIsNamed) {
-  run_ok(2, over_loopback(), [](const Rank& me) {
+  run_ok(2, over_loopback(2), [](const Rank& me) {
     std::vector<std::byte> memory(64 << 20);
     const Region here = me.endpoint.register_memory(memory.data(), memory.size());
     const std::vector<RemoteRegion> remotes = me.exchange(here);
@@ -413,7 +338,7 @@ TEST_F(Endpoints, CloseInAnyOrder) {
     auto bootstraps = make_local_bootstraps(3);
     std::vector<std::vector<std::byte>> memory(3, std::vector<std::byte>(4 << 20));
     const auto outcomes = run_threads(3, [&](int r) {
-      auto endpoint = make_endpoint(*bootstraps[r], over_loopback(), ample());
+      auto endpoint = make_endpoint(*bootstraps[r], over_loopback(2), ample());
       std::optional<Region> here = endpoint->register_memory(memory[r].data(), memory[r].size());
       const Rank me = {*bootstraps[r], *endpoint, num_finished};
       const std::vector<RemoteRegion> remotes = me.exchange(*here);
@@ -460,7 +385,7 @@ TEST_F(Endpoints, SaysWhatIsMissing) {
   options.provider = "pigeon";
   for (const auto& text : run_with(options)) expect_parts(text, {"TERN_UNSUPPORTED", "rank 0", "provider pigeon", "there are", "on lo"});
   options = over_loopback();
-  options.domain = "pigeon0";
+  options.domains = {"pigeon0"};
   for (const auto& text : run_with(options)) expect_parts(text, {"TERN_UNSUPPORTED", "rank 0", "device pigeon0", "TERN_FABRIC_DOMAIN"});
   options = over_loopback();
   options.traffic_class = "dscp:64";
@@ -470,11 +395,36 @@ TEST_F(Endpoints, SaysWhatIsMissing) {
   for (const auto& text : run_with(options)) expect_parts(text, {"TERN_INVALID_ARGUMENT", "0 outstanding"});
 }
 
+TEST_F(Endpoints, AllHaveAsManyDevices) {
+  const auto run_with = [](const EndpointOptions& first, const EndpointOptions& second) {
+    auto bootstraps = make_local_bootstraps(2);
+    return run_threads(2, [&](int r) { make_endpoint(*bootstraps[r], r == 0 ? first : second, ample()); });
+  };
+  for (const auto& text : run_with(over_loopback(1), over_loopback(2)))
+    expect_parts(text, {"TERN_MISMATCH", "rank 1 has 2 network devices, rank 0 has 1", "TERN_FABRIC_DOMAIN", "TERN_FABRIC_RAILS"});
+  for (const auto& text : run_with(over_loopback(1), over_loopback(kMostDevices + 1)))
+    expect_parts(text, {"TERN_UNSUPPORTED", "rank 1", "9 network devices", "1 to 8"});
+  EndpointOptions unnamed = over_loopback(0);
+  unnamed.num_rails = 0;
+  for (const auto& text : run_with(over_loopback(1), unnamed)) expect_parts(text, {"TERN_UNSUPPORTED", "rank 1", "0 network devices"});
+}
+
+// Of TCP's devices only the first is known to lead to the others.
+TEST_F(Endpoints, TheFirstDeviceServesSeveralTimes) {
+  EndpointOptions options = over_loopback(0);
+  options.num_rails = 3;
+  options.seat = {.idx = 1, .num_ranks = 2};
+  run_ok(2, options, [](const Rank& me) {
+    const std::vector<std::string>& domains = me.endpoint.facts().domains;
+    EXPECT_EQ(domains, std::vector<std::string>(3, domains.at(0)));
+  });
+}
+
 TEST_F(Endpoints, TrafficClassesAreAccepted) {
   for (const char* name : {"low_latency", "bulk_data", "dscp:46"}) {
     EndpointOptions options = over_loopback();
     options.traffic_class = name;
-    run_ok(2, options, [](const Rank& me) { EXPECT_EQ(me.endpoint.facts().domain, "lo"); });
+    run_ok(2, options, [](const Rank& me) { EXPECT_EQ(me.endpoint.facts().domains, std::vector<std::string>{"lo"}); });
   }
 }
 

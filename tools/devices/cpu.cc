@@ -22,6 +22,7 @@ class CpuDevice : public RankDevice {
  public:
   tern_device_type type() const override { return TERN_DEVICE_CPU; }
   int32_t index() const override { return 0; }
+  std::string pci_address() const override { return ""; }
   void* stream() const override { return nullptr; }
 
   void* allocate(int64_t num_bytes) override { return ::operator new(static_cast<size_t>(num_bytes), std::align_val_t{kAlignment}); }

@@ -86,6 +86,11 @@ class CudaDevice : public RankDevice {
 
   tern_device_type type() const override { return TERN_DEVICE_CUDA; }
   int32_t index() const override { return index_; }
+  std::string pci_address() const override {
+    char address[32] = {};
+    check("cudaDeviceGetPCIBusId", cudaDeviceGetPCIBusId(address, sizeof(address), index_));
+    return address;
+  }
   void* stream() const override { return stream_.get(); }
 
   void* allocate(int64_t num_bytes) override {

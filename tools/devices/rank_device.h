@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 
 namespace tern::tools {
 
@@ -44,6 +45,8 @@ class RankDevice {
   // For tern_exchange_options.
   virtual tern_device_type type() const = 0;
   virtual int32_t index() const = 0;
+  // A GPU's address on the PCI bus, "0000:1B:00.0"; "" for the CPU.
+  virtual std::string pci_address() const = 0;
   // For tern_launch: a non-blocking stream of this rank's own; NULL on the CPU.
   virtual void* stream() const = 0;
 

@@ -33,7 +33,7 @@ double microseconds(std::chrono::steady_clock::duration time) { return std::chro
 
 }  // namespace
 
-Flows::Flows(Bootstrap& bootstrap, Deadline deadline)
+Flows::Flows(Bootstrap& bootstrap, const std::string& gpu, Deadline deadline)
     : rank_(bootstrap.rank()),
       memory_(new std::byte[memory_bytes(bootstrap.num_ranks())]()),
       remotes_(static_cast<size_t>(bootstrap.num_ranks())),
@@ -45,6 +45,8 @@ Flows::Flows(Bootstrap& bootstrap, Deadline deadline)
   for (const uint64_t word : {kMore, kLast}) std::memcpy(memory_.get() + kWords + (word - kMore) * sizeof(word), &word, sizeof(word));
   EndpointOptions options;
   options.num_channels = 2;
+  options.seat = seat_on_host(discover(bootstrap, "", deadline));
+  options.gpu = gpu;
   endpoint_ = make_endpoint(bootstrap, options, deadline);
   region_ = endpoint_->register_memory(memory_.get(), memory_bytes(bootstrap.num_ranks()));
   bootstrap.allgather(&region_->remote(), remotes_.data(), sizeof(RemoteRegion), deadline);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Timed traffic between ranks over the transport's endpoint: epochs of writes, each of which the receiver answers.
 //
-//   Flows flows(*bootstrap, deadline);                                                  // collective
+//   Flows flows(*bootstrap, "", deadline);                                              // collective
 //   std::vector<Flow> one = {{.peer = 3, .sends = true}};                               // rank 3: {.peer = ..., .receives = true}
 //   flows.run(one, {.most_epochs = 100}, deadline);                                     // pings: one word there, one word back
 //   flows.run(one, {.num_writes = 8, .num_under_way = 2, .duration_ms = 100}, deadline);  // a stream of large writes
@@ -51,8 +51,8 @@ class Flows {
   static constexpr int kMostWrites = 8;
   static constexpr size_t kEpochBytes = kWriteBytes * kMostWrites;
 
-  // Collective. TERN_UNSUPPORTED on every rank if one has no provider that fits.
-  Flows(Bootstrap& bootstrap, Deadline deadline);
+  // Collective. `gpu`: as in EndpointOptions. TERN_UNSUPPORTED on every rank if one has no provider that fits.
+  Flows(Bootstrap& bootstrap, const std::string& gpu, Deadline deadline);
 
   const EndpointFacts& facts() const { return endpoint_->facts(); }
 

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "paths/paths.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
 
 #include "base/error.h"
+#include "base/names.h"
 #include "paths/flows.h"
 #include "topology/nodes.h"
 #include "topology/topology.h"
@@ -21,7 +24,7 @@ constexpr Load kStream{.num_writes = Flows::kMostWrites, .num_under_way = 2, .le
 
 // What ranks tell each other, as bytes.
 struct RankText {
-  std::array<char, 128> device{};
+  std::array<char, 512> devices{};  // as names between commas
 };
 struct PairPart {
   double one_way_us = 0, one_way_p99_us = 0;  // of the pair's first rank
@@ -182,13 +185,13 @@ PathReport test_paths(Bootstrap& bootstrap, const PathOptions& options) {
          "network: {} ranks are on one node, there are no paths between nodes; start ranks on several hosts, or declare nodes "
          "(--ranks-per-node)",
          topology.num_ranks);
-  Flows flows(bootstrap, deadline);
+  Flows flows(bootstrap, "", deadline);
   PathReport report{.provider = flows.facts().provider, .ranks = {}, .pairs = list_pairs(topology, options.rails)};
   RankText mine;
-  copy_text(mine.device, flows.facts().domain);
+  copy_text(mine.devices, fmt::format("{}", fmt::join(flows.facts().domains, ",")));
   const std::vector<RankText> texts = gather(bootstrap, mine, options);
   for (size_t r = 0; r < texts.size(); ++r)
-    report.ranks.push_back({topology.node[r], topology.ranks[r].host_name.data(), texts[r].device.data()});
+    report.ranks.push_back({topology.node[r], topology.ranks[r].host_name.data(), split_names(texts[r].devices.data())});
   test_in_turn(bootstrap, flows, options, report.pairs);
   test_at_once(bootstrap, flows, options, report);
   gather(bootstrap, RankText(), options);  // nobody closes its endpoint while another one is under way

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the paths between ranks of different nodes can do: latency and bandwidth of every pair, over the provider, device and traffic
+// What the paths between ranks of different nodes can do: latency and bandwidth of every pair, over the provider, devices and traffic
 // class that the library itself would take.
 //
 //   const PathReport report = test_paths(*bootstrap, {.ranks_per_node = 2});  // collective; the same on every rank
@@ -28,7 +28,7 @@ struct PathOptions {
 struct PathRank {
   int node = 0;
   std::string host;
-  std::string device;  // of the network
+  std::vector<std::string> devices;  // of the network
 };
 
 // Ranks a < b. Numbers are 0 where there is a problem.
