@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations by address: C calls of which everything is there but the addresses of the arrays.
+
+    dispatch = addressed_dispatch(plan, tokens, topk_idx=topk_idx, out=arrived, lane=1)  # looks at the call; runs nothing
+    status = dispatch.run(plan, inputs, outputs, stream)                                 # that of the C function: errors.check
+
+For those who look at arrays themselves: _repeats.py, and modules on top of Tern. Nothing is checked: what is at other addresses has the
+shapes, strides and dtypes of the arrays that the operation was made of. It runs along any plan of the same options, is used by one thread
+at a time, and keeps no array alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any, Sequence
+
+from . import _c
+from ._arrays import Array
+from ._calls import set_outputs
+from ._library import tern_combine, tern_dispatch
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+class Structs:
+    """Copies of what describes an operation: those of its plan are filled in anew by whatever the plan is used for next."""
+
+    def __init__(self, args: Any, launch: _c.Launch, routing: _c.Routing, phase: _c.Phase = _c.Phase.WHOLE) -> None:
+        self.args, self.launch = type(args).from_buffer_copy(args), _c.Launch.from_buffer_copy(launch)
+        self.launch.phase = phase
+        self.routes = isinstance(args, _c.DispatchArgs) and bool(args.routing)
+        self.routing = _c.Routing.from_buffer_copy(routing)
+        if self.routes:
+            self.args.routing = ctypes.pointer(self.routing)
+        # As ctypes passes them on without a look.
+        self.pointers = ctypes.byref(self.args), ctypes.byref(self.launch)
+
+
+class AddressedDispatch:
+    def __init__(self, structs: Structs) -> None:
+        self._args, self._routing = structs.args, structs.routing
+        self._launch, self._stream = structs.launch, structs.launch.stream or 0
+        self._args_pointer, self._launch_pointer = structs.pointers
+        self._routes, self._num_tokens = structs.routes, structs.routing.num_tokens
+        self._inputs: Any = None  # addresses that are set
+        self._outputs: Any = None
+
+    def run(self, plan: Plan, inputs: tuple[int, int, int, int], outputs: tuple[int, ...], stream: int) -> int:
+        """inputs: tokens, topk_idx, scales, topk_weights. outputs: in the order of Dispatched's fields. 0: there is none."""
+        if inputs != self._inputs:
+            self._inputs, args = inputs, self._args
+            args.tokens, self._routing.topk_idx, args.scales, args.topk_weights = inputs
+        if outputs != self._outputs:
+            self._outputs = outputs
+            set_outputs(self._args, outputs)
+        if stream != self._stream:
+            self._launch.stream = self._stream = stream
+        if self._routes:
+            plan._num_tokens = self._num_tokens
+        status: int = tern_dispatch(plan._pointer, self._args_pointer, self._launch_pointer)
+        return status
+
+
+class AddressedCombine:
+    def __init__(self, structs: Structs) -> None:
+        self._args = structs.args
+        self._launch, self._stream = structs.launch, structs.launch.stream or 0
+        self._args_pointer, self._launch_pointer = structs.pointers
+        self._addresses: Any = None  # that are set
+
+    def run(self, plan: Plan, addresses: tuple[int, int, int], stream: int) -> int:
+        """addresses: rows, topk_weights, out; 0: there is none."""
+        if addresses != self._addresses:
+            self._addresses, args = addresses, self._args
+            args.rows, args.topk_weights, args.out_tokens = addresses
+        if stream != self._stream:
+            self._launch.stream = self._stream = stream
+        status: int = tern_combine(plan._pointer, self._args_pointer, self._launch_pointer)
+        return status
+
+
+def addressed_dispatch(
+    plan: Plan, tokens: Array, *, phase: _c.Phase = _c.Phase.WHOLE, lane: int = 0, num_sms: int = 0, **arguments: Any
+) -> AddressedDispatch | None:
+    """Of the arguments of Plan.dispatch. None if C would get a copy of an array."""
+    call, _, used = plan._prepare_dispatch(tokens, **arguments)
+    given = [tokens, *(arguments.get(name) for name in ("topk_idx", "scales", "topk_weights"))]
+    if not are_used(given, used):
+        return None
+    plan._set_launch(call.arrays, lane, num_sms, None)
+    return AddressedDispatch(plan._structs(call, phase))
+
+
+def addressed_combine(
+    plan: Plan, rows: Array, *, phase: _c.Phase = _c.Phase.WHOLE, lane: int = 0, num_sms: int = 0, **arguments: Any
+) -> AddressedCombine | None:
+    """Of the arguments of Plan.combine. None if C would get a copy of an array."""
+    call, _, used = plan._prepare_combine(rows, **arguments)
+    if not are_used([rows, arguments.get("topk_weights")], used):
+        return None
+    plan._set_launch(call.arrays, lane, num_sms, None)
+    return AddressedCombine(plan._structs(call, phase))
+
+
+def are_used(given: Sequence[Any], used: Sequence[Any]) -> bool:
+    """Nothing was copied."""
+    return {*map(id, given)} <= {id(None), *map(id, used)}
