@@ -12,14 +12,16 @@ at a time, and keeps no array alive.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from . import _c
 from ._arrays import Array
+from ._arrays import ArrayKind as ArrayKind
 from ._calls import set_outputs
 from ._library import tern_combine, tern_dispatch
 
 if TYPE_CHECKING:
+    from .exchange import Exchange
     from .plan import Plan
 
 
@@ -101,6 +103,18 @@ def addressed_combine(
         return None
     plan._set_launch(call.arrays, lane, num_sms, None)
     return AddressedCombine(plan._structs(call, phase))
+
+
+def alike(exchange: Exchange, tensors: Sequence[Array]) -> Callable[..., bool]:
+    """Tells of other torch tensors whether they are like these: shapes, strides, dtypes and devices. It keeps none of them."""
+    check: Callable[..., bool] = exchange._arrays.torch().alike(tensors)
+    return check
+
+
+def maker(exchange: Exchange, kinds: Sequence[ArrayKind | None]) -> Callable[[], list[Array]]:
+    """Makes a torch tensor of each kind, and None for None, on the exchange's device and the current stream."""
+    make: Callable[[], list[Array]] = exchange._arrays.torch().patterns(kinds)
+    return make
 
 
 def are_used(given: Sequence[Any], used: Sequence[Any]) -> bool:
