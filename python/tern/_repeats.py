@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, Sequence, TypeVar
 
 from ._arrays import Array, raw_stream
 from ._calls import CombineCall, DispatchCall, out_addresses
-from .addressed import AddressedCombine, AddressedDispatch, Structs, are_used
+from .addressed import AddressedCombine, AddressedDispatch, Structs
 from .errors import check
 from .results import Combined, Dispatched
 
@@ -100,5 +100,5 @@ class Repeats(Generic[AnyRepeat]):
             self._seen.append(seen)
             return
         self._seen.remove(seen)
-        if are_used(given, used):
+        if {*map(id, given)} <= {*map(id, used)}:
             self.kept.appendleft(self._make(call, Structs(call.args, *self._plan), choices, given))

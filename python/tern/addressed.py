@@ -12,17 +12,31 @@ at a time, and keeps no array alive.
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from . import _c
 from ._arrays import Array
 from ._arrays import ArrayKind as ArrayKind
-from ._calls import set_outputs
+from ._calls import OUT_ADDRESSES, OUT_OFFSET
 from ._library import tern_combine, tern_dispatch
+from ._prepared import refuse_copies
 
 if TYPE_CHECKING:
     from .exchange import Exchange
     from .plan import Plan
+
+
+# Positions of fields among the words of their structs: setting one so takes a third of the time.
+_TOKENS, _SCALES = _c.DispatchArgs.tokens.offset // 8, _c.DispatchArgs.scales.offset // 8
+_DISPATCHED_WEIGHTS, _TOPK_IDX = _c.DispatchArgs.topk_weights.offset // 8, _c.Routing.topk_idx.offset // 8
+_ROWS, _OUT = _c.CombineArgs.rows.offset // 8, _c.CombineArgs.out_tokens.offset // 8
+_COMBINED_WEIGHTS = _c.CombineArgs.topk_weights.offset // 8
+
+
+def words(struct: Any) -> memoryview:
+    """Its memory as 64-bit numbers."""
+    return memoryview(struct).cast("B").cast("Q")
 
 
 class Structs:
@@ -41,10 +55,11 @@ class Structs:
 
 class AddressedDispatch:
     def __init__(self, structs: Structs) -> None:
-        self._args, self._routing = structs.args, structs.routing
         self._launch, self._stream = structs.launch, structs.launch.stream or 0
         self._args_pointer, self._launch_pointer = structs.pointers
         self._routes, self._num_tokens = structs.routes, structs.routing.num_tokens
+        self._args, self._routing = words(structs.args), words(structs.routing)
+        self._set_outputs = functools.partial(OUT_ADDRESSES.pack_into, structs.args, OUT_OFFSET)
         self._inputs: Any = None  # addresses that are set
         self._outputs: Any = None
 
@@ -52,10 +67,10 @@ class AddressedDispatch:
         """inputs: tokens, topk_idx, scales, topk_weights. outputs: in the order of Dispatched's fields. 0: there is none."""
         if inputs != self._inputs:
             self._inputs, args = inputs, self._args
-            args.tokens, self._routing.topk_idx, args.scales, args.topk_weights = inputs
+            args[_TOKENS], self._routing[_TOPK_IDX], args[_SCALES], args[_DISPATCHED_WEIGHTS] = inputs
         if outputs != self._outputs:
             self._outputs = outputs
-            set_outputs(self._args, outputs)
+            self._set_outputs(*outputs)
         if stream != self._stream:
             self._launch.stream = self._stream = stream
         if self._routes:
@@ -66,16 +81,16 @@ class AddressedDispatch:
 
 class AddressedCombine:
     def __init__(self, structs: Structs) -> None:
-        self._args = structs.args
         self._launch, self._stream = structs.launch, structs.launch.stream or 0
         self._args_pointer, self._launch_pointer = structs.pointers
+        self._args = words(structs.args)
         self._addresses: Any = None  # that are set
 
     def run(self, plan: Plan, addresses: tuple[int, int, int], stream: int) -> int:
         """addresses: rows, topk_weights, out; 0: there is none."""
         if addresses != self._addresses:
             self._addresses, args = addresses, self._args
-            args.rows, args.topk_weights, args.out_tokens = addresses
+            args[_ROWS], args[_COMBINED_WEIGHTS], args[_OUT] = addresses
         if stream != self._stream:
             self._launch.stream = self._stream = stream
         status: int = tern_combine(plan._pointer, self._args_pointer, self._launch_pointer)
@@ -84,23 +99,22 @@ class AddressedCombine:
 
 def addressed_dispatch(
     plan: Plan, tokens: Array, *, phase: _c.Phase = _c.Phase.WHOLE, lane: int = 0, num_sms: int = 0, **arguments: Any
-) -> AddressedDispatch | None:
-    """Of the arguments of Plan.dispatch. None if C would get a copy of an array."""
-    call, _, used = plan._prepare_dispatch(tokens, **arguments)
+) -> AddressedDispatch:
+    """Of the arguments of Plan.dispatch. Arrays whose strides make that copy them are refused."""
+    call, _, _ = plan._prepare_dispatch(tokens, **arguments)
     given = [tokens, *(arguments.get(name) for name in ("topk_idx", "scales", "topk_weights"))]
-    if not are_used(given, used):
-        return None
+    args = call.args
+    refuse_copies(call.arrays, given, (args.tokens, plan._routing.topk_idx, args.scales, args.topk_weights))
     plan._set_launch(call.arrays, lane, num_sms, None)
     return AddressedDispatch(plan._structs(call, phase))
 
 
 def addressed_combine(
     plan: Plan, rows: Array, *, phase: _c.Phase = _c.Phase.WHOLE, lane: int = 0, num_sms: int = 0, **arguments: Any
-) -> AddressedCombine | None:
-    """Of the arguments of Plan.combine. None if C would get a copy of an array."""
-    call, _, used = plan._prepare_combine(rows, **arguments)
-    if not are_used([rows, arguments.get("topk_weights")], used):
-        return None
+) -> AddressedCombine:
+    """Of the arguments of Plan.combine. Arrays whose strides make that copy them are refused."""
+    call, _, _ = plan._prepare_combine(rows, **arguments)
+    refuse_copies(call.arrays, [rows, arguments.get("topk_weights")], (call.args.rows, call.args.topk_weights))
     plan._set_launch(call.arrays, lane, num_sms, None)
     return AddressedCombine(plan._structs(call, phase))
 
@@ -115,8 +129,3 @@ def maker(exchange: Exchange, kinds: Sequence[ArrayKind | None]) -> Callable[[],
     """Makes a torch tensor of each kind, and None for None, on the exchange's device and the current stream."""
     make: Callable[[], list[Array]] = exchange._arrays.torch().patterns(kinds)
     return make
-
-
-def are_used(given: Sequence[Any], used: Sequence[Any]) -> bool:
-    """Nothing was copied."""
-    return {*map(id, given)} <= {id(None), *map(id, used)}

@@ -187,17 +187,15 @@ class Plan:
 
         CapacityExceededError (extent WORST, CPU ranks): rows that found no room are missing; error.result is the rest.
         """
-        absent = topk_idx is None, scales is None, topk_weights is None, out is None
         wanted = outputs if outputs is None else tuple(outputs)
-        routed = (self._num_tokens, self._num_rows) if topk_idx is None else None
-        choices = (absent, routed, zero_copy, encoding, scale_order, wanted, lane, num_sms)
-        given = [tokens]
-        if topk_idx is not None:
-            given.append(topk_idx)
-        if scales is not None:
-            given.append(scales)
-        if topk_weights is not None:
-            given.append(topk_weights)
+        if topk_idx is None:
+            routed, given = (self._num_tokens, self._num_rows), [tokens]
+        else:
+            routed, given = None, [tokens, topk_idx]
+        no_scales, no_weights = scales is None, topk_weights is None
+        if not (no_scales and no_weights):
+            given += [array for array in (scales, topk_weights) if array is not None]
+        choices = (no_scales, no_weights, out is None, routed, zero_copy, encoding, scale_order, wanted, lane, num_sms)
         repeats = device_num_tokens is None and wait_ns is None
         if repeats:
             for repeat in self._dispatches.kept:
@@ -338,11 +336,9 @@ class Plan:
             bf16, with an error of at most 1.6 %, 0.4 % as a rule.
         wait_ns: i64 [num_ranks], dense: nanoseconds waited for each rank are added to it.
         """
-        absent = topk_weights is None, out is None
-        choices = (absent, zero_copy, mode, weighting, wire, lane, num_sms, self._num_tokens, self._num_rows)
-        given = [rows]
-        if topk_weights is not None:
-            given.append(topk_weights)
+        weighted, num_tokens, num_rows = topk_weights is not None, self._num_tokens, self._num_rows
+        choices = (weighted, out is None, zero_copy, mode, weighting, wire, lane, num_sms, num_tokens, num_rows)
+        given = [rows, topk_weights] if weighted else [rows]
         if out is not None:
             given.append(out)
         repeats = row_weights is None and bias is None and wait_ns is None

@@ -8,6 +8,7 @@ handle has to come back as the object that it was. Its plan is free for other ba
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 from typing import Any, Callable, Deque, Iterator, NamedTuple, Optional, Union
 
@@ -69,14 +70,19 @@ class PlanPool:
 
     def lease_from(self, shelf: PlanShelf) -> PlanLease:
         idle = shelf.idle
-        plan = _pop(idle)
-        if plan is None and shelf.uncaptured is not None:
-            # The step that ran before to warm up has left its plan.
-            plan = _pop(shelf.uncaptured.idle)
-        if plan is None:
-            self._trim()
-            plan = self._exchange.plan(**shelf.options)
+        try:
+            plan = idle.pop()
+        except IndexError:  # other threads may take the last one at any time
+            plan = self._another(shelf)
         return PlanLease(plan, idle)
+
+    def _another(self, shelf: PlanShelf) -> tern.Plan:
+        if shelf.uncaptured is not None:
+            with contextlib.suppress(IndexError):
+                # The step that ran before to warm up has left its plan.
+                return shelf.uncaptured.idle.pop()
+        self._trim()
+        return self._exchange.plan(**shelf.options)
 
     def _trim(self) -> None:
         """Shapes come and go; what nobody uses is given back before more memory is taken."""
@@ -84,14 +90,6 @@ class PlanPool:
         if sum(len(plans) for plans in evictable) >= _MOST_IDLE_PLANS:
             for plans in evictable:
                 plans.clear()
-
-
-def _pop(idle: Deque[tern.Plan]) -> Optional[tern.Plan]:
-    """Other threads may take the last one at any time."""
-    try:
-        return idle.pop()
-    except IndexError:
-        return None
 
 
 class _MadeWhenLookedAt(tuple):  # type: ignore[type-arg]

@@ -189,8 +189,10 @@ class LowLatencyMode:
         combined: Combined,
     ) -> None:
         """A combine that the long way has done."""
-        chosen = CombineChoices(*choices)
-        if handle.repeat is not None and not (chosen.async_finish or chosen.has_stats or self.streams.is_capturing()):
+        chosen, dispatch = CombineChoices(*choices), handle.repeat
+        if dispatch is None or dispatch.exchange is not self.exchange:
+            return
+        if not (chosen.async_finish or chosen.has_stats or self.streams.is_capturing()):
             see_combine(self, chosen, tensors, handle, combined.tokens)
 
     def combine(

@@ -59,14 +59,14 @@ class DispatchCalls(NamedTuple):
 
     shelf: PlanShelf
     first: addressed.AddressedDispatch  # the whole operation, or what sends
-    second: Optional[addressed.AddressedDispatch]  # what receives, in the hook
+    second: Optional[addressed.AddressedDispatch] = None  # what receives, in the hook
 
 
 class CombineCalls(NamedTuple):
     """Of one lane."""
 
     first: addressed.AddressedCombine
-    second: Optional[addressed.AddressedCombine]
+    second: Optional[addressed.AddressedCombine] = None
 
 
 class DispatchRepeat:
@@ -172,21 +172,21 @@ class Repeats:
     def see_dispatch(
         self, mode: LowLatencyMode, choices: DispatchChoices, x: torch.Tensor, topk_idx: torch.Tensor, arrived: Arrived
     ) -> None:
-        """A dispatch that the long way has done, and that a repeat may do."""
+        """A dispatch that the long way has done, and that a repeat may do unless it copies a tensor."""
+        if x.stride(1) != 1 or x.stride(0) == 0 or not topk_idx.is_contiguous():
+            return
         seen = (choices, _look(x), _look(topk_idx))
         if seen not in self._seen:
             self._seen = (seen, *self._seen[: NUM_KEPT - 1])
             return
         self._seen = tuple(one for one in self._seen if one != seen)
         repeat = _dispatch_repeat(mode, choices, x, topk_idx, arrived)
-        if repeat is not None:
-            self.dispatches = (repeat, *self.dispatches[: NUM_KEPT - 1])
+        self.dispatches = (repeat, *self.dispatches[: NUM_KEPT - 1])
 
 
 def _dispatch_repeat(
     mode: LowLatencyMode, choices: DispatchChoices, x: torch.Tensor, topk_idx: torch.Tensor, arrived: Arrived
-) -> Optional[DispatchRepeat]:
-    """None where C gets a copy of a tensor."""
+) -> DispatchRepeat:
     handle = arrived.handle
     plan, shape = handle.lease.plan, handle.shape
     rows, scales = arrived.rows if choices.use_fp8 else (arrived.rows, None)
@@ -203,10 +203,7 @@ def _dispatch_repeat(
         arguments = mode.dispatch_arguments(lane, shape, topk_idx, encoding)
         phases = _phases(choices)
         halves = [addressed.addressed_dispatch(plan, x, out=out, phase=phase, **arguments) for phase in phases]
-        first, second = (*halves, None)[:2]
-        if first is None:
-            return None
-        calls.append(DispatchCalls(mode.shelf(lane, shape, plan.num_topk), first, second))
+        calls.append(DispatchCalls(mode.shelf(lane, shape, plan.num_topk), *halves))
     return DispatchRepeat(choices, mode.exchange, (x, topk_idx), arrived, calls)
 
 
@@ -217,11 +214,14 @@ def see_combine(
     handle: LowLatencyHandle,
     combined: torch.Tensor,
 ) -> None:
-    """A combine that the long way has done, and that a repeat may do, behind a dispatch by a repeat. tensors: as CombineRepeat's."""
-    if not combined.is_contiguous():
-        return  # it is a copy
+    """A combine that the long way has done, and that a repeat may do unless it copies a tensor; behind a dispatch by a repeat. tensors: as
+    CombineRepeat's."""
     dispatch: DispatchRepeat = handle.repeat
     rows = mode.next_combine_buffer(handle) if choices.zero_copy else tensors[0]
+    if not (rows.is_contiguous() and tensors[2].is_contiguous() and combined.is_contiguous()):
+        return
+    if any(repeat.choices == choices and repeat.alike(*tensors) for repeat in dispatch.combines):
+        return  # it was not the repeat's to do
     finish = Finish(choices.async_finish, choices.return_recv_hook)
     arguments = mode.combine_arguments(handle, tensors[2], finish, choices.use_logfmt)
     arguments["out"] = combined
@@ -232,10 +232,7 @@ def see_combine(
         arguments["lane"] = lane
         phases, plan = _phases(choices), handle.lease.plan
         halves = [addressed.addressed_combine(plan, rows, phase=phase, **arguments) for phase in phases]
-        first, second = (*halves, None)[:2]
-        if first is None:
-            return
-        calls.append(CombineCalls(first, second))
+        calls.append(CombineCalls(*halves))
     rows_per_token = plan.num_topk if arguments["mode"] == "exact" else 1
     repeat = CombineRepeat(choices, mode.exchange, tensors, combined, calls, rows_per_token)
     dispatch.combines = (repeat, *dispatch.combines[: NUM_KEPT - 1])
