@@ -292,7 +292,7 @@ def test_errors_behind_short_calls(device: str, monkeypatch: pytest.MonkeyPatch)
     assert handle.repeat is not None
     with monkeypatch.context() as patch:  # a handle of another buffer is none of the short way's business
         patch.setattr(repeats.CombineRepeat, "run", lambda *_: pytest.fail("it took the short way"))
-        outcome(lambda: combine(other, rows, handle, *routing)[0])
+        outcome(lambda: combine(other, rows, handle, *routing, return_recv_hook=True)[0])
 
     def fails(*_: Any) -> int:
         return int(tern.Status.OUT_OF_MEMORY)
@@ -349,6 +349,38 @@ def test_plans_are_used_again_and_no_tensor_is_kept(device: str, hook: bool) -> 
         assert exchange() is None, "the memory goes with the last handle, at once"
     finally:
         gc.enable()
+
+
+def test_what_a_hook_needs_lives_until_it_has_run(device: str) -> None:
+    buffer, _ = warmed(batch(device), return_recv_hook=True)
+
+    def check(hook: Any, plan: Any, idle: Any, needed: list[Any]) -> None:
+        """Of an operation whose tensors and handle nobody else holds."""
+        references = [*map(weakref.ref, needed)]
+        needed.clear()
+        assert plan not in idle and all(reference() is not None for reference in references)
+        hook()
+        assert plan in idle and not any(reference() is not None for reference in references)
+
+    def sent(needed: list[Any], **given: Any) -> tuple[Any, Any, Any]:
+        arrived = buffer.low_latency_dispatch(
+            given["x"], given["topk_idx"], MOST, EXPERTS, use_fp8=False, return_recv_hook=True
+        )
+        needed += [given["x"], given["topk_idx"], arrived[0], arrived[1]]
+        return arrived[4], arrived[2].lease.plan, arrived[2].lease._idle
+
+    def sent_back(needed: list[Any], **given: Any) -> tuple[Any, Any, Any]:
+        rows, _, handle, _, _ = dispatch(buffer, **given, return_recv_hook=True)
+        out = torch.empty_like(given["x"])
+        combined = buffer.low_latency_combine(
+            rows, given["topk_idx"], given["topk_weights"], handle, return_recv_hook=True, out=out
+        )
+        needed += [rows, given["topk_weights"], out]
+        return combined[2], handle.lease.plan, handle.lease._idle
+
+    for operation in (sent, sent_back, sent, sent_back):
+        needed: list[Any] = []
+        check(*operation(needed, **batch(device)), needed)
 
 
 def test_with_masks_nothing_is_short(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
