@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import types
 import weakref
 from typing import Any, Callable
 
@@ -23,19 +24,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 HOOKS = [pytest.param(False, id="whole"), pytest.param(True, id="by hook")]
 
 
-class Alone:
-    """A communicator of one rank, as much of mpi4py's as is asked for."""
-
-    def Get_rank(self) -> int:  # noqa: N802
-        return 0
-
-    def Get_size(self) -> int:  # noqa: N802
-        return 1
-
-    def allgather(self, own: Any) -> list[Any]:
-        return [own]
-
-
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TERN_DEEP_EP_DEVICE", request.param)
@@ -43,8 +31,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def new_buffer(**options: Any) -> Any:
+    alone = types.SimpleNamespace(Get_rank=lambda: 0, Get_size=lambda: 1, allgather=lambda own: [own])
     size = deep_ep.Buffer.get_low_latency_rdma_size_hint(2 * MOST, 2 * HIDDEN, 1, 2 * EXPERTS)
-    return deep_ep.Buffer(None, 0, 4 * size, low_latency_mode=True, comm=Alone(), **options)
+    return deep_ep.Buffer(None, 0, 4 * size, low_latency_mode=True, comm=alone, **options)
 
 
 def batch(device: str, num_tokens: int = TOKENS, seed: int = 0) -> dict[str, Any]:
@@ -381,6 +370,24 @@ def test_what_a_hook_needs_lives_until_it_has_run(device: str) -> None:
     for operation in (sent, sent_back, sent, sent_back):
         needed: list[Any] = []
         check(*operation(needed, **batch(device)), needed)
+
+
+def test_what_is_captured_takes_the_long_way(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along plans that no call outside of graphs uses; deep_ep_checks_graphs.py captures."""
+    given = batch(device)
+    buffer, before = warmed(given)
+    with monkeypatch.context() as patch:
+        refuse_the_short_way(patch)
+        patch.setattr(buffer._low_latency.streams, "is_capturing", lambda: True)
+        captured = []
+        for _ in range(4):
+            captured.append(dispatch(buffer, **given))
+            combine(buffer, captured[-1][0], captured[-1][2], given["topk_idx"], given["topk_weights"])
+    plans = {id(one[2].lease.plan) for one in captured}
+    refuse_the_long_way(monkeypatch, buffer)
+    del captured, before
+    for _ in range(4):
+        assert id(dispatch(buffer, **given)[2].lease.plan) not in plans
 
 
 def test_with_masks_nothing_is_short(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,7 @@ class CudaStreams:
             torch._C, "_cuda_getCurrentRawStream", lambda index: cuda.current_stream(index).cuda_stream
         )
         self.current_handle: Callable[[], int] = functools.partial(raw_stream, device.index)
+        self._current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", cuda.current_device)
 
     @contextlib.contextmanager
     def run(self, order: Order, lane: Optional[int]) -> Iterator[Work]:
@@ -152,7 +153,8 @@ class CudaStreams:
         return torch.cuda.current_stream(self._device)
 
     def on(self, stream: Any) -> Any:
-        return contextlib.nullcontext() if stream.cuda_stream == self.current_handle() else torch.cuda.stream(stream)
+        is_current = stream.cuda_stream == self.current_handle() and self._current_device() == self._device.index
+        return contextlib.nullcontext() if is_current else torch.cuda.stream(stream)
 
     def follow(self, lane: Optional[int]) -> None:
         """Operations of a lane must run in the order of their calls, so the current stream waits for the one that the
