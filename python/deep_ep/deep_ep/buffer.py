@@ -339,18 +339,19 @@ class Buffer:
             return_recv_hook,
             has_stats,
         )
-        arrived = mode.dispatch_again(choices, x, topk_idx)
-        if arrived is None:
-            arrived = mode.dispatch(
-                x,
-                topk_idx,
-                Shape(num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts),
-                Cast(use_fp8, round_scale, use_ue8m0),
-                Finish(async_finish, return_recv_hook),
-                Stats(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats),
-            )
-            mode.see_dispatch(choices, x, topk_idx, arrived)
-        return arrived
+        repeated: Any = mode.dispatch_again(choices, x, topk_idx)
+        if repeated is not None:
+            return repeated  # type: ignore[no-any-return]
+        arrived = mode.dispatch(
+            x,
+            topk_idx,
+            Shape(num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts),
+            Cast(use_fp8, round_scale, use_ue8m0),
+            Finish(async_finish, return_recv_hook),
+            Stats(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats),
+        )
+        mode.see_dispatch(choices, x, topk_idx, arrived)
+        return arrived[:]
 
     def low_latency_combine(
         self,
@@ -380,25 +381,26 @@ class Buffer:
         has_stats = combine_wait_recv_cost_stats is not None
         choices = (use_logfmt, zero_copy, async_finish, return_recv_hook, out is not None, has_stats)
         tensors = (x, topk_idx, topk_weights) if out is None else (x, topk_idx, topk_weights, out)
-        combined = mode.combine_again(choices, tensors, handle)
-        if combined is None:
-            if use_logfmt and zero_copy:
-                raise tern.InvalidArgumentError(
-                    "low_latency_combine: use_logfmt and zero_copy exclude each other; both are set"
-                )
-            combined = mode.combine(
-                x,
-                topk_idx,
-                topk_weights,
-                handle,
-                Finish(async_finish, return_recv_hook),
-                zero_copy=zero_copy,
-                use_logfmt=use_logfmt,
-                out=out,
-                wait_stats=combine_wait_recv_cost_stats,
+        repeated: Any = mode.combine_again(choices, tensors, handle)
+        if repeated is not None:
+            return repeated  # type: ignore[no-any-return]
+        if use_logfmt and zero_copy:
+            raise tern.InvalidArgumentError(
+                "low_latency_combine: use_logfmt and zero_copy exclude each other; both are set"
             )
-            mode.see_combine(choices, tensors, handle, combined)
-        return combined
+        combined = mode.combine(
+            x,
+            topk_idx,
+            topk_weights,
+            handle,
+            Finish(async_finish, return_recv_hook),
+            zero_copy=zero_copy,
+            use_logfmt=use_logfmt,
+            out=out,
+            wait_stats=combine_wait_recv_cost_stats,
+        )
+        mode.see_combine(choices, tensors, handle, combined)
+        return combined[:]
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """bf16 [E_l, R * max, H], shared memory to write the experts' output into before

@@ -91,8 +91,11 @@ class LowLatencyMode:
         self._lets_in = False  # with the next dispatch
         self._is_masked_out = False
 
-    def dispatch_again(self, choices: tuple[Any, ...], x: torch.Tensor, topk_idx: torch.Tensor) -> Optional[Arrived]:
-        """A dispatch that looks like one before, by the short way; None: it takes the long one. choices: those of DispatchChoices."""
+    def dispatch_again(
+        self, choices: tuple[Any, ...], x: torch.Tensor, topk_idx: torch.Tensor
+    ) -> Optional[tuple[Any, ...]]:
+        """A dispatch that looks like one before, by the short way: the fields of Arrived. None: it takes the long one. choices: the fields of
+        DispatchChoices."""
         for repeat in self._repeats.dispatches:
             if repeat.choices == choices and repeat.alike(x, topk_idx):
                 if self.streams.is_capturing():
@@ -164,8 +167,8 @@ class LowLatencyMode:
 
     def combine_again(
         self, choices: tuple[Any, ...], tensors: tuple[torch.Tensor, ...], handle: LowLatencyHandle
-    ) -> Optional[Combined]:
-        """As dispatch_again. choices: those of CombineChoices; tensors: x, topk_idx, topk_weights, and out if it is given."""
+    ) -> Optional[tuple[Any, ...]]:
+        """As dispatch_again. choices: the fields of CombineChoices; tensors: x, topk_idx, topk_weights, and out if it is given."""
         dispatch = getattr(handle, "repeat", None)
         if dispatch is None or dispatch.exchange is not self.exchange:
             return None
@@ -174,7 +177,7 @@ class LowLatencyMode:
                 if self.streams.is_capturing():
                     return None
                 try:
-                    combined: Optional[Combined] = repeat.run(self, tensors, handle)
+                    combined: Optional[tuple[Any, ...]] = repeat.run(self, tensors, handle)
                     return combined
                 except tern.Error as error:
                     self.explain(error, ("low_latency_combine", handle.shape, repeat.rows_per_token))

@@ -10,7 +10,7 @@ all checks; so do masks, async_finish, statistics, and what is captured in a gra
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import tern
 import torch
@@ -18,7 +18,7 @@ from tern import addressed
 from tern.errors import check
 from tern.exchange import Exchange
 
-from .arguments import Arrived, Cast, Combined, Finish
+from .arguments import Arrived, Cast, Finish
 from .events import EventOverlap
 from .handles import LowLatencyHandle, PlanLease, PlanShelf, Tables, new_low_latency_handle
 
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from .low_latency import LowLatencyMode
 
 NUM_KEPT = 4  # dispatches, and combines behind each of them
-
-# What Arrived(...) and Combined(...) do, in half the time.
-_arrived: Callable[[tuple[Any, ...]], Arrived] = partial(tuple.__new__, Arrived)
-_combined: Callable[[tuple[Any, ...]], Combined] = partial(tuple.__new__, Combined)
 
 
 class DispatchChoices(NamedTuple):
@@ -90,8 +86,8 @@ class DispatchRepeat:
         self._make = addressed.maker(exchange, kinds)
         self._calls, self._sources_begin = calls, self.tables.sources_begin
 
-    def run(self, mode: LowLatencyMode, x: torch.Tensor, topk_idx: torch.Tensor) -> Arrived:
-        """Of tensors that are alike, outside of captures."""
+    def run(self, mode: LowLatencyMode, x: torch.Tensor, topk_idx: torch.Tensor) -> tuple[Any, ...]:
+        """The fields of Arrived. Of tensors that are alike, outside of captures."""
         lane = mode.next_bank()  # each bank has a lane of its own
         shelf, first, second = self._calls[lane]
         with mode.lane_locks[lane]:
@@ -113,7 +109,7 @@ class DispatchRepeat:
         handle = new_low_latency_handle()
         handle.lease, handle.lane, handle.bank, handle.shape = lease, lane, lane, self.shape
         handle.repeat, handle.memory = self, memory
-        return _arrived((tokens if scales is None else (tokens, scales), counts, handle, EventOverlap(), hook))
+        return tokens if scales is None else (tokens, scales), counts, handle, EventOverlap(), hook
 
 
 class CombineRepeat:
@@ -133,8 +129,8 @@ class CombineRepeat:
 
     def run(
         self, mode: LowLatencyMode, tensors: tuple[torch.Tensor, ...], handle: LowLatencyHandle
-    ) -> Optional[Combined]:
-        """Of tensors that are alike, outside of captures. None: rows are where only zero_copy may read them."""
+    ) -> Optional[tuple[Any, ...]]:
+        """The fields of Combined. Of tensors that are alike, outside of captures. None: rows are where only zero_copy may read them."""
         rows_at, weights_at = tensors[0].data_ptr(), tensors[2].data_ptr()
         if self.choices.zero_copy:
             rows_at = mode.zero_copy_begins[handle.bank]
@@ -153,7 +149,7 @@ class CombineRepeat:
         if second is not None:
             kept = tensors, out
             hook = mode.hook(lane, partial(_receive, mode.streams, second, lease, (addresses,), kept))
-        return _combined((out, EventOverlap(), hook))
+        return out, EventOverlap(), hook
 
 
 def _receive(streams: Any, half: Any, lease: PlanLease, addresses: tuple[Any, ...], tensors: Any) -> None:
