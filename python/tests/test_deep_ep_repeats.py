@@ -12,7 +12,8 @@ from typing import Any, Callable
 
 import pytest
 import tern
-from test_repeats import CHANGES, outcome
+from tern import _arrays
+from test_repeats import CHANGES, WAYS, outcome
 
 torch = pytest.importorskip("torch", reason="deep_ep needs torch")
 deep_ep = pytest.importorskip("deep_ep", reason="deep_ep is not installed")
@@ -45,16 +46,24 @@ def batch(device: str, num_tokens: int = TOKENS, seed: int = 0) -> dict[str, Any
 
 
 def dispatch(buffer: Any, x: Any, topk_idx: Any, **options: Any) -> Any:
-    """With the hook run."""
+    """What holds by now."""
     options = {"num_max_dispatch_tokens_per_rank": MOST, "num_experts": EXPERTS, "use_fp8": False, **options}
     options = {name: value for name, value in options.items() if name != "topk_weights"}
     arrived = buffer.low_latency_dispatch(x, topk_idx, **options)
-    return arrived if arrived[4] is None else (arrived[4](), arrived)[1]
+    return finished(arrived)
 
 
 def combine(buffer: Any, rows: Any, handle: Any, topk_idx: Any, topk_weights: Any, **options: Any) -> Any:
     combined = buffer.low_latency_combine(rows, topk_idx, topk_weights, handle, **options)
-    return combined if combined[2] is None else (combined[2](), combined)[1]
+    return finished(combined)
+
+
+def finished(results: Any) -> Any:
+    event, hook = results[-2:]
+    if hook is not None:
+        hook()
+    event.current_stream_wait()
+    return results
 
 
 def what_came(arrived: Any) -> tuple[Any, ...]:
@@ -95,9 +104,15 @@ def warmed(given: dict[str, Any], **options: Any) -> tuple[Any, Any]:
     return buffer, arrived
 
 
+@pytest.mark.parametrize("by_torch", WAYS)
 @pytest.mark.parametrize("hook", HOOKS)
-def test_same_looks_take_the_short_way(device: str, hook: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_looks_take_the_short_way(
+    device: str, hook: bool, by_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With other data; and results are tensors of their own, as are elements of handles."""
+    if not by_torch:
+        monkeypatch.setattr(_arrays, "tensor_guards", lambda _: None)
+        monkeypatch.setattr(_arrays, "strided_maker", lambda *_: None)
     options = {"return_recv_hook": hook}
     buffer, _ = warmed(batch(device), **options)
     refuse_the_long_way(monkeypatch, buffer)
@@ -328,6 +343,8 @@ def test_plans_are_used_again_and_no_tensor_is_kept(device: str, hook: bool) -> 
     handle, exchange = came[2], weakref.ref(buffer._low_latency.exchange)
     first, second = handle[0].clone(), handle[1].clone()
     del tensors, given, came, combined
+    if device == "cuda":
+        torch.cuda.synchronize()
     gc.collect()
     assert [reference() is None for reference in references] == [True] * 5 + [False] * 2 + [True]
     gc.disable()
