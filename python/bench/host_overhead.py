@@ -4,7 +4,8 @@
     python python/bench/host_overhead.py [--device cuda] [--tokens 1] [--hidden 7168]
 
 Five ways: outputs allocated by the call, outputs given, outputs given and other inputs at every call, both operations prepared, and the two
-C functions alone with arguments that are there already, which is what Python comes on top of. On a GPU the time is that of enqueueing: the GPU is waited for between the batches and not within.
+C functions alone with arguments that are there already, which is what Python comes on top of. Then the low-latency pair of the deep_ep module:
+of bf16 rows, with a cast to fp8, and in halves by hooks. On a GPU the time is that of enqueueing: the GPU is waited for between the batches and not within.
 On a CPU rank the C functions also do the work, so use few small tokens.
 """
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import time
-from typing import Callable
+import types
+from typing import Any, Callable
 
 import tern
 import torch
@@ -37,6 +40,37 @@ def measure(call: Callable[[], object], num_batches: int, settle: Callable[[], N
     return statistics.median(times), statistics.quantiles(times, n=100)[98]
 
 
+def deep_ep_ways(
+    given: argparse.Namespace, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor
+) -> dict[str, Callable[[], None]]:
+    os.environ["TERN_DEEP_EP_DEVICE"] = x.device.type
+    import deep_ep
+
+    alone = types.SimpleNamespace(Get_rank=lambda: 0, Get_size=lambda: 1, allgather=lambda own: [own])
+    shape = (given.tokens, given.hidden, 1, given.experts)
+    num_bytes = deep_ep.Buffer.get_low_latency_rdma_size_hint(*shape)
+    buffer = deep_ep.Buffer(None, 0, num_bytes, low_latency_mode=True, comm=alone)
+
+    def dispatch(use_fp8: bool = False, hook: bool = False) -> tuple[Any, ...]:
+        return buffer.low_latency_dispatch(x, idx, given.tokens, given.experts, use_fp8=use_fp8, return_recv_hook=hook)
+
+    rows = dispatch()[0]
+
+    def pair() -> None:
+        arrived = dispatch()
+        buffer.low_latency_combine(arrived[0], idx, weights, arrived[2])
+
+    def pair_with_fp8() -> None:
+        buffer.low_latency_combine(rows, idx, weights, dispatch(use_fp8=True)[2])
+
+    def pair_by_hooks() -> None:
+        arrived = dispatch(hook=True)
+        arrived[4]()
+        buffer.low_latency_combine(arrived[0], idx, weights, arrived[2], return_recv_hook=True)[2]()
+
+    return {"deep_ep": pair, "deep_ep, fp8": pair_with_fp8, "deep_ep by hooks": pair_by_hooks}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -57,6 +91,8 @@ def main() -> None:
         max_tokens=given.tokens, num_experts=given.experts, num_topk=given.topk, layout="expert_padded", extent="worst"
     )
     device = torch.device("cpu" if exchange.cuda_index is None else f"cuda:{exchange.cuda_index}")
+    if exchange.is_cuda:
+        torch.cuda.set_device(device)
     if given.own_stream:
         torch.cuda.set_stream(torch.cuda.Stream(device))
     x = torch.randn(given.tokens, given.hidden, device=device).to(torch.bfloat16)
@@ -107,6 +143,7 @@ def main() -> None:
         "outputs given": into_given,
         "and other inputs": others_into_given,
         "outputs allocated": allocating,
+        **deep_ep_ways(given, x, idx, weights),
     }
     for name, call in ways.items():
         median, p99 = measure(call, given.batches, settle)

@@ -125,20 +125,24 @@ class TorchArrays:
         return lambda: [_made(self.empty, kind) for kind in kinds]
 
     def patterns(self, kinds: Sequence[ArrayKind | None]) -> Callable[[], list[Array]]:
-        """`plain` for many times, in a fraction of its time, of tensors without memory of their own that say what they are like."""
-        likes = self.plain(kinds)()
-        for like in likes:
-            if like is not None:
-                like.untyped_storage().resize_(0)
+        """`plain` for many times, in a fraction of its time. Takes no memory itself."""
+        like_these: list[Array] = []  # tensors without memory of their own
         empty_like = self._empty_like
 
         def make_like() -> list[Array]:
-            return [None if like is None else empty_like(like) for like in likes]
+            if not like_these:
+                like_these.extend(self.plain(kinds)())
+                for like in like_these:
+                    if like is not None:
+                        like.untyped_storage().resize_(0)
+            return [None if like is None else empty_like(like) for like in like_these]
 
         make_strided, index = self._empty_strided, self._cuda_index
         if make_strided is None:
             return make_like
-        described = [None if like is None else (tuple(like.shape), like.stride(), like.dtype) for like in likes]
+        on_meta = functools.partial(self._torch.empty, device="meta")
+        made = [_made(lambda shape, dtype: on_meta(shape, dtype=dtype), kind) for kind in kinds]
+        described = [None if like is None else (tuple(like.shape), like.stride(), like.dtype) for like in made]
         if index is None:
             return lambda: [None if one is None else make_strided(*one) for one in described]
         current_device = getattr(self._torch._C, "_cuda_getDevice", self._torch.cuda.current_device)

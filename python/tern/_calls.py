@@ -26,8 +26,8 @@ DEFAULT_OUTPUTS = {
 }
 # The fields of Dispatched, and their addresses in the struct, which follow each other in the same order.
 OUT_NAMES = tuple(Dispatched.__dataclass_fields__)
-_OUT_ADDRESSES = struct.Struct(f"{len(OUT_NAMES)}Q")
-_OUT_OFFSET = _c.DispatchArgs.out_tokens.offset
+OUT_ADDRESSES = struct.Struct(f"{len(OUT_NAMES)}Q")
+OUT_OFFSET = _c.DispatchArgs.out_tokens.offset
 
 
 class Shape(NamedTuple):
@@ -165,7 +165,7 @@ class DispatchCall:
 
 
 def set_outputs(args: _c.DispatchArgs, addresses: Sequence[int]) -> None:
-    _OUT_ADDRESSES.pack_into(args, _OUT_OFFSET, *addresses)
+    OUT_ADDRESSES.pack_into(args, OUT_OFFSET, *addresses)
 
 
 def out_addresses(out: Dispatched, address: Callable[[Array], int]) -> tuple[int, ...]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import Any, Sequence, TypeVar
+from typing import Any, Sequence
 
 from . import _c
 from ._arrays import Array, Arrays, raw_stream
 from ._calls import CombineCall, CombineKind, DispatchCall, DispatchKind, Shape
 from ._library import lib, tern_combine, tern_dispatch
-from ._repeats import RepeatedCombine, RepeatedDispatch, Repeats, Structs, refuse_copies, sent
+from ._prepared import prepared, refuse_copies, sent
+from ._repeats import RepeatedCombine, RepeatedDispatch, Repeats
+from .addressed import Structs
 from .errors import InvalidArgumentError, InvalidStateError, check
 from .exchange import Exchange, choice
 from .results import Combined, Dispatched, Pending, PlanInfo, Prepared
-
-Result = TypeVar("Result")
 
 
 class Plan:
@@ -65,6 +65,7 @@ class Plan:
         self._handle = ctypes.c_void_p()
         check(lib.tern_plan_create(self._native.handle, ctypes.byref(options), ctypes.byref(self._handle)))
         weakref.finalize(self, lib.tern_plan_destroy, self._handle)
+        self._pointer = ctypes.c_void_p.from_param(self._handle.value)  # as ctypes passes it on without a look
         capacity = ctypes.c_int64()
         check(lib.tern_plan_get_row_capacity(self._handle, ctypes.byref(capacity)))
         self.row_capacity = capacity.value
@@ -76,7 +77,7 @@ class Plan:
         self._routing_pointer, self._launch_pointer = ctypes.pointer(self._routing), ctypes.byref(self._launch)
         self._dispatch_calls: dict[Any, DispatchCall] = {}
         self._combine_calls: dict[Any, CombineCall] = {}
-        filled_in = self._handle, self._launch, self._routing
+        filled_in = self._launch, self._routing
         self._dispatches, self._combines = Repeats(RepeatedDispatch, *filled_in), Repeats(RepeatedCombine, *filled_in)
 
     # ---------------------------------------------------------------------------------------------------------- route
@@ -186,24 +187,20 @@ class Plan:
 
         CapacityExceededError (extent WORST, CPU ranks): rows that found no room are missing; error.result is the rest.
         """
-        absent = topk_idx is None, scales is None, topk_weights is None, out is None
         wanted = outputs if outputs is None else tuple(outputs)
-        routed = (self._num_tokens, self._num_rows) if topk_idx is None else None
-        choices = (absent, routed, zero_copy, encoding, scale_order, wanted, lane, num_sms)
-        given = [tokens]
-        if topk_idx is not None:
-            given.append(topk_idx)
-        if scales is not None:
-            given.append(scales)
-        if topk_weights is not None:
-            given.append(topk_weights)
+        if topk_idx is None:
+            routed, given = (self._num_tokens, self._num_rows), [tokens]
+        else:
+            routed, given = None, [tokens, topk_idx]
+        no_scales, no_weights = scales is None, topk_weights is None
+        if not (no_scales and no_weights):
+            given += [array for array in (scales, topk_weights) if array is not None]
+        choices = (no_scales, no_weights, out is None, routed, zero_copy, encoding, scale_order, wanted, lane, num_sms)
         repeats = device_num_tokens is None and wait_ns is None
         if repeats:
             for repeat in self._dispatches.kept:
                 if repeat.choices == choices and repeat.alike(*given):
-                    if routed is None:
-                        self._num_tokens = repeat.num_tokens
-                    return repeat.run((tokens, topk_idx, scales, topk_weights), out, stream)
+                    return repeat.run(self, (tokens, topk_idx, scales, topk_weights), out, stream)
         call, result, inputs = self._prepare_dispatch(
             tokens,
             topk_idx,
@@ -218,7 +215,7 @@ class Plan:
             wait_ns,
         )
         self._set_launch(call.arrays, lane, num_sms, stream)
-        status = tern_dispatch(self._handle, call.pointer, self._launch_pointer)
+        status = tern_dispatch(self._pointer, call.pointer, self._launch_pointer)
         if status != 0:
             check(status, result)
         if repeats:
@@ -232,7 +229,7 @@ class Plan:
         extent is WORST. At most two sends of a lane may be under way, with nothing else of the lane between them."""
         call, result, inputs = self._prepare_dispatch(tokens, **arguments)
         self._set_launch(call.arrays, lane, num_sms, stream)
-        return sent(tern_dispatch, call, self._structs(call), result, (inputs, self))
+        return sent(self, tern_dispatch, call, result, inputs)
 
     def prepare_dispatch(
         self, tokens: Array, *, lane: int = 0, num_sms: int = 0, **arguments: Any
@@ -246,7 +243,7 @@ class Plan:
         args, routing = call.args, self._routing
         used = (args.tokens, routing.topk_idx, routing.device_num_tokens, args.scales, args.topk_weights)
         refuse_copies(call.arrays, given, used)
-        return self._prepared(tern_dispatch, call, result, inputs)
+        return prepared(self, tern_dispatch, call, result, inputs)
 
     def _prepare_dispatch(
         self,
@@ -339,23 +336,21 @@ class Plan:
             bf16, with an error of at most 1.6 %, 0.4 % as a rule.
         wait_ns: i64 [num_ranks], dense: nanoseconds waited for each rank are added to it.
         """
-        absent = topk_weights is None, out is None
-        choices = (absent, zero_copy, mode, weighting, wire, lane, num_sms, self._num_tokens, self._num_rows)
-        given = [rows]
-        if topk_weights is not None:
-            given.append(topk_weights)
+        weighted, num_tokens, num_rows = topk_weights is not None, self._num_tokens, self._num_rows
+        choices = (weighted, out is None, zero_copy, mode, weighting, wire, lane, num_sms, num_tokens, num_rows)
+        given = [rows, topk_weights] if weighted else [rows]
         if out is not None:
             given.append(out)
         repeats = row_weights is None and bias is None and wait_ns is None
         if repeats:
             for repeat in self._combines.kept:
                 if repeat.choices == choices and repeat.alike(*given):
-                    return repeat.run((rows, topk_weights, out), stream)
+                    return repeat.run(self, (rows, topk_weights, out), stream)
         call, result, inputs = self._prepare_combine(
             rows, mode, weighting, topk_weights, row_weights, bias, out, zero_copy, wire, wait_ns
         )
         self._set_launch(call.arrays, lane, num_sms, stream)
-        status = tern_combine(self._handle, call.pointer, self._launch_pointer)
+        status = tern_combine(self._pointer, call.pointer, self._launch_pointer)
         if status != 0:
             check(status)
         if repeats:
@@ -368,7 +363,7 @@ class Plan:
         """The first phase of a combine with the same arguments: returns when the data are on their way."""
         call, result, inputs = self._prepare_combine(rows, **arguments)
         self._set_launch(call.arrays, lane, num_sms, stream)
-        return sent(tern_combine, call, self._structs(call), result, (inputs, self))
+        return sent(self, tern_combine, call, result, inputs)
 
     def prepare_combine(self, rows: Array, *, lane: int = 0, num_sms: int = 0, **arguments: Any) -> Prepared[Combined]:
         """A combine with the same arguments, not run yet, as prepare_dispatch: along a routing of as many tokens and rows as now."""
@@ -378,7 +373,7 @@ class Plan:
         given = [rows, arguments.get("topk_weights"), arguments.get("row_weights")]
         given += bias if isinstance(bias, (tuple, list)) else [bias]
         refuse_copies(call.arrays, given, (args.rows, args.topk_weights, args.row_weights, *args.bias))
-        return self._prepared(tern_combine, call, result, inputs)
+        return prepared(self, tern_combine, call, result, inputs)
 
     def _prepare_combine(
         self,
@@ -465,29 +460,5 @@ class Plan:
         launch.stream = arrays.current_stream() if stream is None else raw_stream(stream)
         launch.lane, launch.num_sms = lane, num_sms
 
-    def _prepared(
-        self, function: Any, call: DispatchCall | CombineCall, result: Result, inputs: Any
-    ) -> Prepared[Result]:
-        structs = self._structs(call)
-        launch, routes = structs.launch, structs.routes
-        handle, args_pointer, launch_pointer = structs.arguments
-        current_stream = call.arrays.current_stream
-        num_tokens, num_rows = self._num_tokens, self._num_rows
-
-        def run(stream: Any) -> None:
-            if routes:
-                self._num_tokens = num_tokens
-            elif self._num_tokens != num_tokens or self._num_rows != num_rows:
-                raise InvalidStateError(
-                    f"prepared for {num_tokens} tokens and {num_rows} rows, but {self._num_tokens} tokens were routed, with "
-                    f"{self._num_rows} rows; prepare it anew"
-                )
-            launch.stream = current_stream() if stream is None else raw_stream(stream)
-            status = function(handle, args_pointer, launch_pointer)
-            if status != 0:
-                check(status, result)
-
-        return Prepared(result, run, inputs)
-
-    def _structs(self, call: DispatchCall | CombineCall) -> Structs:
-        return Structs(call.args, self._handle, self._launch, self._routing)
+    def _structs(self, call: DispatchCall | CombineCall, phase: _c.Phase = _c.Phase.WHOLE) -> Structs:
+        return Structs(call.args, self._launch, self._routing, phase)

@@ -19,8 +19,9 @@ def on_gpu(case, rank):
 
 
 def replayed(ranks, step, inputs, cases, check):
-    """Captures `step` behind a run to warm up, and replays it with the inputs of each case."""
-    step()
+    """Captures `step` behind runs to warm up, by which its calls look like ones before, and replays it with the inputs of each case."""
+    for _ in range(4):
+        step()
     torch.cuda.synchronize()
     ranks.barrier()
     graph = torch.cuda.CUDAGraph()
@@ -101,4 +102,29 @@ def streams_apart(ranks):
         expect_sum(case, ranks.rank, combined.cpu())
 
 
-CHECKS = {check.__name__: check for check in (low_latency_graph, normal_graph, streams_apart)}
+def streams_in_turn(ranks):
+    """Low-latency calls that look like ones before, on one stream and then on another: each is behind what its own stream does, and a hook runs
+    on the stream of its call."""
+    case = make_low_latency_case(ranks)
+    buffer = ranks.low_latency(case, MOST)._buffer
+    x, idx, weights = on_gpu(case, ranks.rank)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for step in range(16):
+        own, other = streams if step // 4 % 2 else reversed(streams)
+        with torch.cuda.stream(own):
+            late = torch.zeros_like(x)
+            torch.cuda._sleep(2_000_000)
+            late.copy_(x)
+            rows, _, handle, _, hook = buffer.low_latency_dispatch(
+                late, idx, MOST, case.num_experts, use_fp8=False, return_recv_hook=step % 2 == 1
+            )
+            del late
+            if hook is not None:
+                with torch.cuda.stream(other):
+                    hook()
+            combined, _, _ = buffer.low_latency_combine(rows, idx, weights, handle)
+            check_combined(case, ranks.rank, combined.cpu())
+
+
+CHECKS = {check.__name__: check for check in (low_latency_graph, normal_graph, streams_apart, streams_in_turn)}

@@ -264,8 +264,8 @@ def many_handles(ranks):
             check_received(case, ranks.rank, received)
             expect_sum(case, ranks.rank, buffer.combine(received[0], received[4])[0])
         del layers, received
-    idle = buffer._normal._plans._idle
-    assert sum(len(plans) for plans in idle.values()) == len(cases), "plans are used again"
+    shelves = buffer._normal._plans._shelves.values()
+    assert sum(len(shelf.idle) for shelf in shelves) == len(cases), "plans are used again"
 
 
 def worst_case_rows(ranks):

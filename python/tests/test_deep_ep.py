@@ -32,6 +32,8 @@ RUNS = [
     Run("normal", 4),
     Run("low_latency", 2),
     Run("low_latency", 4),
+    Run("repeats", 2),
+    Run("repeats", 4),
     Run("rules", 3),
     Run("masks", 4),
     Run("graphs", 2),

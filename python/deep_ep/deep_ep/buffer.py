@@ -10,11 +10,12 @@ import tern
 import torch
 
 from . import sizes
+from .arguments import Cast, Finish, Hook, Stats
 from .config import Config
 from .events import EventHandle, EventOverlap
-from .handles import Handle, LowLatencyHandle
+from .handles import Handle, LowLatencyHandle, Shape
 from .layout import dispatch_layout
-from .low_latency import Cast, Finish, Hook, LowLatencyMode, Shape
+from .low_latency import LowLatencyMode
 from .nodes import Nodes
 from .normal import Batch, NormalMode, Rows
 from .streams import LOCAL, CudaStreams, HostStreams, Order
@@ -326,16 +327,31 @@ class Buffer:
         current now. At most two results may be alive. cumulative_local_expert_recv_stats i32 [E_l] has recv_count added,
         dispatch_wait_recv_cost_stats i64 [R] the nanoseconds waited for each rank.
         """
-        mode = self._require_low_latency("low_latency_dispatch")
-        return mode.dispatch(
+        mode = self._low_latency or self._require_low_latency("low_latency_dispatch")
+        has_stats = cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None
+        choices = (
+            num_max_dispatch_tokens_per_rank,
+            num_experts,
+            use_fp8,
+            round_scale,
+            use_ue8m0,
+            async_finish,
+            return_recv_hook,
+            has_stats,
+        )
+        repeated: Any = mode.dispatch_again(choices, x, topk_idx)
+        if repeated is not None:
+            return repeated  # type: ignore[no-any-return]
+        arrived = mode.dispatch(
             x,
             topk_idx,
             Shape(num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts),
             Cast(use_fp8, round_scale, use_ue8m0),
             Finish(async_finish, return_recv_hook),
-            cumulative_stats=cumulative_local_expert_recv_stats,
-            wait_stats=dispatch_wait_recv_cost_stats,
+            Stats(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats),
         )
+        mode.see_dispatch(choices, x, topk_idx, arrived)
+        return arrived[:]
 
     def low_latency_combine(
         self,
@@ -361,12 +377,18 @@ class Buffer:
 
         Returns combined_x bf16 [T, H] (`out` if given), event, hook.
         """
-        mode = self._require_low_latency("low_latency_combine")
+        mode = self._low_latency or self._require_low_latency("low_latency_combine")
+        has_stats = combine_wait_recv_cost_stats is not None
+        choices = (use_logfmt, zero_copy, async_finish, return_recv_hook, out is not None, has_stats)
+        tensors = (x, topk_idx, topk_weights) if out is None else (x, topk_idx, topk_weights, out)
+        repeated: Any = mode.combine_again(choices, tensors, handle)
+        if repeated is not None:
+            return repeated  # type: ignore[no-any-return]
         if use_logfmt and zero_copy:
             raise tern.InvalidArgumentError(
                 "low_latency_combine: use_logfmt and zero_copy exclude each other; both are set"
             )
-        return mode.combine(
+        combined = mode.combine(
             x,
             topk_idx,
             topk_weights,
@@ -377,6 +399,8 @@ class Buffer:
             out=out,
             wait_stats=combine_wait_recv_cost_stats,
         )
+        mode.see_combine(choices, tensors, handle, combined)
+        return combined[:]
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """bf16 [E_l, R * max, H], shared memory to write the experts' output into before

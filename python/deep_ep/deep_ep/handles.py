@@ -8,8 +8,9 @@ handle has to come back as the object that it was. Its plan is free for other ba
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
-from typing import Any, Deque, Iterator, NamedTuple, Optional, Union
+from typing import Any, Callable, Deque, Iterator, NamedTuple, Optional, Union
 
 import tern
 import torch
@@ -18,6 +19,7 @@ from . import layout
 from .nodes import Nodes
 
 _MOST_IDLE_PLANS = 32
+_ALIGNMENT_BYTES = 16
 
 
 class PlanLease:
@@ -33,6 +35,16 @@ class PlanLease:
         self._idle.append(self.plan)
 
 
+class PlanShelf:
+    """The idle plans of one lane and one set of options."""
+
+    __slots__ = ("idle", "captured", "options", "uncaptured")
+
+    def __init__(self, captured: bool, options: dict[str, Any], uncaptured: Optional[PlanShelf]) -> None:
+        self.idle: Deque[tern.Plan] = collections.deque()
+        self.captured, self.options, self.uncaptured = captured, options, uncaptured
+
+
 class PlanPool:
     """Plans of one exchange. Making one allocates memory, so plans are used again by batches of the same shape.
 
@@ -43,44 +55,63 @@ class PlanPool:
 
     def __init__(self, exchange: tern.Exchange) -> None:
         self._exchange = exchange
-        self._idle: dict[tuple[Any, ...], Deque[tern.Plan]] = {}
+        self._shelves: dict[tuple[Any, ...], PlanShelf] = {}
 
     def lease(self, lane: int, captured: bool, **options: Any) -> PlanLease:
-        shape = (lane, *options.items())
-        idle = self._idle.get((captured, *shape))
-        if idle is None:
-            idle = self._idle.setdefault((captured, *shape), collections.deque())
-        plan = _pop(idle)
-        if plan is None and captured:
-            # The step that ran before to warm up has left its plan.
-            plan = _pop(self._idle.get((False, *shape), collections.deque()))
-        if plan is None:
-            self._trim()
-            plan = self._exchange.plan(**options)
+        return self.lease_from(self.shelf(lane, captured, **options))
+
+    def shelf(self, lane: int, captured: bool, **options: Any) -> PlanShelf:
+        key = (captured, lane, *options.items())
+        shelf = self._shelves.get(key)
+        if shelf is None:
+            uncaptured = self.shelf(lane, False, **options) if captured else None
+            shelf = self._shelves.setdefault(key, PlanShelf(captured, options, uncaptured))
+        return shelf
+
+    def lease_from(self, shelf: PlanShelf) -> PlanLease:
+        idle = shelf.idle
+        try:
+            plan = idle.pop()
+        except IndexError:  # other threads may take the last one at any time
+            plan = self._another(shelf)
         return PlanLease(plan, idle)
+
+    def _another(self, shelf: PlanShelf) -> tern.Plan:
+        if shelf.uncaptured is not None:
+            with contextlib.suppress(IndexError):
+                # The step that ran before to warm up has left its plan.
+                return shelf.uncaptured.idle.pop()
+        self._trim()
+        return self._exchange.plan(**shelf.options)
 
     def _trim(self) -> None:
         """Shapes come and go; what nobody uses is given back before more memory is taken."""
-        evictable = [plans for key, plans in list(self._idle.items()) if not key[0]]
+        evictable = [shelf.idle for shelf in list(self._shelves.values()) if not shelf.captured]
         if sum(len(plans) for plans in evictable) >= _MOST_IDLE_PLANS:
             for plans in evictable:
                 plans.clear()
 
 
-def _pop(idle: Deque[tern.Plan]) -> Optional[tern.Plan]:
-    """Other threads may take the last one at any time."""
-    try:
-        return idle.pop()
-    except IndexError:
-        return None
+class _MadeWhenLookedAt(tuple):  # type: ignore[type-arg]
+    """Elements are attributes, of which the tuple has the names. Few callers look at any, so they are made then, on the stream that is current
+    then."""
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return tuple(self)[position]
+        return getattr(self, super().__getitem__(position))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, name) for name in super().__iter__())
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
 
 # In the matrices of channels all rows count as one channel.
 
 
-class NormalHandle(tuple):  # type: ignore[type-arg]
-    """Of a dispatch in normal mode inside one node. Elements are made when they are first looked at, on the stream that is current then: few
-    callers look at any."""
+class NormalHandle(_MadeWhenLookedAt):
+    """Of a dispatch in normal mode inside one node."""
 
     def __new__(cls, lease: PlanLease, in_rank: torch.Tensor, arrived: tern.Dispatched, rank: int) -> NormalHandle:
         """in_rank: bool [T, R]"""
@@ -128,16 +159,6 @@ class NormalHandle(tuple):  # type: ignore[type-arg]
         """The tensors that there are from the start."""
         return self.recv_src_idx, self._rank_counts, self.is_token_in_rank
 
-    def __getitem__(self, position: Any) -> Any:
-        if isinstance(position, slice):
-            return tuple(self)[position]
-        return getattr(self, super().__getitem__(position))
-
-    def __iter__(self) -> Iterator[Any]:
-        return (getattr(self, name) for name in super().__iter__())
-
-    __eq__, __hash__ = object.__eq__, object.__hash__
-
 
 class _InternodeFields(NamedTuple):
     is_token_in_rank: torch.Tensor  # bool [T, R]
@@ -169,20 +190,87 @@ class InternodeHandle(_InternodeFields):
 Handle = Union[NormalHandle, InternodeHandle]
 
 
-class _LowLatencyFields(NamedTuple):
-    source_tokens: torch.Tensor  # i32 [E_l, R * max]: source token of each row
-    layout_ranges: torch.Tensor  # i64 [E_l, R]: count in the low 32 bits, first row in the high ones
-    num_max_dispatch_tokens_per_rank: int
+class Shape(NamedTuple):
+    """What ranks agree on in a low-latency dispatch."""
+
+    num_max_tokens: int  # of each rank
     hidden: int
     num_experts: int
 
 
-class LowLatencyHandle(_LowLatencyFields):
-    """Of a low-latency dispatch. It also knows its lane, and which of the two zero-copy buffers is its own."""
+class Tables(NamedTuple):
+    """What a low-latency dispatch says of its rows, in one tensor: an allocation takes as long as much of the call."""
+
+    num_local_experts: int
+    num_ranks: int
+    num_max_tokens: int  # of each rank
+
+    @property
+    def ranges_bytes(self) -> int:
+        return 8 * self.num_local_experts * self.num_ranks
+
+    @property
+    def sources_bytes(self) -> int:
+        return 4 * self.num_local_experts * self.num_ranks * self.num_max_tokens
+
+    @property
+    def sources_begin(self) -> int:
+        return -(-self.ranges_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        return self.sources_begin + self.sources_bytes
+
+    def ranges(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory[: self.ranges_bytes].view(torch.int64).view(self.num_local_experts, self.num_ranks)
+
+    def sources(self, memory: torch.Tensor) -> torch.Tensor:
+        flat = memory[self.sources_begin :].view(torch.int32)
+        return flat.view(self.num_local_experts, self.num_ranks * self.num_max_tokens)
+
+
+class LowLatencyHandle(_MadeWhenLookedAt):
+    """Of a low-latency dispatch. It also knows its lane, which of the two zero-copy buffers is its own, and of which repeat it
+    came, if of any.
+
+    Elements: source_tokens i32 [E_l, R * max], the source token of each row; layout_ranges i64 [E_l, R], count in the low 32 bits, first
+    row in the high ones; num_max_dispatch_tokens_per_rank, hidden, num_experts.
+    """
 
     lease: PlanLease
     lane: int
     bank: int
+    shape: Shape
+    repeat: Any = None  # a DispatchRepeat
+    memory: torch.Tensor  # u8: what repeat.tables is the layout of
+
+    @functools.cached_property
+    def source_tokens(self) -> torch.Tensor:
+        return self.repeat.tables.sources(self.memory)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def layout_ranges(self) -> torch.Tensor:
+        return self.repeat.tables.ranges(self.memory)  # type: ignore[no-any-return]
+
+    @property
+    def num_max_dispatch_tokens_per_rank(self) -> int:
+        return self.shape.num_max_tokens
+
+    @property
+    def hidden(self) -> int:
+        return self.shape.hidden
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape.num_experts
+
+
+# A LowLatencyHandle without its attributes.
+new_low_latency_handle: Callable[[], LowLatencyHandle] = functools.partial(
+    tuple.__new__,
+    LowLatencyHandle,
+    ("source_tokens", "layout_ranges", "num_max_dispatch_tokens_per_rank", "hidden", "num_experts"),
+)
 
 
 def handle_between_nodes(lease: PlanLease, in_rank: torch.Tensor, arrived: Any, nodes: Nodes) -> InternodeHandle:

@@ -8,6 +8,8 @@ Results take turns on two lanes, so that two may be alive at a time, also in two
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import threading
 from typing import Any, Callable, NamedTuple, Optional, Set
@@ -17,69 +19,19 @@ import torch
 from tern.exchange import Exchange
 
 from . import sizes
+from .arguments import Arrived, Cast, Combined, Finish, Hook, Stats, check_batch, check_vector
 from .events import EventOverlap
-from .handles import LowLatencyHandle, PlanLease, PlanPool, plan_of
+from .handles import LowLatencyHandle, PlanPool, PlanShelf, Shape, new_low_latency_handle, plan_of
 from .layout import check_topk_idx
 from .nodes import Nodes
+from .repeats import CombineChoices, DispatchChoices, Repeats, see_combine
 from .shrink import moved_rows, persistently
 from .streams import Order
-
-Hook = Callable[[], None]
 
 # "hierarchical", "exact", or "auto": exact with a hook where it fits the buffer, else hierarchical.
 COMBINE_VARIABLE = "TERN_DEEP_EP_COMBINE"
 _NUM_BANKS = 2
 _LEAST_HIDDEN = 8  # of bf16 rows
-_CASTS = {(False, False): "fp8_f32", (True, False): "fp8_f32_pow2", (True, True): "fp8_ue8m0"}
-
-
-class Finish(NamedTuple):
-    """When the caller wants an operation to be done."""
-
-    async_finish: bool
-    return_recv_hook: bool
-
-    def check(self) -> None:
-        if self.async_finish and self.return_recv_hook:
-            raise tern.InvalidArgumentError("async_finish and return_recv_hook exclude each other; both are set")
-
-
-class Cast(NamedTuple):
-    """What is done to rows on the way."""
-
-    use_fp8: bool
-    round_scale: bool
-    use_ue8m0: bool
-
-    @property
-    def encoding(self) -> str:
-        if not self.use_fp8:
-            return "as_given"
-        if (self.round_scale, self.use_ue8m0) not in _CASTS:
-            raise tern.InvalidArgumentError("use_ue8m0 needs round_scale: UE8M0 scales are powers of two")
-        return _CASTS[self.round_scale, self.use_ue8m0]
-
-
-class Shape(NamedTuple):
-    """What ranks agree on in a dispatch, as the handle keeps it."""
-
-    num_max_tokens: int  # of each rank
-    hidden: int
-    num_experts: int
-
-
-class Arrived(NamedTuple):
-    rows: Any  # bf16, or (fp8, scales)
-    expert_counts: Any
-    handle: LowLatencyHandle
-    event: EventOverlap
-    hook: Optional[Hook]
-
-
-class Combined(NamedTuple):
-    tokens: torch.Tensor
-    event: EventOverlap
-    hook: Optional[Hook]
 
 
 class _Done(NamedTuple):
@@ -97,7 +49,7 @@ class LowLatencyMode:
     def __init__(
         self, group: tern.Group, streams: Any, device: torch.device, num_bytes: int, timeout_ms: int, *, masks: bool
     ) -> None:
-        self._group, self._streams, self._num_bytes, self._masks = group, streams, num_bytes, masks
+        self._group, self.streams, self._num_bytes, self._masks = group, streams, num_bytes, masks
         if masks and group.num_nodes > 1:
             raise tern.UnsupportedError(
                 f"Buffer: enable_shrink is supported inside one node; the {group.num_ranks} ranks are on "
@@ -123,74 +75,128 @@ class LowLatencyMode:
             mode="latency" if device.type == "cuda" else "auto",
             **self._shares.exchange_options(),
         )
-        self._plans = PlanPool(self.exchange)
+        self.plans = PlanPool(self.exchange)
         bank_bytes = self._shares.window_bytes // _NUM_BANKS
         self._fitting: Set[Shape] = set()
         self._sms_of_lane = streams.num_sms // num_lanes
         self._zero_copy = [self.exchange.empty((bank_bytes,), torch.uint8) for _ in range(_NUM_BANKS)]
-        self._zero_copy_begins = [bank.untyped_storage().data_ptr() for bank in self._zero_copy]
-        self._lane_locks = [threading.Lock() for _ in range(num_lanes)]
+        self.zero_copy_begins = [bank.data_ptr() for bank in self._zero_copy]
+        self.zero_copy_begin = min(self.zero_copy_begins)
+        self.zero_copy_end = max(self.zero_copy_begins) + bank_bytes
+        self.lane_locks = [threading.Lock() for _ in range(num_lanes)]
         self._turn_lock = threading.Lock()
-        self._num_dispatches = 0
+        self._turns = itertools.count()
+        self._repeats = Repeats()
         self._to_mask: Set[int] = set()
         self._lets_in = False  # with the next dispatch
         self._is_masked_out = False
 
+    def dispatch_again(
+        self, choices: tuple[Any, ...], x: torch.Tensor, topk_idx: torch.Tensor
+    ) -> Optional[tuple[Any, ...]]:
+        """A dispatch that looks like one before, by the short way: the fields of Arrived. None: it takes the long one. choices: the fields of
+        DispatchChoices."""
+        for repeat in self._repeats.dispatches:
+            if repeat.choices == choices and repeat.alike(x, topk_idx):
+                if self.streams.is_capturing():
+                    return None
+                try:
+                    return repeat.run(self, x, topk_idx)
+                except tern.Error as error:
+                    self.explain(error, ("low_latency_dispatch", repeat.shape, 1))
+                    raise
+        return None
+
+    def see_dispatch(self, choices: tuple[Any, ...], x: torch.Tensor, topk_idx: torch.Tensor, arrived: Arrived) -> None:
+        """A dispatch that the long way has done: the next one may be like it."""
+        chosen = DispatchChoices(*choices)
+        if not (self._masks or chosen.async_finish or chosen.has_stats or self.streams.is_capturing()):
+            self._repeats.see_dispatch(self, chosen, x, topk_idx, arrived)
+
     def dispatch(
-        self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        shape: Shape,
-        cast: Cast,
-        finish: Finish,
-        *,
-        cumulative_stats: Optional[torch.Tensor],
-        wait_stats: Optional[torch.Tensor],
+        self, x: torch.Tensor, topk_idx: torch.Tensor, shape: Shape, cast: Cast, finish: Finish, stats: Stats
     ) -> Arrived:
         finish.check()
         encoding = cast.encoding
-        _check_batch(x, topk_idx, shape)
-        num_ranks = self._group.num_ranks
-        _check_vector(
-            "cumulative_local_expert_recv_stats", cumulative_stats, torch.int32, shape.num_experts // num_ranks
-        )
-        _check_vector("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, num_ranks)
+        check_batch(x, topk_idx, shape)
+        stats.check(shape.num_experts, self._group.num_ranks)
         self._check_fits(shape)
         bank = self._take_turn()
-        lane = bank % len(self._lane_locks)
+        lane = bank % len(self.lane_locks)
 
         def add_stats(arrived: Any) -> Any:
-            if cumulative_stats is not None:
-                cumulative_stats.add_(arrived.expert_counts)
+            if stats.received is not None:
+                stats.received.add_(arrived.expert_counts)
             return arrived
 
         with self._one_operation("low_latency_dispatch", lane, shape):
-            lease = self._lease(lane, shape, topk_idx.shape[1])
-            arguments: dict[str, Any] = {
-                "topk_idx": topk_idx,
-                "encoding": encoding,
-                "scale_order": "column_major",
-                "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
-                "wait_ns": wait_stats,
-                "lane": lane,
-                "num_sms": self._num_sms(shape),
-            }
+            shelf = self.shelf(lane, shape, topk_idx.shape[1], captured=self.streams.is_capturing())
+            lease = self.plans.lease_from(shelf)
+            plan, arguments = lease.plan, self.dispatch_arguments(lane, shape, topk_idx, encoding)
+            arguments["wait_ns"] = stats.waited
             if finish.return_recv_hook:
-                self._streams.follow(lane)
-                pending = lease.plan.dispatch_send(x, **arguments)
+                self.streams.follow(lane)
+                pending = plan.dispatch_send(x, **arguments)
                 arrived: Any = pending.result
                 event = EventOverlap()
-                hook = self._hook(lane, pending, lambda: lease.plan.dispatch(x, out=arrived, **arguments), add_stats)
+
+                def receive() -> None:
+                    again = functools.partial(lease.plan.dispatch, x, out=arrived, **arguments)
+                    add_stats(self._persistently(pending.receive, again))
+
+                hook = self.hook(lane, receive)
             else:
-                inputs = (x, topk_idx, cumulative_stats)
-                arrived, event = self._whole(
-                    lane, finish, lambda: add_stats(lease.plan.dispatch(x, **arguments)), inputs
-                )
+                inputs = (x, topk_idx, stats.received)
+                arrived, event = self._whole(lane, finish, lambda: add_stats(plan.dispatch(x, **arguments)), inputs)
                 hook = None
-        handle = LowLatencyHandle(arrived.source_token, arrived.expert_rank_ranges, *shape)
-        handle.lease, handle.lane, handle.bank = lease, lane, bank
+        handle = new_low_latency_handle()
+        handle.lease, handle.lane, handle.bank, handle.shape = lease, lane, bank, shape
+        handle.source_tokens, handle.layout_ranges = arrived.source_token, arrived.expert_rank_ranges
         rows = (arrived.tokens, arrived.scales) if cast.use_fp8 else arrived.tokens
         return Arrived(rows, arrived.expert_counts, handle, event, hook)
+
+    def dispatch_arguments(self, lane: int, shape: Shape, topk_idx: torch.Tensor, encoding: str) -> dict[str, Any]:
+        return {
+            "topk_idx": topk_idx,
+            "encoding": encoding,
+            "scale_order": "column_major",
+            "outputs": ("source_token", "expert_counts", "expert_rank_ranges"),
+            "lane": lane,
+            "num_sms": self._num_sms(shape),
+        }
+
+    def combine_again(
+        self, choices: tuple[Any, ...], tensors: tuple[torch.Tensor, ...], handle: LowLatencyHandle
+    ) -> Optional[tuple[Any, ...]]:
+        """As dispatch_again. choices: the fields of CombineChoices; tensors: x, topk_idx, topk_weights, and out if it is given."""
+        dispatch = getattr(handle, "repeat", None)
+        if dispatch is None or dispatch.exchange is not self.exchange:
+            return None
+        for repeat in dispatch.combines:
+            if repeat.choices == choices and repeat.alike(*tensors):
+                if self.streams.is_capturing():
+                    return None
+                try:
+                    combined: Optional[tuple[Any, ...]] = repeat.run(self, tensors, handle)
+                    return combined
+                except tern.Error as error:
+                    self.explain(error, ("low_latency_combine", handle.shape, repeat.rows_per_token))
+                    raise
+        return None
+
+    def see_combine(
+        self,
+        choices: tuple[Any, ...],
+        tensors: tuple[torch.Tensor, ...],
+        handle: LowLatencyHandle,
+        combined: Combined,
+    ) -> None:
+        """A combine that the long way has done."""
+        chosen, dispatch = CombineChoices(*choices), handle.repeat
+        if dispatch is None or dispatch.exchange is not self.exchange:
+            return
+        if not (chosen.async_finish or chosen.has_stats or self.streams.is_capturing()):
+            see_combine(self, chosen, tensors, handle, combined.tokens)
 
     def combine(
         self,
@@ -206,7 +212,7 @@ class LowLatencyMode:
         wait_stats: Optional[torch.Tensor],
     ) -> Combined:
         finish.check()
-        plan, lane, shape = plan_of(handle), handle.lane, Shape(*handle[2:])
+        plan, lane, shape = plan_of(handle), handle.lane, handle.shape
         check_topk_idx(topk_idx)
         if topk_idx.shape != topk_weights.shape or topk_idx.shape[1] != plan.num_topk:
             raise tern.InvalidArgumentError(
@@ -214,19 +220,12 @@ class LowLatencyMode:
                 f"{list(topk_weights.shape)}; "
                 f"they must be those of the dispatch, [num_tokens, {plan.num_topk}]"
             )
-        _check_vector("combine_wait_recv_cost_stats", wait_stats, torch.int64, self._group.num_ranks)
+        check_vector("combine_wait_recv_cost_stats", wait_stats, torch.int64, self._group.num_ranks)
         rows = self._expert_rows(x, handle, zero_copy)
-        mode = self._combine_mode(shape, plan.num_topk, finish)
-        written = out if out is None or out.is_contiguous() else None
-        arguments: dict[str, Any] = {
-            "topk_weights": topk_weights,
-            "mode": mode,
-            "wire": "log10bit" if use_logfmt else "as_dtype",
-            "wait_ns": wait_stats,
-            "out": written,
-            "lane": lane,
-            "num_sms": self._num_sms(shape),
-        }
+        arguments = self.combine_arguments(handle, topk_weights, finish, use_logfmt)
+        arguments["wait_ns"] = wait_stats
+        arguments["out"] = out if out is None or out.is_contiguous() else None
+        rows_per_token = plan.num_topk if arguments["mode"] == "exact" else 1
 
         def hand_out(combined: Any, given: Optional[torch.Tensor] = out) -> torch.Tensor:
             tokens: torch.Tensor = combined.tokens
@@ -235,13 +234,16 @@ class LowLatencyMode:
         def again() -> tern.Combined:
             return self._combine_anew(rows, topk_idx, handle, arguments)
 
-        with self._one_operation("low_latency_combine", lane, shape, plan.num_topk if mode == "exact" else 1):
+        with self._one_operation("low_latency_combine", lane, shape, rows_per_token):
             if finish.return_recv_hook:
-                self._streams.follow(lane)
+                self.streams.follow(lane)
                 pending = self._send_combine(lambda: plan.combine_send(rows, **arguments), again)
                 given = pending.result.tokens if out is None else out
-                hook = self._hook(lane, pending, again, lambda combined: hand_out(combined, given), keep=handle)
-                return Combined(given, EventOverlap(), hook)
+
+                def receive() -> None:
+                    hand_out(self._persistently(pending.receive, again), given)
+
+                return Combined(given, EventOverlap(), self.hook(lane, receive))
 
             def first() -> tern.Combined:
                 return plan.combine(rows, zero_copy=zero_copy, **arguments)
@@ -250,13 +252,24 @@ class LowLatencyMode:
             result, event = self._whole(lane, finish, lambda: hand_out(self._persistently(first, again)), inputs)
             return Combined(result, event, None)
 
+    def combine_arguments(
+        self, handle: LowLatencyHandle, topk_weights: torch.Tensor, finish: Finish, use_logfmt: bool
+    ) -> dict[str, Any]:
+        return {
+            "topk_weights": topk_weights,
+            "mode": self._combine_mode(handle.shape, plan_of(handle).num_topk, finish),
+            "wire": "log10bit" if use_logfmt else "as_dtype",
+            "lane": handle.lane,
+            "num_sms": self._num_sms(handle.shape),
+        }
+
     def next_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         plan_of(handle)
         shape = self._rows_shape(handle)
         num_bytes = 2 * shape[0] * shape[1] * shape[2]
         bank: torch.Tensor = self._zero_copy[handle.bank]
         if num_bytes > bank.numel():
-            needed = sizes.low_latency_hint(*handle[2:4], self._nodes, handle.num_experts)
+            needed = self._needed_bytes(handle.shape)
             raise tern.OutOfMemoryError(
                 f"get_next_low_latency_combine_buffer: {list(shape)} in bf16 are {num_bytes} bytes, of which a Buffer "
                 f"with num_rdma_bytes "
@@ -281,7 +294,7 @@ class LowLatencyMode:
 
     def query_mask(self, mask_status: torch.Tensor) -> None:
         self._require_masks()
-        _check_vector("mask_status", mask_status, torch.int32, self._group.num_ranks)
+        check_vector("mask_status", mask_status, torch.int32, self._group.num_ranks)
         masked = self._to_mask.union(self.exchange.state().masked)
         mask_status.copy_(
             torch.tensor([int(rank in masked) for rank in range(self._group.num_ranks)], dtype=torch.int32)
@@ -307,42 +320,39 @@ class LowLatencyMode:
             lets_in, self._lets_in = self._lets_in, False
             if to_mask or lets_in:
                 masked = () if self._is_masked_out else self.exchange.state().masked
-                with self._lane_locks[0]:
+                with self.lane_locks[0]:
                     self.exchange.recover(mask=sorted(to_mask.union(masked)), readmit=lets_in)
                 self._is_masked_out = False
-            bank = self._num_dispatches % _NUM_BANKS
-            self._num_dispatches += 1
-            return bank
+            return self.next_bank()
+
+    def next_bank(self) -> int:
+        return next(self._turns) % _NUM_BANKS
 
     def _whole(
         self, lane: int, finish: Finish, operation: Callable[[], Any], inputs: tuple[Any, ...]
     ) -> tuple[Any, EventOverlap]:
         """Both halves at once: on the current stream, or with async_finish on the lane's communication stream."""
         if not finish.async_finish:
-            self._streams.follow(lane)
+            self.streams.follow(lane)
             return operation(), EventOverlap()
-        with self._streams.run(Order(async_finish=True), lane) as work:
+        with self.streams.run(Order(async_finish=True), lane) as work:
             result = operation()
             work.inputs += inputs
             work.outputs += _tensors(result)
         return result, work.overlap()
 
-    def _hook(
-        self, lane: int, pending: Any, again: Callable[[], Any], then: Callable[[Any], Any], keep: Any = None
-    ) -> Hook:
-        """The second half, on the stream that is current now. It keeps the plan and what is being sent until it has
-        run."""
-        stream, kept = self._streams.current(), [(keep, again, then)]
+    def hook(self, lane: int, receive: Callable[[], None]) -> Hook:
+        """Calls `receive`, the second half, on the stream that is current now. What that refers to stays alive until it has run."""
+        stream, kept = self.streams.current(lane), [receive]
 
-        def receive() -> None:
+        def run() -> None:
             if not kept:
                 raise tern.InvalidStateError("the hook has run already")
-            with self._lane_locks[lane], self._streams.on(stream):
-                self._streams.follow(lane)
-                _, redo, finish = kept.pop()
-                finish(self._persistently(pending.receive, redo))
+            with self.lane_locks[lane], self.streams.on(stream):
+                self.streams.follow(lane)
+                kept.pop()()
 
-        return receive
+        return run
 
     # --------------------------------------------------------------------------------------- when a rank is left out
 
@@ -357,7 +367,8 @@ class LowLatencyMode:
         self, rows: torch.Tensor, topk_idx: torch.Tensor, handle: LowLatencyHandle, arguments: dict[str, Any]
     ) -> tern.Combined:
         """Along a new plan for the ranks that are left, where rows have moved."""
-        lease = self._lease(handle.lane, Shape(*handle[2:]), topk_idx.shape[1])
+        shelf = self.shelf(handle.lane, handle.shape, topk_idx.shape[1], captured=self.streams.is_capturing())
+        lease = self.plans.lease_from(shelf)
         narrow = torch.zeros((topk_idx.shape[0], _LEAST_HIDDEN), dtype=torch.bfloat16)
         arrived = lease.plan.dispatch(narrow, topk_idx=topk_idx, outputs=("expert_rank_ranges",), lane=handle.lane)
         assert arrived.expert_rank_ranges is not None
@@ -381,7 +392,7 @@ class LowLatencyMode:
         if x.dtype != torch.bfloat16:
             raise tern.InvalidArgumentError(f"low_latency_combine: x is {x.dtype}; it must be bfloat16")
         # Ranks agree on whether rows lie in the window by zero_copy alone.
-        return x.clone() if x.untyped_storage().data_ptr() in self._zero_copy_begins else x
+        return x.clone() if x.untyped_storage().data_ptr() in self.zero_copy_begins else x
 
     def _combine_mode(self, shape: Shape, num_topk: int, finish: Finish) -> str:
         if self._asked_mode != "auto":
@@ -421,10 +432,10 @@ class LowLatencyMode:
             f"{self._needed_bytes(shape, rows_per_token)} (get_low_latency_rdma_size_hint)"
         )
 
-    def _lease(self, lane: int, shape: Shape, num_topk: int) -> PlanLease:
-        return self._plans.lease(
+    def shelf(self, lane: int, shape: Shape, num_topk: int, *, captured: bool = False) -> PlanShelf:
+        return self.plans.shelf(
             lane,
-            self._streams.is_capturing(),
+            captured,
             max_tokens=shape.num_max_tokens,
             num_experts=shape.num_experts,
             num_topk=num_topk,
@@ -433,7 +444,7 @@ class LowLatencyMode:
         )
 
     def _one_operation(self, operation: str, lane: int, shape: Shape, rows_per_token: int = 1) -> _OneOperation:
-        return _OneOperation(self, self._lane_locks[lane], (operation, shape, rows_per_token))
+        return _OneOperation(self, self.lane_locks[lane], (operation, shape, rows_per_token))
 
     def explain(self, error: tern.Error, operation: tuple[str, Shape, int]) -> None:
         """What an operation has met; raises what the caller shall see instead, if anything."""
@@ -473,20 +484,3 @@ def _tensors(result: Any) -> tuple[Any, ...]:
     if isinstance(result, torch.Tensor):
         return (result,)
     return (result.tokens, result.scales, result.source_token, result.expert_counts, result.expert_rank_ranges)
-
-
-def _check_batch(x: torch.Tensor, topk_idx: torch.Tensor, shape: Shape) -> None:
-    check_topk_idx(topk_idx)
-    if x.dim() != 2 or x.shape[0] != topk_idx.shape[0] or x.shape[0] > shape.num_max_tokens:
-        raise tern.InvalidArgumentError(
-            f"low_latency_dispatch: x has shape {list(x.shape)}, topk_idx {list(topk_idx.shape)}; they must be "
-            f"[num_tokens, hidden] and "
-            f"[num_tokens, num_topk] with at most num_max_dispatch_tokens_per_rank = {shape.num_max_tokens} tokens"
-        )
-
-
-def _check_vector(name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, size: int) -> None:
-    if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != (size,)):
-        raise tern.InvalidArgumentError(
-            f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; it must be {dtype} of [{size}]"
-        )

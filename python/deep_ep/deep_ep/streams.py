@@ -9,8 +9,9 @@ stream's share of torch's allocator, and `record_stream` tells it who else uses 
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import tern
 import torch
@@ -70,14 +71,20 @@ class HostStreams:
         if order.async_finish:
             work.event = EventHandle()
 
-    def current(self) -> Any:
+    def current(self, lane: Optional[int]) -> Any:
         return None
+
+    def current_handle(self) -> int:
+        return 0
 
     def on(self, stream: Any) -> Any:
         return contextlib.nullcontext()
 
     def follow(self, lane: Optional[int]) -> None:
         pass
+
+    def enter(self, lane: int) -> int:
+        return 0
 
     def is_capturing(self) -> bool:
         return False
@@ -94,7 +101,15 @@ class CudaStreams:
         self.comm_stream: Any = self._comm_streams[0]
         self.num_sms: int = cuda.get_device_properties(device).multi_processor_count
         self._last: dict[Optional[int], Any] = {}  # by lane: the stream that its last operation was on
-        self._handle_of_current: Any = torch._C._cuda_getCurrentRawStream  # an object of it takes microseconds
+        # What torch.cuda asks too, without what is in between; an object of a stream takes microseconds.
+        self.is_capturing: Callable[[], bool] = getattr(
+            torch._C, "_cuda_isCurrentStreamCapturing", cuda.is_current_stream_capturing
+        )
+        raw_stream = getattr(
+            torch._C, "_cuda_getCurrentRawStream", lambda index: cuda.current_stream(index).cuda_stream
+        )
+        self.current_handle: Callable[[], int] = functools.partial(raw_stream, device.index)
+        self._current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", cuda.current_device)
 
     @contextlib.contextmanager
     def run(self, order: Order, lane: Optional[int]) -> Iterator[Work]:
@@ -130,11 +145,16 @@ class CudaStreams:
             if tensor is not None:
                 tensor.record_stream(caller)
 
-    def current(self) -> Any:
+    def current(self, lane: Optional[int]) -> Any:
+        """lane: its stream is the current one, as a rule."""
+        last = self._last.get(lane)
+        if last is not None and last.cuda_stream == self.current_handle():
+            return last
         return torch.cuda.current_stream(self._device)
 
     def on(self, stream: Any) -> Any:
-        return torch.cuda.stream(stream)
+        is_current = stream.cuda_stream == self.current_handle() and self._current_device() == self._device.index
+        return contextlib.nullcontext() if is_current else torch.cuda.stream(stream)
 
     def follow(self, lane: Optional[int]) -> None:
         """Operations of a lane must run in the order of their calls, so the current stream waits for the one that the
@@ -143,14 +163,14 @@ class CudaStreams:
         Not while a graph is captured: what is captured is ordered by the graph itself, and must not wait for anything
             outside of it.
         """
-        if lane is LOCAL or self.is_capturing():
-            return
-        last = self._last.get(lane)
-        if last is not None and last.cuda_stream == self._handle_of_current(self._device.index):
-            return
-        stream = self._last[lane] = torch.cuda.current_stream(self._device)
-        if last is not None:
-            stream.wait_stream(last)
+        if lane is not LOCAL and not self.is_capturing():
+            self.enter(lane)
 
-    def is_capturing(self) -> bool:
-        return bool(torch.cuda.is_current_stream_capturing())
+    def enter(self, lane: int) -> int:
+        """`follow` where no graph is captured. Returns the handle of the current stream."""
+        handle, last = self.current_handle(), self._last.get(lane)
+        if last is None or last.cuda_stream != handle:
+            stream = self._last[lane] = torch.cuda.current_stream(self._device)
+            if last is not None:
+                stream.wait_stream(last)
+        return handle
