@@ -22,10 +22,11 @@ class OwnerSums {
         plan_(args.call.plan),
         call_(call),
         num_pieces_((args.row_bytes + kPieceBytes - 1) / kPieceBytes),
-        first_(static_cast<int32_t>(warp() * gridDim.x + blockIdx.x)) {
+        first_(static_cast<int32_t>(warp() * gridDim.x + blockIdx.x)),
+        first_token_(first_ / num_pieces_) {
     if (is_raising() || !call.receives()) return;
     num_tokens_ = plan_.num_tokens[call_.rank()];
-    if (first_ < plan_.max_tokens * num_pieces_) ahead_ = message_of(first_ / num_pieces_, static_cast<int>(device::lane_idx()));
+    if (first_token_ < plan_.max_tokens) ahead_ = message_of(first_token_, static_cast<int>(device::lane_idx()));
   }
 
   // The workers of all blocks; a warp takes a piece of a token's row at a time, which is not of more than one part.
@@ -35,7 +36,7 @@ class OwnerSums {
     if (call_.may_go_on_without()) settle(num_tokens_);
     if (first_ >= end_piece) call_.wait_no_more();
     for (int32_t i = first_; i < end_piece; i += num_warps) {
-      const int32_t token = i / num_pieces_, piece = i - token * num_pieces_;
+      const int32_t token = i == first_ ? first_token_ : i / num_pieces_, piece = i - token * num_pieces_;
       // Where the terms will be, before they are there.
       const MessageRef message = i == first_ ? ahead_ : message_of(token, static_cast<int>(device::lane_idx()));
       Terms terms = is_per_entry<Call>(args_) ? terms_of_entries(token) : terms_of_shares(token, message);
@@ -198,7 +199,7 @@ class OwnerSums {
   const LatencyCombineArgs& args_;
   const PlanView& plan_;
   const Call& call_;
-  const int32_t num_pieces_, first_;
+  const int32_t num_pieces_, first_, first_token_;
   int32_t num_tokens_ = 0;
   MessageRef ahead_ = {-1, -1};  // of the first piece's token
 };
