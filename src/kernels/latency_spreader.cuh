@@ -46,11 +46,11 @@ class MessageSpreader {
     for (int32_t i = first; block >= 0 && (!is_open_ || i < end_); i += num_groups) {
       ArrivingMessage message;
       const bool is_there = is_open_ ? arrivals_.candidate(call_.row_of(i), message) : arrivals_.await_candidate(call_.row_of(i), message);
-      if (is_there && call_.is_absent(message.source))
+      if (is_open_ && !is_there) continue;
+      if (call_.may_go_on_without() && call_.is_absent(message.source))
         clear(message);
-      else if (is_there && !spread<kVecs>(message, call_.part_of(i), i + num_groups))
+      else if (!spread<kVecs>(message, is_there, call_.part_of(i), i + num_groups))
         return;
-      if (!is_open_ && !open()) return;
     }
     wait_no_more();
   }
@@ -127,9 +127,10 @@ class MessageSpreader {
     return static_cast<int32_t>(args_.call.words.weights()) + message.token * plan_.num_topk + k;
   }
 
-  // Each warp by itself: a part of a message; the next one that it takes is `next`, if there is one. False: the exchange has failed.
+  // Each warp by itself: a part of a message, if it is there; and opens, if need be. The next one that it takes is `next`, if there is one. False:
+  // the exchange has failed.
   template <int kVecs>
-  __device__ bool spread(ArrivingMessage& message, int part, int32_t next) {
+  __device__ bool spread(ArrivingMessage& message, bool is_there, int part, int32_t next) {
     std::byte* const slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
     const bool with_weights = args_.carries_weights && part == 0 && thread_ < kWarpThreads;
     const bool with_scales = args_.scale_bytes > 0 && part == 0;
@@ -138,7 +139,7 @@ class MessageSpreader {
     float weight = 0.0f;
     Rows rows;
     const int32_t part_begin = part * args_.call.part_bytes, end = min(part_begin + args_.call.part_bytes, args_.row_bytes);
-    bool ok = await_flag(message, part);
+    bool ok = !is_there || await_flag(message, part);
     bool is_placed = is_open_;
 #pragma unroll 1
     for (int32_t first = part_begin; first == part_begin || first < end; first += kVecs * kStep) {
@@ -147,14 +148,15 @@ class MessageSpreader {
       const RowVecs<kStep> vecs{slot + begin, end - begin, {message.source, message.token, part}};
       Words seen = {};
       uint32_t scale_word = 0;
-      ok = ok && call_.take_vecs(vecs, values, [&] {
-        if (first != part_begin) return;
-        seen = look_at_words(message, with_weights);
-        if (with_scales && thread_ < num_scale_words()) scale_word = look_at(scales + thread_);
-        if (is_open_) arrivals_.place(message);
-      });
+      ok = ok && (!is_there || call_.take_vecs(vecs, values, [&] {
+             if (first != part_begin) return;
+             seen = look_at_words(message, with_weights);
+             if (with_scales && thread_ < num_scale_words()) scale_word = look_at(scales + thread_);
+             if (is_open_) arrivals_.place(message);
+           }));
       if (first == part_begin) {
-        if (!is_open_) ok = open() && ok;
+        if (!is_open_) ok = open() && ok;  // here alone: all warps of the block are to meet at one place of the code
+        if (!is_there) return ok;
         if (!is_placed && !call_.has_expert_rows() && ok) {
           arrivals_.place(message);
           is_placed = true;
