@@ -78,16 +78,8 @@ struct ExchangeView {
   const HostCell* host = nullptr;    // between nodes
   uint64_t timeout_ns = 0;
 
-  constexpr std::byte* window(int r) const { return near_or_far(inline_windows, far_windows, r); }
-  constexpr std::byte* heap(int r) const { return near_or_far(inline_heaps, far_heaps, r); }
-
- private:
-  // What is near is always asked for: of one load from either place the compiler makes one from memory, for which kernels wait.
-  template <int kNear>
-  constexpr std::byte* near_or_far(std::byte* const (&near)[kNear], std::byte* const* far, int r) const {
-    std::byte* const found = near[r < kNear ? r : kNear - 1];
-    return num_ranks <= kNear ? found : far[r];
-  }
+  constexpr std::byte* window(int r) const { return num_ranks <= kInlineRanks ? inline_windows[r] : far_windows[r]; }
+  constexpr std::byte* heap(int r) const { return num_ranks <= kInlineHeaps ? inline_heaps[r] : far_heaps[r]; }
 };
 static_assert(std::is_trivially_copyable_v<ExchangeView>);
 

@@ -102,7 +102,7 @@ class LatencyCall {
       : args_(args),
         last_epoch_(args.exchange.state->epoch),
         op_{args.exchange, args.operation, sends() ? last_epoch_ + 1 : *args.ticket},
-        aborted_(load_relaxed_sys(op_.abort_word())) {
+        aborted_(load_relaxed_sys(abort_word())) {
     const int peer = static_cast<int>(device::lane_idx());
     if (is_raising() && peer < num_ranks() && !is_masked(peer)) consumed_ = load_relaxed_sys(&progress(rank(), peer)->consumed);
   }
@@ -372,6 +372,10 @@ class LatencyCall {
 
  private:
   static constexpr bool kMasks = kKind == CallKind::kMasking;
+  // By window(), from the arguments: for more ranks the compiler would look in memory where the window is.
+  __device__ const uint64_t* abort_word() const {
+    return reinterpret_cast<const uint64_t*>(window(rank()) + args_.exchange.layout.abort());
+  }
   static constexpr int kBegunBarrier = 12, kMostUnclear = 4;
   static constexpr int kLooksAtAll = 24;  // then a thread looks at what is missing alone
 
