@@ -52,8 +52,7 @@ void print_paths(const PathReport& report) {
   const size_t num_devices = report.ranks[0].devices.size();  // on every rank
   fmt::print(
       "\nPaths between nodes over {} device{} of each rank, one pair at a time: one way in microseconds, bandwidth in GB/s; \"at once\" "
-      "while "
-      "all pairs are busy\n",
+      "while all pairs are busy\n",
       num_devices, num_devices == 1 ? "" : "s");
   fmt::print("  {:<11} {:<20} {:>9} {:>9} {:>8} {:>8} {:>8} {:>8}\n", "ranks", "over", "median us", "p99 us", "there", "back", "both",
              "at once");

@@ -4,7 +4,7 @@
 // Each rank has a note. Those of its own node read it in shared memory, the others find it on a noticeboard. Both are made with the exchange
 // and stay for all generations, since those who were masked out must be able to read them too; they are used in recoveries only.
 //
-//   NodesCouncil council(topology, "", bootstrap, *node_sharer, deadline);                        // collective
+//   NodesCouncil council(topology, "", bootstrap, *node_sharer, deadline);                    // collective
 //   const NextGeneration next = next_generation(council, options, timeout_ms);
 //   GoingOnBootstrap bootstrap(council, next);                                                // among those who go on
 //   council.begin(next);

@@ -12,7 +12,7 @@ namespace tern::kernels {
 // What of a combine is left out of the kernels for usual calls, or of those for rows without flags.
 template <typename Call>
 __device__ __forceinline__ bool is_per_entry(const LatencyCombineArgs& args) {
-  return Call::has_row_flags() && !Call::is_usual() && args.per_entry;
+  return Call::has_row_flags() && args.per_entry;
 }
 template <typename Call>
 __device__ __forceinline__ bool sums_owner_weights(const LatencyCombineArgs& args) {
@@ -265,6 +265,7 @@ class ShareSender {
     is_unclear_ = is_unclear_ || looks_unwritten(value);
     *reinterpret_cast<Vec16*>(to) = value;
   }
+
   __device__ bool await_owner_weight(int source, int32_t token, float& weight) const {
     const int k = static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
