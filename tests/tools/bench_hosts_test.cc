@@ -38,7 +38,7 @@ void run_bench(const Namespaces& nodes, int rank, const std::string& json) {
 TEST(BenchOnSeveralHosts, ReportsTheNetworkBesideAPlainStream) {
   const Namespaces nodes(kNumNodes);
   if (!nodes.problem().empty()) GTEST_SKIP() << nodes.problem();
-  const std::string json = (std::filesystem::temp_directory_path() / fmt::format("tern-bench-{}.json", getpid())).string();
+  const std::string json = (std::filesystem::temp_directory_path() / fmt::format("bench_hosts_test-{}.json", getpid())).string();
   std::array<pid_t, kNumNodes> pids{};
   for (int rank = 0; rank < kNumNodes; ++rank) {
     pids[static_cast<size_t>(rank)] = fork();

@@ -135,7 +135,7 @@ TEST(ChooseDevices, StepsAreCompared) {
 
 TEST(PlaceOf, IsWhereALinkLeads) {
   namespace fs = std::filesystem;
-  const fs::path root = fs::path(testing::TempDir()) / fmt::format("tern-places-{}", ::getpid());
+  const fs::path root = fs::path(testing::TempDir()) / fmt::format("choose_devices_test-{}", ::getpid());
   fs::create_directories(root / "devices/pci0000:15/0000:17:00.0");
   std::ofstream(root / "devices/pci0000:15/0000:17:00.0/numa_node") << "1\n";
   fs::create_directory_symlink(root / "devices/pci0000:15/0000:17:00.0", root / "link");

@@ -314,7 +314,7 @@ std::string read_text(const char* path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// Names that this library could leave behind; other programs of the machine come and go meanwhile.
+// Names that this library could leave behind; other programs of the machine come and go meanwhile. So tests name their own files otherwise.
 std::vector<std::string> leftovers() {
   std::vector<std::string> result;
   for (const char* folder : {"/dev/shm", "/tmp", "/dev/mqueue"})
