@@ -9,6 +9,14 @@ namespace tern::cpu {
 
 Rail::Rail(Lane& lane, const RailPlace& place) : lane_(lane), place_(place), num_slots_(place.ranks.size()) { lane.set_proxy(place.proxy); }
 
+bool Rail::has_room(uint64_t epoch) const {
+  bool has = true;
+  for_each_other_node([&](int node) {
+    has = has && (epoch <= layout::kNumBanks || load_acquire(place_.proxy->taken(rank_in(node), lane_.index())) + layout::kNumBanks >= epoch);
+  });
+  return has;
+}
+
 void Rail::start_round(const RailTrip& trip, uint64_t epoch) {
   std::fill(num_slots_.begin(), num_slots_.end(), 0);
   if (epoch <= layout::kNumBanks) return;

@@ -56,6 +56,10 @@ class Rail {
     return epochs_.take(num_rounds);
   }
 
+  // The epoch that begins next; and can its round be started without waiting?
+  uint64_t next() const { return epochs_.next(); }
+  bool has_room(uint64_t epoch) const;
+
   void start_round(const RailTrip& trip, uint64_t epoch);
   int32_t* counts_for(const RailTrip& trip, uint64_t epoch, int node) const {
     return reinterpret_cast<int32_t*>(out(epoch, node) + trip.bank.counts());

@@ -20,7 +20,9 @@ constexpr int32_t kLatencyChoice = 1 << 24;  // in CallShape::choices: what othe
 
 layout::LatencyWords words_of(const CudaPlan& plan) {
   const PlanShape& shape = plan.shape();
-  return {.num_counts = plan.tables().num_counts(shape.num_ranks), .max_tokens = shape.max_tokens, .num_topk = shape.num_topk};
+  return {.num_counts = plan.tables().num_counts(shape.ranks_per_node()),
+          .max_tokens = shape.most_sent_tokens(),
+          .num_topk = shape.num_topk};
 }
 
 // Of every number of local experts and every expert there may be, the borders.
@@ -60,12 +62,17 @@ bool is_faster(const CudaPlan& plan, const BatchCall& call) {
                     .are_sms_asked = device.common_sms_asked});
 }
 
-bool is_small(const CudaPlan& plan, const BatchCall& call) {
+// Has the window room for its words and flags, and kernels numbers for all of it?
+bool has_latency_path(const CudaPlan& plan) {
   const layout::DeviceWindowLayout& window = plan.exchange().window_layout();
   const PlanShape& shape = plan.shape();
-  if (shape.max_tokens > window.latency_tokens || words_of(plan).num_words() > window.latency_words) return false;
-  if (shape.num_topk == 0 || shape.num_topk > layout::kMostLatencyTopk || shape.num_experts > kernels::LatencyArgs::kMostExperts)
-    return false;
+  return shape.most_sent_tokens() <= window.latency_tokens && words_of(plan).num_words() <= window.latency_words && shape.num_topk > 0 &&
+         shape.num_topk <= layout::kMostLatencyTopk && shape.num_experts <= kernels::LatencyArgs::kMostExperts;
+}
+
+bool is_small(const CudaPlan& plan, const BatchCall& call) {
+  if (!has_latency_path(plan)) return false;
+  const PlanShape& shape = plan.shape();
   switch (plan.exchange().options().mode) {
     case TERN_MODE_THROUGHPUT: return false;
     case TERN_MODE_LATENCY: return true;
@@ -80,7 +87,7 @@ bool is_small(const CudaPlan& plan, const BatchCall& call) {
 layout::LatencySlot dispatch_slot(const DispatchCall& call) { return {.row_bytes = call.wire_bytes, .scale_bytes = call.scale_bytes}; }
 
 kernels::LatencyDispatchMemory dispatch_memory(const CudaPlan& plan, const layout::LatencySlot& slot) {
-  return {plan.tables(), plan.shape().num_ranks, words_of(plan), slot};
+  return {plan.tables(), plan.shape().ranks_per_node(), words_of(plan), slot};
 }
 
 bool is_per_entry(const CudaPlan& plan, const CombineCall& call) {
@@ -126,7 +133,7 @@ int32_t parts_log2(const CudaPlan& plan, int64_t num_rows, int64_t row_bytes) {
 }
 // What is cast goes with scales of its channels, in one part.
 int32_t dispatch_parts_log2(const CudaPlan& plan, const DispatchCall& call) {
-  return call.args.encoding == TERN_ENCODING_AS_GIVEN ? parts_log2(plan, plan.shape().max_tokens, call.wire_bytes) : 0;
+  return call.args.encoding == TERN_ENCODING_AS_GIVEN ? parts_log2(plan, plan.shape().most_sent_tokens(), call.wire_bytes) : 0;
 }
 int32_t combine_parts_log2(const CudaPlan& plan, const CombineCall& call) {
   return parts_log2(plan, plan.shape().max_messages(), call.row_bytes);
@@ -154,7 +161,8 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.sends = launch.phase != TERN_PHASE_RECEIVE;
   args.receives = launch.phase != TERN_PHASE_SEND;
   args.exchange = enter_lane(plan.exchange(), launch.lane, args.sends);
-  args.plan = plan.tables();
+  args.plan = plan.shape().num_nodes > 1 ? plan.all_batches() : plan.tables();
+  args.sent_tokens = static_cast<int32_t>(plan.shape().most_sent_tokens());
   args.shape = facts.shape;
   args.call_hash = call_hash(facts.operation, facts.shape);
   args.operation = facts.operation;
@@ -162,7 +170,7 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.has_row_flags = facts.has_row_flags;
   args.follows_closely = plan.exchange().facts().has_bulk_copies;  // sm_90
   args.ticket = facts.epoch_kept;
-  args.wait_ns = facts.wait_ns;
+  if (facts.wait_ns != nullptr) args.wait_ns = facts.wait_ns + plan.shape().first_rank();
   args.words = words_of(plan);
   args.slot = facts.slot;
   args.parts_log2 = facts.parts_log2;
@@ -180,7 +188,7 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.slot_stride = static_cast<int32_t>(facts.slot.stride());
   args.experts_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().local_experts());
   args.topk_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_topk);
-  args.ranks_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_ranks);
+  args.ranks_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().ranks_per_node());
   return args;
 }
 
@@ -217,6 +225,18 @@ bool takes_latency_path(const CudaPlan& plan, const CombineCall& call) {
   return is_small(plan, batch) && fits(plan, combine_slot(plan, call), num_slots, has_row_flags(plan, call));
 }
 
+bool takes_batches_at_once(const CudaPlan& plan, const DispatchCall& call) {
+  const layout::LatencySlot slot = dispatch_slot(call);
+  return plan.exchange().options().mode != TERN_MODE_THROUGHPUT && has_latency_path(plan) &&
+         fits(plan, slot, plan.shape().max_messages(), false) && dispatch_memory(plan, slot).num_bytes <= kernels::kMostLatencyShared;
+}
+
+// Sums alone: rows of entries, and those that travel in another form, have kernels that write slots as they are to be.
+bool takes_batches_at_once(const CudaPlan& plan, const CombineCall& call) {
+  return plan.exchange().options().mode != TERN_MODE_THROUGHPUT && has_latency_path(plan) && call.args.wire == TERN_WIRE_AS_DTYPE &&
+         !has_row_flags(plan, call) && fits(plan, combine_slot(plan, call), plan.shape().max_messages(), false);
+}
+
 bool took_latency_path(const Ticket& ticket) { return (ticket.shape.choices & kLatencyChoice) != 0; }
 
 LatencyDispatch::LatencyDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch)
@@ -225,7 +245,7 @@ LatencyDispatch::LatencyDispatch(const CudaPlan& plan, const DispatchCall& call,
       launch_(launch),
       shape_(dispatch_shape(plan, call)),
       parts_log2_(dispatch_parts_log2(plan, call)),
-      num_sms_(latency_sms(plan, launch, plan.shape().max_tokens << parts_log2_)) {
+      num_sms_(latency_sms(plan, launch, plan.shape().most_sent_tokens() << parts_log2_)) {
   const tern_dispatch_args& a = call.args;
   check_alignment("dispatch", "tokens", a.tokens, a.token_stride_bytes);
   check_alignment("dispatch", "out_tokens", a.out_tokens);
@@ -251,6 +271,13 @@ void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
   ticket.routed = routes;
 }
 
+void LatencyDispatch::enqueue_batches(const kernels::LatencyBatches& batches, cudaStream_t stream) const {
+  kernels::LatencyDispatchArgs batch_args = args(false, consumed_lag(plan_.exchange().lane(launch_.lane)));
+  batch_args.call.batches = batches;
+  batch_args.call.follows_closely = false;
+  tern::cuda::check(kernels::launch_latency_dispatch(batch_args, num_sms_, stream), "launching the kernel of dispatch");
+}
+
 kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_before) const {
   const layout::LatencySlot slot = dispatch_slot(call_);
   kernels::LatencyDispatchArgs args;
@@ -259,7 +286,7 @@ kernels::LatencyDispatchArgs LatencyDispatch::args(bool routes, int32_t lag_befo
                          plan_.tables().dispatch_ticket, lag_before, call_.args.wait_ns});
   args.memory = dispatch_memory(plan_, slot);
   args.call.routes = routes;
-  if (const tern_routing* routing = call_.args.routing; routing != nullptr) {
+  if (const tern_routing* routing = call_.args.routing; routing != nullptr && routes) {
     args.topk_idx = routing->topk_idx;
     args.is_int32 = routing->topk_idx_type == TERN_INDEX_INT32;
     args.num_tokens = static_cast<int32_t>(routing->num_tokens);
@@ -302,6 +329,18 @@ void LatencyCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_RECEIVE) close_ticket(plan_.exchange(), launch_, ticket);
   tern::cuda::check(kernels::launch_latency_combine(args(lag_before), num_sms_, stream), "launching the kernel of combine");
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
+}
+
+// Owners' weights have gone ahead, to all nodes; biases are added when nodes are summed.
+void LatencyCombine::enqueue_batches(const kernels::LatencyBatches& batches, cudaStream_t stream) const {
+  kernels::LatencyCombineArgs batch_args = args(consumed_lag(plan_.exchange().lane(launch_.lane)));
+  batch_args.call.batches = batches;
+  batch_args.call.follows_closely = false;
+  if (call_.args.weighting == TERN_WEIGHTS_OWNER) batch_args.entry_weights = plan_.tables().weights_from_owner;
+  batch_args.owner_weights = nullptr;
+  batch_args.sums_owner_weights = false;
+  batch_args.bias[0] = batch_args.bias[1] = nullptr;
+  tern::cuda::check(kernels::launch_latency_combine(batch_args, num_sms_, stream), "launching the kernel of combine");
 }
 
 kernels::LatencyCombineArgs LatencyCombine::args(int32_t lag_before) const {

@@ -20,6 +20,9 @@ int64_t most_latency_bytes();
 bool takes_latency_path(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch);
 bool takes_latency_path(const CudaPlan& plan, const CombineCall& call);
 bool took_latency_path(const Ticket& ticket);
+// Between nodes: can one kernel take all batches within the node (kernels::LatencyBatches), which the rail has brought in one round?
+bool takes_batches_at_once(const CudaPlan& plan, const DispatchCall& call);
+bool takes_batches_at_once(const CudaPlan& plan, const CombineCall& call);
 
 class LatencyDispatch {
  public:
@@ -27,6 +30,8 @@ class LatencyDispatch {
   void check(const Ticket& ticket) const;
   // Of a receive the ticket says whether its send has routed.
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
+  // Between nodes, in place of the two; `launch` is of a whole operation.
+  void enqueue_batches(const kernels::LatencyBatches& batches, cudaStream_t stream) const;
   int32_t num_sms() const { return num_sms_; }
 
  private:
@@ -45,6 +50,7 @@ class LatencyCombine {
   LatencyCombine(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch);
   void check(const Ticket& ticket) const;
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
+  void enqueue_batches(const kernels::LatencyBatches& batches, cudaStream_t stream) const;
   int32_t num_sms() const { return num_sms_; }
 
  private:

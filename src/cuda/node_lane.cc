@@ -59,7 +59,7 @@ void NodeLane::restart(const cpu::Network& network) {
   std::memset(static_cast<void*>(cell_.data()), 0, sizeof(kernels::HostCell));
   check(cudaMemsetAsync(talk_.data(), 0, sizeof(kernels::HostTalk), pool_->stream().get()), "clearing what the GPU knows of its host");
   pool_->stream().wait(Deadline::in_ms(options_.timeout_ms), "clearing what the GPU knows of its host");
-  asked_ = answered_ = 0;
+  asked_ = answered_ = granted_ = begun_ = 0;
   epochs_.restart();
   lane_.restart();
   rail_ = network.make_rail(lane_);
@@ -100,6 +100,12 @@ NodeLane::Command NodeLane::take(uint64_t number) {
 
 bool NodeLane::has_asked() const { return load_acquire(cell_[0].asked) > asked_; }
 
+void NodeLane::grant(uint64_t epoch) {
+  if (epoch <= granted_) return;
+  granted_ = epoch;
+  store_release(cell_[0].granted, epoch);
+}
+
 void NodeLane::answer(uint64_t epoch) {
   cell_[0].bank = epoch % layout::kNumBanks;
   store_release(cell_[0].answered, ++answered_);
@@ -127,6 +133,7 @@ void NodeLane::await_gpu(tern_operation operation) {
 bool NodeLane::await_command() {
   Looks looks;
   for (int turn = 1; !has_asked(); ++turn) {
+    if (const uint64_t next = rail_->next(); next > granted_ && rail_->has_room(next)) grant(next);
     looks.pause();
     if (turn % kLooksPerCheck != 0) continue;
     options_.check_health();
@@ -140,7 +147,7 @@ bool NodeLane::await_command() {
 void NodeLane::run() {
   allow_short_pauses();
   try {
-    while (await_command()) take(cell_[0].command)(*this);
+    while (await_command()) take(cell_[0].commands[begun_++ % 2])(*this);
   } catch (const std::exception& error) {
     const int32_t rank = domain_.rank_of_group(domain_.rank);
     give_up({TERN_INTERNAL_ERROR, rank, rank, options_.index, TERN_OP_NONE, 0, asked_, answered_});

@@ -2,16 +2,16 @@
 // The host's part of a lane of a GPU rank between nodes: a thread that does what operations need of the network, when the GPU comes to it.
 //
 //   const uint64_t command = lane.add([=](NodeLane& l) { ... }, nullptr);
-//   launch_talk({.steps = {.command = command, .asks_first = true, .awaits = true, ...}});   // the command begins when this runs
+//   launch_talk({.steps = {.command = command, .asks_first = true, .takes_epochs = 1, ...}});   // the command begins when this runs
 //
-//   in the command:  lane.rail().start_round(...);  lane.answer(epoch);  lane.await_gpu(operation);  lane.rail().send_round(...);  ...
+//   in the command:  lane.rail().start_round(...);  lane.grant(epoch);  lane.await_gpu(operation);  lane.rail().send_round(...);  ...
 //
 // Lane and rail are those of CPU ranks: deadlines, the record of who failed, epochs, credits and the comparison of calls are the same.
 // A command that fails ends the exchange: the GPU hears of it with its next answer, and the other nodes over the network.
 //
 // Lifetime: the end waits for the command that runs, which has deadlines. Threads: one enqueues, commands run on the lane's own, which uses
 // nothing of CUDA. Memory: what the GPU wrote before it asked is visible behind await_gpu(), what a command wrote before it answered to kernels
-// behind the step that awaits the answer.
+// behind the step that awaits the answer. Between commands the lane grants the rail's next epoch when its banks are free.
 #pragma once
 
 #include <atomic>
@@ -60,6 +60,8 @@ class NodeLane {
 
   cpu::Lane& lane() { return lane_; }
   cpu::Rail& rail() { return *rail_; }
+  // The banks of `epoch` may be filled, an operation's first.
+  void grant(uint64_t epoch);
   // The GPU's next question is answered with the banks of `epoch`.
   void answer(uint64_t epoch);
   // Until the GPU has come to its next step.
@@ -87,6 +89,8 @@ class NodeLane {
   std::unique_ptr<cpu::Rail> rail_;
   uint64_t asked_ = 0;     // steps that have been seen
   uint64_t answered_ = 0;  // questions
+  uint64_t granted_ = 0;   // epochs
+  uint64_t begun_ = 0;     // commands
   std::mutex mutex_;
   std::map<uint64_t, Entry> commands_;  // guarded by mutex_
   uint64_t next_number_ = 1;            // guarded by mutex_

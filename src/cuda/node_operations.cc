@@ -61,7 +61,10 @@ void send(NodeLane& lane, const RailRounds& rounds, uint64_t first, int32_t roun
     const int32_t* begin = rounds.chunk_begin + node * (layout::kMaxChunks + 1);
     lane.rail().set_num_slots(node, begin[chunks.end] - begin[chunks.begin]);
   }
-  lane.answer(epoch);
+  if (round == 0)
+    lane.grant(epoch);
+  else
+    lane.answer(epoch);
   lane.await_gpu(rounds.trip.rail.operation);
   lane.rail().send_round(rounds.trip.rail, epoch);
 }
@@ -233,6 +236,9 @@ NodeDispatch::NodeDispatch(const CudaPlan& plan, const DispatchCall& call, const
                                   .slot = dispatch_slot(plan, call, 0),
                                   .slots_per_token = 1,
                                   .most_tokens = options.most_tokens});
+  if (trip_.num_rounds() == 1 && takes_batches_at_once(plan, call)) at_once_.emplace(plan, call, launch_in_node_);
+  // Until the receive the caller's tokens may be gone; and batches that are taken at once are all as they arrive.
+  packs_own_ = launch.phase != TERN_PHASE_WHOLE || (at_once_ && call.args.encoding != TERN_ENCODING_AS_GIVEN);
 }
 
 void NodeDispatch::check(const Ticket& ticket, int64_t rail_rounds_before) const {
@@ -248,20 +254,28 @@ void NodeDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (options_.routes_on_its_way) return enqueue_routing(stream);
   const NodeSteps steps(plan_, launch_, TERN_OP_DISPATCH, stream);
   const RailRounds rounds{trip_, plan_.node_plan()->report().there_begin};
-  steps.talk({.command = steps.add([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
-                run_ahead(lane, rounds, phase, plan->dispatch_epoch);
-              }),
-              .asks_first = true,
-              .awaits = true});
+  const uint64_t command = steps.add([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
+    run_ahead(lane, rounds, phase, plan->dispatch_epoch);
+  });
+  if (at_once_) return enqueue_at_once(steps, command);
+  steps.talk(trip_.begin(launch_.phase, command));
   const int32_t own_node = plan_.shape().node();
   enqueue_ahead(
-      steps, trip_.num_rounds(), launch_.phase, [&](int32_t round) { pack(steps, round); },
+      steps, trip_.num_rounds(), launch_.phase, [&](int32_t round) { pack(steps, round, {.asks_last = true}); },
       [&](int32_t round) { forward(stream, own_node, round); },
       [&](int32_t round) {
         for_each_batch(plan_.shape(), [&](int32_t node) {
           if (node != own_node) forward(stream, node, round);
         });
       });
+}
+
+void NodeDispatch::enqueue_at_once(const NodeSteps& steps, uint64_t command) const {
+  kernels::HostSteps first = trip_.begin(launch_.phase, command);
+  first.asks_last = true;
+  if (launch_.phase == TERN_PHASE_RECEIVE) return forward_at_once(steps, first);
+  pack(steps, 0, first);
+  if (launch_.phase == TERN_PHASE_WHOLE) forward_at_once(steps, {.awaits = true, .asks_last = true});
 }
 
 // One trip of the rail. Each kernel does the steps that stand before it and behind it, since a batch that takes this way is small, or a phase.
@@ -273,28 +287,33 @@ void NodeDispatch::enqueue_routing(cudaStream_t stream) const {
                                       plan = plan_.node_plan()](NodeLane& lane) { plan->dispatch(lane, trip, phase, how); });
   const bool receives = launch_.phase == TERN_PHASE_RECEIVE;
   if (!receives) {
-    route.give(steps, 0, {.command = command, .asks_first = true, .awaits = true});
-    pack(steps, 0);
+    route.give(steps, 0, trip_.begin(launch_.phase, command));
+    pack(steps, 0, {.asks_last = true});
   }
   if (launch_.phase == TERN_PHASE_SEND) return;
   route.route_batch(plan_.shape().node(), stream);
-  route.take(steps, 0,
-             receives ? kernels::HostSteps{.command = command, .asks_first = true, .awaits = true} : kernels::HostSteps{.awaits = true});
+  route.take(steps, 0, receives ? trip_.begin(launch_.phase, command) : kernels::HostSteps{.awaits = true});
   route.finish(steps);
+  if (at_once_) return forward_at_once(steps, {.asks_last = true});
   for_each_batch(plan_.shape(), [&](int32_t node) { forward(stream, node, 0); });
   steps.ask();
 }
 
-// Into banks that are free.
-void NodeDispatch::pack(const NodeSteps& steps, int32_t round) const {
+// Into banks that are free, when the kernel has awaited what it is to.
+void NodeDispatch::pack(const NodeSteps& steps, int32_t round, kernels::HostSteps of_kernel) const {
   const Nodes& nodes = *plan_.exchange().nodes();
   kernels::PackArgs args;
   args.dispatch = in_node_.packing_args({.plan = plan_.batch(plan_.shape().node()), .chunks = trip_.chunks(round)});
   args.slots = with(nodes.leaving(launch_.lane), trip_, tokens_there(plan_), round);
-  args.steps = steps.of_kernel({.asks_last = true});
+  args.steps = steps.of_kernel(of_kernel);
   args.num_nodes = nodes.num_nodes();
-  args.packs_own = launch_.phase == TERN_PHASE_SEND;  // until the receive the caller's tokens may be gone
+  args.packs_own = packs_own_;
   tern::cuda::check(kernels::launch_pack(args, num_sms(), steps.stream()), "launching the kernel that packs rows for other nodes");
+}
+
+void NodeDispatch::forward_at_once(const NodeSteps& steps, kernels::HostSteps of_kernel) const {
+  const kernels::RailSlots slots = with(plan_.exchange().nodes()->arrived(launch_.lane), trip_, tokens_here(plan_), 0);
+  at_once_->enqueue_batches({.slots = slots, .steps = steps.of_kernel(of_kernel), .has_own_packed = packs_own_}, steps.stream());
 }
 
 // The exchange of one batch within the node.
@@ -331,6 +350,7 @@ NodeCombine::NodeCombine(const CudaPlan& plan, const CombineCall& call, const te
                                           .slot = {.num_words = plan.shape().num_topk},
                                           .slots_per_token = 1,
                                           .most_tokens = plan.most_tokens()});
+  if (trip_.num_rounds() == 1 && takes_batches_at_once(plan, call)) at_once_.emplace(plan, call, launch_in_node_);
 }
 
 void NodeCombine::check(const Ticket& ticket) const {
@@ -346,11 +366,11 @@ void NodeCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
   const NodeSteps steps(plan_, launch_, TERN_OP_COMBINE, stream);
   const kernels::NodeRouteReport& report = plan_.node_plan()->report();
   const RailRounds rounds{trip_, in_node_.is_per_entry() ? report.entries_here_begin : report.here_begin};
-  steps.talk({.command = steps.add([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
-                run_behind(lane, rounds, phase, plan->combine_epoch);
-              }),
-              .asks_first = true,
-              .awaits = true});
+  const uint64_t command = steps.add([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
+    run_behind(lane, rounds, phase, plan->combine_epoch);
+  });
+  if (at_once_) return enqueue_at_once(steps, command);
+  steps.talk(trip_.begin(launch_.phase, command));
   const int32_t num_rounds = trip_.num_rounds();
   // Filling and summing take turns from round 1 on; each begins behind an answer. A sum asks itself when it is done.
   for (int32_t round = 0; round < num_rounds && launch_.phase != TERN_PHASE_RECEIVE; ++round) {
@@ -358,10 +378,19 @@ void NodeCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
     fill_slots(stream, round);
     if (launch_.phase == TERN_PHASE_SEND) return steps.ask();
     steps.ask_and_await();
-    if (round > 0) sum_nodes(steps, round - 1);
+    if (round > 0) sum_nodes(steps, round - 1, {.asks_last = true});
   }
   if (num_rounds > 1) steps.await();
-  sum_nodes(steps, num_rounds - 1);
+  sum_nodes(steps, num_rounds - 1, {.asks_last = true});
+}
+
+void NodeCombine::enqueue_at_once(const NodeSteps& steps, uint64_t command) const {
+  kernels::HostSteps first = trip_.begin(launch_.phase, command);
+  first.asks_last = true;
+  if (launch_.phase == TERN_PHASE_RECEIVE) return sum_nodes(steps, 0, first);
+  const kernels::RailSlots slots = with(plan_.exchange().nodes()->leaving(launch_.lane), trip_, tokens_here(plan_), 0);
+  at_once_->enqueue_batches({.slots = slots, .steps = steps.of_kernel(first)}, steps.stream());
+  if (launch_.phase == TERN_PHASE_WHOLE) sum_nodes(steps, 0, {.awaits = true, .asks_last = true});
 }
 
 // Weights that only the owner knows, to the experts' ranks of all nodes.
@@ -371,12 +400,10 @@ void NodeCombine::send_weights(cudaStream_t stream) const {
   nodes.lane(launch_.lane).epochs().take(trip.rail.num_rounds);
   const NodeSteps steps(plan_, launch_, TERN_OP_WEIGHTS, stream);
   const RailRounds rounds{trip, plan_.node_plan()->report().there_begin};
-  steps.talk({.command = steps.add([rounds, plan = plan_.node_plan()](NodeLane& lane) {
-                uint64_t epoch = 0;
-                run_ahead(lane, rounds, TERN_PHASE_WHOLE, epoch);
-              }),
-              .asks_first = true,
-              .awaits = true});
+  steps.talk(trip.begin(TERN_PHASE_WHOLE, steps.add([rounds](NodeLane& lane) {
+    uint64_t epoch = 0;
+    run_ahead(lane, rounds, TERN_PHASE_WHOLE, epoch);
+  })));
   const auto pack = [&](int32_t round) {
     kernels::PackArgs args;
     args.dispatch = in_node_.weights_args({.plan = plan_.batch(plan_.shape().node()), .chunks = trip.chunks(round)});
@@ -418,7 +445,7 @@ void NodeCombine::fill_slots(cudaStream_t stream, int32_t round) const {
   });
 }
 
-void NodeCombine::sum_nodes(const NodeSteps& steps, int32_t round) const {
+void NodeCombine::sum_nodes(const NodeSteps& steps, int32_t round, kernels::HostSteps of_kernel) const {
   const tern_combine_args& a = call_.args;
   const Nodes& nodes = *plan_.exchange().nodes();
   const ChunkRange chunks = trip_.chunks(round);
@@ -427,7 +454,7 @@ void NodeCombine::sum_nodes(const NodeSteps& steps, int32_t round) const {
   args.plan = plan_.batch(plan_.shape().node());
   args.per_entry = in_node_.is_per_entry();
   args.slots = with(nodes.arrived(launch_.lane), trip_, args.per_entry ? entries_there(plan_) : tokens_there(plan_), round);
-  args.steps = steps.of_kernel({.asks_last = true});
+  args.steps = steps.of_kernel(of_kernel);
   args.num_nodes = nodes.num_nodes();
   args.dtype = a.dtype;
   args.row_bytes = call_.row_bytes;

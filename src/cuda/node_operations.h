@@ -6,10 +6,14 @@
 //   dispatch   pack 0, pack 1;  for each round: own batch, await the rails, their batches, pack the next but one
 //   combine    for each round: all batches into slots, send;  await the rails of the round before, sum the nodes
 //
-// A send of a dispatch packs, its receive does the rest; a send of a combine fills slots, its receive sums the nodes.
+// A send of a dispatch packs, its receive does the rest; a send of a combine fills slots, its receive sums the nodes. Of a small batch one kernel
+// takes all batches within the node, when all have come (LatencyBatches).
 #pragma once
 
+#include <optional>
+
 #include "cpu/rail.h"
+#include "cuda/latency.h"
 #include "cuda/node_plan.h"
 #include "cuda/operations.h"
 
@@ -22,6 +26,11 @@ struct NodeTrip {
   int32_t chunks_per_round = 0;
 
   int32_t num_rounds() const { return static_cast<int32_t>(rail.num_rounds); }
+  // How an operation, or a phase, begins: its first kernel asks the host to run the command, and awaits the banks that it fills, or what has come.
+  kernels::HostSteps begin(tern_phase phase, uint64_t command) const {
+    const bool receives = phase == TERN_PHASE_RECEIVE;
+    return {.command = command, .asks_first = true, .takes_epochs = receives ? 0 : num_rounds(), .awaits = receives};
+  }
   ChunkRange chunks(int32_t round) const { return chunks_of_round(num_chunks, chunks_per_round, round); }
 };
 
@@ -110,8 +119,10 @@ class NodeDispatch {
 
  private:
   void enqueue_routing(cudaStream_t stream) const;
-  void pack(const NodeSteps& steps, int32_t round) const;
+  void enqueue_at_once(const NodeSteps& steps, uint64_t command) const;
+  void pack(const NodeSteps& steps, int32_t round, kernels::HostSteps of_kernel) const;
   void forward(cudaStream_t stream, int32_t node, int32_t round) const;
+  void forward_at_once(const NodeSteps& steps, kernels::HostSteps of_kernel) const;
 
   const CudaPlan& plan_;
   const DispatchCall& call_;
@@ -120,6 +131,8 @@ class NodeDispatch {
   const Options options_;
   const DispatchOperation in_node_;
   NodeTrip trip_;
+  std::optional<LatencyDispatch> at_once_;  // within the node
+  bool packs_own_;                          // tokens of this rank are packed too
 };
 
 class NodeCombine {
@@ -132,8 +145,9 @@ class NodeCombine {
  private:
   bool sends_weights_ahead() const { return launch_.phase != TERN_PHASE_RECEIVE && in_node_.sends_weights_ahead(); }
   void send_weights(cudaStream_t stream) const;
+  void enqueue_at_once(const NodeSteps& steps, uint64_t command) const;
   void fill_slots(cudaStream_t stream, int32_t round) const;
-  void sum_nodes(const NodeSteps& steps, int32_t round) const;
+  void sum_nodes(const NodeSteps& steps, int32_t round, kernels::HostSteps of_kernel) const;
 
   const CudaPlan& plan_;
   const CombineCall& call_;
@@ -141,6 +155,7 @@ class NodeCombine {
   const tern_launch launch_in_node_;
   const CombineOperation in_node_;
   NodeTrip trip_, weights_trip_;
+  std::optional<LatencyCombine> at_once_;  // within the node
 };
 
 }  // namespace tern::cuda

@@ -84,7 +84,10 @@ void NodePlan::send(NodeLane& lane, const cpu::RailTrip& trip, uint64_t first, i
   const uint64_t epoch = first + static_cast<uint64_t>(round);
   cpu::Rail& rail = lane.rail();
   rail.start_round(trip, epoch);
-  lane.answer(epoch);
+  if (round == 0)
+    lane.grant(epoch);
+  else
+    lane.answer(epoch);
   lane.await_gpu(trip.operation);
   if (round == 0) set_own_counts();
   const auto own = table_.counts_of(s.rank);

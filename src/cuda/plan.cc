@@ -57,6 +57,12 @@ kernels::PlanView CudaPlan::batch(int32_t node) const {
   return v;
 }
 
+kernels::PlanView CudaPlan::all_batches() const {
+  kernels::PlanView v = batch(0);
+  v.weights_sent = tables().weights_sent;
+  return v;
+}
+
 void CudaPlan::check_routing(const tern_routing& routing) const { check_routing_arguments(shape_, routing); }
 
 void CudaPlan::check_ready(const char* operation, bool must_be_dispatched) const {
@@ -308,7 +314,7 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   if (!receives_only && is_under_way(combine_ticket_)) fail(TERN_INVALID_STATE, "combine: the plan's last send has not been received yet");
   if (call.args.weighting == TERN_WEIGHTS_DISPATCH && !weights_carried_)
     fail(TERN_INVALID_STATE, "combine: weighting is TERN_WEIGHTS_DISPATCH, but the plan's last dispatch carried no topk_weights");
-  latency_path_ = receives_only ? took_latency_path(combine_ticket_) : takes_latency_path(*this, call);
+  latency_path_ = node_plan_ == nullptr && (receives_only ? took_latency_path(combine_ticket_) : takes_latency_path(*this, call));
   if (node_plan_ != nullptr) {
     const NodeCombine operation(*this, call, launch);
     operation.check(combine_ticket_);

@@ -43,6 +43,8 @@ class CudaPlan : public DevicePlan {
   const std::shared_ptr<NodePlan>& node_plan() const { return node_plan_; }
   const kernels::RailTables& rails() const { return memory_.tables.rails(); }
   kernels::PlanView batch(int32_t node) const;
+  // All batches as one (kernels::LatencyBatches).
+  kernels::PlanView all_batches() const;
   const kernels::NodeRouteTables& route_tables() const { return memory_.tables.route(); }
   std::byte* tables_data() const { return memory_.tables.data(); }
   int64_t told_bytes() const { return memory_.tables.told_bytes(); }

@@ -42,8 +42,8 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
     const int32_t num_sharing = options.on_timeout == TERN_ON_TIMEOUT_MASK ? 1 : num_ranks;
     if (options.max_tokens <= kDecodingTokens) per_rank = std::max(per_rank, std::min(entry_rows / num_sharing + 1, most));
   }
-  const bool has_latency_path = num_nodes == 1 && num_ranks <= layout::kMostLatencyRanks;
-  const int64_t latency_tokens = has_latency_path ? std::min(options.max_tokens, layout::kMostLatencyTokens) : 0;
+  const bool has_latency_path = num_group_ranks <= layout::kMostLatencyRanks;
+  const int64_t latency_tokens = has_latency_path ? std::min(num_nodes * options.max_tokens, layout::kMostLatencyTokens) : 0;
   const layout::LatencyWords words{
       .num_counts = int64_t{options.max_experts} + num_ranks, .max_tokens = latency_tokens, .num_topk = options.max_topk};
   const int64_t staging_bytes = num_ranks * layout::align_up(per_rank, layout::kBulkLine);

@@ -44,6 +44,16 @@ __device__ __forceinline__ void or_release_block(uint64_t* word, uint64_t bits) 
   asm volatile("red.release.cta.shared::cta.or.b64 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))), "l"(bits)
                : "memory");
 }
+__device__ __forceinline__ uint64_t load_acquire_gpu(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release_gpu(uint64_t* word, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
 __device__ __forceinline__ uint64_t load_acquire_block(const uint64_t* word) {
   uint64_t value;
   asm volatile("ld.acquire.cta.shared::cta.u64 %0, [%1];"

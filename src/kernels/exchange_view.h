@@ -47,10 +47,11 @@ struct HostCell {
   static constexpr uint64_t kGaveUp = ~uint64_t{0};  // an answer to all questions
 
   layout::FailureRecord failure;                  // why the host has given up
-  uint64_t command;                               // what the step is the first of, written before it is asked
+  uint64_t commands[2];                           // what an operation begins there, in turn, written before its first step is asked
   uint64_t bank;                                  // that the last answer is about
   alignas(layout::kCacheLine) uint64_t asked;     // steps, by the GPU
   alignas(layout::kCacheLine) uint64_t answered;  // by the host
+  uint64_t granted;                               // the last epoch of the rail whose banks may be filled, by the host, perhaps unasked
 };
 
 // Ranks are those of the node, numbered from 0, but in records of failures.

@@ -21,56 +21,94 @@ class HostTalker {
   __device__ HostTalker(const Operation& op, const HostSteps& steps) : op_(op), steps_(steps) {}
 
   __device__ void ask_first() const {
-    if (steps_.asks_first && blockIdx.x == 0 && threadIdx.x == 0) ask();
+    if (!steps_.asks_first || blockIdx.x != 0 || threadIdx.x != 0) return;
+    if (steps_.command != 0) begin_command();
+    ask();
   }
 
-  // Every block looks by itself. That all have seen the answer is noted at the end.
+  // The first block looks at the host's words, which are on the other side of PCIe, and the others at what it has seen. That all have seen it is
+  // noted at the end.
   __device__ bool await() const {
-    if (!steps_.awaits) return true;
+    if (!awaits()) return true;
     bool ok = true;
-    if (threadIdx.x == 0) {
-      ok = await_answer(steps_.talk->answered + 1);
-      if (ok) steps_.talk->bank = steps_.cell->bank;
-    }
+    if (threadIdx.x == 0) ok = blockIdx.x == 0 ? await_host() : await_first_block();
     return __syncthreads_and(ok ? 1 : 0) != 0;
   }
 
+  // The same together, of a kernel that may fail in between.
+  __device__ bool begin() const {
+    if (op_.is_poisoned()) return false;
+    ask_first();
+    return await();
+  }
+  __device__ void end() const {
+    if (!op_.is_poisoned()) finish();
+  }
+
   __device__ void finish() const {
-    if (!steps_.awaits && !steps_.asks_last) return;
+    if (!awaits() && !steps_.asks_last) return;
     __syncthreads();
     if (steps_.asks_last && threadIdx.x == 0) device::fence_sys();
     if (!op_.is_last_block(&steps_.talk->blocks_done) || threadIdx.x != 0) return;
-    if (steps_.awaits) ++steps_.talk->answered;
+    HostTalk& talk = *steps_.talk;
+    if (awaits()) ++talk.num_awaited;
+    if (steps_.awaits) ++talk.answered;
+    talk.epoch += static_cast<uint64_t>(steps_.takes_epochs);
     if (steps_.asks_last) ask();
   }
 
  private:
+  __device__ bool awaits() const { return steps_.awaits || steps_.takes_epochs > 0; }
+
+  // The command before may not have been read yet, the one before that has: the host grants an epoch when it has begun the one before it.
+  __device__ void begin_command() const { steps_.cell->commands[steps_.talk->num_commands++ % 2] = steps_.command; }
   __device__ void ask() const {
-    if (steps_.command != 0) steps_.cell->command = steps_.command;
     device::fence_sys();
     store_release_sys(&steps_.cell->asked, ++steps_.talk->asked);
   }
 
-  // Until the host has answered `step`. False: the exchange has failed.
-  __device__ bool await_answer(uint64_t step) const {
+  // One thread of the first block. False: the exchange has failed.
+  __device__ bool await_host() const {
+    HostTalk& talk = *steps_.talk;
+    const HostCell& cell = *steps_.cell;
+    const bool is_grant = steps_.takes_epochs > 0;
+    const uint64_t expected = is_grant ? talk.epoch + 1 : talk.answered + 1;
+    const bool has_come = await(
+        [&] {
+          const uint64_t come = load_acquire_sys(is_grant ? &cell.granted : &cell.answered);
+          return come >= expected && come != HostCell::kGaveUp;
+        },
+        expected);
+    if (!has_come) return false;
+    talk.bank = is_grant ? expected % layout::kNumBanks : cell.bank;
+    device::store_release_gpu(&talk.seen, talk.num_awaited + 1);
+    return true;
+  }
+  // Of the others.
+  __device__ bool await_first_block() const {
+    const uint64_t expected = steps_.talk->num_awaited + 1;
+    return await([&] { return device::load_acquire_gpu(&steps_.talk->seen) >= expected; }, expected);
+  }
+
+  // Until has_come(). False: the exchange has failed.
+  template <typename HasCome>
+  __device__ bool await(HasCome has_come, uint64_t expected) const {
     constexpr uint64_t kHostShare = 4;  // its waits have deadlines of their own, and it may have several in a step
-    const HostCell* const cell = steps_.cell;
     const uint64_t start = device::global_timer_ns();
-    for (;;) {
-      const uint64_t answered = load_acquire_sys(&cell->answered);
-      if (answered == HostCell::kGaveUp) {
-        op_.give_up_as(cell->failure);
+    while (!has_come()) {
+      if (blockIdx.x == 0 && load_acquire_sys(&steps_.cell->answered) == HostCell::kGaveUp) {
+        op_.give_up_as(steps_.cell->failure);
         return false;
       }
-      if (answered >= step) return true;
       if (op_.is_aborted()) {
         op_.report_abort();
         return false;
       }
       if (device::global_timer_ns() - start <= kHostShare * op_.exchange.timeout_ns) continue;
-      op_.give_up(TERN_TIMEOUT, op_.exchange.rank, step, answered);
+      op_.give_up(TERN_TIMEOUT, op_.exchange.rank, expected, expected - 1);
       return false;
     }
+    return true;
   }
 
   const Operation& op_;

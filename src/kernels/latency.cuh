@@ -79,13 +79,15 @@ enum class CallKind {
   kMasking,  // under TERN_ON_TIMEOUT_MASK; rows have flags
   kFlagged,  // so they have here
   kAny,
-  kUsual,  // see is_usual_call()
+  kUsual,    // see is_usual_call()
+  kBatches,  // between nodes: see LatencyBatches
 };
 
 // Rows have flags or not on all ranks alike; what is usual each rank may find for itself.
 inline CallKind kind_of(const LatencyArgs& args, bool is_usual) {
   if (args.exchange.attendance != nullptr) return CallKind::kMasking;
   if (args.has_row_flags) return CallKind::kFlagged;
+  if (args.batches.slots.banks != nullptr) return CallKind::kBatches;
   return is_usual ? CallKind::kUsual : CallKind::kAny;
 }
 
@@ -114,8 +116,8 @@ class LatencyCall {
   __device__ static constexpr bool is_usual() { return kKind == CallKind::kUsual; }
   __device__ bool sends() const { return is_usual() || args_.sends; }
   __device__ bool receives() const { return is_usual() || args_.receives; }
-  // A usual dispatch routes.
-  __device__ bool routes() const { return is_usual() || args_.routes; }
+  // A usual dispatch routes; batches are routed beforehand.
+  __device__ bool routes() const { return is_usual() || (!has_batches() && args_.routes); }
   __device__ int32_t layout() const { return is_usual() ? TERN_LAYOUT_EXPERT_PADDED : args_.plan.layout; }
   __device__ bool has_expert_rows() const { return layout() != TERN_LAYOUT_RANK_MAJOR; }
 
@@ -136,6 +138,30 @@ class LatencyCall {
   // Nothing more is sent to `owner`: what it would get is not right.
   __device__ void cut_off(int owner) const { add_rank(kCutOff, owner); }
 
+  // Sources of messages, as the plan has them: ranks, or between nodes those of all nodes.
+  __device__ static constexpr bool has_batches() { return kKind == CallKind::kBatches; }
+  __device__ int num_sources() const { return has_batches() ? args_.plan.num_sources : num_ranks(); }
+  // The rank of this node that brings a token of such a source, and its number there.
+  struct Sender {
+    int rank;
+    int32_t token;
+  };
+  __device__ Sender sender_of(int source, int32_t token) const {
+    if (!has_batches()) return {source, token};
+    const int node = quotient(source, args_.ranks_reciprocal);
+    return {source - node * num_ranks(), node * static_cast<int32_t>(args_.plan.max_tokens) + token};
+  }
+  // The other way round, of what this rank sends.
+  struct BatchToken {
+    int node;
+    int32_t token;
+  };
+  __device__ BatchToken batch_token(int32_t token) const {
+    const int node = token / static_cast<int32_t>(args_.plan.max_tokens);
+    return {node, token - node * static_cast<int32_t>(args_.plan.max_tokens)};
+  }
+  __device__ bool is_there(const BatchToken& at) const { return at.token < args_.plan.num_tokens[at.node * num_ranks() + rank()]; }
+
   // What `source` writes to `owner`.
   __device__ layout::ProgressCell* progress(int owner, int source) const {
     return reinterpret_cast<layout::ProgressCell*>(window(owner) + args_.progress_at) + source;
@@ -143,7 +169,7 @@ class LatencyCall {
   __device__ std::byte* slot(int owner, int32_t slot_idx) const {
     return window(owner) + args_.slots_at[op_.epoch % layout::kNumBanks] + int64_t{slot_idx} * args_.slot_stride;
   }
-  __device__ int32_t slot_idx(int source, int32_t token) const { return source * static_cast<int32_t>(args_.plan.max_tokens) + token; }
+  __device__ int32_t slot_idx(int source, int32_t token) const { return source * args_.sent_tokens + token; }
   __device__ uint64_t* words(int owner, int source) const {
     return reinterpret_cast<uint64_t*>(window(owner) + args_.words_at[op_.epoch % layout::kNumBanks]) + source * args_.words_stride;
   }
@@ -234,7 +260,7 @@ class LatencyCall {
   }
 
   // Have all rows flags?
-  __device__ static constexpr bool has_row_flags() { return kKind != CallKind::kAny && kKind != CallKind::kUsual; }
+  __device__ static constexpr bool has_row_flags() { return kKind == CallKind::kMasking || kKind == CallKind::kFlagged; }
   // Threads that have written the row have met at a barrier before: one of them tells the owner of the slot.
   __device__ void raise_row(int owner, int32_t token, int part) const {
     store_release_sys(row_flag(owner, rank(), token, part), op_.epoch);

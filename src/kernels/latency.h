@@ -6,8 +6,17 @@
 
 #include "kernels/dispatch.h"
 #include "kernels/exchange_view.h"
+#include "kernels/rail.h"
 
 namespace tern::kernels {
+
+// Between nodes a kernel takes all batches of this rank at once, its own tokens and what its rails have sent here: token t of the batch of node n
+// is number n * max_tokens + t of those that it sends within the node.
+struct LatencyBatches {
+  RailSlots slots;              // dispatch: where tokens are, as they have come; combine: where sums go. No banks: one node
+  HostSteps steps;              // around the kernel
+  bool has_own_packed = false;  // dispatch: slots have this rank's own tokens too
+};
 
 // What both kernels need.
 struct LatencyArgs {
@@ -25,6 +34,8 @@ struct LatencyArgs {
   int64_t* wait_ns = nullptr;    // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
   layout::LatencyWords words;
   layout::LatencySlot slot;
+  LatencyBatches batches;
+  int32_t sent_tokens = 0;  // that a rank sends at most, of all batches
   // Each row goes in so many parts, of so many bytes but for the last, each by a block of its own: an SM alone fills a tenth of the link.
   int32_t parts_log2 = 0;
   int32_t part_bytes = 0;

@@ -65,7 +65,7 @@ class Arrivals {
 
   // Message i of those that there may be; false: there is none. All threads of a warp.
   __device__ int32_t num_candidates() const {
-    if (!call_.routes()) return plan_.received_begin[num_ranks_];
+    if (!call_.routes()) return plan_.received_begin[call_.num_sources()];
     uint32_t most_tokens = 0;
 #pragma unroll 1
     for (int source = static_cast<int>(device::lane_idx()); source < num_ranks_; source += kWarpThreads)
@@ -77,8 +77,8 @@ class Arrivals {
       const int lane = static_cast<int>(device::lane_idx());
       message = {0, plan_.source_token[i], i};
 #pragma unroll 1
-      for (int first = 0; first < num_ranks_; first += kWarpThreads)
-        message.source += __popc(__ballot_sync(~0u, first + lane < num_ranks_ && plan_.received_begin[first + lane + 1] <= i));
+      for (int first = 0; first < call_.num_sources(); first += kWarpThreads)
+        message.source += __popc(__ballot_sync(~0u, first + lane < call_.num_sources() && plan_.received_begin[first + lane + 1] <= i));
       return true;
     }
     message = candidate_at(i);
@@ -313,7 +313,7 @@ class Arrivals {
     for (int e = static_cast<int>(threadIdx.x); e < plan_.local_experts; e += kOpenThreads) {
       int32_t sum = 0;
 #pragma unroll 1
-      for (int source = 0; source < num_ranks_; ++source) sum += own_count(source, e);
+      for (int source = 0; source < call_.num_sources(); ++source) sum += own_count(source, e);
       memory_.num_entries()[e] = sum;
     }
   }
@@ -347,7 +347,7 @@ class Arrivals {
     return sum;
   }
 
-  // First message of a source; num_ranks: where the last one's end.
+  // First message of a source; behind the last one: where its messages end.
   __device__ int32_t received_begin(int source) const {
     return call_.routes() ? count_before(source, plan_.num_experts + rank_) : plan_.received_begin[source];
   }
@@ -397,7 +397,7 @@ class Arrivals {
       const int64_t begin = group_begin(e), end = min(int64_t{group_begin(e + 1)}, num_rows);
       clear_rows(min(begin + memory_.num_entries()[e], end), end, args_.out.zero_padding, device::lane_idx(), kWarpThreads);
     }
-    const int64_t used = call_.has_expert_rows() ? group_begin(plan_.local_experts) : received_begin(num_ranks_);
+    const int64_t used = call_.has_expert_rows() ? group_begin(plan_.local_experts) : received_begin(call_.num_sources());
     clear_rows(min(used, num_rows), num_rows, false, blockIdx.x * kOpenThreads + threadIdx.x, gridDim.x * kOpenThreads);
   }
 
@@ -441,14 +441,15 @@ class Arrivals {
     if (call_.has_expert_rows() && out.expert_offsets != nullptr)
 #pragma unroll 1
       for (int e = thread; e <= plan_.local_experts; e += kOpenThreads) out.expert_offsets[e] = group_begin(e);
-    if (out.rank_counts != nullptr && thread < num_ranks_) out.rank_counts[thread] = received_begin(thread + 1) - received_begin(thread);
+    if (out.rank_counts != nullptr && thread < call_.num_sources())
+      out.rank_counts[thread] = received_begin(thread + 1) - received_begin(thread);
   }
   // Where each source's rows begin in the expert's group, and how many they are.
   __device__ void write_ranges(int e) const {
     int32_t begin = 0;
 #pragma unroll 1
-    for (int source = 0; source < num_ranks_; ++source) {
-      const int32_t num = own_count(source, e), at = e * num_ranks_ + source;
+    for (int source = 0; source < call_.num_sources(); ++source) {
+      const int32_t num = own_count(source, e), at = e * call_.num_sources() + source;
       if (call_.routes()) plan_.source_begin[at] = begin;
       if (args_.out.expert_rank_ranges != nullptr) args_.out.expert_rank_ranges[at] = int64_t{begin} << 32 | static_cast<uint32_t>(num);
       begin += num;

@@ -6,6 +6,7 @@
 //   at the owners           a warp for each piece of a token's row: takes it from the ranks that have a share, and sums in the contract's order
 //
 // Weights that only the owners know are pushed ahead, a word each, and the experts' ranks wait for those that they need.
+#include "kernels/host_steps.cuh"
 #include "kernels/latency_shares.cuh"
 #include "kernels/shared_memory.h"
 
@@ -25,8 +26,8 @@ class OwnerSums {
         first_(static_cast<int32_t>(warp() * gridDim.x + blockIdx.x)),
         first_token_(first_ / num_pieces_) {
     if (is_raising() || !call.receives()) return;
-    num_tokens_ = plan_.num_tokens[call_.rank()];
-    if (first_token_ < plan_.max_tokens) ahead_ = message_of(first_token_, static_cast<int>(device::lane_idx()));
+    num_tokens_ = Call::has_batches() ? args.call.sent_tokens : plan_.num_tokens[call_.rank()];
+    if (first_token_ < args.call.sent_tokens) ahead_ = message_of(first_token_, static_cast<int>(device::lane_idx()));
   }
 
   // The workers of all blocks; a warp takes a piece of a token's row at a time, which is not of more than one part.
@@ -37,6 +38,8 @@ class OwnerSums {
     if (first_ >= end_piece) call_.wait_no_more();
     for (int32_t i = first_; i < end_piece; i += num_warps) {
       const int32_t token = i == first_ ? first_token_ : i / num_pieces_, piece = i - token * num_pieces_;
+      std::byte* const out = out_of(token);
+      if (Call::has_batches() && out == nullptr) continue;
       // Where the terms will be, before they are there.
       const MessageRef message = i == first_ ? ahead_ : message_of(token, static_cast<int>(device::lane_idx()));
       Terms terms = is_per_entry<Call>(args_) ? terms_of_entries(token) : terms_of_shares(token, message);
@@ -45,10 +48,9 @@ class OwnerSums {
       const int begin = piece * kPieceBytes, end = min(begin + kPieceBytes, args_.row_bytes);
       const int part = begin / args_.call.part_bytes;
       bool ok = !call_.has_row_flags() || await_share(token, part, message);
-      if (piece == 0 && returns_weights<Call>(args_) && args_.out_topk_weights != nullptr && ok) ok = sum_weights(token);
+      if (piece == 0 && returns_weights<Call>(args_) && ok) ok = sum_weights(token, weights_of(token));
       if (!__all_sync(~0u, ok)) return;
       const bool is_last = i + num_warps >= end_piece;
-      std::byte* out = args_.out_tokens + int64_t{token} * args_.row_bytes;
       sum_bytes<Wire>(
           begin, end,
           [&](int at, PieceSums<Wire>& sums) {
@@ -132,7 +134,7 @@ class OwnerSums {
   }
   // From which rank is what lies at an address of a slot?
   __device__ int source_of(const std::byte* at) const {
-    return static_cast<int>((at - call_.slot(call_.rank(), 0)) / (plan_.max_tokens * args_.call.slot_stride));
+    return static_cast<int>((at - call_.slot(call_.rank(), 0)) / (int64_t{args_.call.sent_tokens} * args_.call.slot_stride));
   }
 
   __device__ void add_biases(int32_t token, int at, int end, PieceSums<Wire>& sums) const {
@@ -167,9 +169,22 @@ class OwnerSums {
     return terms;
   }
 
+  // Where a token's sum goes, and the weights that come back: into the outputs, or into the slot that leads to the owner's node; nullptr: there is
+  // none, or nobody wants them.
+  __device__ std::byte* out_of(int32_t token) const {
+    if (!Call::has_batches()) return args_.out_tokens + int64_t{token} * args_.row_bytes;
+    const auto at = call_.batch_token(token);
+    return call_.is_there(at) ? args_.call.batches.slots.of(at.node, at.token) : nullptr;
+  }
+  __device__ float* weights_of(int32_t token) const {
+    if (Call::has_batches()) return reinterpret_cast<float*>(out_of(token) + args_.call.batches.slots.layout.weights());
+    return args_.out_topk_weights == nullptr ? nullptr : args_.out_topk_weights + int64_t{token} * plan_.num_topk;
+  }
+
   // False: the exchange has failed.
-  __device__ bool sum_weights(int32_t token) const {
+  __device__ bool sum_weights(int32_t token, float* out) const {
     bool ok = true;
+    if (out == nullptr) return ok;
     for (int k = static_cast<int>(device::lane_idx()); k < plan_.num_topk; k += kWarpThreads) {
       const int64_t entry = int64_t{token} * plan_.num_topk + k;
       float sum = 0.0f;
@@ -185,7 +200,7 @@ class OwnerSums {
           ok = add_returned(message.rank, entry, sum) && ok;
         }
       }
-      args_.out_topk_weights[entry] = sum;
+      out[k] = sum;
     }
     return ok;
   }
@@ -223,6 +238,8 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
   device::await_kernel_before();
   using Call = LatencyCall<kKind>;
   Call call(args.call);
+  const HostTalker host(call.operation(), args.call.batches.steps);
+  if (call.has_batches() && !host.begin()) return;
   ShareSender<Wire, kLog, Call> sender(args, call);
   const OwnerSums<Wire, kLog, Call> sums(args, call);
   if (call.begin()) {
@@ -243,6 +260,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
     }
   }
   call.finish();
+  if (call.has_batches()) host.end();
 }
 
 // Calls function(kernel) for the type of the rows.
@@ -282,13 +300,15 @@ cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_block
     case CallKind::kFlagged: return with_kernel<false, CallKind::kFlagged>(args.dtype, launch_one);
     case CallKind::kAny: return with_kernel<false, CallKind::kAny>(args.dtype, launch_one);
     case CallKind::kUsual: return with_kernel<false, CallKind::kUsual>(args.dtype, launch_one);
+    case CallKind::kBatches: return with_kernel<false, CallKind::kBatches>(args.dtype, launch_one);
   }
   return cudaErrorInvalidValue;
 }
 
 cudaError_t prepare_latency_combine() {
   for (const auto prepare_kind : {prepare<true, CallKind::kMasking>, prepare<true, CallKind::kFlagged>, prepare<false, CallKind::kMasking>,
-                                  prepare<false, CallKind::kFlagged>, prepare<false, CallKind::kAny>, prepare<false, CallKind::kUsual>})
+                                  prepare<false, CallKind::kFlagged>, prepare<false, CallKind::kAny>, prepare<false, CallKind::kUsual>,
+                                  prepare<false, CallKind::kBatches>})
     if (const cudaError_t error = prepare_kind(); error != cudaSuccess) return error;
   return cudaSuccess;
 }

@@ -10,6 +10,7 @@
 // count, and then learn; senders push rows; the raising warp does the rest of a token.
 //
 // Positions are those of a walk in token order, so they are the same on every run, for any number of blocks.
+#include "kernels/host_steps.cuh"
 #include "kernels/latency_spreader.cuh"
 #include "kernels/shared_memory.h"
 
@@ -83,10 +84,13 @@ class RowSender {
       return;
     }
     const int k = static_cast<int>(device::lane_idx());
-    if (args_.carries_weights && k < plan_.num_topk) weight_ = args_.in.weights[token * plan_.num_topk + k];
+    const float* const weights = args_.carries_weights ? weights_of(token) : nullptr;
+    if (weights != nullptr && k < plan_.num_topk) weight_ = weights[k];
   }
+  // Between nodes there may be none: its bytes count as zeros, and are sent nowhere.
   __device__ void load(int32_t token, int32_t first, int32_t end) {
-    const std::byte* row = args_.in.tokens + token * args_.in.token_stride_bytes;
+    const std::byte* row = row_of(token);
+    if (Call::has_batches() && row == nullptr) end = first;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
       const int32_t at = first + v * kStep + sender_idx() * static_cast<int32_t>(sizeof(Vec16));
@@ -94,9 +98,40 @@ class RowSender {
     }
   }
 
+  // Where a token's row and weights, and scales as they are given, lie: in the caller's arrays, or in its slot; nullptr: there is no such token.
+  __device__ const std::byte* row_of(int32_t token) const {
+    if (!Call::has_batches()) return args_.in.tokens + token * args_.in.token_stride_bytes;
+    const auto at = call_.batch_token(token);
+    if (!call_.is_there(at)) return nullptr;
+    if (is_given(at)) return args_.in.tokens + at.token * args_.in.token_stride_bytes;
+    return slot_of(at, args_.call.batches.slots.layout.payload());
+  }
+  __device__ const std::byte* scale_of(int32_t token, int64_t element) const {
+    const std::byte* const given = args_.in.scales + element * args_.in.scale_element_stride_bytes;
+    if (!Call::has_batches()) return given + token * args_.in.scale_token_stride_bytes;
+    const auto at = call_.batch_token(token);
+    if (is_given(at)) return given + at.token * args_.in.scale_token_stride_bytes;
+    return slot_of(at, args_.call.batches.slots.layout.scales()) + element * args_.scale_element_bytes;
+  }
+  __device__ const float* weights_of(int32_t token) const {
+    if (!Call::has_batches()) return args_.in.weights + token * plan_.num_topk;
+    const auto at = call_.batch_token(token);
+    if (!call_.is_there(at)) return nullptr;
+    if (is_given(at)) return args_.in.weights + at.token * plan_.num_topk;
+    return reinterpret_cast<const float*>(slot_of(at, args_.call.batches.slots.layout.weights()));
+  }
+  __device__ bool is_given(const typename Call::BatchToken& at) const {
+    return !args_.call.batches.has_own_packed && at.node == args_.call.batches.slots.own_node;
+  }
+  __device__ const std::byte* slot_of(const typename Call::BatchToken& at, int64_t offset) const {
+    const std::byte* const slot = args_.call.batches.slots.of(at.node, at.token);
+    return slot == nullptr ? nullptr : slot + offset;
+  }
+
   // All threads of a warp: the ranks that the token which is in goes to.
   __device__ uint64_t ranks_of(int32_t token) const {
     if (call_.routes()) return routing_.ranks_of(given_);
+    if (Call::has_batches() && !call_.is_there(call_.batch_token(token))) return 0;
     uint64_t ranks = 0;
 #pragma unroll 1
     for (int m = static_cast<int>(device::lane_idx()); m < plan_.messages_per_token; m += kWarpThreads) {
@@ -151,7 +186,14 @@ class RowSender {
   __device__ void keep(int32_t token, const layout::LatencyEntry& entry, uint64_t ranks) const {
     const int k = static_cast<int>(device::lane_idx());
     if (call_.routes()) routing_.keep(token, given_, entry, ranks);
-    if (args_.carries_weights && k < plan_.num_topk) plan_.weights_sent[token * plan_.num_topk + k] = weight_;
+    if (!args_.carries_weights || k >= plan_.num_topk) return;
+    if (const int32_t own = own_token(token); own >= 0) plan_.weights_sent[own * plan_.num_topk + k] = weight_;
+  }
+  // -1: its weights are not to be kept, since it is another rank's, or has been packed.
+  __device__ int32_t own_token(int32_t token) const {
+    if (!Call::has_batches()) return token;
+    const auto at = call_.batch_token(token);
+    return is_given(at) && call_.is_there(at) ? at.token : -1;
   }
   // Of the token's entries, a thread each, what they are and their weights.
   __device__ void put_words(int32_t token, uint64_t ranks, const layout::LatencyEntry& entry) const {
@@ -185,10 +227,9 @@ class RowSender {
     const int32_t token = call_.row_of(i);
     push_row(token, ranks_ & ~call_.cut_off(), begin_of(i), end_of(i));
     if (std::is_same_v<Travel, AsGiven> && args_.scale_bytes > 0 && call_.part_of(i) == 0) {
-      const std::byte* from = args_.in.scales + token * args_.in.scale_token_stride_bytes;
 #pragma unroll 1
-      for (int64_t at = sender_idx(); at < args_.scale_bytes; at += kSendThreads)
-        memory_.scales()[at] = from[at / args_.scale_element_bytes * args_.in.scale_element_stride_bytes + at % args_.scale_element_bytes];
+      for (int64_t at = sender_idx(); at < args_.scale_bytes && ranks_ != 0; at += kSendThreads)
+        memory_.scales()[at] = scale_of(token, at / args_.scale_element_bytes)[at % args_.scale_element_bytes];
     }
     device::arrive_at_barrier(kPushedBarrier, kPushThreads);
   }
@@ -267,6 +308,7 @@ __device__ bool begin(const Call& call, const DispatchMemory& memory) {
 
 template <typename Call>
 __device__ int32_t num_tokens_of(const LatencyDispatchArgs& args, const Call& call) {
+  if (Call::has_batches()) return args.call.sent_tokens;
   return call.routes() ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
 }
 
@@ -311,6 +353,8 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
   const DispatchMemory memory(args, shared);
   device::await_kernel_before();
   LatencyCall<kKind> call(args.call);
+  const HostTalker host(call.operation(), args.call.batches.steps);
+  if (call.has_batches() && !host.begin()) return;
   const OwnRouting routing(args, call, memory);
   RowSender<Travel, LatencyCall<kKind>> rows(args, call, memory);
   if (call.sends() && call.routes() && is_opening()) count_tokens(args, call, routing);
@@ -322,6 +366,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
   if (ok && call.sends()) send(args, call, routing, rows);
   if (ok && call.receives()) receive(args, call, memory);
   call.finish();
+  if (call.has_batches()) host.end();
 }
 
 // Calls function(kernel) for how rows travel.
@@ -355,6 +400,7 @@ cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blo
     case CallKind::kFlagged: return with_kernel<CallKind::kFlagged>(args.in, launch_one);
     case CallKind::kAny: return with_kernel<CallKind::kAny>(args.in, launch_one);
     case CallKind::kUsual: return with_kernel<CallKind::kUsual>(args.in, launch_one);
+    case CallKind::kBatches: return launch_one(latency_dispatch_kernel<AsGiven, CallKind::kBatches>);
   }
   return cudaErrorInvalidValue;
 }
@@ -363,7 +409,7 @@ cudaError_t prepare_latency_dispatch() {
   for (const auto prepare_kind :
        {prepare<CallKind::kMasking>, prepare<CallKind::kFlagged>, prepare<CallKind::kAny>, prepare<CallKind::kUsual>})
     if (const cudaError_t error = prepare_kind(); error != cudaSuccess) return error;
-  return cudaSuccess;
+  return allow_shared(latency_dispatch_kernel<AsGiven, CallKind::kBatches>, kMostLatencyShared);
 }
 
 }  // namespace tern::kernels

@@ -74,7 +74,7 @@ class ShareSender {
  public:
   // Sums the block's first message, if it can: meanwhile the raising warp looks whether anything may be sent at all.
   __device__ ShareSender(const LatencyCombineArgs& args, const Call& call)
-      : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_ranks()]), begins_(args, call) {
+      : args_(args), plan_(args.call.plan), call_(call), num_messages_(plan_.received_begin[call.num_sources()]), begins_(args, call) {
     if (goes_round()) first_message_ = plan_.received_begin[call.rank() + 1 == call.num_ranks() ? 0 : call.rank() + 1];
     if (is_raising() || !call.sends()) return;
     ahead_ = fetch(message_at(first()));
@@ -118,6 +118,7 @@ class ShareSender {
   // Where it goes.
   struct Target {
     int owner;
+    int32_t token;  // of those that the owner sends
     std::byte* slot;
   };
 
@@ -126,7 +127,7 @@ class ShareSender {
     __device__ Begins(const LatencyCombineArgs& args, const Call& call) {
       for (int b = 0; b < kRankBatches; ++b) {
         const int source = b * kWarpThreads + static_cast<int>(device::lane_idx());
-        end[b] = source < call.num_ranks() ? args.call.plan.received_begin[source + 1] : 0x7fffffff;
+        end[b] = source < call.num_sources() ? args.call.plan.received_begin[source + 1] : 0x7fffffff;
       }
     }
     // All threads of a warp.
@@ -142,7 +143,8 @@ class ShareSender {
   __device__ static int32_t step() { return static_cast<int32_t>(gridDim.x); }
 
   // Where blocks have several messages, a rank begins with those of the next rank: not all of them send to the same one at a time.
-  __device__ bool goes_round() const { return plan_.max_tokens * call_.num_ranks() > step(); }
+  __device__ bool goes_round() const { return most_messages() > step(); }
+  __device__ int32_t most_messages() const { return args_.call.sent_tokens * call_.num_ranks(); }
   // The message that the i-th part to be pushed is of.
   __device__ int32_t message_at(int32_t i) const {
     int32_t message = call_.row_of(i);
@@ -193,7 +195,7 @@ class ShareSender {
   // May be asked for beyond the last message, and in a failed exchange, where the plan may say anything, for any.
   __device__ Share fetch(int32_t message) const {
     Share share = {};
-    if (static_cast<uint32_t>(message) >= static_cast<uint32_t>(plan_.max_tokens * call_.num_ranks())) return share;
+    if (static_cast<uint32_t>(message) >= static_cast<uint32_t>(most_messages())) return share;
     share.token = plan_.source_token[message];
     const int k = static_cast<int>(device::lane_idx());
     const int32_t entry = message * plan_.topk_stride + k;
@@ -204,20 +206,20 @@ class ShareSender {
 
   // All threads of a warp. In a failed exchange some rank and any address.
   __device__ Target target_of(int32_t message, const Share& share) const {
-    const int owner = min(begins_.source_of(message), call_.num_ranks() - 1);
-    return {owner, call_.slot(owner, slot_idx_of(args_, call_, call_.rank(), share.token))};
+    const auto owner = call_.sender_of(min(begins_.source_of(message), call_.num_sources() - 1), share.token);
+    return {owner.rank, owner.token, call_.slot(owner.rank, slot_idx_of(args_, call_, call_.rank(), owner.token))};
   }
 
   // One warp: raises the flag of each part that the workers have pushed, if it needs one.
   __device__ void raise() const {
     for (int32_t nth = 0, i = first(); i < num_parts(); ++nth, i += step()) {
-      const int source = begins_.source_of(message_at(i));
-      const int32_t token = plan_.source_token[message_at(i)];
+      const int32_t message = message_at(i);
+      const auto [owner, token] = call_.sender_of(begins_.source_of(message), plan_.source_token[message]);
       device::sync_some_warps(kDoneBarrier + nth % kAhead, kLatencyThreads);
       if (call_.needs_flag(nth % kAhead)) {
         // Without the owner's weights, because the exchange has failed, the row is not right.
         const bool is_right = !sums_owner_weights<Call>(args_) || !call_.operation().is_aborted();
-        if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> source & 1) == 0) call_.raise_row(source, token, call_.part_of(i));
+        if (device::lane_idx() == 0 && is_right && (call_.cut_off() >> owner & 1) == 0) call_.raise_row(owner, token, call_.part_of(i));
         __syncwarp();
       }
       // Without waiting for the workers, who come here some messages later.
@@ -228,9 +230,9 @@ class ShareSender {
   // Part `i`. has_sums: its beginning is summed.
   __device__ void push(const Share& share, int32_t i, bool has_sums) {
     const int32_t message = message_at(i);
-    const auto [owner, slot] = target_;
+    const auto [owner, token, slot] = target_;
     if (is_cut_off(owner)) return;
-    if (returns_weights<Call>(args_) && call_.part_of(i) == 0) return_weights(message, owner, share.token);
+    if (returns_weights<Call>(args_) && call_.part_of(i) == 0) return_weights(message, owner, token);
     Piece mine = piece_of(i);
     if (has_sums) mine = push_first(slot, mine);
     if (mine.begin == mine.end) return;

@@ -64,6 +64,9 @@ class MessageSpreader {
   }
   __device__ void set_end() { end_ = call_.num_parts_of(arrivals_.num_candidates()); }
 
+  using Sender = typename Call::Sender;
+  __device__ Sender sender_of(const ArrivingMessage& message) const { return call_.sender_of(message.source, message.token); }
+
   // The rows of a message: in each thread of a warp, one.
   struct Rows {
     int32_t row;
@@ -101,12 +104,12 @@ class MessageSpreader {
   struct Words {
     uint64_t entry, weight;
   };
-  __device__ Words look_at_words(const ArrivingMessage& message, bool with_weights) const {
+  __device__ Words look_at_words(const Sender& from, bool with_weights) const {
     Words seen = {};
     const int k = static_cast<int>(device::lane_idx());
     if (k >= plan_.num_topk) return seen;
-    if (call_.routes()) seen.entry = call_.look_at_word(message.source, entry_word(message, k));
-    if (with_weights) seen.weight = call_.look_at_word(message.source, weight_word(message, k));
+    if (call_.routes()) seen.entry = call_.look_at_word(from.rank, entry_word(from, k));
+    if (with_weights) seen.weight = call_.look_at_word(from.rank, weight_word(from, k));
     return seen;
   }
   __device__ bool await_words(const ArrivingMessage& message, bool with_weights, const Words& seen, ArrivingEntry& entry,
@@ -114,24 +117,26 @@ class MessageSpreader {
     const int k = static_cast<int>(device::lane_idx());
     if (k >= plan_.num_topk) return true;
     uint32_t sent = 0, bits = 0;
-    bool ok = !call_.routes() || call_.await_word_after(seen.entry, message.source, entry_word(message, k), sent);
-    if (with_weights) ok = ok && call_.await_word_after(seen.weight, message.source, weight_word(message, k), bits);
+    const Sender from = sender_of(message);
+    bool ok = !call_.routes() || call_.await_word_after(seen.entry, from.rank, entry_word(from, k), sent);
+    if (with_weights) ok = ok && call_.await_word_after(seen.weight, from.rank, weight_word(from, k), bits);
     entry = arrivals_.entry(message, k, sent);
     weight = __uint_as_float(bits);
     return ok;
   }
-  __device__ int32_t entry_word(const ArrivingMessage& message, int k) const {
-    return static_cast<int32_t>(args_.call.words.entries()) + message.token * plan_.num_topk + k;
+  __device__ int32_t entry_word(const Sender& from, int k) const {
+    return static_cast<int32_t>(args_.call.words.entries()) + from.token * plan_.num_topk + k;
   }
-  __device__ int32_t weight_word(const ArrivingMessage& message, int k) const {
-    return static_cast<int32_t>(args_.call.words.weights()) + message.token * plan_.num_topk + k;
+  __device__ int32_t weight_word(const Sender& from, int k) const {
+    return static_cast<int32_t>(args_.call.words.weights()) + from.token * plan_.num_topk + k;
   }
 
   // Each warp by itself: a part of a message, if it is there; and opens, if need be. The next one that it takes is `next`, if there is one. False:
   // the exchange has failed.
   template <int kVecs>
   __device__ bool spread(ArrivingMessage& message, bool is_there, int part, int32_t next) {
-    std::byte* const slot = call_.slot(call_.rank(), call_.slot_idx(message.source, message.token));
+    const Sender from = sender_of(message);
+    std::byte* const slot = call_.slot(call_.rank(), call_.slot_idx(from.rank, from.token));
     const bool with_weights = args_.carries_weights && part == 0 && thread_ < kWarpThreads;
     const bool with_scales = args_.scale_bytes > 0 && part == 0;
     auto* const scales = reinterpret_cast<uint32_t*>(slot + args_.call.slot.scales());
@@ -145,12 +150,12 @@ class MessageSpreader {
     for (int32_t first = part_begin; first == part_begin || first < end; first += kVecs * kStep) {
       Vec16 values[kVecs];
       const int32_t begin = first + thread_ * static_cast<int32_t>(sizeof(Vec16));
-      const RowVecs<kStep> vecs{slot + begin, end - begin, {message.source, message.token, part}};
+      const RowVecs<kStep> vecs{slot + begin, end - begin, {from.rank, from.token, part}};
       Words seen = {};
       uint32_t scale_word = 0;
       ok = ok && (!is_there || call_.take_vecs(vecs, values, [&] {
              if (first != part_begin) return;
-             seen = look_at_words(message, with_weights);
+             seen = look_at_words(from, with_weights);
              if (with_scales && thread_ < num_scale_words()) scale_word = look_at(scales + thread_);
              if (is_open_) arrivals_.place(message);
            }));
@@ -164,7 +169,7 @@ class MessageSpreader {
         ok = ok && await_words(message, with_weights, seen, entry, weight);
         if (!__all_sync(~0u, ok)) return false;
         rows = rows_of(message, entry);
-        if (with_scales) ok = spread_scales(message, rows, scales, scale_word);
+        if (with_scales) ok = spread_scales(from, rows, scales, scale_word);
       }
       if (!__all_sync(~0u, ok)) return false;
       if (next >= end_ && first + kVecs * kStep >= end) wait_no_more();
@@ -244,14 +249,14 @@ class MessageSpreader {
   }
   // Each thread of the group takes some words of the scales and writes them to every row; of the first one it has looked at it has seen `word`.
   // False: the exchange has failed.
-  __device__ bool spread_scales(const ArrivingMessage& message, const Rows& rows, uint32_t* scales, uint32_t word) const {
+  __device__ bool spread_scales(const Sender& from, const Rows& rows, uint32_t* scales, uint32_t word) const {
     bool ok = true;
 #pragma unroll 1
     for (int32_t first = 0; first < num_scale_words() && ok; first += kThreads) {
       const int32_t i = first + thread_;
       const bool has = i < num_scale_words();
       if (has && first > 0) word = look_at(scales + i);
-      ok = __all_sync(~0u, !has || call_.take_word(scales + i, {message.source, message.token, 0}, word)) != 0;
+      ok = __all_sync(~0u, !has || call_.take_word(scales + i, {from.rank, from.token, 0}, word)) != 0;
       if (args_.out.scales != nullptr && ok)
         rows.for_each([&](int32_t row) { write_scales(row, i * static_cast<int32_t>(sizeof(word)), word); });
     }

@@ -2,8 +2,9 @@
 // What kernels do between nodes. The network moves slots of banks in pinned host memory (layout/rail.h), which are this rank's GPU's and its
 // host's. A thread of the host sends them, and hears of those that arrive (cuda/node_lane.h); with it the GPU talks in steps:
 //
-//   GPU asks     "the banks are filled", "what came has been read"     and goes on
-//   host answers "the banks are free", "the rows of all nodes are here"
+//   GPU asks     "begin this", "the banks are filled", "what came has been read"     and goes on
+//   host answers "the rows of all nodes are here", "the banks of the next round are free"
+//   host grants  "the banks of this epoch are free"                                  of an operation's first one, as a rule before it begins
 //
 // Which step means what follows from the operation alone, so both sides count, and a replayed graph counts on.
 #pragma once
@@ -19,8 +20,12 @@ namespace tern::kernels {
 // What this rank's GPU has of a HostCell in its own memory.
 struct HostTalk {
   uint64_t asked;
+  uint64_t num_commands;
   uint64_t answered;
+  uint64_t epoch;  // of the rail, the last one that an operation has taken
   uint64_t bank;
+  uint64_t num_awaited;  // by the kernels before
+  uint64_t seen;         // the same, and 1 more when the first block of the running one has seen what it awaits
   uint32_t blocks_done;  // of the running kernel
 };
 
@@ -28,10 +33,11 @@ struct HostTalk {
 struct HostSteps {
   HostCell* cell = nullptr;
   HostTalk* talk = nullptr;
-  uint64_t command = 0;     // 0: the step begins none
-  bool asks_first = false;  // before its work; and it goes on
-  bool awaits = false;      // the next answer, before what that is about
-  bool asks_last = false;   // when all blocks are done
+  uint64_t command = 0;      // 0: the step begins none
+  bool asks_first = false;   // before its work; and it goes on
+  int32_t takes_epochs = 0;  // of the rail, of an operation that sends: before its work the kernel awaits the grant of the first
+  bool awaits = false;       // the next answer, before what that is about
+  bool asks_last = false;    // when all blocks are done
 };
 static_assert(std::is_trivially_copyable_v<HostSteps>);
 

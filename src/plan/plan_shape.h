@@ -36,6 +36,8 @@ struct PlanShape {
   // The rank with this rank's index in that node.
   int32_t rail_in(int32_t other_node) const { return other_node * ranks_per_node() + rank % ranks_per_node(); }
 
+  // Tokens that a rank sends within its node: its own, and those that its rails bring.
+  int64_t most_sent_tokens() const { return num_nodes * max_tokens; }
   // Messages that can arrive at a rank, and that one token can send within a node.
   int64_t max_messages() const { return num_ranks * max_tokens; }
   int32_t max_messages_per_token() const { return num_topk == 0 || num_topk > ranks_per_node() ? ranks_per_node() : num_topk; }
