@@ -12,7 +12,8 @@ Rail::Rail(Lane& lane, const RailPlace& place) : lane_(lane), place_(place), num
 bool Rail::has_room(uint64_t epoch) const {
   bool has = true;
   for_each_other_node([&](int node) {
-    has = has && (epoch <= layout::kNumBanks || load_acquire(place_.proxy->taken(rank_in(node), lane_.index())) + layout::kNumBanks >= epoch);
+    has =
+        has && (epoch <= layout::kNumBanks || load_acquire(place_.proxy->taken(rank_in(node), lane_.index())) + layout::kNumBanks >= epoch);
   });
   return has;
 }

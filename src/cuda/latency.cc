@@ -20,9 +20,8 @@ constexpr int32_t kLatencyChoice = 1 << 24;  // in CallShape::choices: what othe
 
 layout::LatencyWords words_of(const CudaPlan& plan) {
   const PlanShape& shape = plan.shape();
-  return {.num_counts = plan.tables().num_counts(shape.ranks_per_node()),
-          .max_tokens = shape.most_sent_tokens(),
-          .num_topk = shape.num_topk};
+  return {
+      .num_counts = plan.tables().num_counts(shape.ranks_per_node()), .max_tokens = shape.most_sent_tokens(), .num_topk = shape.num_topk};
 }
 
 // Of every number of local experts and every expert there may be, the borders.

@@ -14,6 +14,7 @@ namespace {
 // A round of the rail, to each node: what is packed while the last one is on its way.
 constexpr int64_t kRailRoundBytes = 8 << 20;
 constexpr int64_t kRailLatencyKb = 64;        // of rows per rank: batches up to this size are routed on their way
+constexpr int32_t kSmallPartBytes = 2048;     // of a row of a small batch, that a warp packs, or sums over the nodes
 constexpr int32_t kRoutesOnItsWay = 1 << 25;  // in CallShape::choices
 
 tern_launch whole(tern_launch launch) {
@@ -254,9 +255,8 @@ void NodeDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (options_.routes_on_its_way) return enqueue_routing(stream);
   const NodeSteps steps(plan_, launch_, TERN_OP_DISPATCH, stream);
   const RailRounds rounds{trip_, plan_.node_plan()->report().there_begin};
-  const uint64_t command = steps.add([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
-    run_ahead(lane, rounds, phase, plan->dispatch_epoch);
-  });
+  const uint64_t command = steps.add(
+      [rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) { run_ahead(lane, rounds, phase, plan->dispatch_epoch); });
   if (at_once_) return enqueue_at_once(steps, command);
   steps.talk(trip_.begin(launch_.phase, command));
   const int32_t own_node = plan_.shape().node();
@@ -308,7 +308,12 @@ void NodeDispatch::pack(const NodeSteps& steps, int32_t round, kernels::HostStep
   args.steps = steps.of_kernel(of_kernel);
   args.num_nodes = nodes.num_nodes();
   args.packs_own = packs_own_;
-  tern::cuda::check(kernels::launch_pack(args, num_sms(), steps.stream()), "launching the kernel that packs rows for other nodes");
+  if (at_once_ && args.dispatch.in.encoding == TERN_ENCODING_AS_GIVEN) {
+    args.part_bytes = kSmallPartBytes;
+    args.num_parts = static_cast<int32_t>((call_.wire_bytes + kSmallPartBytes - 1) / kSmallPartBytes);
+  }
+  const int num_blocks = at_once_ ? at_once_->num_sms() : num_sms();
+  tern::cuda::check(kernels::launch_pack(args, num_blocks, steps.stream()), "launching the kernel that packs rows for other nodes");
 }
 
 void NodeDispatch::forward_at_once(const NodeSteps& steps, kernels::HostSteps of_kernel) const {
@@ -366,9 +371,8 @@ void NodeCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
   const NodeSteps steps(plan_, launch_, TERN_OP_COMBINE, stream);
   const kernels::NodeRouteReport& report = plan_.node_plan()->report();
   const RailRounds rounds{trip_, in_node_.is_per_entry() ? report.entries_here_begin : report.here_begin};
-  const uint64_t command = steps.add([rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) {
-    run_behind(lane, rounds, phase, plan->combine_epoch);
-  });
+  const uint64_t command = steps.add(
+      [rounds, phase = launch_.phase, plan = plan_.node_plan()](NodeLane& lane) { run_behind(lane, rounds, phase, plan->combine_epoch); });
   if (at_once_) return enqueue_at_once(steps, command);
   steps.talk(trip_.begin(launch_.phase, command));
   const int32_t num_rounds = trip_.num_rounds();
@@ -468,10 +472,10 @@ void NodeCombine::sum_nodes(const NodeSteps& steps, int32_t round, kernels::Host
   args.returns_weights = call_.carries_weights;
   args.first_token = chunks.begin * args.plan.tokens_per_chunk;
   args.end_token = chunks.end * args.plan.tokens_per_chunk;
-  constexpr int64_t kPartBytes = 4096;
-  args.num_parts = static_cast<int32_t>((call_.row_bytes + kPartBytes - 1) / kPartBytes);
-  args.part_bytes = static_cast<int32_t>(kPartBytes);
-  tern::cuda::check(kernels::launch_node_sums(args, num_sms(), steps.stream()), "launching the kernel that sums what nodes return");
+  args.part_bytes = at_once_ ? kSmallPartBytes : 4096;
+  args.num_parts = static_cast<int32_t>((call_.row_bytes + args.part_bytes - 1) / args.part_bytes);
+  const int num_blocks = at_once_ ? at_once_->num_sms() : num_sms();
+  tern::cuda::check(kernels::launch_node_sums(args, num_blocks, steps.stream()), "launching the kernel that sums what nodes return");
 }
 
 }  // namespace tern::cuda

@@ -51,10 +51,10 @@ void NodeRoute::enqueue(const NodePlan::Route& route, cudaStream_t stream) {
   constexpr kernels::HostSteps kOneRound{.awaits = true, .asks_last = true};
   for (int64_t round = 0; round < trip_.num_rounds; ++round) {
     give(steps, round,
-         round > 0 ? kOneRound : kernels::HostSteps{.command = command,
-                             .asks_first = true,
-                             .takes_epochs = static_cast<int32_t>(trip_.num_rounds),
-                             .asks_last = true});
+         round > 0
+             ? kOneRound
+             : kernels::HostSteps{
+                   .command = command, .asks_first = true, .takes_epochs = static_cast<int32_t>(trip_.num_rounds), .asks_last = true});
     if (round == 0) route_batch(plan_.shape().node(), stream);
     if (round > 0) take(steps, round - 1, kOneRound);
   }

@@ -6,6 +6,7 @@
 // does.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -39,8 +40,10 @@ class Nodes {
   NodeLane& lane(int32_t index) const { return *lanes_[static_cast<size_t>(index)]; }
   int64_t bank_bytes() const { return layout_.bank_bytes; }
   int32_t num_nodes() const { return layout_.num_nodes; }
-  // The same in GPU memory.
-  const uint8_t* unreachable_on_gpu() const { return unreachable_on_gpu_.data(); }
+  // The same in GPU memory; nullptr: there are none.
+  const uint8_t* unreachable_on_gpu() const {
+    return std::ranges::count(unreachable_, 0) == std::ssize(unreachable_) ? nullptr : unreachable_on_gpu_.data();
+  }
   uint64_t network_bytes() const;
 
   // Slots that leave, or that have come, with those of the own node; what is in them is to be added.

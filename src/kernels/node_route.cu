@@ -78,11 +78,11 @@ __device__ void set_begins(const PartBegins& parts, int64_t token, int64_t max_t
 // The same for the chunks of a batch that is in this node.
 __device__ void set_begins_here(const NodeRouteArgs& args, int32_t node, int64_t token, const Position& own, const Position& before) {
   const PlanView& plan = args.plan;
-  set_begins({plan.tokens_per_chunk, layout::kMaxChunks, args.rails.here_begin + node * kEnds, args.report.here_begin + node * kEnds},
-             token, plan.max_tokens, own.tokens, before.tokens);
-  set_begins({plan.tokens_per_chunk, layout::kMaxChunks, args.rails.entries_here_begin + node * kEnds,
-              args.report.entries_here_begin + node * kEnds},
-             token, plan.max_tokens, own.entries, before.entries);
+  set_begins({plan.tokens_per_chunk, plan.num_chunks, args.rails.here_begin + node * kEnds, args.report.here_begin + node * kEnds}, token,
+             plan.max_tokens, own.tokens, before.tokens);
+  set_begins(
+      {plan.tokens_per_chunk, plan.num_chunks, args.rails.entries_here_begin + node * kEnds, args.report.entries_here_begin + node * kEnds},
+      token, plan.max_tokens, own.entries, before.entries);
 }
 
 // What this rank's tokens have in one node.
@@ -119,9 +119,9 @@ class OwnTokens {
 
   // Slots of the token's entries in this node, from `slot` on.
   __device__ void number_entries(int64_t token, int32_t slot) const {
-    for (int k = 0; k < plan_.num_topk; ++k) {
+    for_each_number(token, [&](int k, int64_t number) {
       const int64_t entry = token * plan_.num_topk + k;
-      const int32_t expert = token < num_tokens_ ? usable_expert(given(entry)) : -1;
+      const int32_t expert = usable_expert(number);
       const bool here = is_here(expert);
       if (is_own()) {
         const int64_t of_batch = node_ * plan_.max_tokens * plan_.num_topk + entry;
@@ -133,16 +133,16 @@ class OwnTokens {
         args_.rails.entries_there[entry] = here ? slot : -1;
       }
       slot += here ? 1 : 0;
-    }
+    });
   }
 
   // The token, and where it goes in this node: what the node's ranks are told.
   __device__ void put_words(int64_t token, int32_t* words) const {
     words[0] = static_cast<int32_t>(token);
-    for (int k = 0; k < plan_.num_topk; ++k) {
-      const int32_t expert = usable_expert(given(token * plan_.num_topk + k));
+    for_each_number(token, [&](int k, int64_t number) {
+      const int32_t expert = usable_expert(number);
       words[1 + k] = is_here(expert) ? expert : -1;
-    }
+    });
     for (int w = 0; plan_.num_topk == 0 && 1 + w < args_.slots.layout.num_routing_words; ++w) {
       uint32_t bits = 0;
       for (int b = 0; b < 32 && 32 * w + b < args_.exchange.num_ranks; ++b) bits |= goes_to(token, first_rank_ + 32 * w + b) ? 1u << b : 0u;
@@ -160,27 +160,44 @@ class OwnTokens {
   __device__ int32_t usable_expert(int64_t number) const {
     if (number < 0 || number >= args_.num_group_experts()) return -1;
     const auto expert = static_cast<int32_t>(number);
-    return args_.unreachable[expert / plan_.local_experts] != 0 ? -1 : expert;
+    return args_.reaches(expert / plan_.local_experts) ? expert : -1;
+  }
+  // Calls visit(k, number) for the token's entries in order, which are -1 beyond the last token; several are asked for at a time.
+  template <typename Visit>
+  __device__ void for_each_number(int64_t token, Visit visit) const {
+    constexpr int kAtOnce = 8;
+#pragma unroll 1
+    for (int k = 0; k < plan_.num_topk;) {
+      int64_t numbers[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        numbers[u] = token < num_tokens_ && k + u < plan_.num_topk ? given(token * plan_.num_topk + k + u) : -1;
+#pragma unroll 1
+      for (int u = 0; u < kAtOnce && k < plan_.num_topk; ++u, ++k) {
+        visit(k, numbers[0]);
+#pragma unroll
+        for (int next = 1; next < kAtOnce; ++next) numbers[next - 1] = numbers[next];
+      }
+    }
   }
 
   __device__ uint64_t ranks_of_entries(int64_t token, int32_t first, int num, int32_t& num_entries) {
     uint64_t ranks = 0;
-    for (int k = 0; k < plan_.num_topk; ++k) {
-      const int64_t number = given(token * plan_.num_topk + k);
+    for_each_number(token, [&](int, int64_t number) {
       has_invalid_ = has_invalid_ || number < -1 || number >= args_.num_group_experts();
       const int32_t expert = usable_expert(number);
-      if (!is_here(expert)) continue;
+      if (!is_here(expert)) return;
       const int32_t rank = (expert - first_expert_) / plan_.local_experts - first;
       if (first == 0) {
         ++num_entries;
         atomicAdd(counters_ + expert - first_expert_, 1);
       }
       if (rank >= 0 && rank < num) ranks |= uint64_t{1} << rank;
-    }
+    });
     return ranks;
   }
   __device__ bool goes_to(int64_t token, int32_t rank) const {
-    return args_.token_in_rank[token * args_.num_group_ranks() + rank] != 0 && args_.unreachable[rank] == 0;
+    return args_.token_in_rank[token * args_.num_group_ranks() + rank] != 0 && args_.reaches(rank);
   }
   __device__ uint64_t ranks_given(int64_t token, int32_t first, int num) const {
     uint64_t ranks = 0;
@@ -220,11 +237,11 @@ __device__ void number_own(const NodeRouteArgs& args, const Operation& op, OwnTo
     rails.there[node * plan.max_tokens + token] = slot;
     if (is_own) rails.here[node * plan.max_tokens + token] = slot;
     tokens.number_entries(token, at.entries);
-    set_begins({plan.tokens_per_chunk, layout::kMaxChunks, rails.there_begin + node * kEnds, args.report.there_begin + node * kEnds}, token,
+    set_begins({plan.tokens_per_chunk, plan.num_chunks, rails.there_begin + node * kEnds, args.report.there_begin + node * kEnds}, token,
                plan.max_tokens, own.tokens, at.tokens);
     set_begins({args.tokens_per_round, args.num_rounds, nullptr, args.report.round_begin + node * (args.num_rounds + 1)}, token,
                plan.max_tokens, own.tokens, at.tokens);
-    set_begins({plan.tokens_per_chunk, layout::kMaxChunks, rails.entries_there_begin + node * kEnds, nullptr}, token, plan.max_tokens,
+    set_begins({plan.tokens_per_chunk, plan.num_chunks, rails.entries_there_begin + node * kEnds, nullptr}, token, plan.max_tokens,
                own.entries, at.entries);
     if (is_own) set_begins_here(args, node, token, own, at);
   }
@@ -317,17 +334,22 @@ __device__ int32_t take_tokens(const NodeRouteArgs& args, int32_t node) {
   const auto* counts = reinterpret_cast<const int32_t*>(bank + args.counts_at);
   for (int32_t e = static_cast<int32_t>(threadIdx.x); plan.num_topk == 0 && e < plan.num_experts; e += kThreads)
     args.route.given_entries[node * plan.num_experts + e] = counts[e];
+  // Each load is a trip over PCIe, so what can be is asked for together: a thread takes an entry, or what a token says of a rank.
+  const int32_t num_tokens = counts[plan.num_experts + args.num_group_ranks()];
   const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(bank)->num_slots;
-  for (auto slot = static_cast<int32_t>(threadIdx.x); slot < num_slots; slot += kThreads) {
-    const auto* words = reinterpret_cast<const int32_t*>(args.slots.nth(node, slot) + args.slots.layout.words());
-    const int64_t token = node * plan.max_tokens + words[0];
-    for (int k = 0; k < plan.num_topk; ++k)
-      args.rails.experts[token * plan.num_topk + k] = words[1 + k] < 0 ? -1 : words[1 + k] - first_expert;
-    for (int r = 0; plan.num_topk == 0 && r < num_ranks; ++r)
-      args.route.token_in_rank[token * num_ranks + r] = static_cast<uint8_t>(static_cast<uint32_t>(words[1 + r / 32]) >> (r % 32) & 1);
+  const int32_t num_items = plan.num_topk > 0 ? plan.num_topk : num_ranks;
+  for (int64_t i = threadIdx.x; i < int64_t{num_slots} * num_items; i += kThreads) {
+    const auto item = static_cast<int32_t>(i % num_items);
+    const auto* words = reinterpret_cast<const int32_t*>(args.slots.nth(node, i / num_items) + args.slots.layout.words());
+    const int32_t word = words[plan.num_topk > 0 ? 1 + item : 1 + item / 32];
+    const int64_t at = (node * plan.max_tokens + words[0]) * num_items + item;
+    if (plan.num_topk > 0)
+      args.rails.experts[at] = word < 0 ? -1 : word - first_expert;
+    else
+      args.route.token_in_rank[at] = static_cast<uint8_t>(static_cast<uint32_t>(word) >> (item % 32) & 1);
   }
   __syncthreads();
-  return counts[plan.num_experts + args.num_group_ranks()];
+  return num_tokens;
 }
 
 // Block n: node n. The tokens of its batch are numbered when the last round has come.
@@ -337,7 +359,7 @@ __global__ void __launch_bounds__(kThreads) take_kernel(const __grid_constant__ 
   const HostTalker host(op, args.steps);
   const auto node = static_cast<int32_t>(blockIdx.x);
   const bool is_own = node == args.rails.own_node;
-  const bool comes = !is_own && args.unreachable[node * args.exchange.num_ranks + args.exchange.rank] == 0;
+  const bool comes = !is_own && args.reaches(node * args.exchange.num_ranks + args.exchange.rank);
   host.ask_first();
   if (args.round == 0 && !is_own) clear_batch(args, node);
   if (!host.await()) return;

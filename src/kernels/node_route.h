@@ -46,7 +46,7 @@ struct NodeRouteArgs {
   RailTables rails;
   NodeRouteTables route;
   NodeRouteReport report;
-  const uint8_t* unreachable = nullptr;  // [ranks of the group]
+  const uint8_t* unreachable = nullptr;  // [ranks of the group]; nullptr: none is
   int32_t num_rounds = 1;                // of the rail
   int64_t tokens_per_round = 0;
 
@@ -64,6 +64,7 @@ struct NodeRouteArgs {
   int64_t counts_at = 0;  // in a bank
   int32_t round = 0;
 
+  constexpr bool reaches(int32_t rank) const { return unreachable == nullptr || unreachable[rank] == 0; }
   constexpr int32_t num_group_ranks() const { return rails.num_nodes * exchange.num_ranks; }
   constexpr int32_t num_group_experts() const { return rails.num_nodes * plan.num_experts; }
   constexpr int64_t batch_messages() const { return exchange.num_ranks * plan.max_tokens; }

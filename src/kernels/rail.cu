@@ -36,7 +36,11 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ 
   host.finish();
 }
 
-// ---- Tokens on their way to other nodes: a warp takes one after the other.
+// Warps of all blocks; those that follow each other are of different blocks, since one SM fills a part of PCIe only.
+__device__ int32_t warp_of_all() { return static_cast<int32_t>(threadIdx.x / kWarpThreads * gridDim.x + blockIdx.x); }
+__device__ int32_t num_all_warps() { return static_cast<int32_t>(gridDim.x) * (kThreads / kWarpThreads); }
+
+// ---- Tokens on their way to other nodes: a warp takes one after the other, or parts of them.
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackArgs args) {
   const DispatchArgs& d = args.dispatch;
@@ -47,15 +51,21 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   host.ask_first();
   if (!host.await()) return;
   const TokenSource source(d);
-  const int64_t num_warps = int64_t{gridDim.x} * (kThreads / kWarpThreads);
   const int64_t end = min(int64_t{d.plan.tokens_at(t.exchange.rank)}, int64_t{t.end_chunk} * t.tokens_per_chunk);
-  for (int64_t token = t.first_token() + (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpThreads; token < end; token += num_warps) {
+  for (int64_t i = warp_of_all();; i += num_all_warps()) {
+    const int64_t token = t.first_token() + i / args.num_parts;
+    if (token >= end) break;
+    const auto part = static_cast<int32_t>(i % args.num_parts);
     for (int node = 0; node < args.num_nodes; ++node) {
       if (node == args.slots.own_node && !args.packs_own) continue;
       std::byte* const slot = args.slots.of(node, token);
       if (slot == nullptr) continue;
       const layout::RailSlotLayout& layout = args.slots.layout;
-      if (d.row_bytes > 0) source.put_row(token, slot + layout.payload(), slot + layout.scales());
+      if (args.num_parts > 1)
+        source.put_part(token, slot + layout.payload(), {int64_t{part} * args.part_bytes, args.part_bytes});
+      else if (d.row_bytes > 0)
+        source.put_row(token, slot + layout.payload(), slot + layout.scales());
+      if (part > 0) continue;
       if (d.scale_bytes > 0) source.put_scales(token, slot + layout.scales());
       if (d.carries_weights)
         source.put_weights(token, token + 1, [&](int64_t) { return reinterpret_cast<float*>(slot + layout.weights()); });
@@ -71,14 +81,14 @@ class ReturnedRows {
   __device__ explicit ReturnedRows(const NodeSumArgs& args)
       : args_(args),
         plan_(args.plan),
-        next_(args.first_token * args.num_parts + static_cast<int32_t>((blockIdx.x * kThreads + threadIdx.x) / kWarpThreads)),
+        next_(args.first_token * args.num_parts + warp_of_all()),
         end_token_(min(plan_.tokens_at(args.exchange.rank), args.end_token)) {}
 
   __device__ bool next_row(SumRow& row) {
     const int32_t token = next_ / args_.num_parts;
     if (token >= end_token_) return false;
     const int32_t begin = next_ % args_.num_parts * args_.part_bytes;
-    next_ += static_cast<int32_t>(gridDim.x) * (kThreads / kWarpThreads);
+    next_ += num_all_warps();
     row = {args_.exchange.rank, token, token, begin, min(begin + args_.part_bytes, static_cast<int32_t>(args_.row_bytes)), 0};
     if (begin == 0 && args_.out_topk_weights != nullptr && args_.returns_weights) sum_weights(token);
     return true;

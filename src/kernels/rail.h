@@ -77,6 +77,9 @@ struct PackArgs {
   HostSteps steps;
   int32_t num_nodes = 0;
   bool packs_own = false;  // those of the own node too
+  // Of rows that are as they are given, a warp takes a part.
+  int32_t num_parts = 1;
+  int32_t part_bytes = 0;
 };
 
 // What the host tells, from pinned memory.

@@ -41,6 +41,15 @@ class TokenSource {
     put_row(token, row, scales, [] {});
   }
 
+  // A part of a row that is not cast.
+  struct Part {
+    int64_t begin, num_bytes;
+  };
+  __device__ void put_part(int64_t token, std::byte* row, Part part) const {
+    if (const std::byte* from = row_of(token); from != nullptr && part.begin < args_.row_bytes)
+      copy_row(from + part.begin, min(part.num_bytes, args_.row_bytes - part.begin), [&](auto visit) { visit(row + part.begin); });
+  }
+
   // Those that were given.
   __device__ Scales load_scales(int64_t token) const { return has_scale_words() ? load_words(scales_of(token), 0) : Scales{}; }
   __device__ void put_scales(int64_t token, std::byte* to, Scales first_words) const {

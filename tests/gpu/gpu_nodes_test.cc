@@ -87,16 +87,17 @@ class GpuNodeFailure : public testing::Test {
 TEST_F(GpuNodeFailure, KilledRankIsNamedOnBothNodes) { strike(SIGKILL, 2, options()); }
 TEST_F(GpuNodeFailure, StoppedRankIsNamedOnBothNodes) { strike(SIGSTOP, 1, options()); }
 
-// The scenes of CPU ranks between nodes.
+// The scenes of CPU ranks between nodes, on 2 nodes.
 class GpuNodeRecovery : public testing::Test {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(4); }
+  void SetUp() override { TERN_NEED_GPUS(2); }
 
   static SceneSettings nodes() {
     SceneSettings settings;
-    settings.run = gpu_options(4);
+    settings.num_ranks = num_gpus() < 4 ? 2 : 4;
+    settings.run = gpu_options(settings.num_ranks);
     settings.run.timeout_ms = 3'000;
-    settings.run.ranks_per_node = 2;
+    settings.run.ranks_per_node = settings.num_ranks / 2;
     settings.process_timeout_ms = 60'000 + 30 * settings.run.timeout_ms;
     return settings;
   }
@@ -119,6 +120,7 @@ TEST_F(GpuNodeRecovery, ChosenMask) { chosen_mask(nodes()); }
 TEST_F(GpuNodeRecovery, MaskedRankIsLetInAgain) { masked_rank_is_let_in_again(nodes()); }
 // All of a node is gone.
 TEST_F(GpuNodeRecovery, NodesOfOneRank) {
+  TERN_NEED_GPUS(4);
   SceneSettings settings = nodes();
   settings.run.ranks_per_node = 1;
   killed_rank_is_named_and_masked(settings);
@@ -140,6 +142,12 @@ INSTANTIATE_TEST_SUITE_P(Ranks, GpuNodeThreads,
 
 TEST_P(GpuNodeThreads, EveryLayoutExtentEncodingAndOrderOfScales) {
   expect_right(on_nodes(layout_cases_of(num_ranks()), GetParam()), options());
+}
+// As large batches are: batch by batch within the node.
+TEST_P(GpuNodeThreads, EveryLayoutByThroughput) {
+  std::vector<Case> cases = on_nodes(layout_cases_of(num_ranks()), GetParam());
+  for (Case& c : cases) c.mode = TERN_MODE_THROUGHPUT;
+  expect_right(cases, options());
 }
 TEST_P(GpuNodeThreads, RandomCases) { expect_right(random(41'000'000, scaled(60)), options()); }
 TEST_P(GpuNodeThreads, Rounds) { expect_right(many_rounds(GetParam()), options()); }
