@@ -107,8 +107,7 @@ void NodeLane::grant(uint64_t epoch) {
 }
 
 void NodeLane::answer(uint64_t epoch) {
-  cell_[0].bank = epoch % layout::kNumBanks;
-  store_release(cell_[0].answered, ++answered_);
+  store_release(cell_[0].answered, kernels::HostCell::answer(++answered_, epoch % layout::kNumBanks));
 }
 
 // Several kernels may lie between two steps, each with waits of its own.

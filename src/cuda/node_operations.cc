@@ -13,7 +13,7 @@ namespace {
 
 // A round of the rail, to each node: what is packed while the last one is on its way.
 constexpr int64_t kRailRoundBytes = 8 << 20;
-constexpr int64_t kRailLatencyKb = 64;        // of rows per rank: batches up to this size are routed on their way
+constexpr int64_t kRailLatencyKb = 2048;       // of rows per rank: batches up to this size are routed on their way
 constexpr int32_t kSmallPartBytes = 2048;     // of a row of a small batch, that a warp packs, or sums over the nodes
 constexpr int32_t kRoutesOnItsWay = 1 << 25;  // in CallShape::choices
 

@@ -45,12 +45,15 @@ struct LaneState {
 // Between nodes: one lane's words in pinned memory, in which the GPU talks with its host (rail.h).
 struct HostCell {
   static constexpr uint64_t kGaveUp = ~uint64_t{0};  // an answer to all questions
+  // The last answer, and which bank of each pair it is about: one word, since each is a trip over PCIe.
+  static constexpr uint64_t answer(uint64_t step, uint64_t bank) { return step * layout::kNumBanks + bank; }
+  static constexpr uint64_t step_of(uint64_t answered) { return answered / layout::kNumBanks; }
+  static constexpr uint64_t bank_of(uint64_t answered) { return answered % layout::kNumBanks; }
 
   layout::FailureRecord failure;                  // why the host has given up
   uint64_t commands[2];                           // what an operation begins there, in turn, written before its first step is asked
-  uint64_t bank;                                  // that the last answer is about
   alignas(layout::kCacheLine) uint64_t asked;     // steps, by the GPU
-  alignas(layout::kCacheLine) uint64_t answered;  // by the host
+  alignas(layout::kCacheLine) uint64_t answered;  // by the host: answer()
   uint64_t granted;                               // the last epoch of the rail whose banks may be filled, by the host, perhaps unasked
 };
 

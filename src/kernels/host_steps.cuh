@@ -21,7 +21,8 @@ class HostTalker {
   __device__ HostTalker(const Operation& op, const HostSteps& steps) : op_(op), steps_(steps) {}
 
   __device__ void ask_first() const {
-    if (!steps_.asks_first || blockIdx.x != 0 || threadIdx.x != 0) return;
+    // The last warp, while the first one looks at the answer.
+    if (!steps_.asks_first || blockIdx.x != 0 || threadIdx.x != blockDim.x - kWarpThreads) return;
     if (steps_.command != 0) begin_command();
     ask();
   }
@@ -63,8 +64,9 @@ class HostTalker {
   // The command before may not have been read yet, the one before that has: the host grants an epoch when it has begun the one before it.
   __device__ void begin_command() const { steps_.cell->commands[steps_.talk->num_commands++ % 2] = steps_.command; }
   __device__ void ask() const {
+    const uint64_t step = ++steps_.talk->asked;
     device::fence_sys();
-    store_release_sys(&steps_.cell->asked, ++steps_.talk->asked);
+    device::store_relaxed_sys(&steps_.cell->asked, step);
   }
 
   // One thread of the first block. False: the exchange has failed.
@@ -73,14 +75,16 @@ class HostTalker {
     const HostCell& cell = *steps_.cell;
     const bool is_grant = steps_.takes_epochs > 0;
     const uint64_t expected = is_grant ? talk.epoch + 1 : talk.answered + 1;
+    uint64_t answered = 0;
     const bool has_come = await(
         [&] {
-          const uint64_t come = load_acquire_sys(is_grant ? &cell.granted : &cell.answered);
-          return come >= expected && come != HostCell::kGaveUp;
+          if (is_grant) return load_acquire_sys(&cell.granted) >= expected;
+          answered = load_acquire_sys(&cell.answered);
+          return answered != HostCell::kGaveUp && HostCell::step_of(answered) >= expected;
         },
         expected);
     if (!has_come) return false;
-    talk.bank = is_grant ? expected % layout::kNumBanks : cell.bank;
+    talk.bank = is_grant ? expected % layout::kNumBanks : HostCell::bank_of(answered);
     device::store_release_gpu(&talk.seen, talk.num_awaited + 1);
     return true;
   }
