@@ -13,7 +13,7 @@ namespace {
 
 // A round of the rail, to each node: what is packed while the last one is on its way.
 constexpr int64_t kRailRoundBytes = 8 << 20;
-constexpr int64_t kRailLatencyKb = 2048;       // of rows per rank: batches up to this size are routed on their way
+constexpr int64_t kRailLatencyKb = 2048;      // of rows per rank: batches up to this size are routed on their way
 constexpr int32_t kSmallPartBytes = 2048;     // of a row of a small batch, that a warp packs, or sums over the nodes
 constexpr int32_t kRoutesOnItsWay = 1 << 25;  // in CallShape::choices
 
@@ -312,8 +312,7 @@ void NodeDispatch::pack(const NodeSteps& steps, int32_t round, kernels::HostStep
     args.part_bytes = kSmallPartBytes;
     args.num_parts = static_cast<int32_t>((call_.wire_bytes + kSmallPartBytes - 1) / kSmallPartBytes);
   }
-  const int num_blocks = at_once_ ? at_once_->num_sms() : num_sms();
-  tern::cuda::check(kernels::launch_pack(args, num_blocks, steps.stream()), "launching the kernel that packs rows for other nodes");
+  tern::cuda::check(kernels::launch_pack(args, num_sms(), steps.stream()), "launching the kernel that packs rows for other nodes");
 }
 
 void NodeDispatch::forward_at_once(const NodeSteps& steps, kernels::HostSteps of_kernel) const {
@@ -474,8 +473,7 @@ void NodeCombine::sum_nodes(const NodeSteps& steps, int32_t round, kernels::Host
   args.end_token = chunks.end * args.plan.tokens_per_chunk;
   args.part_bytes = at_once_ ? kSmallPartBytes : 4096;
   args.num_parts = static_cast<int32_t>((call_.row_bytes + args.part_bytes - 1) / args.part_bytes);
-  const int num_blocks = at_once_ ? at_once_->num_sms() : num_sms();
-  tern::cuda::check(kernels::launch_node_sums(args, num_blocks, steps.stream()), "launching the kernel that sums what nodes return");
+  tern::cuda::check(kernels::launch_node_sums(args, num_sms(), steps.stream()), "launching the kernel that sums what nodes return");
 }
 
 }  // namespace tern::cuda

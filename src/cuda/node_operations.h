@@ -115,7 +115,7 @@ class NodeDispatch {
   NodeDispatch(const CudaPlan& plan, const DispatchCall& call, const tern_launch& launch, const Options& options);
   void check(const Ticket& ticket, int64_t rail_rounds_before) const;
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
-  int32_t num_sms() const { return in_node_.num_sms(); }
+  int32_t num_sms() const { return at_once_ ? at_once_->num_sms() : in_node_.num_sms(); }
 
  private:
   void enqueue_routing(cudaStream_t stream) const;
@@ -140,7 +140,7 @@ class NodeCombine {
   NodeCombine(const CudaPlan& plan, const CombineCall& call, const tern_launch& launch);
   void check(const Ticket& ticket) const;
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
-  int32_t num_sms() const { return in_node_.num_sms(); }
+  int32_t num_sms() const { return at_once_ ? at_once_->num_sms() : in_node_.num_sms(); }
 
  private:
   bool sends_weights_ahead() const { return launch_.phase != TERN_PHASE_RECEIVE && in_node_.sends_weights_ahead(); }

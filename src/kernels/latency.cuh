@@ -18,7 +18,7 @@
 // rank has consumed an epoch is said by the next kernel, and the epoch is advanced by the block that began last.
 #pragma once
 
-#include "kernels/latency.h"
+#include "kernels/latency_kinds.h"
 #include "kernels/operation.cuh"
 #include "kernels/rows.cuh"
 
@@ -73,28 +73,6 @@ struct RowVecs {
   __device__ std::byte* at(int v) const { return begin + v * kStep; }
   __device__ const ArrivingRow& row_of(const std::byte*) const { return row; }
 };
-
-// What kernels are compiled for, so that nothing else takes time, registers or code in them.
-enum class CallKind {
-  kMasking,  // under TERN_ON_TIMEOUT_MASK; rows have flags
-  kFlagged,  // so they have here
-  kAny,
-  kUsual,    // see is_usual_call()
-  kBatches,  // between nodes: see LatencyBatches
-};
-
-// Rows have flags or not on all ranks alike; what is usual each rank may find for itself.
-inline CallKind kind_of(const LatencyArgs& args, bool is_usual) {
-  if (args.exchange.attendance != nullptr) return CallKind::kMasking;
-  if (args.has_row_flags) return CallKind::kFlagged;
-  if (args.batches.slots.banks != nullptr) return CallKind::kBatches;
-  return is_usual ? CallKind::kUsual : CallKind::kAny;
-}
-
-// What decoding does as a rule: both phases at once, in groups of equal size, and no waits are counted.
-inline bool is_usual_call(const LatencyArgs& args) {
-  return args.sends && args.receives && args.wait_ns == nullptr && args.plan.layout == TERN_LAYOUT_EXPERT_PADDED;
-}
 
 template <CallKind kKind>
 class LatencyCall {
