@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/knobs.h"
 #include "cpu/plan.h"
+#include "domain/given_up.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 #include "topology/nodes.h"
@@ -43,11 +44,6 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
       sharer_(make_node_sharer(topology, bootstrap, deadline)),
       heap_allocator_(options.window_bytes),
       trace_(options.num_lanes) {
-  if (topology.num_nodes > 1 && options.on_timeout == TERN_ON_TIMEOUT_MASK)
-    fail(TERN_UNSUPPORTED,
-         "exchange: TERN_ON_TIMEOUT_MASK works within one node, the ranks are on {}; use TERN_ON_TIMEOUT_ABORT, and tern_exchange_recover "
-         "with allow_mask",
-         topology.num_nodes);
   domain_.first_rank = first_rank_of_node(topology);
   domain_.rank = topology.rank - domain_.first_rank;
   domain_.num_ranks = ranks_of_node(topology);
@@ -136,16 +132,10 @@ tern_exchange_state CpuExchange::state() const {
   tern_exchange_state result;
   result.generation = domain_.generation;
   const auto failure = recorded_failure(domain_);
-  // Under TERN_ON_TIMEOUT_MASK a rank that calls for the next generation is no failure: it names who is not to be in it.
-  const bool is_called = failure && failure->operation == TERN_OP_RECOVER && options_.on_timeout == TERN_ON_TIMEOUT_MASK;
-  for (int r = 0; r < domain_.num_ranks; ++r) {
-    const int rank = domain_.rank_of_group(r);
-    const bool given_up = std::any_of(lanes_.begin(), lanes_.end(), [&](const auto& lane) { return lane->has_given_up(r); });
-    result.masked[rank] = domain_.is_masked(r) || given_up || (is_called && failure->awaited == rank) ? 1 : 0;
-    if (result.masked[rank] != 0) result.health = TERN_HEALTH_DEGRADED;
-  }
-  for (int r = 0; council_ != nullptr && r < domain_.topology.num_ranks; ++r) {
-    if (!council_->is_masked(r)) continue;
+  const bool is_called = failure && calls_for_restart(*failure);
+  for (int r = 0; r < domain_.topology.num_ranks; ++r) {
+    const bool is_masked = council_ != nullptr ? council_->is_masked(r) : domain_.is_masked(r);
+    if (!is_masked && !is_given_up(domain_, r) && !(is_called && failure->awaited == r)) continue;
     result.masked[r] = 1;
     result.health = TERN_HEALTH_DEGRADED;
   }
@@ -182,13 +172,24 @@ void CpuExchange::recover(const tern_recover_options& options) {
     const NextGeneration next = next_generation(domain_, *board_, options, timeout_ms);
     share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
   } else {
-    const NextGeneration next = next_generation(*council_, options, timeout_ms);
+    const NextGeneration next = agree(options, timeout_ms);
     begin_generation(next, Deadline::in_ms(timeout_ms));
   }
   for (auto& lane : lanes_) lane->restart();
   const tern_exchange_state now = state();
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.topology.rank, now.generation,
              std::count(now.masked, now.masked + domain_.topology.num_ranks, 1), domain_.topology.num_ranks);
+}
+
+// Between nodes. Those who have agreed close their networks, while others may be at it still.
+NextGeneration CpuExchange::agree(const tern_recover_options& options, int64_t timeout_ms) {
+  network_->expect_losses(true);
+  try {
+    return next_generation(*council_, options, timeout_ms);
+  } catch (const Failure&) {
+    network_->expect_losses(false);
+    throw;
+  }
 }
 
 // Between nodes. If it does not come about, the exchange has failed, whatever it was before: its network is gone.
@@ -208,21 +209,29 @@ void CpuExchange::begin_generation(const NextGeneration& next, Deadline deadline
   }
 }
 
+bool CpuExchange::calls_for_restart(const tern_failure& failure) const {
+  return options_.on_timeout == TERN_ON_TIMEOUT_MASK && failure.operation == TERN_OP_RECOVER && failure.waiter != failure.awaited;
+}
+
 bool CpuExchange::must_restart() const {
   if (options_.on_timeout != TERN_ON_TIMEOUT_MASK) return false;
   const auto failure = recorded_failure(domain_);
-  return failure && failure->operation == TERN_OP_RECOVER;
+  return (failure && calls_for_restart(*failure)) || is_given_up(domain_, domain_.topology.rank);
+}
+
+void CpuExchange::call_for_restart(const Lane& lane) {
+  int first = 0;
+  while (!lane.gave_up_rank(first)) ++first;
+  const uint64_t next_rail_epoch = rails_.empty() ? 0 : rails_[static_cast<size_t>(lane.index())]->next_epoch();
+  announce_failure(domain_,
+                   {TERN_TIMEOUT, domain_.topology.rank, first, lane.index(), TERN_OP_RECOVER, 0, lane.next_epoch(), next_rail_epoch});
 }
 
 void CpuExchange::start_operation(Lane& lane) {
-  if (lane.gave_up_any() && !must_restart()) {
-    int first = 0;
-    while (!lane.gave_up(first)) ++first;
-    announce_failure(domain_, {TERN_TIMEOUT, domain_.rank, first, lane.index(), TERN_OP_RECOVER, 0, lane.next_epoch(), 0});
-  }
+  if (lane.gave_up_any() && !must_restart()) call_for_restart(lane);
   if (!must_restart()) return lane.check_health();
-  std::vector<uint8_t> mask(static_cast<size_t>(domain_.num_ranks));
-  for (int r = 0; r < domain_.num_ranks; ++r) mask[static_cast<size_t>(r)] = lane.gave_up(r);
+  std::vector<uint8_t> mask(static_cast<size_t>(domain_.topology.num_ranks));
+  for (int r = 0; r < domain_.topology.num_ranks; ++r) mask[static_cast<size_t>(r)] = is_given_up(domain_, r) ? 1 : 0;
   tern_recover_options options;
   options.mask = mask.data();
   options.allow_mask = 1;

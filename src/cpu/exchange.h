@@ -58,8 +58,14 @@ class CpuExchange : public DeviceExchange {
  private:
   void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
   void start_network(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  NextGeneration agree(const tern_recover_options& options, int64_t timeout_ms);
   // `masked`, `generation`: of the group.
   void begin_generation(const NextGeneration& next, Deadline deadline);
+
+  // Under TERN_ON_TIMEOUT_MASK: does the record only call for a new generation?
+  bool calls_for_restart(const tern_failure& failure) const;
+  // So that every rank comes to the next generation, without those that this one has given up.
+  void call_for_restart(const Lane& lane);
 
   int num_nodes() const { return domain_.topology.num_nodes; }
 
