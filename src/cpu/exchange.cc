@@ -19,6 +19,9 @@ namespace {
 constexpr int64_t kDefaultSpinUs = 50;
 constexpr int64_t kCrowdedSpinUs = 20;
 
+// Between nodes.
+int64_t grace_ms(const tern_exchange_options& options) { return options.timeout_ms / 4; }
+
 LaneOptions lane_options(const tern_exchange_options& options, int num_ranks, int num_nodes) {
   // With more ranks than cores, the rank that is waited for may need this core: spinning gives it away at once, which is cheaper than
   // to sleep and be woken, but only for as long as nobody else takes it for a whole time slice.
@@ -27,7 +30,7 @@ LaneOptions lane_options(const tern_exchange_options& options, int num_ranks, in
   return {.timeout_ms = options.timeout_ms,
           .spin = std::chrono::microseconds(spin_us),
           .on_timeout = options.on_timeout,
-          .grace_ms = num_nodes > 1 ? options.timeout_ms / 4 : 0};
+          .grace_ms = num_nodes > 1 ? grace_ms(options) : 0};
 }
 
 std::unique_ptr<SegmentSharer> make_node_sharer(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
@@ -213,23 +216,68 @@ bool CpuExchange::calls_for_restart(const tern_failure& failure) const {
   return options_.on_timeout == TERN_ON_TIMEOUT_MASK && failure.operation == TERN_OP_RECOVER && failure.waiter != failure.awaited;
 }
 
-bool CpuExchange::must_restart() const {
-  if (options_.on_timeout != TERN_ON_TIMEOUT_MASK) return false;
+bool CpuExchange::is_called_to_restart() const {
   const auto failure = recorded_failure(domain_);
-  return (failure && calls_for_restart(*failure)) || is_given_up(domain_, domain_.topology.rank);
+  return failure && calls_for_restart(*failure);
 }
 
+CpuExchange::Progress CpuExchange::progress(const Lane& lane) const {
+  if (rails_.empty()) return {lane.next_epoch(), 0, lane.progress()};
+  const Rail& rail = *rails_[static_cast<size_t>(lane.index())];
+  return {lane.next_epoch(), rail.next_epoch(), lane.progress() + rail.progress()};
+}
+
+bool CpuExchange::has_open_sends(const Lane& lane) const {
+  return lane.has_unreceived() || (!rails_.empty() && rails_[static_cast<size_t>(lane.index())]->has_unreceived());
+}
+
+// Who called had come to `begun` and not further.
+bool CpuExchange::refuses(const tern_failure& failure, const Progress& begun) const {
+  return calls_for_restart(failure) && failure.expected_epoch <= begun.lane_epoch && failure.seen_epoch <= begun.rail_epoch;
+}
+
+// What was sent is received first, on this rank as on the others.
+bool CpuExchange::must_restart(const Lane& lane) const {
+  if (options_.on_timeout != TERN_ON_TIMEOUT_MASK) return false;
+  if (is_given_up(domain_, domain_.topology.rank)) return true;
+  const auto call = recorded_failure(domain_);
+  return call && refuses(*call, progress(lane)) && !has_open_sends(lane);
+}
+
+// The epochs tell the others what this rank has done in this generation; it will not do more.
 void CpuExchange::call_for_restart(const Lane& lane) {
   int first = 0;
   while (!lane.gave_up_rank(first)) ++first;
-  const uint64_t next_rail_epoch = rails_.empty() ? 0 : rails_[static_cast<size_t>(lane.index())]->next_epoch();
-  announce_failure(domain_,
-                   {TERN_TIMEOUT, domain_.topology.rank, first, lane.index(), TERN_OP_RECOVER, 0, lane.next_epoch(), next_rail_epoch});
+  const Progress now = progress(lane);
+  announce_failure(domain_, {TERN_TIMEOUT, domain_.topology.rank, first, lane.index(), TERN_OP_RECOVER, 0, now.lane_epoch, now.rail_epoch});
 }
 
-void CpuExchange::start_operation(Lane& lane) {
-  if (lane.gave_up_any() && !must_restart()) call_for_restart(lane);
-  if (!must_restart()) return lane.check_health();
+void CpuExchange::start_operation(Lane& lane, bool again) {
+  if (lane.gave_up_any() && !is_called_to_restart() && (again || !has_open_sends(lane))) call_for_restart(lane);
+  if (must_restart(lane) || again)
+    restart(lane);
+  else if (!is_called_to_restart())
+    lane.check_health();
+  if (options_.on_timeout != TERN_ON_TIMEOUT_MASK || rails_.empty()) return;
+  begun_ = progress(lane);
+  rails_[0]->begin_operation(begun_.number);
+}
+
+void CpuExchange::finish_without_missing(tern_phase phase) {
+  if (rails_.empty()) return;
+  constexpr std::chrono::milliseconds kLook{2};
+  const Deadline deadline = Deadline::in_ms(options_.timeout_ms + kMostGraces * grace_ms(options_));
+  // Nobody is named who does not come: it is missed by those who need something of it.
+  while (!rails_[0]->have_all_begun(begun_.number) && !deadline.passed()) {
+    const auto failure = recorded_failure(domain_);
+    if (failure && !calls_for_restart(*failure)) return;
+    if (failure && phase == TERN_PHASE_WHOLE && refuses(*failure, begun_)) throw_recorded(domain_, *failure);
+    if (is_given_up(domain_, domain_.topology.rank)) return;
+    std::this_thread::sleep_for(kLook);
+  }
+}
+
+void CpuExchange::restart(Lane& lane) {
   std::vector<uint8_t> mask(static_cast<size_t>(domain_.topology.num_ranks));
   for (int r = 0; r < domain_.topology.num_ranks; ++r) mask[static_cast<size_t>(r)] = is_given_up(domain_, r) ? 1 : 0;
   tern_recover_options options;

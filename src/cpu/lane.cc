@@ -214,7 +214,7 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
 
 int Lane::most_graces(const Awaited& awaited, uint64_t late_wait) const {
   if (options_.grace_ms == 0 || is_known_to_be_down(domain_->topology, awaited.rank)) return 0;
-  return waits_for_another(awaited, late_wait) ? 3 : 1;
+  return waits_for_another(awaited, late_wait) ? kMostGraces : 1;
 }
 
 // What a rank of another node has shown of its waits, as far as that is known.

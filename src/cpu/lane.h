@@ -32,12 +32,15 @@ namespace tern::cpu {
 // round takes, also where ranks share cores.
 inline constexpr std::chrono::microseconds kNetworkSpin{10'000};
 
+// Of a wait for a rank that waits for another one itself.
+inline constexpr int kMostGraces = 3;
+
 struct LaneOptions {
   int64_t timeout_ms = 0;
   std::chrono::nanoseconds spin{0};
   tern_timeout_policy on_timeout = TERN_ON_TIMEOUT_ABORT;
   // Between nodes ranks wait for ranks that wait for others. Who waits for one that is not known to be down gives the others this much
-  // time to name the one at fault, and twice as much again where it sees that the awaited rank waits for somebody else.
+  // time to name the one at fault, and kMostGraces times as much where it sees that the awaited rank waits for somebody else.
   int64_t grace_ms = 0;
 };
 
@@ -206,6 +209,7 @@ class Lane {
   // Goes on without all whom this rank's window knows to be given up.
   void hear_given_up();
   uint64_t next_epoch() const { return epochs_.next(); }
+  uint64_t progress() const { return epochs_.progress(); }
   // Is there a send that has not been received? The same answer on every rank at the same call.
   bool has_unreceived() const { return epochs_.any_open(); }
 

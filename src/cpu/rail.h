@@ -75,6 +75,13 @@ class Rail {
   const std::byte* await_arrived(const RailTrip& trip, uint64_t epoch, int node);
   void finish_round(uint64_t epoch);
   uint64_t next_epoch() const { return epochs_.next(); }
+  uint64_t progress() const { return epochs_.progress(); }
+  bool has_unreceived() const { return epochs_.any_open(); }
+  // Under TERN_ON_TIMEOUT_MASK: see Standing.
+  void begin_operation(uint64_t number) const {
+    if (place_.standing != nullptr) place_.standing->begin(number);
+  }
+  bool have_all_begun(uint64_t number) const { return place_.standing == nullptr || place_.standing->have_all_begun(number); }
 
   // Those whose rail serves.
   template <typename Visitor>

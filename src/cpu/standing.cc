@@ -30,6 +30,21 @@ layout::StandingWords& Standing::words(int64_t offset) const {
 
 const layout::RailMemoryLayout& Standing::place_layout() const { return place_.layout; }
 
+// Calls visit(node, rank) for those whose rank of this rail takes part in the generation.
+template <typename Visitor>
+void Standing::for_each_other_node(Visitor visit) const {
+  for (int node = 0; node < place_.layout.num_nodes; ++node)
+    if (node != place_.node && place_.serves[static_cast<size_t>(node)] != 0) visit(node, place_.ranks[static_cast<size_t>(node)]);
+}
+
+// Calls visit(r) for the ranks of the node that were not given up.
+template <typename Visitor>
+void Standing::for_each_mate(Visitor visit) const {
+  domain_.for_each_member([&](int r) {
+    if (!is_given_up(domain_, domain_.rank_of_group(r))) visit(r);
+  });
+}
+
 void Standing::show_late_wait(int rank_of_group) {
   const uint64_t number = (late_wait_.load(std::memory_order_relaxed) >> kRankBits) + 1;
   late_wait_.store(number << kRankBits | (static_cast<uint64_t>(rank_of_group) + 1), std::memory_order_relaxed);
@@ -57,9 +72,24 @@ void Standing::turn() {
   if (is_news || is_time) tell(is_news);
 }
 
+void Standing::begin(uint64_t operation) { store_release(domain_.begun(domain_.rank).begun, operation); }
+
+bool Standing::have_all_begun(uint64_t operation) const {
+  bool have_all = true;
+  for_each_mate([&](int r) {
+    const layout::BegunCell& cell = domain_.begun(r);
+    have_all = have_all && load_acquire(cell.begun) >= operation && load_acquire(cell.begun_on_rail) >= operation;
+  });
+  return have_all;
+}
+
 void Standing::hear() {
-  for (int node = 0; node < place_.layout.num_nodes; ++node)
-    if (node != place_.node && place_.serves[static_cast<size_t>(node)] != 0) announce_given_up(domain_, load(words_of(node).given_up));
+  for_each_other_node([&](int node, int) { announce_given_up(domain_, load(words_of(node).given_up)); });
+  uint64_t begun = UINT64_MAX;
+  for_each_other_node([&](int node, int rank) {
+    if (!is_given_up(domain_, rank)) begun = std::min(begun, load_acquire(words_of(node).begun));
+  });
+  store_release(domain_.begun(domain_.rank).begun_on_rail, begun);
 }
 
 // What is to be told next. True: it has changed.
@@ -74,25 +104,27 @@ bool Standing::update_own() {
   const Ranks given_up = load(domain_.given_up(domain_.rank));
   for (size_t i = 0; i < given_up.size(); ++i) set(own.given_up.ranks[i], given_up[i]);
   set(own.late_wait, late_wait_.load(std::memory_order_relaxed));
+  if (!is_any_given_up(domain_)) return has_changed;
+  uint64_t begun = UINT64_MAX;
+  for_each_mate([&](int r) { begun = std::min(begun, load_acquire(domain_.begun(r).begun)); });
+  set(own.begun, begun);
   return has_changed;
 }
 
 // Those that were given up hear it once, in case they are only late.
 void Standing::tell(bool is_news) {
   next_telling_ = Deadline::in_ms(kTellEveryMs);
-  for (int node = 0; node < place_.layout.num_nodes; ++node) {
-    const auto idx = static_cast<size_t>(node);
-    const int rank = place_.ranks[idx];
-    if (node == place_.node || place_.serves[idx] == 0 || (!is_news && is_given_up(domain_, rank))) continue;
+  for_each_other_node([&](int node, int rank) {
+    if (!is_news && is_given_up(domain_, rank)) return;
     place_.proxy->put({.peer = rank,
                        .from = place_.memory,
                        .from_offset = static_cast<size_t>(place_.layout.own_standing()),
-                       .to = place_.remote[idx],
+                       .to = place_.remote[static_cast<size_t>(node)],
                        .to_offset = static_cast<uint64_t>(place_.layout.standing(place_.node)),
                        .num_bytes = sizeof(layout::StandingWords),
                        .confirmed = false,
                        .counted = false});
-  }
+  });
 }
 
 }  // namespace tern::cpu

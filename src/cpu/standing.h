@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Under TERN_ON_TIMEOUT_MASK: what the ranks of a rail tell each other beside their operations: whom they have given up, and that they wait
-// for somebody themselves when their deadline has passed. What comes from a rail about ranks that were given up goes on to the node.
+// Under TERN_ON_TIMEOUT_MASK: what the ranks of a rail tell each other beside their operations: whom they have given up; that they wait for
+// somebody themselves when their deadline has passed; and once somebody is missing, how far their node is. What comes from a rail goes on to the
+// node.
 //
 // Words that only grow, put over and over again, outside of all epochs: it does not matter which of the puts arrive, and in which order.
 // Threads: turn() belongs to the proxy's thread, the rest to that of the lane.
@@ -29,6 +30,11 @@ class Standing {
   // Has the rail's rank in that node told of that many ranks that it has given up? If so this rank's window knows of them.
   bool has_told(int node, int num_given_up) const;
 
+  // This rank begins an operation; numbers grow.
+  void begin(uint64_t operation);
+  // Has every rank begun it, as far as there is a way to hear of it? Those that were given up do not count.
+  bool have_all_begun(uint64_t operation) const;
+
   // Looks what the rails say, tells them what is new and, while somebody is missing, all of it now and then.
   void turn();
 
@@ -36,6 +42,10 @@ class Standing {
   layout::StandingWords& words(int64_t offset) const;
   const layout::StandingWords& words_of(int node) const { return words(place_layout().standing(node)); }
   const layout::RailMemoryLayout& place_layout() const;
+  template <typename Visitor>
+  void for_each_other_node(Visitor visit) const;
+  template <typename Visitor>
+  void for_each_mate(Visitor visit) const;
   void hear();
   bool update_own();
   void tell(bool is_news);

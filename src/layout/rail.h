@@ -33,6 +33,7 @@ static_assert(sizeof(RailHeader) == kCacheLine && kMaxRanks <= INT16_MAX);
 // Under TERN_ON_TIMEOUT_MASK: what a rank says to its rails outside of all epochs, again and again. Words and sets of bits that only grow.
 struct alignas(kCacheLine) StandingWords {
   uint64_t late_wait;  // how often a wait of this rank has passed its deadline, << 32, and 1 + the rank that it waits for then
+  uint64_t begun;      // by all ranks of its node that were not given up: as BegunCell.begun. Told once somebody was given up
   GivenUpCell given_up;
 };
 
