@@ -236,12 +236,11 @@ bool CpuExchange::refuses(const tern_failure& failure, const Progress& begun) co
   return calls_for_restart(failure) && failure.expected_epoch <= begun.lane_epoch && failure.seen_epoch <= begun.rail_epoch;
 }
 
-// What was sent is received first, on this rank as on the others.
-bool CpuExchange::must_restart(const Lane& lane) const {
+bool CpuExchange::needs_next_generation(const Lane& lane) const {
   if (options_.on_timeout != TERN_ON_TIMEOUT_MASK) return false;
   if (is_given_up(domain_, domain_.topology.rank)) return true;
   const auto call = recorded_failure(domain_);
-  return call && refuses(*call, progress(lane)) && !has_open_sends(lane);
+  return call && refuses(*call, progress(lane));
 }
 
 // The epochs tell the others what this rank has done in this generation; it will not do more.
@@ -253,11 +252,13 @@ void CpuExchange::call_for_restart(const Lane& lane) {
 }
 
 void CpuExchange::start_operation(Lane& lane, bool again) {
-  if (lane.gave_up_any() && !is_called_to_restart() && (again || !has_open_sends(lane))) call_for_restart(lane);
-  if (must_restart(lane) || again)
+  // What was sent is received first, on this rank as on the others.
+  const bool can_restart = again || !has_open_sends(lane) || is_given_up(domain_, domain_.topology.rank);
+  if (lane.gave_up_any() && !is_called_to_restart() && can_restart) call_for_restart(lane);
+  if (again || (can_restart && needs_next_generation(lane)))
     restart(lane);
-  else if (!is_called_to_restart())
-    lane.check_health();
+  else if (const auto failure = recorded_failure(domain_); failure && !calls_for_restart(*failure))
+    throw_recorded(domain_, *failure);
   if (options_.on_timeout != TERN_ON_TIMEOUT_MASK || rails_.empty()) return;
   begun_ = progress(lane);
   rails_[0]->begin_operation(begun_.number);
@@ -278,6 +279,7 @@ void CpuExchange::finish_without_missing(tern_phase phase) {
 }
 
 void CpuExchange::restart(Lane& lane) {
+  if (!rails_.empty()) rails_[0]->hear_standing();
   std::vector<uint8_t> mask(static_cast<size_t>(domain_.topology.num_ranks));
   for (int r = 0; r < domain_.topology.num_ranks; ++r) mask[static_cast<size_t>(r)] = is_given_up(domain_, r) ? 1 : 0;
   tern_recover_options options;

@@ -60,7 +60,7 @@ class CpuExchange : public DeviceExchange {
   bool has_open_sends(const Lane& lane) const;
   // Under TERN_ON_TIMEOUT_MASK: can what follows only be done in a new generation? Not while this rank is behind the one that called for it:
   // others may still wait for what that has done already.
-  bool must_restart(const Lane& lane) const;
+  bool needs_next_generation(const Lane& lane) const;
 
  private:
   // How far a lane is, the same on all ranks at the same operation.

@@ -266,6 +266,7 @@ bool Lane::give_up(const Awaited& awaited) {
 bool Lane::still_waits(const Awaited& awaited) {
   if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) {
     const int own_rank = domain_->rank_of_group(domain_->rank);
+    if (standing_ != nullptr) standing_->hear();
     if (is_given_up(*domain_, own_rank))
       fail(TERN_MASKED_OUT, "{} on lane {}: the other ranks have given up rank {}, which was missing for too long",
            operation_name(awaited.operation), index_, own_rank);

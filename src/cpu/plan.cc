@@ -73,7 +73,7 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
       return;
     } catch (const Failure&) {
       const bool routed_without_all = routes && lane.gave_up_any();
-      if (!exchange_.must_restart(lane) && !routed_without_all) throw;
+      if (!exchange_.needs_next_generation(lane) && !routed_without_all) throw;
     }
   }
 }

@@ -81,6 +81,9 @@ class Rail {
   void begin_operation(uint64_t number) const {
     if (place_.standing != nullptr) place_.standing->begin(number);
   }
+  void hear_standing() const {
+    if (place_.standing != nullptr) place_.standing->hear();
+  }
   bool have_all_begun(uint64_t number) const { return place_.standing == nullptr || place_.standing->have_all_begun(number); }
 
   // Those whose rail serves.

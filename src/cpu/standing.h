@@ -4,7 +4,7 @@
 // node.
 //
 // Words that only grow, put over and over again, outside of all epochs: it does not matter which of the puts arrive, and in which order.
-// Threads: turn() belongs to the proxy's thread, the rest to that of the lane.
+// Threads: turn() belongs to the proxy's thread, the rest to that of the lane; hear() to both.
 #pragma once
 
 #include <atomic>
@@ -35,7 +35,10 @@ class Standing {
   // Has every rank begun it, as far as there is a way to hear of it? Those that were given up do not count.
   bool have_all_begun(uint64_t operation) const;
 
-  // Looks what the rails say, tells them what is new and, while somebody is missing, all of it now and then.
+  // Looks what the rails say: the node hears of whom they have given up, which may be this rank.
+  void hear();
+
+  // The same, and tells them what is new and, while somebody is missing, all of it now and then.
   void turn();
 
  private:
@@ -46,7 +49,6 @@ class Standing {
   void for_each_other_node(Visitor visit) const;
   template <typename Visitor>
   void for_each_mate(Visitor visit) const;
-  void hear();
   bool update_own();
   void tell(bool is_news);
 
