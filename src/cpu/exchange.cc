@@ -98,11 +98,14 @@ void CpuExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t gen
       own->renew();
     heaps = sharer_->share(own, fmt::format("heap-{}", generation), member, deadline);
   }
-  const std::lock_guard lock(generation_mutex_);
-  domain_.windows = std::move(windows);
-  domain_.heaps = std::move(heaps);
-  domain_.masked = masked;
-  domain_.generation = generation;
+  {
+    const std::lock_guard lock(generation_mutex_);
+    domain_.windows = std::move(windows);
+    domain_.heaps = std::move(heaps);
+    domain_.masked = masked;
+    domain_.generation = generation;
+  }
+  for (auto& lane : lanes_) lane->restart();
 }
 
 std::unique_ptr<DevicePlan> CpuExchange::create_plan(const PlanShape& shape) {
@@ -178,7 +181,6 @@ void CpuExchange::recover(const tern_recover_options& options) {
     const NextGeneration next = agree(options, timeout_ms);
     begin_generation(next, Deadline::in_ms(timeout_ms));
   }
-  for (auto& lane : lanes_) lane->restart();
   const tern_exchange_state now = state();
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.topology.rank, now.generation,
              std::count(now.masked, now.masked + domain_.topology.num_ranks, 1), domain_.topology.num_ranks);
