@@ -2,8 +2,8 @@
 #include "cpu/standing.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
+#include <cstring>
 
 #include "cpu/rail.h"
 #include "domain/given_up.h"
@@ -14,21 +14,20 @@ namespace {
 constexpr int64_t kTellEveryMs = 20;
 constexpr int kRankBits = 32;  // of a late wait; the number is above
 
-using Ranks = std::array<uint64_t, layout::kMaxRanks / 64>;
-
-Ranks load(const layout::GivenUpCell& cell) {
-  Ranks ranks;
-  std::ranges::transform(cell.ranks, ranks.begin(), [](const uint64_t& word) { return load_acquire(word); });
-  return ranks;
-}
-
 }  // namespace
 
-layout::StandingWords& Standing::words(int64_t offset) const {
-  return *reinterpret_cast<layout::StandingWords*>(place_.memory->address() + offset);
+// The network writes to what is read, and reads what is written.
+layout::StandingWords Standing::read(int64_t offset) const {
+  layout::StandingWords words;
+  place_.proxy->while_nothing_moves([&] { std::memcpy(&words, place_.memory->address() + offset, sizeof(words)); });
+  return words;
 }
 
-const layout::RailMemoryLayout& Standing::place_layout() const { return place_.layout; }
+void Standing::write(int64_t offset, const layout::StandingWords& words) const {
+  place_.proxy->while_nothing_moves([&] { std::memcpy(place_.memory->address() + offset, &words, sizeof(words)); });
+}
+
+layout::StandingWords Standing::told_by(int node) const { return read(place_.layout.standing(node)); }
 
 // Calls visit(node, rank) for those whose rank of this rail takes part in the generation.
 template <typename Visitor>
@@ -50,18 +49,18 @@ void Standing::show_late_wait(int rank_of_group) {
   late_wait_.store(number << kRankBits | (static_cast<uint64_t>(rank_of_group) + 1), std::memory_order_relaxed);
 }
 
-uint64_t Standing::late_wait_of(int node) const { return load_acquire(words_of(node).late_wait); }
+uint64_t Standing::late_wait_of(int node) const { return told_by(node).late_wait; }
 
 bool Standing::is_late_wait_for(uint64_t late_wait, int rank_of_group) {
   return (late_wait & ((uint64_t{1} << kRankBits) - 1)) == static_cast<uint64_t>(rank_of_group) + 1;
 }
 
 bool Standing::has_told(int node, int num_given_up) const {
-  const Ranks ranks = load(words_of(node).given_up);
+  const layout::GivenUpCell told = told_by(node).given_up;
   int num_told = 0;
-  for (const uint64_t word : ranks) num_told += std::popcount(word);
+  for (const uint64_t word : told.ranks) num_told += std::popcount(word);
   if (num_told < num_given_up) return false;
-  announce_given_up(domain_, ranks);
+  announce_given_up(domain_, told.ranks);
   return true;
 }
 
@@ -84,31 +83,29 @@ bool Standing::have_all_begun(uint64_t operation) const {
 }
 
 void Standing::hear() {
-  for_each_other_node([&](int node, int) { announce_given_up(domain_, load(words_of(node).given_up)); });
   uint64_t begun = UINT64_MAX;
   for_each_other_node([&](int node, int rank) {
-    if (!is_given_up(domain_, rank)) begun = std::min(begun, load_acquire(words_of(node).begun));
+    const layout::StandingWords told = told_by(node);
+    announce_given_up(domain_, told.given_up.ranks);
+    if (!is_given_up(domain_, rank)) begun = std::min(begun, told.begun);
   });
   store_release(domain_.begun(domain_.rank).begun_on_rail, begun);
 }
 
 // What is to be told next. True: it has changed.
 bool Standing::update_own() {
-  bool has_changed = false;
-  const auto set = [&](uint64_t& word, uint64_t value) {
-    if (load_acquire(word) == value) return;
-    store_release(word, value);
-    has_changed = true;
-  };
-  layout::StandingWords& own = words(place_.layout.own_standing());
-  const Ranks given_up = load(domain_.given_up(domain_.rank));
-  for (size_t i = 0; i < given_up.size(); ++i) set(own.given_up.ranks[i], given_up[i]);
-  set(own.late_wait, late_wait_.load(std::memory_order_relaxed));
-  if (!is_any_given_up(domain_)) return has_changed;
-  uint64_t begun = UINT64_MAX;
-  for_each_mate([&](int r) { begun = std::min(begun, load_acquire(domain_.begun(r).begun)); });
-  set(own.begun, begun);
-  return has_changed;
+  layout::StandingWords now = own_;
+  const layout::GivenUpCell& given_up = domain_.given_up(domain_.rank);
+  std::ranges::transform(given_up.ranks, now.given_up.ranks, [](const uint64_t& word) { return load_acquire(word); });
+  now.late_wait = late_wait_.load(std::memory_order_relaxed);
+  if (is_any_given_up(domain_)) {
+    now.begun = UINT64_MAX;
+    for_each_mate([&](int r) { now.begun = std::min(now.begun, load_acquire(domain_.begun(r).begun)); });
+  }
+  if (std::memcmp(&now, &own_, sizeof(now)) == 0) return false;
+  own_ = now;
+  write(place_.layout.own_standing(), own_);
+  return true;
 }
 
 // Those that were given up hear it once, in case they are only late.

@@ -42,9 +42,9 @@ class Standing {
   void turn();
 
  private:
-  layout::StandingWords& words(int64_t offset) const;
-  const layout::StandingWords& words_of(int node) const { return words(place_layout().standing(node)); }
-  const layout::RailMemoryLayout& place_layout() const;
+  layout::StandingWords read(int64_t offset) const;
+  void write(int64_t offset, const layout::StandingWords& words) const;
+  layout::StandingWords told_by(int node) const;
   template <typename Visitor>
   void for_each_other_node(Visitor visit) const;
   template <typename Visitor>
@@ -55,6 +55,7 @@ class Standing {
   const Domain& domain_;
   const RailPlace& place_;
   std::atomic<uint64_t> late_wait_ = 0;
+  layout::StandingWords own_ = {};  // as told last
   Deadline next_telling_ = Deadline::in_ms(0);
 };
 

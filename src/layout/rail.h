@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "layout/message.h"
 
@@ -32,10 +33,12 @@ static_assert(sizeof(RailHeader) == kCacheLine && kMaxRanks <= INT16_MAX);
 
 // Under TERN_ON_TIMEOUT_MASK: what a rank says to its rails outside of all epochs, again and again. Words and sets of bits that only grow.
 struct alignas(kCacheLine) StandingWords {
+  GivenUpCell given_up;
   uint64_t late_wait;  // how often a wait of this rank has passed its deadline, << 32, and 1 + the rank that it waits for then
   uint64_t begun;      // by all ranks of its node that were not given up: as BegunCell.begun. Told once somebody was given up
-  GivenUpCell given_up;
+  uint64_t reserved[6];
 };
+static_assert(std::has_unique_object_representations_v<StandingWords>);
 
 struct RailSlotLayout {
   int64_t payload_bytes = 0;
