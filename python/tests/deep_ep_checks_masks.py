@@ -21,14 +21,24 @@ def masked_ranks(buffer, num_ranks):
     return [rank for rank in range(num_ranks) if status[rank]]
 
 
+def out_of_reach(case, source, gone):
+    """Ranks that get nothing of a rank's tokens: those that are gone, and nodes in which the rank of its rail is gone."""
+    size = case.ranks_per_node
+    own_node, index = divmod(source, size)
+    cut = [node for node in range(case.num_nodes) if node != own_node and node * size + index in gone]
+    return [rank for rank in range(case.num_ranks) if rank in gone or rank // size in cut]
+
+
 def without(case, ranks):
-    """What is left of a case when some ranks are gone: their tokens, and entries for their experts."""
+    """What is left of a case when some ranks are gone: their tokens, entries for their experts, and what they would have
+    passed on."""
     for rank, inputs in enumerate(case.all):
         if rank in ranks:
             case.num_tokens[rank] = 0
             case.all[rank] = type(inputs)(inputs.x[:0], inputs.topk_idx[:0], inputs.topk_weights[:0])
         else:
-            gone = torch.isin(inputs.topk_idx // case.num_local, torch.tensor(list(ranks))) & (inputs.topk_idx >= 0)
+            cut = torch.tensor(out_of_reach(case, rank, ranks))
+            gone = torch.isin(inputs.topk_idx // case.num_local, cut) & (inputs.topk_idx >= 0)
             inputs.topk_idx = torch.where(gone, -1, inputs.topk_idx)
     return case
 

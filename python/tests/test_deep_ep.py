@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch", reason="deep_ep needs torch")
 deep_ep = pytest.importorskip("deep_ep", reason="deep_ep is not installed")
 
 HERE = Path(__file__).parent
-DEVICES = {"graphs": ("cuda",)}  # the others: both
 _finished = {}
 
 
@@ -25,6 +24,7 @@ class Run(NamedTuple):
     checks: str
     num_ranks: int
     ranks_per_node: int = 0  # 0: all are on one
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 RUNS = [
@@ -36,7 +36,8 @@ RUNS = [
     Run("repeats", 4),
     Run("rules", 3),
     Run("masks", 4),
-    Run("graphs", 2),
+    Run("masks", 4, 2, ("cpu",)),
+    Run("graphs", 2, devices=("cuda",)),
     Run("nodes", 4, 2),
     Run("rails", 4, 1),
     Run("rails", 2, 1),
@@ -83,7 +84,7 @@ def parameters():
     num_gpus = torch.cuda.device_count()
     for device in ("cpu", "cuda"):
         for run in RUNS:
-            if device not in DEVICES.get(run.checks, (device,)):
+            if device not in run.devices:
                 continue
             lacking = device == "cuda" and num_gpus < run.num_ranks
             marks = [pytest.mark.skip(reason=f"needs {run.num_ranks} GPUs, here are {num_gpus}")] if lacking else []

@@ -407,7 +407,8 @@ class Combine {
   void receive_from_rails(int64_t rail_round) {
     std::vector<const std::byte*>& banks = scratch_.rail_banks[rail_round % layout::kNumBanks];
     for (int32_t node = 0; node < shape_.num_nodes; ++node)
-      if (ctx_.rail->serves(node)) banks[static_cast<size_t>(node)] = ctx_.rail->await_arrived(rail_trip_, rail_epoch(rail_round), node);
+      banks[static_cast<size_t>(node)] =
+          ctx_.rail->serves(node) ? ctx_.rail->await_arrived(rail_trip_, rail_epoch(rail_round), node) : nullptr;
     Span span(ctx_.lane.spans(), {.kind = TERN_SPAN_REDUCE, .operation = trip_.operation, .epoch = rail_epoch(rail_round)});
     std::fill(scratch_.rail_slots.begin(), scratch_.rail_slots.end(), 0);
     const int64_t begin = rail_round * rail_trip_.tokens_per_round;
@@ -424,7 +425,9 @@ class Combine {
     ctx_.rail->finish_round(rail_epoch(rail_round));
   }
 
+  // nullptr: the rail there was given up.
   const std::byte* next_returned_slot(int32_t node, const std::vector<const std::byte*>& banks) {
+    if (banks[static_cast<size_t>(node)] == nullptr) return nullptr;
     return banks[static_cast<size_t>(node)] + rail_trip_.bank.slot_at(scratch_.rail_slots[static_cast<size_t>(node)]++);
   }
 
@@ -437,6 +440,7 @@ class Combine {
         continue;
       }
       const std::byte* slot = next_returned_slot(node, banks);
+      if (slot == nullptr) continue;
       scratch_.terms.push_back({slot, 1.0f});
       if (own_node_in_place_ && has_groups()) scratch_.group_ends.push_back(static_cast<int32_t>(scratch_.terms.size()));
       const auto* handed_back = reinterpret_cast<const float*>(slot + rail_trip_.bank.slot.words());
@@ -460,6 +464,7 @@ class Combine {
       const int32_t expert = ctx_.table.expert_of(token, k);
       if (expert < 0) continue;
       const std::byte* slot = next_returned_slot(expert / shape_.node_experts(), banks);
+      if (slot == nullptr) continue;
       const auto* words = reinterpret_cast<const uint32_t*>(slot + rail_trip_.bank.slot.words());
       if (words[0] == 0) continue;
       scratch_.terms.push_back({slot, weight_of(ctx_.table.own(), token, k)});

@@ -182,8 +182,12 @@ class Dispatch {
     std::vector<const std::byte*>& banks = rail_banks(rail_round);
     const uint64_t epoch = rail_epoch_ + static_cast<uint64_t>(rail_round);
     for (int32_t node = 0; node < shape_.num_nodes; ++node)
-      if (is_packed(node) && ctx_.rail->serves(node)) banks[static_cast<size_t>(node)] = ctx_.rail->await_arrived(rail_trip_, epoch, node);
-    if (fused_) ctx_.rail->for_each_other_node([&](int node) { take_tokens(ctx_, rail_trip_, node, banks[static_cast<size_t>(node)]); });
+      banks[static_cast<size_t>(node)] =
+          is_packed(node) && ctx_.rail->serves(node) ? ctx_.rail->await_arrived(rail_trip_, epoch, node) : nullptr;
+    if (!fused_) return;
+    ctx_.rail->for_each_other_node([&](int node) {
+      if (banks[static_cast<size_t>(node)] != nullptr) take_tokens(ctx_, rail_trip_, node, banks[static_cast<size_t>(node)]);
+    });
   }
 
   // The rows of a rail's round are no longer needed: its peers may send the next but one.
@@ -195,6 +199,10 @@ class Dispatch {
   std::vector<const std::byte*>& rail_banks(int64_t rail_round) const { return ctx_.scratch.rail_banks[rail_round % layout::kNumBanks]; }
   // Do the batch's rows lie in the rail's banks, as they will arrive?
   bool is_packed(int32_t node) const { return packs_own_ || node != shape_.node(); }
+  // Has the rail that was to send the batch been given up?
+  bool is_missing(int32_t node, const TokenRange& range) const {
+    return ctx_.rail != nullptr && is_packed(node) && rail_banks(rail_round_of(range))[static_cast<size_t>(node)] == nullptr;
+  }
   const std::byte* rail_slot(const SourceBatch& batch, int64_t token, const TokenRange& range) const {
     const int64_t round = rail_round_of(range);
     const std::byte* bank = rail_banks(round)[static_cast<size_t>(shape_.node_of_rank(batch.source()))];
@@ -209,6 +217,7 @@ class Dispatch {
     if (ctx_.rail != nullptr && range.begin % rail_trip_.tokens_per_round == 0) await_rails(rail_round_of(range));
     if (round == 0 && fused_) put_counts_in_node(ctx_, trip_, epoch);
     for (const SourceBatch& batch : ctx_.table.batches()) {
+      if (is_missing(shape_.node_of_rank(batch.source()), range)) continue;
       const int64_t end = batch.first_from(range.end);
       for (int64_t token = batch.first_from(range.begin); token < end; ++token) send_token(batch, token, range, epoch);
     }
@@ -327,9 +336,13 @@ class Dispatch {
         [&](int peer) { ctx_.lane.receive_from(trip_, epoch, peer, [&](const std::byte* bank) { receive_messages(peer, bank, range); }); });
     const bool is_last = round + 1 == trip_.num_rounds;
     if (ctx_.rail != nullptr && (is_last || range.end % rail_trip_.tokens_per_round == 0)) finish_rails(rail_round_of(range));
-    if (!is_last || !ctx_.lane.gave_up_any()) return;
+    if (is_last && ctx_.lane.gave_up_any()) clear_missing();
+  }
+
+  // What came from a rank that was given up, or over such a rank, may have come in part.
+  void clear_missing() {
     for (int r = 0; r < shape_.num_ranks; ++r)
-      if (ctx_.lane.gave_up(r)) outputs_.clear_missing(r);
+      if (ctx_.lane.gave_up_rank(r) || !ctx_.table.has_placed_all(r)) outputs_.clear_missing(r);
   }
 
   void receive_counts(uint64_t epoch) {

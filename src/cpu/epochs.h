@@ -22,6 +22,7 @@ class Epochs {
 
   void restart() {
     next_ = 1;
+    num_closed_ = 0;
     open_.clear();
   }
 
@@ -42,15 +43,21 @@ class Epochs {
   }
 
   void open(uint64_t epoch) { open_.push_back(epoch); }
-  void close(uint64_t epoch) { open_.erase(std::remove(open_.begin(), open_.end(), epoch), open_.end()); }
+  void close(uint64_t epoch) {
+    open_.erase(std::remove(open_.begin(), open_.end(), epoch), open_.end());
+    ++num_closed_;
+  }
 
   uint64_t next() const { return next_; }
+  // Grows with every operation, also with those that only receive.
+  uint64_t progress() const { return next_ + num_closed_; }
   bool any_open() const { return !open_.empty(); }
   // Receives may come out of order: only what lies before the oldest open epoch is consumed.
   uint64_t consumed() const { return open_.empty() ? next_ - 1 : open_.front() - 1; }
 
  private:
   uint64_t next_ = 1;
+  uint64_t num_closed_ = 0;
   std::vector<uint64_t> open_;  // ascending
 };
 

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/knobs.h"
 #include "cpu/plan.h"
+#include "domain/given_up.h"
 #include "memory/host_segment.h"
 #include "plan/window_sizing.h"
 #include "topology/nodes.h"
@@ -18,6 +19,9 @@ namespace {
 constexpr int64_t kDefaultSpinUs = 50;
 constexpr int64_t kCrowdedSpinUs = 20;
 
+// Between nodes.
+int64_t grace_ms(const tern_exchange_options& options) { return options.timeout_ms / 4; }
+
 LaneOptions lane_options(const tern_exchange_options& options, int num_ranks, int num_nodes) {
   // With more ranks than cores, the rank that is waited for may need this core: spinning gives it away at once, which is cheaper than
   // to sleep and be woken, but only for as long as nobody else takes it for a whole time slice.
@@ -26,7 +30,7 @@ LaneOptions lane_options(const tern_exchange_options& options, int num_ranks, in
   return {.timeout_ms = options.timeout_ms,
           .spin = std::chrono::microseconds(spin_us),
           .on_timeout = options.on_timeout,
-          .grace_ms = num_nodes > 1 ? options.timeout_ms / 4 : 0};
+          .grace_ms = num_nodes > 1 ? grace_ms(options) : 0};
 }
 
 std::unique_ptr<SegmentSharer> make_node_sharer(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
@@ -43,11 +47,6 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
       sharer_(make_node_sharer(topology, bootstrap, deadline)),
       heap_allocator_(options.window_bytes),
       trace_(options.num_lanes) {
-  if (topology.num_nodes > 1 && options.on_timeout == TERN_ON_TIMEOUT_MASK)
-    fail(TERN_UNSUPPORTED,
-         "exchange: TERN_ON_TIMEOUT_MASK works within one node, the ranks are on {}; use TERN_ON_TIMEOUT_ABORT, and tern_exchange_recover "
-         "with allow_mask",
-         topology.num_nodes);
   domain_.first_rank = first_rank_of_node(topology);
   domain_.rank = topology.rank - domain_.first_rank;
   domain_.num_ranks = ranks_of_node(topology);
@@ -99,11 +98,14 @@ void CpuExchange::share_windows(const std::vector<uint8_t>& masked, uint32_t gen
       own->renew();
     heaps = sharer_->share(own, fmt::format("heap-{}", generation), member, deadline);
   }
-  const std::lock_guard lock(generation_mutex_);
-  domain_.windows = std::move(windows);
-  domain_.heaps = std::move(heaps);
-  domain_.masked = masked;
-  domain_.generation = generation;
+  {
+    const std::lock_guard lock(generation_mutex_);
+    domain_.windows = std::move(windows);
+    domain_.heaps = std::move(heaps);
+    domain_.masked = masked;
+    domain_.generation = generation;
+  }
+  for (auto& lane : lanes_) lane->restart();
 }
 
 std::unique_ptr<DevicePlan> CpuExchange::create_plan(const PlanShape& shape) {
@@ -136,16 +138,10 @@ tern_exchange_state CpuExchange::state() const {
   tern_exchange_state result;
   result.generation = domain_.generation;
   const auto failure = recorded_failure(domain_);
-  // Under TERN_ON_TIMEOUT_MASK a rank that calls for the next generation is no failure: it names who is not to be in it.
-  const bool is_called = failure && failure->operation == TERN_OP_RECOVER && options_.on_timeout == TERN_ON_TIMEOUT_MASK;
-  for (int r = 0; r < domain_.num_ranks; ++r) {
-    const int rank = domain_.rank_of_group(r);
-    const bool given_up = std::any_of(lanes_.begin(), lanes_.end(), [&](const auto& lane) { return lane->has_given_up(r); });
-    result.masked[rank] = domain_.is_masked(r) || given_up || (is_called && failure->awaited == rank) ? 1 : 0;
-    if (result.masked[rank] != 0) result.health = TERN_HEALTH_DEGRADED;
-  }
-  for (int r = 0; council_ != nullptr && r < domain_.topology.num_ranks; ++r) {
-    if (!council_->is_masked(r)) continue;
+  const bool is_called = failure && calls_for_restart(*failure);
+  for (int r = 0; r < domain_.topology.num_ranks; ++r) {
+    const bool is_masked = council_ != nullptr ? council_->is_masked(r) : domain_.is_masked(r);
+    if (!is_masked && !is_given_up(domain_, r) && !(is_called && failure->awaited == r)) continue;
     result.masked[r] = 1;
     result.health = TERN_HEALTH_DEGRADED;
   }
@@ -182,13 +178,23 @@ void CpuExchange::recover(const tern_recover_options& options) {
     const NextGeneration next = next_generation(domain_, *board_, options, timeout_ms);
     share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
   } else {
-    const NextGeneration next = next_generation(*council_, options, timeout_ms);
+    const NextGeneration next = agree(options, timeout_ms);
     begin_generation(next, Deadline::in_ms(timeout_ms));
   }
-  for (auto& lane : lanes_) lane->restart();
   const tern_exchange_state now = state();
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.topology.rank, now.generation,
              std::count(now.masked, now.masked + domain_.topology.num_ranks, 1), domain_.topology.num_ranks);
+}
+
+// Between nodes. Those who have agreed close their networks, while others may be at it still.
+NextGeneration CpuExchange::agree(const tern_recover_options& options, int64_t timeout_ms) {
+  network_->expect_losses(true);
+  try {
+    return next_generation(*council_, options, timeout_ms);
+  } catch (const Failure&) {
+    network_->expect_losses(false);
+    throw;
+  }
 }
 
 // Between nodes. If it does not come about, the exchange has failed, whatever it was before: its network is gone.
@@ -208,21 +214,76 @@ void CpuExchange::begin_generation(const NextGeneration& next, Deadline deadline
   }
 }
 
-bool CpuExchange::must_restart() const {
-  if (options_.on_timeout != TERN_ON_TIMEOUT_MASK) return false;
-  const auto failure = recorded_failure(domain_);
-  return failure && failure->operation == TERN_OP_RECOVER;
+bool CpuExchange::calls_for_restart(const tern_failure& failure) const {
+  return options_.on_timeout == TERN_ON_TIMEOUT_MASK && failure.operation == TERN_OP_RECOVER && failure.waiter != failure.awaited;
 }
 
-void CpuExchange::start_operation(Lane& lane) {
-  if (lane.gave_up_any() && !must_restart()) {
-    int first = 0;
-    while (!lane.gave_up(first)) ++first;
-    announce_failure(domain_, {TERN_TIMEOUT, domain_.rank, first, lane.index(), TERN_OP_RECOVER, 0, lane.next_epoch(), 0});
+bool CpuExchange::is_called_to_restart() const {
+  const auto failure = recorded_failure(domain_);
+  return failure && calls_for_restart(*failure);
+}
+
+CpuExchange::Progress CpuExchange::progress(const Lane& lane) const {
+  if (rails_.empty()) return {lane.next_epoch(), 0, lane.progress()};
+  const Rail& rail = *rails_[static_cast<size_t>(lane.index())];
+  return {lane.next_epoch(), rail.next_epoch(), lane.progress() + rail.progress()};
+}
+
+bool CpuExchange::has_open_sends(const Lane& lane) const {
+  return lane.has_unreceived() || (!rails_.empty() && rails_[static_cast<size_t>(lane.index())]->has_unreceived());
+}
+
+// Who called had come to `begun` and not further.
+bool CpuExchange::refuses(const tern_failure& failure, const Progress& begun) const {
+  return calls_for_restart(failure) && failure.expected_epoch <= begun.lane_epoch && failure.seen_epoch <= begun.rail_epoch;
+}
+
+bool CpuExchange::needs_next_generation(const Lane& lane) const {
+  if (options_.on_timeout != TERN_ON_TIMEOUT_MASK) return false;
+  if (is_given_up(domain_, domain_.topology.rank)) return true;
+  const auto call = recorded_failure(domain_);
+  return call && refuses(*call, progress(lane));
+}
+
+// The epochs tell the others what this rank has done in this generation; it will not do more.
+void CpuExchange::call_for_restart(const Lane& lane) {
+  int first = 0;
+  while (!lane.gave_up_rank(first)) ++first;
+  const Progress now = progress(lane);
+  announce_failure(domain_, {TERN_TIMEOUT, domain_.topology.rank, first, lane.index(), TERN_OP_RECOVER, 0, now.lane_epoch, now.rail_epoch});
+}
+
+void CpuExchange::start_operation(Lane& lane, bool again) {
+  // What was sent is received first, on this rank as on the others.
+  const bool can_restart = again || !has_open_sends(lane) || is_given_up(domain_, domain_.topology.rank);
+  if (lane.gave_up_any() && !is_called_to_restart() && can_restart) call_for_restart(lane);
+  if (again || (can_restart && needs_next_generation(lane)))
+    restart(lane);
+  else if (const auto failure = recorded_failure(domain_); failure && !calls_for_restart(*failure))
+    throw_recorded(domain_, *failure);
+  if (options_.on_timeout != TERN_ON_TIMEOUT_MASK || rails_.empty()) return;
+  begun_ = progress(lane);
+  rails_[0]->begin_operation(begun_.number);
+}
+
+void CpuExchange::finish_without_missing(tern_phase phase) {
+  if (rails_.empty()) return;
+  constexpr std::chrono::milliseconds kLook{2};
+  const Deadline deadline = Deadline::in_ms(options_.timeout_ms + kMostGraces * grace_ms(options_));
+  // Nobody is named who does not come: it is missed by those who need something of it.
+  while (!rails_[0]->have_all_begun(begun_.number) && !deadline.passed()) {
+    const auto failure = recorded_failure(domain_);
+    if (failure && !calls_for_restart(*failure)) return;
+    if (failure && phase == TERN_PHASE_WHOLE && refuses(*failure, begun_)) throw_recorded(domain_, *failure);
+    if (is_given_up(domain_, domain_.topology.rank)) return;
+    std::this_thread::sleep_for(kLook);
   }
-  if (!must_restart()) return lane.check_health();
-  std::vector<uint8_t> mask(static_cast<size_t>(domain_.num_ranks));
-  for (int r = 0; r < domain_.num_ranks; ++r) mask[static_cast<size_t>(r)] = lane.gave_up(r);
+}
+
+void CpuExchange::restart(Lane& lane) {
+  if (!rails_.empty()) rails_[0]->hear_standing();
+  std::vector<uint8_t> mask(static_cast<size_t>(domain_.topology.num_ranks));
+  for (int r = 0; r < domain_.topology.num_ranks; ++r) mask[static_cast<size_t>(r)] = is_given_up(domain_, r) ? 1 : 0;
   tern_recover_options options;
   options.mask = mask.data();
   options.allow_mask = 1;

@@ -50,16 +50,40 @@ class CpuExchange : public DeviceExchange {
   int64_t heap_offset(const void* pointer, int64_t bytes) const;
 
   // To be called at the start of every operation: throws what ended the generation; under TERN_ON_TIMEOUT_MASK starts the
-  // next one instead.
-  void start_operation(Lane& lane);
-  // Under TERN_ON_TIMEOUT_MASK: did another rank call for a new generation, so that an operation that failed is to be tried again?
-  bool must_restart() const;
+  // next one instead, if a rank that has come as far as this one calls for it. `again`: the operation has been tried, and needs the next one.
+  void start_operation(Lane& lane, bool again);
+  // To be called at the end of a whole operation or a receive for which somebody was missing. Those for whom this rank would have waited over the
+  // missing one may not have begun it: waits until they have, so that the operation ends on all ranks or on none. Throws if one of them
+  // has called for the next generation instead.
+  void finish_without_missing(tern_phase phase);
+  // Is there a send of the lane that has not been received?
+  bool has_open_sends(const Lane& lane) const;
+  // Under TERN_ON_TIMEOUT_MASK: can what follows only be done in a new generation? Not while this rank is behind the one that called for it:
+  // others may still wait for what that has done already.
+  bool needs_next_generation(const Lane& lane) const;
 
  private:
+  // How far a lane is, the same on all ranks at the same operation.
+  struct Progress {
+    uint64_t lane_epoch = 0;  // the next ones
+    uint64_t rail_epoch = 0;  // one node: 0
+    uint64_t number = 0;      // grows with every operation
+  };
+
   void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
   void start_network(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  NextGeneration agree(const tern_recover_options& options, int64_t timeout_ms);
   // `masked`, `generation`: of the group.
   void begin_generation(const NextGeneration& next, Deadline deadline);
+
+  // Under TERN_ON_TIMEOUT_MASK: does the record only call for a new generation?
+  bool calls_for_restart(const tern_failure& failure) const;
+  bool is_called_to_restart() const;
+  Progress progress(const Lane& lane) const;
+  bool refuses(const tern_failure& failure, const Progress& of_operation) const;
+  // So that every rank comes to the next generation, without those that this one has given up.
+  void call_for_restart(const Lane& lane);
+  void restart(Lane& lane);
 
   int num_nodes() const { return domain_.topology.num_nodes; }
 
@@ -78,6 +102,7 @@ class CpuExchange : public DeviceExchange {
   std::unique_ptr<Network> network_;  // nullptr: one node
   std::vector<std::unique_ptr<Rail>> rails_;
   std::vector<uint8_t> unreachable_;
+  Progress begun_;  // when the running operation, or the last one, began; there is one lane
 };
 
 // What an engine folder offers to src/engine.

@@ -6,6 +6,8 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "cpu/standing.h"
+#include "domain/given_up.h"
 #include "rows/rows.h"
 
 namespace tern::cpu {
@@ -43,13 +45,13 @@ Lane::Lane(const Domain& domain, int index, const LaneOptions& options, SpanLog&
       spans_(&spans),
       counters_(std::make_unique<Counters>()),
       num_messages_(domain.num_ranks),
-      given_up_(domain.num_ranks) {}
+      given_up_(domain.topology.num_ranks) {}
 
 void Lane::restart() {
   epochs_.restart();
   consumed_ = 0;
-  for (int r = 0; r < domain_->num_ranks; ++r) set_given_up(r, false);
-  gave_up_any_ = false;
+  std::fill(given_up_.begin(), given_up_.end(), 0);
+  num_given_up_ = 0;
 }
 
 void Lane::check_health() const {
@@ -67,7 +69,7 @@ int64_t Lane::publish_round(const RoundTrip& trip, uint64_t epoch) {
   for_each_peer([&](int peer) {
     auto& header = *reinterpret_cast<layout::MessageHeader*>(domain_->bank(peer, index_, epoch, domain_->rank));
     header.shape = trip.shape;
-    header.num_tokens = static_cast<int32_t>(trip.num_tokens);
+    header.num_given_up = num_given_up_;
     header.num_messages = num_messages_[static_cast<size_t>(peer)];
     const auto bytes = static_cast<uint64_t>(trip.bank.slots() + header.num_messages * trip.bank.slot.stride());
     (peer == domain_->rank ? sent_local : sent) += bytes;
@@ -105,7 +107,10 @@ const std::byte* Lane::await_arrived(const RoundTrip& trip, uint64_t epoch, int 
   const uint64_t flag = load_acquire(word);
   if (layout::flag_epoch(flag) == epoch && layout::flag_operation(flag) != trip.operation)
     fail_mismatch(awaited, fmt::format("rank {} was in {}", awaited.rank, operation_name(layout::flag_operation(flag))));
-  check_shape(trip, awaited, domain_->header(index_, epoch, source));
+  const layout::MessageHeader& header = domain_->header(index_, epoch, source);
+  check_shape(trip, awaited, header);
+  if (header.num_given_up != 0) hear_given_up();  // what comes from there lacks their share
+  if (gave_up(source)) return nullptr;
   return domain_->bank(domain_->rank, index_, epoch, source);
 }
 
@@ -139,15 +144,15 @@ void Lane::await_consumed(uint64_t epoch, tern_operation operation, int peer) {
   wait_until({domain_->rank_of_group(peer), operation, epoch, word, TERN_AWAITED_CONSUMED}, [&] { return load_acquire(word) >= epoch; });
 }
 
-void Lane::await_network(const Awaited& awaited) {
-  wait_until(awaited, [&] { return load_acquire(awaited.word) >= awaited.epoch; });
+bool Lane::await_network(const Awaited& awaited) {
+  return wait_until(awaited, [&] { return load_acquire(awaited.word) >= awaited.epoch; });
 }
+
+bool Lane::await_word_of(const Awaited& from, const std::function<bool()>& has_come) { return wait_until(from, has_come); }
 
 template <typename Ready>
 bool Lane::wait_until(const Awaited& awaited, Ready ready) {
-  const int peer = awaited.rank - domain_->first_rank;
-  const bool in_domain = peer >= 0 && peer < domain_->num_ranks;
-  if (in_domain && gave_up(peer)) return false;  // also if it comes after all: it counts as absent to the end of the operation
+  if (gave_up_rank(awaited.rank)) return false;  // also if it comes after all: it counts as absent until the next generation
   if (ready()) return true;
   return with_span(
       *spans_,
@@ -165,6 +170,7 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   const auto start = Deadline::Clock::now();
   Deadline deadline = Deadline::in_ms(options_.timeout_ms);
   int num_graces = 0;
+  const uint64_t late_wait = late_wait_of(awaited);
   layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
   const ShownWait shown(bell.awaits, awaited.rank);
   const auto done = [&](bool result) {
@@ -185,19 +191,20 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
       stop_listening(bell);
       return done(true);
     }
-    if (!still_waits_after_failure(awaited)) {
+    if (!still_waits(awaited)) {
       stop_listening(bell);
       return done(false);
     }
     if (deadline.passed()) {
       stop_listening(bell);
-      if (num_graces < most_graces(awaited)) {
+      if (num_graces < most_graces(awaited, late_wait)) {
         ++num_graces;
         deadline = Deadline::in_ms(options_.grace_ms);
+        if (standing_ != nullptr) standing_->show_late_wait(awaited.rank);
         continue;
       }
       // A rank that seems to wait for nobody may just have named another one.
-      if (!still_waits_after_failure(awaited)) return done(false);
+      if (!still_waits(awaited)) return done(false);
       return done(ready() || give_up(awaited));
     }
     counters_->sleeps.fetch_add(1, std::memory_order_relaxed);
@@ -205,31 +212,45 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   }
 }
 
-int Lane::most_graces(const Awaited& awaited) const {
+int Lane::most_graces(const Awaited& awaited, uint64_t late_wait) const {
   if (options_.grace_ms == 0 || is_known_to_be_down(domain_->topology, awaited.rank)) return 0;
-  const int peer = awaited.rank - domain_->first_rank;
-  if (peer < 0 || peer >= domain_->num_ranks) return 1;
-  const uint64_t theirs = load_acquire(domain_->doorbell(peer, index_).awaits);
-  const bool waits_for_another = theirs != 0 && theirs != shown_rank(domain_->rank_of_group(domain_->rank));
-  return waits_for_another ? 3 : 1;
+  return waits_for_another(awaited, late_wait) ? kMostGraces : 1;
 }
 
-// Only exchanges of one node go on without a rank.
+// What a rank of another node has shown of its waits, as far as that is known.
+uint64_t Lane::late_wait_of(const Awaited& awaited) const {
+  if (standing_ == nullptr || is_in_domain(awaited.rank)) return 0;
+  return standing_->late_wait_of(domain_->topology.node[static_cast<size_t>(awaited.rank)]);
+}
+
+// A rank of the node shows each wait; one of another node those that have passed their deadline, which must be newer than `late_wait`.
+bool Lane::waits_for_another(const Awaited& awaited, uint64_t late_wait) const {
+  const int own_rank = domain_->rank_of_group(domain_->rank);
+  if (is_in_domain(awaited.rank)) {
+    const uint64_t theirs = load_acquire(domain_->doorbell(awaited.rank - domain_->first_rank, index_).awaits);
+    return theirs != 0 && theirs != shown_rank(own_rank);
+  }
+  const uint64_t theirs = late_wait_of(awaited);
+  return theirs != late_wait && !Standing::is_late_wait_for(theirs, own_rank);
+}
+
 void Lane::go_on_without(int rank_of_group) {
-  set_given_up(rank_of_group - domain_->first_rank, true);
-  gave_up_any_ = true;
+  uint8_t& given_up = given_up_[static_cast<size_t>(rank_of_group)];
+  num_given_up_ += given_up == 0 ? 1 : 0;
+  given_up = 1;
+  announce_given_up(*domain_, rank_of_group);
 }
 
-void Lane::set_given_up(int rank, bool given_up) {
-  std::atomic_ref(given_up_[static_cast<size_t>(rank)]).store(given_up ? 1 : 0, std::memory_order_relaxed);
+void Lane::hear_given_up() {
+  for (int r = 0; r < domain_->topology.num_ranks; ++r)
+    if (r != domain_->topology.rank && !gave_up_rank(r) && is_given_up(*domain_, r)) go_on_without(r);
 }
 
 // The deadline has passed. Under TERN_ON_TIMEOUT_MASK the operation goes on without the rank: returns false.
 bool Lane::give_up(const Awaited& awaited) {
   counters_->timeouts.fetch_add(1, std::memory_order_relaxed);
   const uint64_t word = load_acquire(awaited.word);
-  const int peer = awaited.rank - domain_->first_rank;
-  const bool is_flag = awaited.what != TERN_AWAITED_CONSUMED && peer >= 0 && peer < domain_->num_ranks;
+  const bool is_flag = awaited.what != TERN_AWAITED_CONSUMED && is_in_domain(awaited.rank);
   const uint64_t seen = is_flag ? layout::flag_epoch(word) : word;
   const tern_failure failure{TERN_TIMEOUT, domain_->rank_of_group(domain_->rank), awaited.rank, index_, awaited.operation, 0, awaited.epoch,
                              seen};
@@ -241,13 +262,31 @@ bool Lane::give_up(const Awaited& awaited) {
   throw Failure(TERN_TIMEOUT, failure_text(*domain_, failure));
 }
 
+// False: go on without the awaited rank, which others have given up.
+bool Lane::still_waits(const Awaited& awaited) {
+  if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) {
+    const int own_rank = domain_->rank_of_group(domain_->rank);
+    if (standing_ != nullptr) standing_->hear();
+    if (is_given_up(*domain_, own_rank))
+      fail(TERN_MASKED_OUT, "{} on lane {}: the other ranks have given up rank {}, which was missing for too long",
+           operation_name(awaited.operation), index_, own_rank);
+    if (is_given_up(*domain_, awaited.rank)) {
+      go_on_without(awaited.rank);
+      return false;
+    }
+  }
+  return still_waits_after_failure(awaited);
+}
+
 // Somebody failed. Usually that ends the operation here too; false: go on without the awaited rank.
 bool Lane::still_waits_after_failure(const Awaited& awaited) {
   const auto failure = recorded_failure(*domain_);
   if (!failure) return true;
   // Under TERN_ON_TIMEOUT_MASK a rank that has finished this operation calls for a new generation: what this one waits for
-  // from the others is on its way or was given up there, so it finishes the operation too.
-  if (failure->operation == TERN_OP_RECOVER && awaited.epoch < failure->expected_epoch) {
+  // from the others is on its way or was given up there, so it finishes the operation too. That rank had come to these epochs, of the node and
+  // of the rail.
+  const uint64_t next_epoch = is_in_domain(awaited.rank) ? failure->expected_epoch : failure->seen_epoch;
+  if (failure->operation == TERN_OP_RECOVER && failure->waiter != failure->awaited && awaited.epoch < next_epoch) {
     if (awaited.rank != failure->awaited) return true;
     go_on_without(awaited.rank);
     return false;

@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -31,12 +32,15 @@ namespace tern::cpu {
 // round takes, also where ranks share cores.
 inline constexpr std::chrono::microseconds kNetworkSpin{10'000};
 
+// Of a wait for a rank that waits for another one itself.
+inline constexpr int kMostGraces = 3;
+
 struct LaneOptions {
   int64_t timeout_ms = 0;
   std::chrono::nanoseconds spin{0};
   tern_timeout_policy on_timeout = TERN_ON_TIMEOUT_ABORT;
   // Between nodes ranks wait for ranks that wait for others. Who waits for one that is not known to be down gives the others this much
-  // time to name the one at fault, and twice as much again where it sees that the awaited rank waits for somebody else.
+  // time to name the one at fault, and kMostGraces times as much where it sees that the awaited rank waits for somebody else.
   int64_t grace_ms = 0;
 };
 
@@ -77,6 +81,7 @@ struct Awaited {
 };
 
 class Lane;
+class Standing;
 
 // While it lives, what a lane waits for each rank of the group is added to wait_ns[rank], which may be nullptr.
 class CountedWaits {
@@ -95,8 +100,12 @@ class Lane {
   // `spans`: where this lane's timeline goes.
   Lane(const Domain& domain, int index, const LaneOptions& options, SpanLog& spans);
 
-  // Whose bytes to move while waiting, as long as that does not sleep; nullptr: there is no network.
-  void set_proxy(Proxy* proxy) { proxy_ = proxy; }
+  // Whose bytes to move while waiting, as long as that does not sleep; nullptr: there is no network. And with TERN_ON_TIMEOUT_MASK, how to tell
+  // the rails of a wait, and hear of theirs.
+  void set_network(Proxy* proxy, Standing* standing) {
+    proxy_ = proxy;
+    standing_ = standing;
+  }
 
   // Epochs start again; `domain` holds fresh windows.
   void restart();
@@ -178,8 +187,11 @@ class Lane {
   std::byte* await_ready(uint64_t epoch, tern_operation operation, int peer);
   // Waits until `peer` has consumed everything up to `epoch`.
   void await_consumed(uint64_t epoch, tern_operation operation, int peer);
-  // Between nodes: waits until the word, an epoch, has grown to what is awaited. The lane's doorbell rings when it does.
-  void await_network(const Awaited& awaited);
+  // Between nodes: waits until the word, an epoch, has grown to what is awaited. The lane's doorbell rings when it does. False: the rank has been
+  // given up.
+  bool await_network(const Awaited& awaited);
+  // The same for what else that rank has to say, of which no bell need ring.
+  bool await_word_of(const Awaited& from, const std::function<bool()>& has_come);
   // Ranks do not call the same: tells everybody, and throws.
   [[noreturn]] void fail_mismatch(const Awaited& awaited, const std::string& details);
 
@@ -188,14 +200,16 @@ class Lane {
   Counters& counters() { return *counters_; }
   const Counters& counters() const { return *counters_; }
   SpanLog& spans() { return *spans_; }
-  // Ranks given up by the running operation under TERN_ON_TIMEOUT_MASK.
-  bool gave_up_any() const { return gave_up_any_; }
-  bool gave_up(int r) const { return given_up_[static_cast<size_t>(r)] != 0; }
-  // The same from any thread.
-  bool has_given_up(int r) const {
-    return std::atomic_ref(const_cast<uint8_t&>(given_up_[static_cast<size_t>(r)])).load(std::memory_order_relaxed) != 0;
-  }
+  // Ranks that this lane goes on without, under TERN_ON_TIMEOUT_MASK: it has missed them, or waited for them when others had, or for the sake of
+  // what lacks their share already. Others may have been given up elsewhere (domain/given_up.h) of which no operation here knows yet.
+  bool gave_up_any() const { return num_given_up_ > 0; }
+  int num_given_up() const { return num_given_up_; }
+  bool gave_up_rank(int rank_of_group) const { return given_up_[static_cast<size_t>(rank_of_group)] != 0; }
+  bool gave_up(int r) const { return gave_up_rank(domain_->rank_of_group(r)); }
+  // Goes on without all whom this rank's window knows to be given up.
+  void hear_given_up();
   uint64_t next_epoch() const { return epochs_.next(); }
+  uint64_t progress() const { return epochs_.progress(); }
   // Is there a send that has not been received? The same answer on every rank at the same call.
   bool has_unreceived() const { return epochs_.any_open(); }
 
@@ -212,10 +226,15 @@ class Lane {
   template <typename Ready>
   bool keep_waiting(const Awaited& awaited, Ready ready);
   bool give_up(const Awaited& awaited);
-  // How often the deadline is followed by a grace before the awaited rank is named.
-  int most_graces(const Awaited& awaited) const;
+  bool is_in_domain(int rank_of_group) const {
+    return rank_of_group >= domain_->first_rank && rank_of_group < domain_->first_rank + domain_->num_ranks;
+  }
+  // How often the deadline is followed by a grace before the awaited rank is named. `late_wait`: what it had shown when the wait began.
+  int most_graces(const Awaited& awaited, uint64_t late_wait) const;
+  uint64_t late_wait_of(const Awaited& awaited) const;
+  bool waits_for_another(const Awaited& awaited, uint64_t late_wait) const;
   void go_on_without(int rank_of_group);
-  void set_given_up(int rank, bool given_up);
+  bool still_waits(const Awaited& awaited);
   bool still_waits_after_failure(const Awaited& awaited);
   void check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header);
 
@@ -227,10 +246,11 @@ class Lane {
   Epochs epochs_;
   uint64_t consumed_ = 0;              // as published
   std::vector<int32_t> num_messages_;  // [num_ranks] slots filled in the round under way
-  std::vector<uint8_t> given_up_;      // [num_ranks], of the domain
-  bool gave_up_any_ = false;
+  std::vector<uint8_t> given_up_;      // [num_ranks of the group]
+  int num_given_up_ = 0;
   int64_t* wait_ns_ = nullptr;  // [num_ranks] of the running operation's caller
   Proxy* proxy_ = nullptr;
+  Standing* standing_ = nullptr;
 };
 
 inline CountedWaits::CountedWaits(Lane& lane, int64_t* wait_ns) : lane_(lane) { lane.wait_ns_ = wait_ns; }

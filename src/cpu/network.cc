@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "domain/doorbell.h"
 #include "domain/failure.h"
+#include "domain/given_up.h"
 #include "plan/window_sizing.h"
 
 namespace tern::cpu {
@@ -46,6 +47,7 @@ void Network::start(std::byte* memory, Bootstrap& bootstrap, const std::vector<u
   }
   place_.layout = memory_layout(topology, options_);
   failure_told_ = false;
+  standing_.reset();
   region_.reset();
   memory_ = memory;
   if (masked.empty() || any_rail_serves(topology, masked)) return open(bootstrap, masked, deadline);
@@ -72,7 +74,7 @@ void Network::open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dea
   proxy_options.region = region_.get();
   proxy_options.changed = [this](int channel) { notice_change(channel); };
   proxy_options.failed = [this](int peer, const std::string& text) { notice_loss(peer, text); };
-  proxy_options.turned = [this] { tell_failure(); };
+  proxy_options.turned = [this] { turn(); };
   for (int node = 0; node < topology.num_nodes; ++node) {
     const int rank = place_.ranks[static_cast<size_t>(node)];
     place_.remote.push_back(all[static_cast<size_t>(rank)]);
@@ -83,6 +85,8 @@ void Network::open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dea
              fmt::join(endpoint->facts().domains, ", "));
   proxy_ = std::make_unique<Proxy>(std::move(endpoint), proxy_options);
   place_.proxy = proxy_.get();
+  if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) standing_ = std::make_unique<Standing>(domain_, place_);
+  place_.standing = standing_.get();
   proxy_->start();
 }
 
@@ -101,7 +105,7 @@ bool Network::take_leave(int64_t timeout_ms) {
 
 Network::~Network() {
   if (proxy_ == nullptr) return;
-  const bool failed = recorded_failure(domain_).has_value();
+  const bool failed = recorded_failure(domain_).has_value() || is_any_given_up(domain_);
   if (failed) tell_failure();
   if (!take_leave(failed ? std::min(options_.timeout_ms, kMostTellingMs) : options_.timeout_ms) && !failed)
     log_.write(TERN_LOG_WARNING, "rank {}: not all other nodes took leave before its exchange was destroyed; what it sent may be lost",
@@ -122,7 +126,15 @@ void Network::notice_change(int channel) {
 void Network::notice_loss(int peer, const std::string& text) {
   if (closing_) return;
   log_.write(TERN_LOG_WARNING, "rank {}: {}", domain_.rank_of_group(domain_.rank), text);
-  if (peer >= 0) announce_failure(domain_, {TERN_SYSTEM_ERROR, domain_.rank_of_group(domain_.rank), peer, 0, TERN_OP_NONE, 0, 0, 0});
+  if (peer < 0) return;
+  // No operation of this rank needs more than to know.
+  if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) return announce_given_up(domain_, peer);
+  announce_failure(domain_, {TERN_SYSTEM_ERROR, domain_.rank_of_group(domain_.rank), peer, 0, TERN_OP_NONE, 0, 0, 0});
+}
+
+void Network::turn() {
+  tell_failure();
+  if (standing_ != nullptr) standing_->turn();
 }
 
 // Whoever of this node has failed, each rank tells its rail. A rank that is told tells the others too: the first may not reach them.

@@ -39,6 +39,9 @@ class Network {
   // destructor does, at most for a second.
   void stop();
 
+  // From here on peers may close before this rank does, as at the end of a generation; false: not yet, after all.
+  void expect_losses(bool expected) { closing_ = expected; }
+
   // For one lane of the exchange; until the next start.
   std::unique_ptr<Rail> make_rail(Lane& lane) const { return std::make_unique<Rail>(lane, place_); }
 
@@ -48,6 +51,7 @@ class Network {
   void notice_change(int channel);
   void notice_loss(int peer, const std::string& text);
   void tell_failure();
+  void turn();
   bool is_peer(int node) const { return node != place_.node && place_.serves[static_cast<size_t>(node)] != 0; }
   int failure_channel() const { return domain_.layout.num_lanes; }
 
@@ -60,6 +64,7 @@ class Network {
   std::byte* memory_;
   std::unique_ptr<Region> region_;
   RailPlace place_;
+  std::unique_ptr<Standing> standing_;  // with TERN_ON_TIMEOUT_MASK
   std::unique_ptr<Proxy> proxy_;
 };
 

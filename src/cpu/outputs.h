@@ -27,7 +27,7 @@ class DispatchOutputs {
 
   // One message, which place_message() has given the index.
   void write(int64_t message_idx, const ArrivedMessage& message, Store store);
-  // Zero rows for what a rank that was given up would have sent.
+  // Zero rows for all that a rank was to send, of which not everything has come.
   void clear_missing(int32_t source);
   // After the last message: offsets and counts, and whatever lies between the rows.
   void finish();

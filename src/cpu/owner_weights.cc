@@ -48,6 +48,7 @@ void send_weights_to_rails(const PlanContext& ctx, const float* topk_weights) {
     const uint64_t epoch = first + static_cast<uint64_t>(round);
     ctx.rail->for_each_other_node([&](int node) {
       const std::byte* bank = ctx.rail->await_arrived(trip, epoch, node);
+      if (bank == nullptr) return;
       const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(bank)->num_slots;
       float* weights = ctx.weights.at_rail[static_cast<size_t>(node)].data() +
                        ctx.table.batch(node).first_from(round * trip.tokens_per_round) * ctx.shape().num_topk;

@@ -59,8 +59,8 @@ CpuPlan::CpuPlan(CpuExchange& exchange, const PlanShape& shape)
 template <typename Operation>
 void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operation) {
   Lane& lane = exchange_.lane(launch.lane);
-  for (;;) {
-    exchange_.start_operation(lane);
+  for (bool again = false;; again = true) {
+    exchange_.start_operation(lane, again);
     if (!routes && generation_ != exchange_.domain().generation)
       fail(TERN_STALE_PLAN,
            "the plan was routed in generation {}, the exchange is in generation {} since its last recovery; route it again", generation_,
@@ -68,11 +68,12 @@ void CpuPlan::operate(const tern_launch& launch, bool routes, Operation operatio
     try {
       operation(lane);
       // Rows that were routed with a rank which has gone would be stale at once; without it they serve the combine too.
-      if (routes && launch.phase == TERN_PHASE_WHOLE && lane.gave_up_any()) continue;
+      if (routes && launch.phase == TERN_PHASE_WHOLE && lane.gave_up_any() && !exchange_.has_open_sends(lane)) continue;
+      if (launch.phase != TERN_PHASE_SEND && lane.gave_up_any()) exchange_.finish_without_missing(launch.phase);
       return;
     } catch (const Failure&) {
       const bool routed_without_all = routes && lane.gave_up_any();
-      if (!exchange_.must_restart() && !routed_without_all) throw;
+      if (!exchange_.needs_next_generation(lane) && !routed_without_all) throw;
     }
   }
 }

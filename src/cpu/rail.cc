@@ -7,7 +7,9 @@
 
 namespace tern::cpu {
 
-Rail::Rail(Lane& lane, const RailPlace& place) : lane_(lane), place_(place), num_slots_(place.ranks.size()) { lane.set_proxy(place.proxy); }
+Rail::Rail(Lane& lane, const RailPlace& place) : lane_(lane), place_(place), num_slots_(place.ranks.size()) {
+  lane.set_network(place.proxy, place.standing);
+}
 
 bool Rail::has_room(uint64_t epoch) const {
   bool has = true;
@@ -31,7 +33,8 @@ int64_t Rail::send_round(const RailTrip& trip, uint64_t epoch) {
   for (int node = 0; node < num_nodes(); ++node) {
     auto& header = *reinterpret_cast<layout::RailHeader*>(out(epoch, node));
     header.shape = trip.shape;
-    header.operation = trip.operation;
+    header.operation = static_cast<int16_t>(trip.operation);
+    header.num_given_up = static_cast<int16_t>(lane_.num_given_up());
     header.num_slots = num_slots_[static_cast<size_t>(node)];
   }
   store_fence();  // the network's thread reads rows that were streamed
@@ -57,7 +60,7 @@ int64_t Rail::send_round(const RailTrip& trip, uint64_t epoch) {
 const std::byte* Rail::await_arrived(const RailTrip& trip, uint64_t epoch, int node) {
   if (node == place_.node) return out(epoch, node);
   const Awaited awaited{rank_in(node), trip.operation, epoch, place_.proxy->arrived(rank_in(node), lane_.index()), TERN_AWAITED_MESSAGES};
-  lane_.await_network(awaited);
+  if (!lane_.await_network(awaited)) return nullptr;
   const std::byte* bank = place_.memory->address() + place_.layout.in(lane_.index(), epoch, node);
   const auto& header = *reinterpret_cast<const layout::RailHeader*>(bank);
   if (header.operation != trip.operation)
@@ -65,7 +68,15 @@ const std::byte* Rail::await_arrived(const RailTrip& trip, uint64_t epoch, int n
   if (header.shape != trip.shape)
     lane_.fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", rank_in(place_.node), shape_text(trip.shape),
                                              rank_in(node), shape_text(header.shape)));
-  return bank;
+  return hear_given_up(awaited, node, header.num_given_up) ? bank : nullptr;
+}
+
+// What has come from a rank that has given up others lacks their share: this one must know of them too before the operation ends.
+bool Rail::hear_given_up(const Awaited& from, int node, int num_given_up) {
+  if (num_given_up == 0 || place_.standing == nullptr) return true;
+  const bool has_told = lane_.await_word_of(from, [&] { return place_.standing->has_told(node, num_given_up); });
+  lane_.hear_given_up();
+  return has_told && serves(node);
 }
 
 void Rail::finish_round(uint64_t epoch) {

@@ -17,6 +17,7 @@
 
 #include "cpu/epochs.h"
 #include "cpu/lane.h"
+#include "cpu/standing.h"
 #include "layout/rail.h"
 #include "transport/proxy.h"
 
@@ -40,6 +41,7 @@ struct RailPlace {
   const Region* memory = nullptr;
   std::vector<RemoteRegion> remote;  // [num_nodes]
   Proxy* proxy = nullptr;            // nullptr: no rail serves
+  Standing* standing = nullptr;      // with TERN_ON_TIMEOUT_MASK and a proxy
 };
 
 class Rail {
@@ -56,10 +58,8 @@ class Rail {
     return epochs_.take(num_rounds);
   }
 
-  // The epoch that begins next; and can its round be started without waiting?
-  uint64_t next() const { return epochs_.next(); }
+  // Can the round of that epoch be started without waiting?
   bool has_room(uint64_t epoch) const;
-
   void start_round(const RailTrip& trip, uint64_t epoch);
   int32_t* counts_for(const RailTrip& trip, uint64_t epoch, int node) const {
     return reinterpret_cast<int32_t*>(out(epoch, node) + trip.bank.counts());
@@ -67,15 +67,26 @@ class Rail {
   std::byte* next_slot(const RailTrip& trip, uint64_t epoch, int node) {
     return out(epoch, node) + trip.bank.slot_at(num_slots_[static_cast<size_t>(node)]++);
   }
-  // Can anything go to that node, and come from there? The own node's rail always serves.
-  bool serves(int node) const { return place_.serves[static_cast<size_t>(node)] != 0; }
+  // Can anything go to that node, and come from there? Not if the rail's rank there is masked out, or was given up. The own node's always serves.
+  bool serves(int node) const { return place_.serves[static_cast<size_t>(node)] != 0 && !lane_.gave_up_rank(rank_in(node)); }
   // Instead: somebody else has filled so many, and the counts.
   void set_num_slots(int node, int32_t num_slots) { num_slots_[static_cast<size_t>(node)] = num_slots; }
   // Returns the bytes of the round, to all other nodes.
   int64_t send_round(const RailTrip& trip, uint64_t epoch);
-  // The bank of that node's slots.
+  // The bank of that node's slots; nullptr: its rank of the rail has been given up.
   const std::byte* await_arrived(const RailTrip& trip, uint64_t epoch, int node);
   void finish_round(uint64_t epoch);
+  uint64_t next_epoch() const { return epochs_.next(); }
+  uint64_t progress() const { return epochs_.progress(); }
+  bool has_unreceived() const { return epochs_.any_open(); }
+  // Under TERN_ON_TIMEOUT_MASK: see Standing.
+  void begin_operation(uint64_t number) const {
+    if (place_.standing != nullptr) place_.standing->begin(number);
+  }
+  void hear_standing() const {
+    if (place_.standing != nullptr) place_.standing->hear();
+  }
+  bool have_all_begun(uint64_t number) const { return place_.standing == nullptr || place_.standing->have_all_begun(number); }
 
   // Those whose rail serves.
   template <typename Visitor>
@@ -86,6 +97,7 @@ class Rail {
 
  private:
   std::byte* out(uint64_t epoch, int node) const { return place_.memory->address() + place_.layout.out(lane_.index(), epoch, node); }
+  bool hear_given_up(const Awaited& from, int node, int num_given_up);
   int rank_in(int node) const { return place_.ranks[static_cast<size_t>(node)]; }
 
   Lane& lane_;

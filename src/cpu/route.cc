@@ -24,7 +24,10 @@ void send_tokens(const RouteContext& ctx, const RailTrip& trip, uint64_t epoch, 
 }
 
 void receive_tokens(const RouteContext& ctx, const RailTrip& trip, uint64_t epoch) {
-  ctx.rail->for_each_other_node([&](int node) { take_tokens(ctx, trip, node, ctx.rail->await_arrived(trip, epoch, node)); });
+  ctx.rail->for_each_other_node([&](int node) {
+    const std::byte* bank = ctx.rail->await_arrived(trip, epoch, node);
+    if (bank != nullptr) take_tokens(ctx, trip, node, bank);
+  });
   ctx.rail->finish_round(epoch);
 }
 

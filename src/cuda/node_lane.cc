@@ -132,7 +132,7 @@ void NodeLane::await_gpu(tern_operation operation) {
 bool NodeLane::await_command() {
   Looks looks;
   for (int turn = 1; !has_asked(); ++turn) {
-    if (const uint64_t next = rail_->next(); next > granted_ && rail_->has_room(next)) grant(next);
+    if (const uint64_t next = rail_->next_epoch(); next > granted_ && rail_->has_room(next)) grant(next);
     looks.pause();
     if (turn % kLooksPerCheck != 0) continue;
     options_.check_health();

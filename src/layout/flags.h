@@ -65,6 +65,19 @@ struct alignas(kCacheLine) ProposalCell {
   uint64_t mask[kMaxRanks / 64];  // bit r: without rank r
 };
 
+// Under TERN_ON_TIMEOUT_MASK: ranks of the group that were given up in this generation. Whoever finds out sets the bit in every window of the
+// domain; none is ever cleared.
+struct alignas(kCacheLine) GivenUpCell {
+  uint64_t ranks[kMaxRanks / 64];  // bit r: rank r
+};
+
+// Under TERN_ON_TIMEOUT_MASK, between nodes: the operation that the owner has begun last, by the epochs that it had come to then; and the one that
+// all ranks of those nodes have begun of which the owner hears over its rail. Words that only grow.
+struct alignas(kCacheLine) BegunCell {
+  uint64_t begun;
+  uint64_t begun_on_rail;
+};
+
 // What a rank says to those who were masked out, or to those who go on if it was; written by the owner, read by all.
 struct alignas(kCacheLine) AdmissionCell {
   uint64_t roll_call;     // the generation that is to begin, and that masked ranks may come back with; 0: none yet

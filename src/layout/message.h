@@ -29,7 +29,7 @@ struct CallShape {
 
 struct alignas(kCacheLine) MessageHeader {
   CallShape shape;
-  int32_t num_tokens = 0;    // of the sender, in the whole batch
+  int32_t num_given_up = 0;  // ranks that the sender has given up; which, stands in the receiver's window
   int32_t num_messages = 0;  // slots filled in this round
 };
 static_assert(sizeof(MessageHeader) == kCacheLine);

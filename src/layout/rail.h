@@ -9,13 +9,14 @@
 //
 // The memory of a rank that the network writes to and reads from, the same on every rank:
 //
-//   | failure records [num_nodes] | own failure record | [lane][bank][out, in][node] |
+//   | failure records [num_nodes] | own failure record | standing words [num_nodes] | own standing words | [lane][bank][out, in][node] |
 //
 // What is put to a node is made in its out-bank and arrives in the in-bank of this rank's node there. A rank's out-bank for its own node
 // holds what stays here; its in-bank is not used.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "layout/message.h"
 
@@ -24,10 +25,20 @@ namespace tern::layout {
 // Compared on arrival, as MessageHeader is.
 struct alignas(kCacheLine) RailHeader {
   CallShape shape;
-  int32_t operation = 0;
+  int16_t operation = 0;
+  int16_t num_given_up = 0;  // ranks that the sender has given up; which, its standing words say, before or after this
   int32_t num_slots = 0;
 };
-static_assert(sizeof(RailHeader) == kCacheLine);
+static_assert(sizeof(RailHeader) == kCacheLine && kMaxRanks <= INT16_MAX);
+
+// Under TERN_ON_TIMEOUT_MASK: what a rank says to its rails outside of all epochs, again and again. Words and sets of bits that only grow.
+struct alignas(kCacheLine) StandingWords {
+  GivenUpCell given_up;
+  uint64_t late_wait;  // how often a wait of this rank has passed its deadline, << 32, and 1 + the rank that it waits for then
+  uint64_t begun;      // by all ranks of its node that were not given up: as BegunCell.begun. Told once somebody was given up
+  uint64_t reserved[6];
+};
+static_assert(std::has_unique_object_representations_v<StandingWords>);
 
 struct RailSlotLayout {
   int64_t payload_bytes = 0;
@@ -60,6 +71,8 @@ struct RailMemoryLayout {
 
   constexpr int64_t failure(int node) const { return node * static_cast<int64_t>(kCacheLine); }
   constexpr int64_t own_failure() const { return failure(num_nodes); }
+  constexpr int64_t standing(int node) const { return failure(num_nodes + 1) + node * static_cast<int64_t>(sizeof(StandingWords)); }
+  constexpr int64_t own_standing() const { return standing(num_nodes); }
   constexpr int64_t out(int lane, uint64_t epoch, int node) const { return bank(lane, epoch, 0, node); }
   constexpr int64_t in(int lane, uint64_t epoch, int node) const { return bank(lane, epoch, 1, node); }
   constexpr int64_t total_bytes() const { return bank(num_lanes, 0, 0, 0); }
@@ -67,7 +80,7 @@ struct RailMemoryLayout {
  private:
   constexpr int64_t bank(int lane, uint64_t epoch, int direction, int node) const {
     const int64_t pair = lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks);
-    return failure(num_nodes + 1) + ((pair * 2 + direction) * num_nodes + node) * bank_bytes;
+    return standing(num_nodes + 1) + ((pair * 2 + direction) * num_nodes + node) * bank_bytes;
   }
 };
 

@@ -90,6 +90,8 @@ class RoutingTable {
   // The next message of `source` has come: gives its entries their rows. `experts`: local, [num_topk], -1: not here.
   // Returns its index among all received messages.
   int64_t place_message(int32_t source, int32_t source_token, std::span<const int32_t> experts);
+  // Have all messages of `source` come?
+  bool has_placed_all(int32_t source) const { return next_message_[static_cast<size_t>(source)] == received_begin(source + 1); }
   int32_t source_token(int64_t message) const { return source_tokens_[message]; }
   // Row of the message's entry k in the outputs (rank_major: of the message, for any local k), -1: not here or beyond the capacity.
   int32_t placed_row(int64_t message, int32_t k) const { return placed_rows_[message * shape_.num_topk + k]; }

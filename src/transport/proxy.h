@@ -74,6 +74,14 @@ class Proxy {
   // Whoever has helped will not for a while: the proxy's thread goes on at once.
   void hand_over();
 
+  // Calls `call` while nobody moves bytes. What puts outside of all epochs write, or are put from, is looked at and changed in there. It calls
+  // nothing here.
+  template <typename Call>
+  void while_nothing_moves(Call call) {
+    const std::lock_guard turn(turn_);
+    call();
+  }
+
   // Nothing is put or finished any more: waits until everything is with its peers, says goodbye to those that have not done so themselves,
   // and waits for their answers. Their other threads have nothing to do for that. False: the deadline has passed.
   bool close(Deadline deadline);

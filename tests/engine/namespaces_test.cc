@@ -20,16 +20,18 @@ constexpr int64_t kSceneMs = 120'000;
 
 // A rank of the scenario on its node, which the library finds out by itself.
 struct Seated {
-  Seated(RankSeat& seat, const Namespaces& nodes, const Scenario& scenario, int64_t timeout_ms)
+  Seated(RankSeat& seat, const Namespaces& nodes, const Scenario& scenario, int64_t timeout_ms,
+         tern_timeout_policy policy = TERN_ON_TIMEOUT_ABORT)
       : group((nodes.enter(scenario.c.node_of(seat.rank())),
                Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat))),
-        exchange(group, options(scenario, timeout_ms)),
+        exchange(group, options(scenario, timeout_ms, policy)),
         trip(scenario, seat.rank(), exchange.get()) {}
 
-  static tern_exchange_options options(const Scenario& scenario, int64_t timeout_ms) {
+  static tern_exchange_options options(const Scenario& scenario, int64_t timeout_ms, tern_timeout_policy policy) {
     tern_exchange_options result = scenario.exchange_options();
     result.device = TERN_DEVICE_CPU;
     result.timeout_ms = timeout_ms;
+    result.on_timeout = policy;
     return result;
   }
 
@@ -153,6 +155,28 @@ TEST(Namespaces, ACutLinkIsAnErrorForAllAndBothSidesGoOn) {
     const std::string problem = fail_in_time(seated, c, timeout_ms);
     if (!problem.empty()) return problem;
     recover(seated, {.allow_mask = 1});
+    return run_without(sides[c.node_of(seat.rank())], seated, 3);
+  });
+  for (int32_t rank = 0; rank < c.num_ranks; ++rank) ranks.wait_for_stage(rank, 1);
+  nodes.cut(1);
+  ranks.set_stage(1);
+  expect_clean(c, ranks.join());
+}
+
+// The same under TERN_ON_TIMEOUT_MASK: each side goes on by itself, and the very call that misses the other one is right without it.
+TEST(Namespaces, ACutLinkIsNoErrorWhereBothSidesMask) {
+  const Namespaces nodes(2);
+  if (!nodes.problem().empty()) GTEST_SKIP() << nodes.problem();
+  Case c;
+  c.num_ranks = 4;
+  c.ranks_per_node = 2;
+  c.layout = TERN_LAYOUT_EXPERT_MAJOR;
+  const Scenario scenario(c), sides[] = {Scenario(c, {0, 0, 1, 1}), Scenario(c, {1, 1, 0, 0})};
+  RankProcesses ranks(c.num_ranks, kSceneMs, [&](RankSeat& seat) {
+    Seated seated(seat, nodes, scenario, full_scale() ? 2'000 : 10'000, TERN_ON_TIMEOUT_MASK);
+    seated.trip.run();
+    seat.set_stage(1);
+    seat.wait_for_stage(-1, 1);
     return run_without(sides[c.node_of(seat.rank())], seated, 3);
   });
   for (int32_t rank = 0; rank < c.num_ranks; ++rank) ranks.wait_for_stage(rank, 1);

@@ -245,12 +245,6 @@ TEST_F(Nodes, DifferentOperationsAreAMismatch) {
   for (const std::string& error : errors) EXPECT_EQ(error.find("TERN_TIMEOUT"), std::string::npos) << error;
 }
 
-TEST_F(Nodes, WhatIsNotThereBetweenNodesSaysSo) {
-  tern_exchange_options masking;
-  masking.on_timeout = TERN_ON_TIMEOUT_MASK;
-  expect_all_contain(errors_of([](int32_t, tern_exchange*, RankDevice&) { return std::vector<std::string>{}; }, masking), 4, "on 2");
-}
-
 TEST_F(Nodes, UnevenNodesAreRefused) {
   tern_group_options options;
   options.ranks_per_node = 2;

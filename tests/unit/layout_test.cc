@@ -32,6 +32,8 @@ constexpr bool regions_are_apart(const WindowLayout& window) {
   Walk walk;
   walk.region(window.failure(), sizeof(FailureCell), kLine);
   walk.region(window.proposal(), sizeof(ProposalCell), kLine);
+  walk.region(window.given_up(), sizeof(GivenUpCell), kLine);
+  walk.region(window.begun(), sizeof(BegunCell), kLine);
   for (int lane = 0; lane < window.num_lanes; ++lane) {
     walk.region(window.doorbell(lane), sizeof(Doorbell), kLine);
     for (int source = 0; source < window.num_ranks; ++source) walk.region(window.cell(lane, source), sizeof(FlagCell), kLine);

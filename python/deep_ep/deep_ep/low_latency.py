@@ -50,12 +50,12 @@ class LowLatencyMode:
         self, group: tern.Group, streams: Any, device: torch.device, num_bytes: int, timeout_ms: int, *, masks: bool
     ) -> None:
         self._group, self.streams, self._num_bytes, self._masks = group, streams, num_bytes, masks
-        if masks and group.num_nodes > 1:
+        self._masks_on_gpu = masks and device.type == "cuda"
+        if self._masks_on_gpu and group.num_nodes > 1:
             raise tern.UnsupportedError(
-                f"Buffer: enable_shrink is supported inside one node; the {group.num_ranks} ranks are on "
+                f"Buffer: enable_shrink of GPU ranks is supported inside one node; the {group.num_ranks} ranks are on "
                 f"{group.num_nodes} nodes"
             )
-        self._masks_on_gpu = masks and device.type == "cuda"
         self._nodes = Nodes.of_group(group)
         self._asked_mode = _asked_combine_mode()
         num_lanes = 1 if masks else _NUM_BANKS  # one lane alone goes on without a rank
