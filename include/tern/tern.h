@@ -30,7 +30,7 @@
  * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
  * - Ranks may be on several nodes: see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
- *   A token crosses the network once for each node. TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover is not.
+ *   A token crosses the network once for each node. GPU ranks: TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover is not.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
  *
@@ -205,10 +205,14 @@ typedef enum tern_weighting TERN_ENUM_TYPE {
 
 typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   TERN_ON_TIMEOUT_ABORT = 0, /* the operation fails, and so does every later one until tern_exchange_recover */
-  /* The operation goes on with a share of zero for the missing rank. CPU ranks: the next one starts a generation without it. GPU ranks: each by
+  /* The operation goes on with a share of zero for the missing rank. CPU ranks: the next one starts a generation without it, in which plans
+   * that were routed before are TERN_STALE_PLAN; a route, and a whole dispatch with a routing, are done again in it at once. A send is received
+   * before. Between nodes a rank is also given up at once when the connection to it is lost; what would cross its rail is zero, as in
+   * tern_exchange_recover; and the wait for a rank takes at most a quarter of the timeout longer, three quarters where it waits for another
+   * one itself. A rank that was given up and lives gets TERN_MASKED_OUT. GPU ranks: each by
    * itself waits for it no more, replayed graphs too, until tern_exchange_recover, which leaves it out of the next generation; only on the latency
-   * path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED. With several nodes making the exchange is
-   * TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
+   * path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED. With several nodes making the
+   * exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
   TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 

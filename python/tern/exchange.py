@@ -75,7 +75,8 @@ class Exchange:
     max_tokens, max_row_bytes (scales included), max_topk, max_experts: shapes to be expected, per rank, from which the staging is
         computed; larger batches go in rounds. staging_bytes sets it by hand.
     window_bytes: memory for `empty`. num_lanes: independent sequences of operations. num_sms: SMs of an operation on a GPU, 0: chosen.
-    timeout_ms: the deadline of every wait, 0: TERN_TIMEOUT_MS, else 30 s. on_timeout: "abort" or "mask" (GPU ranks: on the latency path).
+    timeout_ms: the deadline of every wait, 0: TERN_TIMEOUT_MS, else 30 s. on_timeout: "abort" or "mask" (GPU ranks: on the
+        latency path, inside one node).
     mode: "auto", "throughput" or "latency".
 
     One thread at a time uses a lane; different lanes may be used from different threads. Operations on GPU ranks run on torch's

@@ -54,10 +54,6 @@ void Lane::restart() {
   num_given_up_ = 0;
 }
 
-void Lane::check_health() const {
-  if (const auto failure = recorded_failure(*domain_)) throw_recorded(*domain_, *failure);
-}
-
 void Lane::begin_round(const RoundTrip& trip, uint64_t epoch) {
   std::fill(num_messages_.begin(), num_messages_.end(), 0);
   if (epoch <= layout::kNumBanks) return;

@@ -110,9 +110,6 @@ class Lane {
   // Epochs start again; `domain` holds fresh windows.
   void restart();
 
-  // Throws if the generation has failed; to be called at the start of every operation.
-  void check_health() const;
-
   // TERN_INVALID_STATE if an earlier send still holds a bank that the next `num_rounds` epochs need.
   void check_room(tern_operation operation, int64_t num_rounds) const { epochs_.check_room(operation, index_, num_rounds); }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "domain/given_up.h"
 #include "memory/host_segment.h"
 
 namespace tern::cpu::test {
@@ -109,6 +110,18 @@ void drain(Lane& lane, const RoundTrip& trip, uint64_t epoch) {
 
 void run_trip(Lane& lane, const RoundTrip& trip) {
   lane.run(trip, [&](int64_t, uint64_t epoch) { fill(lane, trip, epoch); }, [&](int64_t, uint64_t epoch) { drain(lane, trip, epoch); });
+}
+
+// In how many rounds nothing came from each rank.
+std::vector<int> silent_rounds(Lane& lane, const RoundTrip& trip) {
+  std::vector<int> silent(static_cast<size_t>(lane.domain().num_ranks));
+  lane.run(
+      trip, [&](int64_t, uint64_t epoch) { fill(lane, trip, epoch); },
+      [&](int64_t, uint64_t epoch) {
+        lane.domain().for_each_member(
+            [&](int from) { silent[static_cast<size_t>(from)] += lane.await_arrived(trip, epoch, from) == nullptr; });
+      });
+  return silent;
 }
 
 uint64_t send(Lane& lane, const RoundTrip& trip) {
@@ -213,8 +226,7 @@ TEST(Lane, RecordsWhoDidNotCome) {
     EXPECT_EQ(record->operation, TERN_OP_COMBINE);
     EXPECT_EQ(record->expected_epoch, 1u);
     EXPECT_EQ(record->seen_epoch, 0u);
-    Lane other = ranks.lane(r, 0);
-    EXPECT_EQ(failure_of([&] { other.check_health(); }).status(), r == 0 ? TERN_TIMEOUT : TERN_ABORTED);
+    EXPECT_EQ(failure_of([&] { throw_recorded(ranks.domain(r), *record); }).status(), r == 0 ? TERN_TIMEOUT : TERN_ABORTED);
   }
 }
 
@@ -260,19 +272,28 @@ TEST(Lane, NoticesOtherShapes) {
 TEST(Lane, GoesOnWithoutWhoWasGivenUp) {
   Ranks ranks(2, 1);
   Lane lane = ranks.lane(0, 0, {.timeout_ms = 20, .on_timeout = TERN_ON_TIMEOUT_MASK});
-  const RoundTrip trip = test_trip(3);
-  std::vector<int> silent(2);
-  lane.run(
-      trip, [&](int64_t, uint64_t epoch) { fill(lane, trip, epoch); },
-      [&](int64_t, uint64_t epoch) {
-        lane.domain().for_each_member(
-            [&](int from) { silent[static_cast<size_t>(from)] += lane.await_arrived(trip, epoch, from) == nullptr; });
-      });
+  EXPECT_THAT(silent_rounds(lane, test_trip(3)), testing::ElementsAre(0, 3));
   EXPECT_TRUE(lane.gave_up_any());
   EXPECT_TRUE(lane.gave_up(1));
-  EXPECT_THAT(silent, testing::ElementsAre(0, 3));
   EXPECT_EQ(lane.counters().timeouts, 1u) << "it waited again for who was given up";
   EXPECT_FALSE(recorded_failure(lane.domain()).has_value());
+}
+
+// One of those who wait has a deadline that passes. The other one hears of it, and what was given up learns that it was.
+TEST(Lane, OneDeadlineIsEnoughForAll) {
+  Ranks ranks(3, 1);
+  const RoundTrip trip = test_trip(2);
+  ranks.run([&](int rank) {
+    if (rank == 2) return;
+    Lane lane = ranks.lane(rank, 0, {.timeout_ms = rank == 0 ? 20 : kLongTimeoutMs, .on_timeout = TERN_ON_TIMEOUT_MASK});
+    EXPECT_THAT(silent_rounds(lane, trip), testing::ElementsAre(0, 0, 2));
+    EXPECT_EQ(lane.num_given_up(), 1);
+    EXPECT_TRUE(lane.gave_up(2));
+    EXPECT_EQ(lane.counters().timeouts, rank == 0 ? 1u : 0u);
+  });
+  for (int r = 0; r < 3; ++r) EXPECT_TRUE(is_given_up(ranks.domain(r), 2)) << "rank " << r;
+  Lane late = ranks.lane(2, 0, {.timeout_ms = kLongTimeoutMs, .on_timeout = TERN_ON_TIMEOUT_MASK});
+  EXPECT_EQ(failure_of([&] { run_trip(late, test_trip(4)); }).status(), TERN_MASKED_OUT);
 }
 
 TEST(Lane, TellsWhereRowsLie) {
