@@ -33,24 +33,27 @@ void set_all_bits(const Draw& draw, std::span<uint8_t> row) {
 
 // Mostly numbers like those of a network; one row in 16 has some that make trouble.
 void fill_numbers(tern_dtype dtype, const Draw& draw, std::span<uint8_t> row) {
-  const int64_t num_elements = static_cast<int64_t>(row.size()) / element_bytes(dtype);
+  std::vector<float> values(row.size() / static_cast<size_t>(element_bytes(dtype)));
   const bool specials = draw.one_in(-1, 16);
-  for (int64_t i = 0; i < num_elements; ++i) {
-    const uint64_t word = draw.word(i);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint64_t word = draw.word(static_cast<int64_t>(i));
     const bool special = specials && (word >> 56) % 32 == 0;
-    encode(dtype, special ? kSpecials[(word >> 40) % std::size(kSpecials)] : ordinary_value(word, 8), row.data(), i);
+    values[i] = special ? kSpecials[(word >> 40) % std::size(kSpecials)] : ordinary_value(word, 8);
   }
+  encode_row(dtype, values, row);
   if (specials) set_all_bits(draw, row);
 }
 
 // Finite numbers, in blocks of 128 that differ much in magnitude; some blocks are zero or below the smallest scale.
 void fill_castable(tern_dtype dtype, const Draw& draw, std::span<uint8_t> row) {
-  const int64_t num_elements = static_cast<int64_t>(row.size()) / element_bytes(dtype);
-  for (int64_t i = 0; i < num_elements; ++i) {
-    const int64_t kind = draw.below(-1 - i / 128, 8);
+  std::vector<float> values(row.size() / static_cast<size_t>(element_bytes(dtype)));
+  for (size_t i = 0; i < values.size(); ++i) {
+    const auto position = static_cast<int64_t>(i);
+    const int64_t kind = draw.below(-1 - position / 128, 8);
     const float magnitude = kind == 0 ? 0.0f : kind == 1 ? 1e-6f : kind == 2 ? 100.0f : 1.0f;
-    encode(dtype, magnitude * ordinary_value(draw.word(i), 8), row.data(), i);
+    values[i] = magnitude * ordinary_value(draw.word(position), 8);
   }
+  encode_row(dtype, values, row);
 }
 
 void fill_bytes(const Draw& draw, std::span<uint8_t> bytes) {

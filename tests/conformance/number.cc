@@ -15,6 +15,7 @@ struct SmallFormat {
   uint32_t largest, overflow, nan;
   int min_exponent() const { return 2 - (1 << (exponent_bits - 1)); }  // of the smallest normal number, and of the subnormals
   int sign_shift() const { return exponent_bits + mantissa_bits; }
+  int num_bytes() const { return (sign_shift() + 1) / 8; }
 };
 
 constexpr SmallFormat kBf16 = {8, 7, 0x7F7F, 0x7F80, 0x7FC0};
@@ -54,7 +55,7 @@ float decode_small(const SmallFormat& format, uint32_t code) {
   return sign * std::ldexp(static_cast<float>(significand), exponent - format.mantissa_bits);
 }
 
-const SmallFormat& small_format(tern_dtype dtype) {
+SmallFormat small_format(tern_dtype dtype) {
   switch (dtype) {
     case TERN_DTYPE_BF16: return kBf16;
     case TERN_DTYPE_FP16: return kFp16;
@@ -65,7 +66,7 @@ const SmallFormat& small_format(tern_dtype dtype) {
 
 }  // namespace
 
-void round_to_log10bit(std::vector<float>& row) {
+void round_to_log10bit(std::span<float> row) {
   constexpr int64_t kOctave = 1 << 23, kInfinity = 255 * kOctave;
   const auto magnitude_of = [](float value) { return int64_t{bits_of(value) & 0x7FFFFFFF}; };
   for (size_t first = 0; first < row.size(); first += 128) {
@@ -116,29 +117,50 @@ int64_t element_bytes(tern_dtype dtype) {
 }
 
 float decode(tern_dtype dtype, const uint8_t* array, int64_t index) {
-  const uint8_t* at = array + index * element_bytes(dtype);
-  if (dtype == TERN_DTYPE_FP32) {
-    float value;
-    std::memcpy(&value, at, sizeof value);
-    return value;
-  }
-  uint16_t code = *at;
-  if (element_bytes(dtype) == 2) std::memcpy(&code, at, sizeof code);
-  if (dtype == TERN_DTYPE_BF16) return float_of(static_cast<uint32_t>(code) << 16);
-  return decode_small(small_format(dtype), code);
+  float value;
+  const int64_t size = element_bytes(dtype);
+  decode_row(dtype, {array + index * size, static_cast<size_t>(size)}, {&value, 1});
+  return value;
 }
 
 void encode(tern_dtype dtype, float value, uint8_t* array, int64_t index) {
-  uint8_t* at = array + index * element_bytes(dtype);
+  const int64_t size = element_bytes(dtype);
+  encode_row(dtype, {&value, 1}, {array + index * size, static_cast<size_t>(size)});
+}
+
+void decode_row(tern_dtype dtype, std::span<const uint8_t> row, std::span<float> values) {
+  if (row.size() != values.size() * static_cast<size_t>(element_bytes(dtype)))
+    throw std::logic_error("conformance: not a row of such values");
   if (dtype == TERN_DTYPE_FP32) {
-    std::memcpy(at, &value, sizeof value);
+    std::memcpy(values.data(), row.data(), row.size());
     return;
   }
-  const auto code = static_cast<uint16_t>(encode_small(small_format(dtype), value));
-  if (element_bytes(dtype) == 2)
-    std::memcpy(at, &code, sizeof code);
-  else
-    *at = static_cast<uint8_t>(code);
+  const SmallFormat format = small_format(dtype);
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint16_t code;
+    if (format.num_bytes() == 2)
+      std::memcpy(&code, row.data() + 2 * i, sizeof code);
+    else
+      code = row[i];
+    values[i] = dtype == TERN_DTYPE_BF16 ? float_of(static_cast<uint32_t>(code) << 16) : decode_small(format, code);
+  }
+}
+
+void encode_row(tern_dtype dtype, std::span<const float> values, std::span<uint8_t> row) {
+  if (row.size() != values.size() * static_cast<size_t>(element_bytes(dtype)))
+    throw std::logic_error("conformance: not a row of such values");
+  if (dtype == TERN_DTYPE_FP32) {
+    std::memcpy(row.data(), values.data(), row.size());
+    return;
+  }
+  const SmallFormat format = small_format(dtype);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const auto code = static_cast<uint16_t>(encode_small(format, values[i]));
+    if (format.num_bytes() == 2)
+      std::memcpy(row.data() + 2 * i, &code, sizeof code);
+    else
+      row[i] = static_cast<uint8_t>(code);
+  }
 }
 
 }  // namespace tern::conformance

@@ -46,7 +46,7 @@ class Summer {
     const WeightUse use = c_.weighting == TERN_WEIGHTS_OWNER ? WeightUse::kOwner : WeightUse::kDispatch;
     const float weight = c_.weighting == TERN_WEIGHTS_NONE ? 1.0f : make_weight(c_, batch_, owner_, use, entry);
     std::vector<float> values(acc.size());
-    for (size_t i = 0; i < acc.size(); ++i) values[i] = decode(c_.combine_dtype, row.data(), static_cast<int64_t>(i));
+    decode_row(c_.combine_dtype, row, values);
     if (wire == Wire::kRow && c_.wire == TERN_WIRE_LOG10BIT) round_to_log10bit(values);
     for (size_t i = 0; i < acc.size(); ++i) {
       const float product = c_.weighting == TERN_WEIGHTS_NONE ? values[i] : weight * values[i];
@@ -59,20 +59,20 @@ class Summer {
     if (c_.wire == TERN_WIRE_LOG10BIT) {
       round_to_log10bit(sum);
     } else if (c_.wire == TERN_WIRE_AS_DTYPE) {
-      uint8_t wire[4];
-      for (float& value : sum) {
-        encode(c_.combine_dtype, value, wire, 0);
-        value = decode(c_.combine_dtype, wire, 0);
-      }
+      Bytes wire(static_cast<size_t>(c_.combine_row_bytes()));
+      encode_row(c_.combine_dtype, sum, wire);
+      decode_row(c_.combine_dtype, wire, sum);
     }
     for (size_t i = 0; i < acc.size(); ++i) acc[i] = acc[i] + std::exchange(sum[i], 0.0f);
   }
 
   void add_biases(std::vector<float>& acc, int64_t token) const {
     Bytes row(static_cast<size_t>(c_.combine_row_bytes()));
+    std::vector<float> values(acc.size());
     for (int bias = 0; bias < c_.num_biases; ++bias) {
       make_bias(c_, batch_, owner_, bias, token, row);
-      for (size_t i = 0; i < acc.size(); ++i) acc[i] = acc[i] + decode(c_.combine_dtype, row.data(), static_cast<int64_t>(i));
+      decode_row(c_.combine_dtype, row, values);
+      for (size_t i = 0; i < acc.size(); ++i) acc[i] = acc[i] + values[i];
     }
   }
 
@@ -101,7 +101,8 @@ void combine_token(const Case& c, const Summer& summer, const std::vector<Share>
       if (node_ends && c.num_nodes() > 1) summer.add_rounded(acc, node_sum);
     }
   }
-  for (size_t i = 0; i < hidden; ++i) encode(c.combine_dtype, acc[i], out.data(), token * c.combine_hidden() + static_cast<int64_t>(i));
+  const auto row_bytes = static_cast<size_t>(c.combine_row_bytes());
+  encode_row(c.combine_dtype, acc, std::span(out).subspan(static_cast<size_t>(token) * row_bytes, row_bytes));
 }
 
 void return_weights(const Case& c, int batch, const std::vector<Share>& shares, int64_t token, Bytes& out) {

@@ -135,22 +135,22 @@ class Writer {
 void cast_oracle(const Case& c, const Bytes& row, Bytes& values, Bytes& scales) {
   values.assign(static_cast<size_t>(c.hidden), 0);
   scales.assign(static_cast<size_t>(c.arriving_scale_bytes()), 0);
-  for (int64_t first = 0; first < c.hidden; first += 128) {
-    const int64_t last = std::min(first + 128, c.hidden);
+  std::vector<float> numbers(values.size());
+  decode_row(c.dtype, row, numbers);
+  for (size_t first = 0; first < numbers.size(); first += 128) {
+    const size_t last = std::min(first + 128, numbers.size());
     float amax = 1e-4f;
-    for (int64_t i = first; i < last; ++i) amax = std::max(amax, std::fabs(decode(c.dtype, row.data(), i)));
+    for (size_t i = first; i < last; ++i) amax = std::max(amax, std::fabs(numbers[i]));
     const float scale = amax * (1.0f / 448.0f);
     const int exponent = exponent_rounded_up(scale);
     const float inverse = 448.0f / amax, power = std::ldexp(1.0f, exponent);
-    for (int64_t i = first; i < last; ++i) {
-      const float x = decode(c.dtype, row.data(), i);
-      encode(TERN_DTYPE_FP8_E4M3, c.encoding == TERN_ENCODING_FP8_F32 ? x * inverse : x / power, values.data(), i);
-    }
+    for (size_t i = first; i < last; ++i) numbers[i] = c.encoding == TERN_ENCODING_FP8_F32 ? numbers[i] * inverse : numbers[i] / power;
     if (c.encoding == TERN_ENCODING_FP8_UE8M0)
-      scales[static_cast<size_t>(first / 128)] = static_cast<uint8_t>(exponent + 127);
+      scales[first / 128] = static_cast<uint8_t>(exponent + 127);
     else
-      put(scales, first / 128, c.encoding == TERN_ENCODING_FP8_F32 ? scale : power);
+      put(scales, static_cast<int64_t>(first / 128), c.encoding == TERN_ENCODING_FP8_F32 ? scale : power);
   }
+  encode_row(TERN_DTYPE_FP8_E4M3, numbers, values);
 }
 
 DispatchBytes dispatch_oracle(const Case& c, const std::vector<Placement>& placements, int batch, int32_t rank) {

@@ -70,7 +70,7 @@ std::vector<Case> some_cases(int32_t num_nodes, int32_t ranks_per_node) {
   Case large;  // many rounds
   large.num_ranks = num_nodes * ranks_per_node;
   large.ranks_per_node = ranks_per_node;
-  large.max_tokens = 300;
+  large.max_tokens = full_scale() ? 300 : 150;
   large.hidden = 2048;
   large.num_topk = 4;
   large.layout = TERN_LAYOUT_EXPERT_MAJOR;

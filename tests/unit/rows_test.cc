@@ -366,7 +366,9 @@ TEST(Rows, SumRoundsLikeTheScalarTwin) {
     for (const float x : type.boundaries()) {
       const SumTerm terms[] = {{row, x}};
       cpu::sum_rows({dtype, kHidden, true, terms, {}, {}, out, Store::kCached});
-      for (size_t i = 0; i < kHidden; ++i) ASSERT_EQ(out[i], narrow(0.0f + (i % 3 == 0 ? -x : x))) << x << " at " << i;
+      const uint16_t expected[] = {narrow(0.0f + -x), narrow(0.0f + x)};
+      for (size_t i = 0; i < kHidden; ++i)
+        if (out[i] != expected[i % 3 == 0 ? 0 : 1]) FAIL() << x << " at " << i << ": " << out[i];
     }
   };
   for_each_target([&] {
