@@ -144,7 +144,9 @@ bool Lane::await_network(const Awaited& awaited) {
   return wait_until(awaited, [&] { return load_acquire(awaited.word) >= awaited.epoch; });
 }
 
-bool Lane::await_word_of(const Awaited& from, const std::function<bool()>& has_come) { return wait_until(from, has_come); }
+bool Lane::await_word_of(const Awaited& from, const std::function<bool()>& has_come) {
+  return wait_until(from, [&] { return has_come(); });
+}
 
 template <typename Ready>
 bool Lane::wait_until(const Awaited& awaited, Ready ready) {
