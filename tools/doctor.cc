@@ -143,7 +143,7 @@ void print_providers(const NetworkReport& network) {
   if (network.providers.empty()) print_fact("providers", network.problem);
   for (const FabricProvider& provider : network.providers)
     print_fact(&provider == network.providers.data() ? "providers" : "",
-               fmt::format("{:<16}{}", provider.name, fmt::join(provider.devices, ", ")));
+               fmt::format("{:<16}{}{}", provider.name, fmt::join(provider.devices, ", "), provider.gpu_memory ? "; memory of GPUs" : ""));
 }
 
 void print_devices(const Findings& findings) {
@@ -251,7 +251,8 @@ Json devices_json(const Findings& findings) {
   }
   const NetworkReport& network = findings.network;
   Json providers = Json::array();
-  for (const FabricProvider& provider : network.providers) providers.push_back({{"name", provider.name}, {"devices", provider.devices}});
+  for (const FabricProvider& provider : network.providers)
+    providers.push_back({{"name", provider.name}, {"devices", provider.devices}, {"gpu_memory", provider.gpu_memory}});
   return {
       {"gpus", {{"driver", findings.gpus.driver}, {"problem", findings.gpus.problem}, {"list", gpus}}},
       {"cuda", cuda_json(findings.cuda)},

@@ -50,6 +50,11 @@ void for_each_knob(Knobs& k, Visitor visit) {
         "its GPU; tcp: the first)",
         k.fabric_domain);
   visit("TERN_FABRIC_RAILS", "how many network devices each rank takes where they are not named, 1 to 8 (1)", k.fabric_rails);
+  visit(
+      "TERN_FABRIC_GPU_MEMORY",
+      "what GPU ranks send and receive between hosts lies in memory of 0: the host, 1: the GPU where network devices reach it, 2: the GPU "
+      "with any provider that takes it, for tests (1)",
+      k.fabric_gpu_memory);
   visit("TERN_FABRIC_TCLASS",
         "traffic class between hosts: best_effort, low_latency, dedicated_access, bulk_data, scavenger, network_ctrl or dscp:0 to dscp:63",
         k.fabric_tclass);

@@ -23,6 +23,7 @@ struct Knobs {
   std::optional<std::string> fabric_provider;  // TERN_FABRIC_PROVIDER: libfabric's provider between hosts
   std::vector<std::string> fabric_domain;      // TERN_FABRIC_DOMAIN: its network devices, by name
   int64_t fabric_rails = 1;                    // TERN_FABRIC_RAILS: how many of them each rank takes, where they are not named
+  int64_t fabric_gpu_memory = 1;               // TERN_FABRIC_GPU_MEMORY: 0: what crosses the network lies in memory of the host
   std::optional<std::string> fabric_tclass;    // TERN_FABRIC_TCLASS: traffic class of what is sent between hosts
 };
 

@@ -72,9 +72,12 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
 }
 
 void CpuExchange::start_network(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
-  const auto rail_bytes = static_cast<size_t>(Network::memory_layout(domain_.topology, options_).total_bytes());
-  const auto old_memory = std::exchange(rail_memory_, HostSegment::create(rail_bytes, SharedBy::kThreads));  // registered until the start
-  network_->start(rail_memory_->data(), bootstrap, masked, deadline);
+  RailMemory memory;
+  memory.of_host = [this](size_t num_bytes) {
+    rail_memory_ = HostSegment::create(num_bytes, SharedBy::kThreads);
+    return rail_memory_->data();
+  };
+  network_->start(memory, bootstrap, masked, deadline);
   rails_.clear();
   for (const auto& lane : lanes_) rails_.push_back(network_->make_rail(*lane));
   unreachable_ = masked;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,17 +21,22 @@
 
 namespace tern::cpu {
 
+// Where a generation's banks lie: each is asked for at most once at its start, and its memory stays until the next one. Zeroed.
+struct RailMemory {
+  std::function<std::byte*(size_t num_bytes)> of_host;
+  // Where slots shall lie apart, if the network takes them there on all ranks; none: nowhere. Without room it may throw.
+  std::function<std::byte*(size_t num_bytes)> of_slots;
+  int slots_gpu = kHostMemory;              // the GPU whose memory that is
+  std::function<void()> enter_gpu = [] {};  // makes it that of the calling thread: providers may use CUDA in those that move bytes
+};
+
 class Network {
  public:
-  // What the network writes to and reads from.
-  static layout::RailMemoryLayout memory_layout(const Topology& topology, const tern_exchange_options& options);
-
   // `domain` is the node's, and stays. `gpu`: as in EndpointOptions.
   Network(const Domain& domain, const std::string& gpu, const tern_exchange_options& options, const Log& log);
-  // Collective among those who are not masked out, [num_ranks of the group]; empty: nobody is. `memory`, of memory_layout() and zeroed, stays
-  // until the next start. If no rank has another one in its rail, as when this node is all that is left, there is no network, and none is
-  // needed.
-  void start(std::byte* memory, Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  // Collective among those who are not masked out, [num_ranks of the group]; empty: nobody is. If no rank has another one in its rail, as when
+  // this node is all that is left, there is no network, and none is needed.
+  void start(const RailMemory& memory, Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
   ~Network();
   Network(const Network&) = delete;
   Network& operator=(const Network&) = delete;
@@ -42,11 +48,17 @@ class Network {
   // From here on peers may close before this rank does, as at the end of a generation; false: not yet, after all.
   void expect_losses(bool expected) { closing_ = expected; }
 
+  // Where the banks are; until the next start.
+  const RailPlace& place() const { return place_; }
   // For one lane of the exchange; until the next start.
   std::unique_ptr<Rail> make_rail(Lane& lane) const { return std::make_unique<Rail>(lane, place_); }
 
  private:
-  void open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
+  std::unique_ptr<Endpoint> open(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) const;
+  void register_banks(Endpoint& endpoint, const RailMemory& memory, Bootstrap& bootstrap, const std::vector<uint8_t>& masked,
+                      Deadline deadline);
+  RemoteRegion register_slots(Endpoint& endpoint, const RailMemory& memory);
+  void start_proxy(std::unique_ptr<Endpoint> endpoint, const std::function<void()>& started);
   bool take_leave(int64_t timeout_ms);
   void notice_change(int channel);
   void notice_loss(int peer, const std::string& text);
@@ -61,8 +73,7 @@ class Network {
   Log log_;
   std::atomic<bool> closing_ = false;
   std::atomic<bool> failure_told_ = false;
-  std::byte* memory_;
-  std::unique_ptr<Region> region_;
+  std::unique_ptr<Region> region_, slots_region_;
   RailPlace place_;
   std::unique_ptr<Standing> standing_;  // with TERN_ON_TIMEOUT_MASK
   std::unique_ptr<Proxy> proxy_;

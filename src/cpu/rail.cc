@@ -38,30 +38,44 @@ int64_t Rail::send_round(const RailTrip& trip, uint64_t epoch) {
     header.num_slots = num_slots_[static_cast<size_t>(node)];
   }
   store_fence();  // the network's thread reads rows that were streamed
-  uint64_t num_bytes = 0;
-  for_each_other_node([&](int node) {
-    const auto bytes = static_cast<size_t>(trip.bank.bytes(num_slots_[static_cast<size_t>(node)]));
-    place_.proxy->put({.peer = rank_in(node),
-                       .from = place_.memory,
-                       .from_offset = static_cast<size_t>(place_.layout.out(lane_.index(), epoch, node)),
-                       .to = place_.remote[static_cast<size_t>(node)],
-                       .to_offset = static_cast<uint64_t>(place_.layout.in(lane_.index(), epoch, place_.node)),
-                       .num_bytes = bytes,
-                       .channel = lane_.index(),
-                       .epoch = static_cast<int64_t>(epoch),
-                       .last = true});
-    num_bytes += bytes;
-  });
-  lane_.counters().network_bytes.fetch_add(num_bytes, std::memory_order_relaxed);
+  int64_t num_bytes = 0;
+  for_each_other_node([&](int node) { num_bytes += put_bank(trip, epoch, node); });
+  lane_.counters().network_bytes.fetch_add(static_cast<uint64_t>(num_bytes), std::memory_order_relaxed);
   epochs_.open(epoch);
-  return static_cast<int64_t>(num_bytes);
+  return num_bytes;
+}
+
+// In one piece, or two. Returns their bytes.
+int64_t Rail::put_bank(const RailTrip& trip, uint64_t epoch, int node) const {
+  const int64_t num_bytes = trip.bank.bytes(num_slots_[static_cast<size_t>(node)]), head_bytes = trip.bank.slots();
+  const bool has_slots_apart = place_.slots != nullptr && num_bytes > head_bytes;
+  Put put{.peer = rank_in(node),
+          .from = place_.memory,
+          .from_offset = static_cast<size_t>(out_at(epoch, node)),
+          .to = place_.remote[static_cast<size_t>(node)],
+          .to_offset = static_cast<uint64_t>(in_at(epoch, place_.node)),
+          .num_bytes = static_cast<size_t>(has_slots_apart ? head_bytes : num_bytes),
+          .channel = lane_.index(),
+          .epoch = static_cast<int64_t>(epoch),
+          .last = !has_slots_apart};
+  place_.proxy->put(put);
+  if (!has_slots_apart) return num_bytes;
+  const layout::RailBanksLayout& banks = place_.whole_banks;
+  put.from = place_.slots;
+  put.from_offset = static_cast<size_t>(banks.out(lane_.index(), epoch, node) + head_bytes);
+  put.to = place_.remote_slots[static_cast<size_t>(node)];
+  put.to_offset = static_cast<uint64_t>(banks.in(lane_.index(), epoch, place_.node) + head_bytes);
+  put.num_bytes = static_cast<size_t>(num_bytes - head_bytes);
+  put.last = true;
+  place_.proxy->put(put);
+  return num_bytes;
 }
 
 const std::byte* Rail::await_arrived(const RailTrip& trip, uint64_t epoch, int node) {
   if (node == place_.node) return out(epoch, node);
   const Awaited awaited{rank_in(node), trip.operation, epoch, place_.proxy->arrived(rank_in(node), lane_.index()), TERN_AWAITED_MESSAGES};
   if (!lane_.await_network(awaited)) return nullptr;
-  const std::byte* bank = place_.memory->address() + place_.layout.in(lane_.index(), epoch, node);
+  const std::byte* bank = place_.memory->address() + in_at(epoch, node);
   const auto& header = *reinterpret_cast<const layout::RailHeader*>(bank);
   if (header.operation != trip.operation)
     lane_.fail_mismatch(awaited, fmt::format("rank {} was in {}", rank_in(node), operation_name(header.operation)));

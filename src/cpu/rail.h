@@ -39,9 +39,12 @@ struct RailPlace {
   std::vector<uint8_t> serves;  // [num_nodes] 0: that rank is masked out, so nothing goes to its node or comes from there
   layout::RailMemoryLayout layout;
   const Region* memory = nullptr;
-  std::vector<RemoteRegion> remote;  // [num_nodes]
-  Proxy* proxy = nullptr;            // nullptr: no rail serves
-  Standing* standing = nullptr;      // with TERN_ON_TIMEOUT_MASK and a proxy
+  std::vector<RemoteRegion> remote;     // [num_nodes]
+  layout::RailBanksLayout whole_banks;  // header, counts and slots: those of `layout`, or of the memory where slots lie apart
+  const Region* slots = nullptr;        // that memory; nullptr: slots lie in `memory`
+  std::vector<RemoteRegion> remote_slots;
+  Proxy* proxy = nullptr;        // nullptr: no rail serves
+  Standing* standing = nullptr;  // with TERN_ON_TIMEOUT_MASK and a proxy
 };
 
 class Rail {
@@ -50,7 +53,9 @@ class Rail {
 
   int num_nodes() const { return static_cast<int>(place_.ranks.size()); }
   int own_node() const { return place_.node; }
-  int64_t bank_bytes() const { return place_.layout.bank_bytes; }
+  int64_t bank_bytes() const { return place_.whole_banks.bank_bytes; }
+  // For header and counts of a bank.
+  int64_t head_bytes() const { return place_.layout.banks.bank_bytes; }
 
   void check_room(tern_operation operation, int64_t num_rounds) const { epochs_.check_room(operation, lane_.index(), num_rounds); }
   uint64_t begin(tern_operation operation, int64_t num_rounds) {
@@ -69,11 +74,11 @@ class Rail {
   }
   // Can anything go to that node, and come from there? Not if the rail's rank there is masked out, or was given up. The own node's always serves.
   bool serves(int node) const { return place_.serves[static_cast<size_t>(node)] != 0 && !lane_.gave_up_rank(rank_in(node)); }
-  // Instead: somebody else has filled so many, and the counts.
+  // Instead: somebody else has filled so many, and the counts. Where slots lie apart that is how they are filled.
   void set_num_slots(int node, int32_t num_slots) { num_slots_[static_cast<size_t>(node)] = num_slots; }
   // Returns the bytes of the round, to all other nodes.
   int64_t send_round(const RailTrip& trip, uint64_t epoch);
-  // The bank of that node's slots; nullptr: its rank of the rail has been given up.
+  // The bank of that node's slots, or where these lie apart of header and counts; nullptr: its rank of the rail has been given up.
   const std::byte* await_arrived(const RailTrip& trip, uint64_t epoch, int node);
   void finish_round(uint64_t epoch);
   uint64_t next_epoch() const { return epochs_.next(); }
@@ -96,7 +101,12 @@ class Rail {
   }
 
  private:
-  std::byte* out(uint64_t epoch, int node) const { return place_.memory->address() + place_.layout.out(lane_.index(), epoch, node); }
+  int64_t out_at(uint64_t epoch, int node) const {
+    return place_.layout.banks_begin() + place_.layout.banks.out(lane_.index(), epoch, node);
+  }
+  int64_t in_at(uint64_t epoch, int node) const { return place_.layout.banks_begin() + place_.layout.banks.in(lane_.index(), epoch, node); }
+  std::byte* out(uint64_t epoch, int node) const { return place_.memory->address() + out_at(epoch, node); }
+  int64_t put_bank(const RailTrip& trip, uint64_t epoch, int node) const;
   bool hear_given_up(const Awaited& from, int node, int num_given_up);
   int rank_in(int node) const { return place_.ranks[static_cast<size_t>(node)]; }
 

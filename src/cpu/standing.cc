@@ -32,7 +32,7 @@ layout::StandingWords Standing::told_by(int node) const { return read(place_.lay
 // Calls visit(node, rank) for those whose rank of this rail takes part in the generation.
 template <typename Visitor>
 void Standing::for_each_other_node(Visitor visit) const {
-  for (int node = 0; node < place_.layout.num_nodes; ++node)
+  for (int node = 0; node < place_.layout.banks.num_nodes; ++node)
     if (node != place_.node && place_.serves[static_cast<size_t>(node)] != 0) visit(node, place_.ranks[static_cast<size_t>(node)]);
 }
 

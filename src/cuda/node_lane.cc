@@ -107,6 +107,7 @@ void NodeLane::grant(uint64_t epoch) {
 }
 
 void NodeLane::answer(uint64_t epoch) {
+  options_.flush();
   store_release(cell_[0].answered, kernels::HostCell::answer(++answered_, epoch % layout::kNumBanks));
 }
 
@@ -146,6 +147,7 @@ bool NodeLane::await_command() {
 void NodeLane::run() {
   allow_short_pauses();
   try {
+    options_.enter_gpu();
     while (await_command()) take(cell_[0].commands[begun_++ % 2])(*this);
   } catch (const std::exception& error) {
     const int32_t rank = domain_.rank_of_group(domain_.rank);

@@ -35,7 +35,9 @@ class NodeLane {
   struct Options {
     int index = 0;
     int64_t timeout_ms = 0;
-    std::function<void()> check_health;  // throws what this rank's GPU has reported
+    std::function<void()> check_health = {};  // throws what this rank's GPU has reported
+    std::function<void()> enter_gpu = {};     // RailMemory::enter_gpu
+    std::function<void()> flush = {};         // shows kernels what the network has written to the GPU's memory
   };
 
   NodeLane(const std::shared_ptr<DevicePool>& pool, const Domain& domain, const cpu::Network& network, SpanLog& spans, Options options);

@@ -31,6 +31,11 @@ NodePlan::NodePlan(int device, const PlanShape& shape, NodeLane& any_lane)
       told_(shape, told_memory_.data()),
       placed_report_(shape, trip_.num_rounds, report_memory_.data()) {
   check_shape(shape);
+  if (trip_.bank.slots() > any_lane.rail().head_bytes())
+    fail(TERN_OUT_OF_MEMORY,
+         "plan: the counts of {} experts on {} nodes need {} bytes of what goes to another node, the exchange has {}; create it with "
+         "max_experts of at least that",
+         shape.num_experts, shape.num_nodes, trip_.bank.slots(), any_lane.rail().head_bytes());
   const layout::BankLayout counts{.num_counts = shape.num_nodes * table_.num_counts(), .slot = {}};
   const int64_t bank_bytes = any_lane.lane().domain().layout.bank_bytes;
   if (counts.slots() > bank_bytes)

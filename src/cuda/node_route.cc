@@ -69,6 +69,7 @@ void NodeRoute::give(const NodeSteps& steps, int64_t round, kernels::HostSteps o
 }
 
 void NodeRoute::take(const NodeSteps& steps, int64_t round, kernels::HostSteps of_kernel) {
+  args_.heads = plan_.exchange().nodes()->arrived_heads(launch_.lane);
   set_slots(round, plan_.exchange().nodes()->arrived(launch_.lane));
   args_.steps = steps.of_kernel(of_kernel);
   tern::cuda::check(kernels::launch_take(args_, steps.stream()), "launching the kernel that takes tokens of other nodes");

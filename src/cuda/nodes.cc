@@ -1,30 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/nodes.h"
 
+#include "base/error.h"
+#include "cuda/driver.h"
 #include "plan/window_sizing.h"
 
 namespace tern::cuda {
+namespace {
+
+// Do kernels see what devices of the network have written to the GPU's memory before the host said so?
+bool sees_writes(int device) { return attribute(device, cudaDevAttrGPUDirectRDMAWritesOrdering) >= cudaGPUDirectRDMAWritesOrderingOwner; }
+// Or can they be made to?
+bool can_flush_writes(int device) {
+  return (attribute(device, cudaDevAttrGPUDirectRDMAFlushWritesOptions) & cudaFlushGPUDirectRDMAWritesOptionHost) != 0;
+}
+
+// If that fails, whoever needs it says so.
+void enter(int device) { static_cast<void>(cudaSetDevice(device)); }
+
+}  // namespace
 
 Nodes::Nodes(const std::shared_ptr<DevicePool>& pool, const Domain& domain, const Setup& setup)
     : pool_(pool),
       domain_(domain),
       setup_(setup),
-      layout_(cpu::Network::memory_layout(domain.topology, setup.options)),
       trace_(setup.options.num_lanes),
       network_(std::make_unique<cpu::Network>(domain, pci_address(pool->device()), setup.options, setup.log)),
       unreachable_on_gpu_(pool, static_cast<size_t>(domain.topology.num_ranks)) {}
 
 void Nodes::start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline) {
-  auto memory = PinnedBuffer<std::byte>(pool_->device(), static_cast<size_t>(layout_.total_bytes()));
-  std::swap(memory_, memory);  // the former one is registered until the network has started
-  network_->start(memory_.data(), bootstrap, masked, deadline);
-  const tern_exchange_options& options = setup_.options;
-  for (int i = 0; i < options.num_lanes; ++i) {
-    if (static_cast<size_t>(i) < lanes_.size())
+  network_->start(memory_of_banks(), bootstrap, masked, deadline);
+  if (network_->place().slots == nullptr) slots_.reset();
+  const int device = pool_->device();
+  for (int i = 0; i < setup_.options.num_lanes; ++i) {
+    if (static_cast<size_t>(i) < lanes_.size()) {
       lanes_[static_cast<size_t>(i)]->restart(*network_);
-    else
-      lanes_.push_back(std::make_unique<NodeLane>(pool_, domain_, *network_, trace_.lane(i),
-                                                  NodeLane::Options{i, options.timeout_ms, setup_.check_health}));
+      continue;
+    }
+    NodeLane::Options of_lane{.index = i, .timeout_ms = setup_.options.timeout_ms, .check_health = setup_.check_health};
+    of_lane.enter_gpu = [device] { enter(device); };
+    of_lane.flush = [this] { flush_slots(); };
+    lanes_.push_back(std::make_unique<NodeLane>(pool_, domain_, *network_, trace_.lane(i), of_lane));
   }
   unreachable_ = masked;
   for (size_t r = 0; r < unreachable_.size(); ++r)
@@ -33,6 +49,25 @@ void Nodes::start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dead
       cudaMemcpyAsync(unreachable_on_gpu_.data(), unreachable_.data(), unreachable_.size(), cudaMemcpyHostToDevice, pool_->stream().get()),
       "copying which ranks are masked");
   pool_->stream().wait(deadline, "copying which ranks are masked");
+}
+
+// Those of the generation before are registered no more when it is asked.
+cpu::RailMemory Nodes::memory_of_banks() {
+  const int device = pool_->device();
+  cpu::RailMemory memory;
+  memory.of_host = [this, device](size_t num_bytes) {
+    memory_ = PinnedBuffer<std::byte>(device, num_bytes);
+    return memory_.data();
+  };
+  memory.of_slots = [this, device](size_t num_bytes) {
+    if (!sees_writes(device) && !can_flush_writes(device))
+      fail(TERN_UNSUPPORTED, "{} does not tell kernels what the network has written", device_name(device));
+    slots_ = DeviceSegment::create(num_bytes, device, SharedBy::kThreads);
+    return slots_->data();
+  };
+  memory.slots_gpu = device;
+  memory.enter_gpu = [device] { enter(device); };
+  return memory;
 }
 
 void Nodes::stop() {
@@ -46,20 +81,40 @@ uint64_t Nodes::network_bytes() const {
   return bytes;
 }
 
-kernels::RailSlots Nodes::slots(int32_t lane_idx, int64_t begin) const {
+void Nodes::flush_slots() const {
+  const int device = pool_->device();
+  if (slots_ == nullptr || sees_writes(device)) return;
+  check(cudaDeviceFlushGPUDirectRDMAWrites(cudaFlushGPUDirectRDMAWritesTargetCurrentDevice, cudaFlushGPUDirectRDMAWritesToOwner),
+        "showing the GPU what the network has written");
+}
+
+kernels::RailSlots Nodes::slots(int32_t lane_idx, bool have_come) const {
+  const cpu::RailPlace& place = network_->place();
+  std::byte* const first = slots_ != nullptr ? slots_->data() : memory_.data() + place.layout.banks_begin();
   kernels::RailSlots slots;
-  slots.banks = memory_.data() + begin;
-  slots.node_bytes = layout_.bank_bytes;
-  slots.pair_bytes = layout_.out(lane_idx, 1, 0) - layout_.out(lane_idx, 0, 0);
-  slots.own_node = topology().node[static_cast<size_t>(topology().rank)];
-  slots.own_bytes = layout_.out(lane_idx, 0, 0) - begin;
-  slots.pair = &lane(lane_idx).talk()->bank;
+  static_cast<kernels::RailBanks&>(slots) = banks(lane_idx, have_come, first, place.whole_banks);
   return slots;
+}
+
+kernels::RailBanks Nodes::arrived_heads(int32_t lane_idx) const {
+  const layout::RailMemoryLayout& layout = network_->place().layout;
+  return banks(lane_idx, true, memory_.data() + layout.banks_begin(), layout.banks);
+}
+
+kernels::RailBanks Nodes::banks(int32_t lane_idx, bool have_come, std::byte* first, const layout::RailBanksLayout& layout) const {
+  const int64_t out = layout.out(lane_idx, 0, 0), begin = have_come ? layout.in(lane_idx, 0, 0) : out;
+  return {.banks = first + begin,
+          .node_bytes = layout.bank_bytes,
+          .pair_bytes = layout.out(lane_idx, 1, 0) - out,
+          .own_node = topology().node[static_cast<size_t>(topology().rank)],
+          .own_bytes = out - begin,
+          .pair = &lane(lane_idx).talk()->bank};
 }
 
 void Nodes::abandon_memory() {
   for (const auto& lane : lanes_) lane->abandon_memory();
   static_cast<void>(new auto(std::move(memory_)));
+  static_cast<void>(new auto(std::move(slots_)));
   static_cast<void>(new auto(std::move(unreachable_on_gpu_)));
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an exchange on GPU ranks has between nodes: the network of CPU ranks, on banks in pinned memory that kernels fill and read; and for each
-// lane a thread that does the host's part.
+// What an exchange on GPU ranks has between nodes: the network of CPU ranks, on banks in pinned memory that kernels fill and read, or with slots
+// in memory of the GPU where the network reaches that; and for each lane a thread that does the host's part.
 //
 // Lifetime: kernels must have ended before it does, unless abandon_memory() was called. Its end takes leave of the other nodes as cpu::Network
 // does.
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/network.h"
+#include "cuda/device_segment.h"
 #include "cuda/node_lane.h"
 #include "kernels/rail.h"
 #include "trace/trace.h"
@@ -38,8 +39,8 @@ class Nodes {
   const std::vector<uint8_t>& unreachable() const { return unreachable_; }
 
   NodeLane& lane(int32_t index) const { return *lanes_[static_cast<size_t>(index)]; }
-  int64_t bank_bytes() const { return layout_.bank_bytes; }
-  int32_t num_nodes() const { return layout_.num_nodes; }
+  int64_t bank_bytes() const { return network_->place().whole_banks.bank_bytes; }
+  int32_t num_nodes() const { return topology().num_nodes; }
   // The same in GPU memory; nullptr: there are none.
   const uint8_t* unreachable_on_gpu() const {
     return std::ranges::count(unreachable_, 0) == std::ssize(unreachable_) ? nullptr : unreachable_on_gpu_.data();
@@ -47,22 +48,27 @@ class Nodes {
   uint64_t network_bytes() const;
 
   // Slots that leave, or that have come, with those of the own node; what is in them is to be added.
-  kernels::RailSlots leaving(int32_t lane_idx) const { return slots(lane_idx, layout_.out(lane_idx, 0, 0)); }
-  kernels::RailSlots arrived(int32_t lane_idx) const { return slots(lane_idx, layout_.in(lane_idx, 0, 0)); }
+  kernels::RailSlots leaving(int32_t lane_idx) const { return slots(lane_idx, false); }
+  kernels::RailSlots arrived(int32_t lane_idx) const { return slots(lane_idx, true); }
+  // Header and counts of what has come.
+  kernels::RailBanks arrived_heads(int32_t lane_idx) const;
 
   void abandon_memory();
 
  private:
-  kernels::RailSlots slots(int32_t lane_idx, int64_t begin) const;
+  cpu::RailMemory memory_of_banks();
+  void flush_slots() const;
+  kernels::RailSlots slots(int32_t lane_idx, bool have_come) const;
+  kernels::RailBanks banks(int32_t lane_idx, bool have_come, std::byte* first, const layout::RailBanksLayout& layout) const;
 
   const Topology& topology() const { return domain_.topology; }
 
   std::shared_ptr<DevicePool> pool_;
   const Domain& domain_;
   Setup setup_;
-  layout::RailMemoryLayout layout_;
   PinnedBuffer<std::byte> memory_;
-  Trace trace_;  // of the commands; nothing is recorded
+  std::shared_ptr<DeviceSegment> slots_;  // nullptr: they are in memory_
+  Trace trace_;                           // of the commands; nothing is recorded
   std::unique_ptr<cpu::Network> network_;
   std::vector<uint8_t> unreachable_;  // [num_ranks]
   DeviceBuffer<uint8_t> unreachable_on_gpu_;

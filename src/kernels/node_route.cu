@@ -330,13 +330,13 @@ __device__ void clear_batch(const NodeRouteArgs& args, int32_t node) {
 __device__ int32_t take_tokens(const NodeRouteArgs& args, int32_t node) {
   const PlanView& plan = args.plan;
   const int32_t num_ranks = args.exchange.num_ranks, first_expert = args.rails.own_node * plan.num_experts;
-  const std::byte* const bank = args.slots.bank(node);
-  const auto* counts = reinterpret_cast<const int32_t*>(bank + args.counts_at);
+  const std::byte* const head = args.heads.bank(node);
+  const auto* counts = reinterpret_cast<const int32_t*>(head + args.counts_at);
   for (int32_t e = static_cast<int32_t>(threadIdx.x); plan.num_topk == 0 && e < plan.num_experts; e += kThreads)
     args.route.given_entries[node * plan.num_experts + e] = counts[e];
   // Each load is a trip over PCIe, so what can be is asked for together: a thread takes an entry, or what a token says of a rank.
   const int32_t num_tokens = counts[plan.num_experts + args.num_group_ranks()];
-  const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(bank)->num_slots;
+  const int32_t num_slots = reinterpret_cast<const layout::RailHeader*>(head)->num_slots;
   const int32_t num_items = plan.num_topk > 0 ? plan.num_topk : num_ranks;
   for (int64_t i = threadIdx.x; i < int64_t{num_slots} * num_items; i += kThreads) {
     const auto item = static_cast<int32_t>(i % num_items);

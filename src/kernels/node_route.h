@@ -60,6 +60,7 @@ struct NodeRouteArgs {
 
   // Of give and take: the banks.
   RailSlots slots;
+  RailBanks heads;  // of what has come
   HostSteps steps;
   int64_t counts_at = 0;  // in a bank
   int32_t round = 0;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where kernels find the slots of a rail's banks, which are in pinned host memory (layout/rail.h). Shared by host and device.
+// Where kernels find a rail's banks and the slots in them (layout/rail.h), which are in pinned host memory; slots may be in the GPU's. Shared by
+// host and device.
 #pragma once
 
 #include <cstddef>
@@ -11,15 +12,23 @@
 
 namespace tern::kernels {
 
-// Slots of a rail's banks, one bank for each node.
-struct RailSlots {
+// Those that leave, or that have come: a bank for each node.
+struct RailBanks {
   std::byte* banks = nullptr;  // of the first of a pair; nullptr: there are none
   int64_t node_bytes = 0;      // from one node's to the next
   int64_t pair_bytes = 0;      // to the second of the pair
   int32_t own_node = 0;
   int64_t own_bytes = 0;           // from where the own node's would be to where it is
   const uint64_t* pair = nullptr;  // HostTalk::bank
-  int64_t slots_at = 0;            // in a bank
+
+  constexpr std::byte* bank(int32_t node) const {
+    return banks + static_cast<int64_t>(*pair) * pair_bytes + node * node_bytes + (node == own_node ? own_bytes : 0);
+  }
+};
+
+// With what is in them.
+struct RailSlots : RailBanks {
+  int64_t slots_at = 0;  // in a bank
   layout::RailSlotLayout layout;
 
   // Slots of places, which are tokens, or entries of tokens; -1: none. Counted from the batch's first; the round's first follows from its chunk.
@@ -36,9 +45,6 @@ struct RailSlots {
   }
   // Of the round.
   constexpr std::byte* nth(int32_t node, int64_t slot) const { return bank(node) + slots_at + slot * layout.stride(); }
-  constexpr std::byte* bank(int32_t node) const {
-    return banks + static_cast<int64_t>(*pair) * pair_bytes + node * node_bytes + (node == own_node ? own_bytes : 0);
-  }
 };
 static_assert(std::is_trivially_copyable_v<RailSlots>);
 

@@ -9,10 +9,14 @@
 //
 // The memory of a rank that the network writes to and reads from, the same on every rank:
 //
-//   | failure records [num_nodes] | own failure record | standing words [num_nodes] | own standing words | [lane][bank][out, in][node] |
+//   | failure records [num_nodes] | own failure record | standing words [num_nodes] | own standing words | banks |
+//   banks: [lane][bank][out, in][node]
 //
 // What is put to a node is made in its out-bank and arrives in the in-bank of this rank's node there. A rank's out-bank for its own node
 // holds what stays here; its in-bank is not used.
+//
+// Slots may lie apart, in memory of the rank's GPU: then the banks above hold header and counts alone, and the GPU's memory is banks in which
+// slots are where they would be in a whole one. What goes to a node is two pieces then.
 #pragma once
 
 #include <cstdint>
@@ -64,15 +68,11 @@ struct RailBankLayout {
   constexpr int64_t slots_in(int64_t bank_bytes) const { return bank_bytes < slots() ? 0 : (bank_bytes - slots()) / slot.stride(); }
 };
 
-struct RailMemoryLayout {
+struct RailBanksLayout {
   int32_t num_nodes = 0;
   int32_t num_lanes = 0;
   int64_t bank_bytes = 0;  // a multiple of kCacheLine
 
-  constexpr int64_t failure(int node) const { return node * static_cast<int64_t>(kCacheLine); }
-  constexpr int64_t own_failure() const { return failure(num_nodes); }
-  constexpr int64_t standing(int node) const { return failure(num_nodes + 1) + node * static_cast<int64_t>(sizeof(StandingWords)); }
-  constexpr int64_t own_standing() const { return standing(num_nodes); }
   constexpr int64_t out(int lane, uint64_t epoch, int node) const { return bank(lane, epoch, 0, node); }
   constexpr int64_t in(int lane, uint64_t epoch, int node) const { return bank(lane, epoch, 1, node); }
   constexpr int64_t total_bytes() const { return bank(num_lanes, 0, 0, 0); }
@@ -80,8 +80,19 @@ struct RailMemoryLayout {
  private:
   constexpr int64_t bank(int lane, uint64_t epoch, int direction, int node) const {
     const int64_t pair = lane * kNumBanks + static_cast<int64_t>(epoch % kNumBanks);
-    return standing(num_nodes + 1) + ((pair * 2 + direction) * num_nodes + node) * bank_bytes;
+    return ((pair * 2 + direction) * num_nodes + node) * bank_bytes;
   }
+};
+
+struct RailMemoryLayout {
+  RailBanksLayout banks;
+
+  constexpr int64_t failure(int node) const { return node * static_cast<int64_t>(kCacheLine); }
+  constexpr int64_t own_failure() const { return failure(banks.num_nodes); }
+  constexpr int64_t standing(int node) const { return failure(banks.num_nodes + 1) + node * static_cast<int64_t>(sizeof(StandingWords)); }
+  constexpr int64_t own_standing() const { return standing(banks.num_nodes); }
+  constexpr int64_t banks_begin() const { return standing(banks.num_nodes + 1); }
+  constexpr int64_t total_bytes() const { return banks_begin() + banks.total_bytes(); }
 };
 
 }  // namespace tern::layout

@@ -96,6 +96,11 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& o, int32_t 
   return window;
 }
 
+int64_t rail_head_bytes(const tern_exchange_options& o, int32_t num_ranks, int32_t num_nodes) {
+  const layout::RailBankLayout bank{.num_counts = num_counts(o, num_ranks, num_nodes), .slot = {}};
+  return layout::align_up(bank.slots(), kGranule);
+}
+
 int64_t rail_bank_bytes(const tern_exchange_options& o, int32_t num_ranks, int32_t num_nodes) {
   if (num_nodes == 1) return 0;
   // Scales begin at a multiple of 16 bytes. A row that is routed on its way brings its token, experts and weights.

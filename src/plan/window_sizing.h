@@ -20,6 +20,8 @@ layout::WindowLayout make_window_layout(const tern_exchange_options& options, in
 
 // Of a bank of what crosses the network; there are two for each lane and node, for each direction. With one node: 0.
 int64_t rail_bank_bytes(const tern_exchange_options& options, int32_t num_ranks, int32_t num_nodes);
+// Of it, header and counts, which stay in memory of the host where slots lie in the GPU's.
+int64_t rail_head_bytes(const tern_exchange_options& options, int32_t num_ranks, int32_t num_nodes);
 inline int64_t num_rail_banks(const tern_exchange_options& options, int32_t num_nodes) {
   return num_nodes == 1 ? 0 : int64_t{options.num_lanes} * layout::kNumBanks * num_nodes * 2;
 }

@@ -12,8 +12,8 @@
 
 namespace tern {
 
-Region::Region(std::byte* address, size_t num_bytes, std::vector<Registration> registrations)
-    : address_(address), registrations_(std::move(registrations)) {
+Region::Region(std::byte* address, size_t num_bytes, std::vector<Registration> registrations, int gpu)
+    : address_(address), registrations_(std::move(registrations)), gpu_(gpu) {
   remote_.num_bytes = num_bytes;
   for (size_t i = 0; i < registrations_.size(); ++i) remote_.devices[i] = registrations_[i].access;
 }

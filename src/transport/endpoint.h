@@ -44,6 +44,7 @@ namespace tern {
 
 constexpr int kMostDevices = 8;  // of the network, for each rank
 constexpr size_t kLeastStripeBytes = 64 << 10;
+constexpr int kHostMemory = -1;  // instead of a GPU
 
 // Memory that others may write to, for them. Bytes, to be exchanged.
 struct RemoteRegion {
@@ -67,12 +68,13 @@ class Region {
     std::shared_ptr<const void> owner;
   };
 
-  // Without a registration it is memory like any other, which cannot be put from.
-  Region(std::byte* address, size_t num_bytes, std::vector<Registration> registrations = {});
+  // Without a registration it is memory like any other, which cannot be put from. `gpu`: as register_memory() was told.
+  Region(std::byte* address, size_t num_bytes, std::vector<Registration> registrations = {}, int gpu = kHostMemory);
   Region(Region&&) = default;
   Region& operator=(Region&&) = default;
 
   std::byte* address() const { return address_; }
+  bool is_on_gpu() const { return gpu_ != kHostMemory; }
   const RemoteRegion& remote() const { return remote_; }
   void* descriptor(int device) const { return registrations_[static_cast<size_t>(device)].descriptor; }
 
@@ -80,6 +82,7 @@ class Region {
   std::byte* address_;
   RemoteRegion remote_;
   std::vector<Registration> registrations_;
+  int gpu_;
 };
 
 struct Put {
@@ -107,6 +110,8 @@ struct EndpointOptions {
   int64_t num_rails = knobs().fabric_rails;
   HostSeat seat;
   std::string gpu;  // its address on the PCI bus, "0000:1b:00.0"; "": none
+  // Which providers are to put from and to its memory (GpuMemory). Default: TERN_FABRIC_GPU_MEMORY.
+  int64_t gpu_memory = knobs().fabric_gpu_memory;
   // best_effort, low_latency, dedicated_access, bulk_data, scavenger, network_ctrl, dscp:0 ... dscp:63. Default: TERN_FABRIC_TCLASS.
   std::string traffic_class = knobs().fabric_tclass.value_or("");
   std::vector<uint8_t> absent = {};  // [num_ranks] 1: takes no part, and cannot be put to; empty: all do
@@ -117,12 +122,20 @@ struct EndpointOptions {
   int64_t num_devices() const { return domains.empty() ? num_rails : static_cast<int64_t>(domains.size()); }
 };
 
+// What a provider may do with memory of a GPU.
+enum GpuMemory : int64_t {
+  kNoGpuMemory = 0,      // nothing: it is given memory of the host only
+  kDirectGpuMemory = 1,  // its devices may read and write it
+  kAnyGpuMemory = 2      // it may also copy by itself, with CUDA
+};
+
 struct EndpointFacts {
   std::string provider;
   std::vector<std::string> domains;  // of the rank's devices
   bool traffic_class = false;        // the provider takes the class that was asked for
   size_t most_message_bytes = 0;
   int most_outstanding = 0;  // of each device
+  bool gpu_memory = false;   // memory of this rank's GPU can be registered, if its driver lets the devices in
 };
 
 class Endpoint {
@@ -131,8 +144,10 @@ class Endpoint {
 
   virtual const EndpointFacts& facts() const = 0;
 
-  // `num_bytes` at least 1. Registers with the network device, so it is slow: do it once for a window.
-  virtual Region register_memory(void* address, size_t num_bytes) = 0;
+  // `num_bytes` at least 1. Registers with the network device, so it is slow: do it once for a window. `gpu`: the CUDA device whose memory it is;
+  // TERN_UNSUPPORTED where facts().gpu_memory is false, TERN_SYSTEM_ERROR if the device does not get at it. What has arrived there when complete()
+  // is true may still have to be made visible to the GPU (cuFlushGPUDirectRDMAWrites), on those that do not order it.
+  virtual Region register_memory(void* address, size_t num_bytes, int gpu = kHostMemory) = 0;
 
   // Sends what can be sent of the put without waiting, and moves it on past that; true if nothing is left. Otherwise call it again with
   // the same put, after progress() or wait(); puts to others, and of other channels and epochs, may come between.

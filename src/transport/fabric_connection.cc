@@ -60,9 +60,20 @@ FabricConnection::FabricConnection(FabricInfo info, const Options& options)
   // Room for what leaves, and for some messages of each peer: more wait in the provider until the queue is read.
   open_queue(departing_.size() + size_t(options.num_ranks) * 16 + 1024);
   endpoint_ = open_fid<fid_ep>("fi_endpoint", i, [&](fid_ep** out) { return fi_endpoint(domain_.get(), info_.get(), out, nullptr); });
+  takes_gpu_memory_ = allow_gpu_memory(options.gpu_memory);
   check("fi_ep_bind (addresses)", fi_ep_bind(endpoint_.get(), &peers_->fid, 0));
   check("fi_ep_bind (completions)", fi_ep_bind(endpoint_.get(), &queue_->fid, FI_TRANSMIT | FI_RECV));
   check("fi_enable", fi_enable(endpoint_.get()));
+}
+
+// A provider that has to say so refuses where its device cannot get at the GPU's memory by itself. Those that do not know the option are older,
+// and do nothing else.
+bool FabricConnection::allow_gpu_memory(int64_t gpu_memory) const {
+  if (gpu_memory == kNoGpuMemory || (info_->caps & FI_HMEM) == 0) return false;
+  if (gpu_memory == kAnyGpuMemory) return true;
+  const int required = FI_HMEM_P2P_REQUIRED;
+  const int code = fi_setopt(&endpoint_->fid, FI_OPT_ENDPOINT, FI_OPT_FI_HMEM_P2P, &required, sizeof(required));
+  return code == 0 || code == -FI_ENOPROTOOPT;
 }
 
 // Nobody sleeps at the queue: for that the provider "net" has a thread of its own, which then reads all that comes, and wakes ours for each
@@ -92,13 +103,26 @@ void FabricConnection::meet(Bootstrap& bootstrap, const std::vector<uint8_t>& ab
   }
 }
 
-Region::Registration FabricConnection::register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes) {
+Region::Registration FabricConnection::register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes,
+                                                       int gpu) {
+  const iovec memory = {address, num_bytes};
+  fi_mr_attr attributes = {};
+  attributes.mr_iov = &memory;
+  attributes.iov_count = 1;
+  attributes.access = FI_WRITE | FI_REMOTE_WRITE;
+  attributes.requested_key = next_key_;
+  if (gpu != kHostMemory) {
+    attributes.iface = FI_HMEM_CUDA;
+    attributes.device.cuda = gpu;
+  }
   fid_mr* opened = nullptr;
-  const int code = fi_mr_reg(domain_.get(), address, num_bytes, FI_WRITE | FI_REMOTE_WRITE, 0, next_key_, 0, &opened, nullptr);
+  const int code = fi_mr_regattr(domain_.get(), &attributes, 0, &opened);
   if (code != 0)
-    fail(TERN_SYSTEM_ERROR,
-         "transport: cannot register {} bytes with provider {}, device {}: {}; is the limit of locked memory (ulimit -l) high enough?",
-         num_bytes, info_->fabric_attr->prov_name, device_name(), fabric_library().error_text(code));
+    fail(TERN_SYSTEM_ERROR, "transport: cannot register {} bytes of {} with provider {}, device {}: {}; {}", num_bytes,
+         gpu == kHostMemory ? "memory" : fmt::format("GPU {}", gpu), info_->fabric_attr->prov_name, device_name(),
+         fabric_library().error_text(code),
+         gpu == kHostMemory ? "is the limit of locked memory (ulimit -l) high enough?"
+                            : "is nvidia_peermem loaded, or can the kernel pass it on as dmabuf?");
   ++next_key_;  // ours, if the provider has none of its own
   auto owner = std::make_shared<Registered>(Registered{self, Owned<fid_mr>(opened)});
   if (has_mode(FI_MR_ENDPOINT)) {
@@ -127,7 +151,8 @@ ssize_t FabricConnection::write(const Put& put, size_t num_bytes, uint64_t data)
   rma.rma_iov_count = 1;
   rma.context = &message->context;
   rma.data = data;
-  const uint64_t inject = num_bytes <= info_->tx_attr->inject_size ? FI_INJECT : 0;
+  // Of memory that the host cannot read nothing can be copied before the call returns.
+  const uint64_t inject = num_bytes <= info_->tx_attr->inject_size && !put.from->is_on_gpu() ? FI_INJECT : 0;
   const uint64_t confirmed = put.confirmed ? FI_DELIVERY_COMPLETE : 0;
   const uint64_t counted = put.counted ? FI_REMOTE_CQ_DATA : 0;
   const ssize_t code = fi_writemsg(endpoint_.get(), &rma, counted | FI_COMPLETION | confirmed | inject);

@@ -40,13 +40,16 @@ class FabricConnection {
     int device = 0;  // of the rank's, for which regions have as many registrations
     int num_ranks = 1;
     int most_outstanding = 1;  // messages; fewer if the provider has fewer
+    int64_t gpu_memory = kNoGpuMemory;
   };
   FabricConnection(FabricInfo info, const Options& options);
 
   // Collective: exchanges addresses. `absent` as in EndpointOptions.
   void meet(Bootstrap& bootstrap, const std::vector<uint8_t>& absent, Deadline deadline);
 
-  Region::Registration register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes);
+  // Of this rank's GPU: as EndpointFacts.
+  bool takes_gpu_memory() const { return takes_gpu_memory_; }
+  Region::Registration register_memory(const std::shared_ptr<FabricConnection>& self, void* address, size_t num_bytes, int gpu);
 
   // The first bytes of a put as one message, with completion data if it is counted. 0: it is on its way; -FI_EAGAIN: not now; else libfabric's
   // error.
@@ -64,6 +67,7 @@ class FabricConnection {
  private:
   bool has_mode(int mr_mode_bit) const { return (info_->domain_attr->mr_mode & mr_mode_bit) != 0; }
   void open_queue(size_t num_entries);
+  bool allow_gpu_memory(int64_t gpu_memory) const;
 
   // Closed from the last to the first: the provider writes to `departing_` until the endpoint is closed.
   FabricInfo info_;
@@ -79,6 +83,7 @@ class FabricConnection {
   size_t outstanding_bytes_ = 0;
   std::vector<fi_addr_t> addresses_;
   uint64_t next_key_ = 1;
+  bool takes_gpu_memory_ = false;
 };
 
 // For an endpoint that ends with messages under way. ofi_rxm (libfabric 1.17) crashes when it closes then, so what is layered over it stays

@@ -32,7 +32,7 @@ class FabricEndpoint final : public Endpoint {
   }
 
   const EndpointFacts& facts() const override { return facts_; }
-  Region register_memory(void* address, size_t num_bytes) override;
+  Region register_memory(void* address, size_t num_bytes, int gpu) override;
   bool try_put(Put& put) override;
   bool progress() override;
   void flush(Deadline deadline) override;
@@ -91,23 +91,28 @@ FabricEndpoint::FabricEndpoint(Bootstrap& bootstrap, const EndpointOptions& opti
   facts_.traffic_class = infos[0]->tx_attr->tclass != FI_TC_UNSPEC;
   facts_.most_message_bytes = options.most_message_bytes == 0 ? SIZE_MAX : options.most_message_bytes;
   facts_.most_outstanding = options.most_outstanding;
+  facts_.gpu_memory = true;
   for (FabricInfo& info : infos) {
     facts_.domains.emplace_back(info->domain_attr->name);
     facts_.most_message_bytes = std::min(facts_.most_message_bytes, info->ep_attr->max_msg_size);
-    const FabricConnection::Options of_device{static_cast<int>(connections_.size()), bootstrap.num_ranks(), options.most_outstanding};
+    const FabricConnection::Options of_device{static_cast<int>(connections_.size()), bootstrap.num_ranks(), options.most_outstanding,
+                                              options.gpu_memory};
     connections_.push_back(std::make_shared<FabricConnection>(std::move(info), of_device));
     ways_.push_back({connections_.back().get()});
     facts_.most_outstanding = std::min(facts_.most_outstanding, connections_.back()->most_outstanding());
+    facts_.gpu_memory = facts_.gpu_memory && connections_.back()->takes_gpu_memory();
   }
 }
 
-Region FabricEndpoint::register_memory(void* address, size_t num_bytes) {
+Region FabricEndpoint::register_memory(void* address, size_t num_bytes, int gpu) {
   if (address == nullptr || num_bytes == 0)
     fail(TERN_INVALID_ARGUMENT, "transport: {} bytes at {:#x} are registered, there must be some", num_bytes,
          reinterpret_cast<uintptr_t>(address));
+  if (gpu != kHostMemory && !facts_.gpu_memory)
+    fail(TERN_UNSUPPORTED, "transport: provider {} does not take memory of GPU {} (TERN_FABRIC_GPU_MEMORY)", facts_.provider, gpu);
   std::vector<Region::Registration> registrations;
-  for (const auto& connection : connections_) registrations.push_back(connection->register_memory(connection, address, num_bytes));
-  return Region(static_cast<std::byte*>(address), num_bytes, std::move(registrations));
+  for (const auto& connection : connections_) registrations.push_back(connection->register_memory(connection, address, num_bytes, gpu));
+  return Region(static_cast<std::byte*>(address), num_bytes, std::move(registrations), gpu);
 }
 
 void FabricEndpoint::check(const Put& put) const {

@@ -56,7 +56,7 @@ uint32_t parse_traffic_class(const std::string& text) {
        text);
 }
 
-FabricInfo make_hints(uint32_t traffic_class) {
+FabricInfo make_hints(uint32_t traffic_class, bool with_gpu_memory) {
   FabricInfo hints(fabric_library().dupinfo(nullptr));
   if (hints == nullptr) fail(TERN_OUT_OF_MEMORY, "transport: fi_dupinfo: no memory");
   hints->caps = FI_MSG | FI_RMA;
@@ -66,6 +66,10 @@ FabricInfo make_hints(uint32_t traffic_class) {
   fi_domain_attr& domain = *hints->domain_attr;
   domain.mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY | FI_MR_ENDPOINT;
   domain.cq_data_size = sizeof(uint32_t);
+  if (with_gpu_memory) {
+    hints->caps |= FI_HMEM;
+    domain.mr_mode |= FI_MR_HMEM;
+  }
   domain.threading = FI_THREAD_DOMAIN;
   domain.control_progress = FI_PROGRESS_MANUAL;
   domain.data_progress = FI_PROGRESS_MANUAL;
@@ -82,6 +86,20 @@ std::string place_of_device(const fi_info& info) {
   return pci_place(fmt::format("{:04x}:{:02x}:{:02x}.{:x}", pci.domain_id, pci.bus_id, pci.device_id, pci.function_id));
 }
 
+// 0, or libfabric's error.
+int get_infos(const FabricInfo& hints, FabricInfo& infos) {
+  fi_info* found = nullptr;
+  const int code = fabric_library().getinfo(kFabricVersion, nullptr, nullptr, 0, hints.get(), &found);
+  if (code == 0) infos.reset(found);
+  return code;
+}
+
+// Providers whose devices read and write memory themselves.
+bool has_direct_devices(std::string_view provider) {
+  constexpr std::array<std::string_view, 3> kDirect = {"verbs", "efa", "cxi"};
+  return std::ranges::count(kDirect, core_name(provider)) != 0;
+}
+
 }  // namespace
 
 FabricChoices::FabricChoices(const EndpointOptions& options)
@@ -96,15 +114,12 @@ FabricChoices::FabricChoices(const EndpointOptions& options)
 }
 
 void FabricChoices::list() {
-  const FabricInfo hints = make_hints(traffic_class_);
-  fi_info* found = nullptr;
-  const int code = fabric_library().getinfo(kFabricVersion, nullptr, nullptr, 0, hints.get(), &found);
-  if (code != 0) {
+  if (const int code = get_infos(make_hints(traffic_class_, false), infos_); code != 0) {
     problem_ = fmt::format("no provider of libfabric has reliable remote writes with completion data: fi_getinfo: {}",
                            fabric_library().error_text(code));
     return;
   }
-  infos_.reset(found);
+  if (options_.gpu_memory != kNoGpuMemory && !options_.gpu.empty()) get_infos(make_hints(traffic_class_, true), gpu_infos_);
   rank_providers();
   if (!providers_.empty()) return;
   std::vector<std::string> there;
@@ -164,6 +179,15 @@ std::vector<const fi_info*> FabricChoices::closest(const std::string& provider) 
   return chosen;
 }
 
+// The device with what it can do with memory of GPUs, where that is wanted and it can.
+const fi_info& FabricChoices::as_asked_for(const fi_info& device) const {
+  const std::string_view provider = device.fabric_attr->prov_name;
+  if (options_.gpu_memory < kAnyGpuMemory && !has_direct_devices(provider)) return device;
+  for (const fi_info* info = gpu_infos_.get(); info != nullptr; info = info->next)
+    if (provider == info->fabric_attr->prov_name && named(*info, device.domain_attr->name)) return *info;
+  return device;
+}
+
 std::vector<FabricInfo> FabricChoices::devices_of(const std::string& provider) const {
   std::vector<const fi_info*> chosen;
   const std::vector<const fi_info*> devices = listed(provider);
@@ -172,7 +196,7 @@ std::vector<FabricInfo> FabricChoices::devices_of(const std::string& provider) c
   if (chosen.empty()) chosen = closest(provider);
   std::vector<FabricInfo> copies;
   for (const fi_info* info : chosen) {
-    copies.emplace_back(fabric_library().dupinfo(info));
+    copies.emplace_back(fabric_library().dupinfo(&as_asked_for(*info)));
     if (copies.back() == nullptr) fail(TERN_OUT_OF_MEMORY, "transport: fi_dupinfo: no memory");
   }
   return copies;

@@ -2,7 +2,8 @@
 // Which provider, devices and traffic class: libfabric's offers, by our rule.
 //
 // A provider fits if it has reliable datagram endpoints (FI_EP_RDM) with remote writes that carry at least 4 bytes of completion data to the
-// peer, without receives posted for them. Those that need help for that are listed by libfabric as "verbs;ofi_rxm".
+// peer, without receives posted for them. Those that need help for that are listed by libfabric as "verbs;ofi_rxm". What it can do with memory of
+// GPUs (FI_HMEM) does not count in the choice.
 #pragma once
 
 #include <string>
@@ -29,6 +30,7 @@ class FabricChoices {
 
  private:
   void list();
+  const fi_info& as_asked_for(const fi_info& device) const;
   void rank_providers();
   // All that the provider has, each once.
   std::vector<const fi_info*> listed(std::string_view provider) const;
@@ -38,6 +40,7 @@ class FabricChoices {
   const EndpointOptions& options_;
   uint32_t traffic_class_;
   FabricInfo infos_;
+  FabricInfo gpu_infos_;  // the same, as far as they take memory of GPUs, if that is wanted
   std::vector<std::string> providers_;
   std::string problem_;
 };

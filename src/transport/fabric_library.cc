@@ -39,20 +39,34 @@ FabricReport read_fabric() {
   }
   const uint32_t version = library.version();
   report.libfabric = fmt::format("{}.{}", FI_MAJOR(version), FI_MINOR(version));
-  fi_info* list = nullptr;
-  if (const int code = library.getinfo(kFabricVersion, nullptr, nullptr, 0, nullptr, &list); code != 0) {
+  std::map<std::string, FabricProvider> providers;
+  const auto list = [&](const FabricInfo& hints) {
+    fi_info* first = nullptr;
+    const int code = library.getinfo(kFabricVersion, nullptr, nullptr, 0, hints.get(), &first);
+    const FabricInfo owned(first);
+    for (const fi_info* info = first; info != nullptr; info = info->next) {
+      if (info->fabric_attr == nullptr || info->fabric_attr->prov_name == nullptr) continue;
+      FabricProvider& provider = providers[info->fabric_attr->prov_name];
+      provider.gpu_memory = provider.gpu_memory || hints != nullptr;
+      const bool has_name = info->domain_attr != nullptr && info->domain_attr->name != nullptr;
+      if (has_name && std::ranges::count(provider.devices, info->domain_attr->name) == 0)
+        provider.devices.emplace_back(info->domain_attr->name);
+    }
+    return code;
+  };
+  if (const int code = list(nullptr); code != 0) {
     report.problem = fmt::format("fi_getinfo: {}", library.error_text(code));
     return report;
   }
-  const FabricInfo owned(list);
-  std::map<std::string, std::vector<std::string>> devices;  // of each provider
-  for (const fi_info* info = list; info != nullptr; info = info->next) {
-    if (info->fabric_attr == nullptr || info->fabric_attr->prov_name == nullptr) continue;
-    std::vector<std::string>& known = devices[info->fabric_attr->prov_name];
-    const bool has_name = info->domain_attr != nullptr && info->domain_attr->name != nullptr;
-    if (has_name && std::ranges::count(known, info->domain_attr->name) == 0) known.emplace_back(info->domain_attr->name);
+  if (const FabricInfo hints(library.dupinfo(nullptr)); hints != nullptr) {
+    hints->caps = FI_MSG | FI_RMA | FI_HMEM;
+    hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY | FI_MR_ENDPOINT | FI_MR_HMEM;
+    list(hints);
   }
-  for (auto& [name, names] : devices) report.providers.push_back({name, std::move(names)});
+  for (auto& [name, provider] : providers) {
+    provider.name = name;
+    report.providers.push_back(std::move(provider));
+  }
   return report;
 }
 

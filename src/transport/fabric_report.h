@@ -10,6 +10,7 @@ namespace tern {
 struct FabricProvider {
   std::string name;
   std::vector<std::string> devices;  // as libfabric orders them, each once
+  bool gpu_memory = false;           // says of one of them that it takes memory of GPUs
 };
 
 struct FabricReport {

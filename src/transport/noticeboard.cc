@@ -31,6 +31,7 @@ Noticeboard::Noticeboard(Bootstrap& bootstrap, size_t note_bytes, const std::vec
   options.num_rails = 1;
   if (options.domains.size() > 1) options.domains.resize(1);
   options.most_outstanding = std::max(options.most_outstanding, static_cast<int>(num_ranks));
+  options.gpu_memory = kNoGpuMemory;
   endpoint_ = make_endpoint(bootstrap, options, deadline);
   memory_.resize((num_ranks + readers.size()) * slot_words());
   region_.emplace(endpoint_->register_memory(memory_.data(), memory_.size() * sizeof(uint64_t)));

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "base/error.h"
 #include "base/short_pauses.h"
@@ -113,6 +114,7 @@ bool Proxy::sleep(std::chrono::microseconds longest) {
 
 void Proxy::run() {
   allow_short_pauses();
+  options_.started();
   auto pause = kFirstPause;
   while (!stop_) {
     options_.turned();
@@ -167,14 +169,20 @@ void Proxy::report_problems(Call call) {
   }
 }
 
-// No order between puts is needed, so one that the provider cannot take now does not hold up the others.
+// One that the provider cannot take now does not hold up others, but those of the same epoch, of which the last one must be the last.
 bool Proxy::start_puts() {
   if (has_queued_.exchange(false, std::memory_order_acquire)) {
     const std::lock_guard lock(mutex_);
     pending_.insert(pending_.end(), queue_.begin(), queue_.end());
     queue_.clear();
   }
-  return std::erase_if(pending_, [&](Put& put) { return try_put(put); }) != 0;
+  std::vector<std::pair<int, int>> waiting;  // peers and channels
+  return std::erase_if(pending_, [&](Put& put) {
+           const std::pair line{put.peer, put.channel};
+           const bool can_go = std::ranges::count(waiting, line) == 0 && try_put(put);
+           if (!can_go) waiting.push_back(line);
+           return can_go;
+         }) != 0;
 }
 
 // True: there is nothing left to do about it.

@@ -41,7 +41,8 @@ struct ProxyPeer {
 struct ProxyOptions {
   std::vector<ProxyPeer> peers;  // ranks that are put to and received from; this one is not among them
   int num_channels = 1;
-  const Region* region = nullptr;  // from which notices are put
+  const Region* region = nullptr;         // from which notices are put
+  std::function<void()> started = [] {};  // on the proxy's thread, before anything else there
   // Must neither wait nor throw. The first two are called on whichever thread moves the bytes, one at a time, and call nothing here.
   std::function<void(int channel)> changed;                       // one of the channel's words has grown
   std::function<void(int peer, const std::string& text)> failed;  // the peer cannot be put to, once; -1: something else is wrong
@@ -60,7 +61,8 @@ class Proxy {
   // Starts the thread. Once, before anything else is called.
   void start();
 
-  // Is on its way, or soon. Not before the peer has taken the channel's epoch before the previous one.
+  // Is on its way, or soon; of one peer and channel in the order of the calls. Not before the peer has taken the channel's epoch before the
+  // previous one.
   void put(const Put& put);
   // This rank no longer needs what its peers put up to this epoch, all of which has arrived. Tells them.
   void finish(int channel, uint64_t epoch);

@@ -147,6 +147,58 @@ TEST_F(Proxies, ManyEpochsOfTwoChannels) {
   });
 }
 
+// Takes a put of some bytes at the fifth attempt only, one without at once.
+class ReluctantEndpoint final : public Endpoint {
+ public:
+  explicit ReluctantEndpoint(std::vector<Put>& taken) : taken_(taken) {}
+
+  const EndpointFacts& facts() const override { return facts_; }
+  Region register_memory(void* address, size_t num_bytes, int) override { return Region(static_cast<std::byte*>(address), num_bytes); }
+  bool try_put(Put& put) override {
+    if (put.num_bytes > 0 && ++num_attempts_ % 5 != 0) return false;
+    taken_.push_back(put);
+    return true;
+  }
+  bool progress() override { return false; }
+  void flush(Deadline) override {}
+  int num_outstanding() const override { return 0; }
+  int num_outstanding_to(int) const override { return 0; }
+  bool lost(int) const override { return false; }
+  void try_again(int) override {}
+  bool complete(int, int, int64_t) const override { return false; }
+  void retire(int, int, int64_t) override {}
+
+ private:
+  std::vector<Put>& taken_;
+  EndpointFacts facts_;
+  int num_attempts_ = 0;
+};
+
+// The last put of an epoch does not overtake one that has to wait; those of other epochs do.
+TEST(ProxyOverAReluctantEndpoint, PutsOfAnEpochStayInOrder) {
+  std::vector<Put> taken;
+  std::array<std::byte, 64> memory = {};
+  const Region region(memory.data(), memory.size());
+  ProxyOptions options;
+  options.num_channels = kChannels;
+  options.region = &region;
+  options.peers = {{1, region.remote()}};
+  options.changed = [](int) {};
+  options.failed = [](int, const std::string&) {};
+  options.turned = [] {};
+  Proxy proxy(std::make_unique<ReluctantEndpoint>(taken), options);
+  const Put first{.peer = 1, .from = &region, .to = region.remote(), .num_bytes = 32, .channel = 0, .epoch = 1};
+  Put last = first, of_other_channel = first;
+  last.num_bytes = of_other_channel.num_bytes = 0;
+  last.last = of_other_channel.last = true;
+  of_other_channel.channel = 1;
+  for (const Put& put : {first, last, of_other_channel}) proxy.put(put);
+  while (taken.size() < 3) proxy.help();
+  EXPECT_NE(taken[0].channel, taken[1].channel);
+  EXPECT_EQ(taken[1].num_bytes, first.num_bytes);
+  EXPECT_TRUE(taken[2].last);
+}
+
 // Two threads of each rank, with a channel each, move bytes while they wait, and so does the proxy's own.
 TEST_F(Proxies, ThreadsThatWaitMoveTheBytes) {
   run_ok(2, [](int, ProxyRank& rank) {
