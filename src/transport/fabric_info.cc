@@ -180,11 +180,11 @@ std::vector<const fi_info*> FabricChoices::closest(const std::string& provider) 
 }
 
 // The device with what it can do with memory of GPUs, where that is wanted and it can.
-const fi_info& FabricChoices::as_asked_for(const fi_info& device) const {
-  const std::string_view provider = device.fabric_attr->prov_name;
+const fi_info* FabricChoices::as_asked_for(const fi_info* device) const {
+  const std::string_view provider = device->fabric_attr->prov_name;
   if (options_.gpu_memory < kAnyGpuMemory && !has_direct_devices(provider)) return device;
   for (const fi_info* info = gpu_infos_.get(); info != nullptr; info = info->next)
-    if (provider == info->fabric_attr->prov_name && named(*info, device.domain_attr->name)) return *info;
+    if (provider == info->fabric_attr->prov_name && named(*info, device->domain_attr->name)) return info;
   return device;
 }
 
@@ -196,7 +196,7 @@ std::vector<FabricInfo> FabricChoices::devices_of(const std::string& provider) c
   if (chosen.empty()) chosen = closest(provider);
   std::vector<FabricInfo> copies;
   for (const fi_info* info : chosen) {
-    copies.emplace_back(fabric_library().dupinfo(&as_asked_for(*info)));
+    copies.emplace_back(fabric_library().dupinfo(as_asked_for(info)));
     if (copies.back() == nullptr) fail(TERN_OUT_OF_MEMORY, "transport: fi_dupinfo: no memory");
   }
   return copies;

@@ -30,7 +30,7 @@ class FabricChoices {
 
  private:
   void list();
-  const fi_info& as_asked_for(const fi_info& device) const;
+  const fi_info* as_asked_for(const fi_info* device) const;
   void rank_providers();
   // All that the provider has, each once.
   std::vector<const fi_info*> listed(std::string_view provider) const;
