@@ -36,8 +36,8 @@ void for_each_knob(Knobs& k, Visitor visit) {
         k.spin_us);
   visit("TERN_STAGING_MAX_MB", "bound of the staging that is computed from shapes, MiB (CPU ranks 256, GPU ranks 1024)", k.staging_max_mb);
   visit("TERN_LATENCY_MAX_KB",
-        "batches up to this many KiB of rows per rank take the latency path (CPU ranks 32; GPU ranks: by forecast of both paths; between "
-        "nodes 512 and 64)",
+        "batches up to this many KiB of rows per rank take the latency path (CPU ranks 32, dispatch between nodes 512; GPU ranks: by "
+        "forecast of both paths, between nodes 2048)",
         k.latency_max_kb);
   visit("TERN_BULK_COPY", "0: GPU ranks copy by 16-byte loads and stores where they could use bulk copies (1)", k.bulk_copy);
   visit("TERN_RANKS_PER_NODE",
