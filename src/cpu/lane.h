@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <functional>
 #include <string>
 #include <vector>
@@ -189,8 +190,9 @@ class Lane {
   bool await_network(const Awaited& awaited);
   // The same for what else that rank has to say, of which no bell need ring.
   bool await_word_of(const Awaited& from, const std::function<bool()>& has_come);
-  // Ranks do not call the same: tells everybody, and throws.
-  [[noreturn]] void fail_mismatch(const Awaited& awaited, const std::string& details);
+  // Ranks do not call the same: tells everybody, and throws. Null: the rank has been given up, so what it called does not count; and throws
+  // TERN_MASKED_OUT if it is this one that has.
+  std::nullptr_t mismatch(const Awaited& awaited, const std::string& details);
 
   const Domain& domain() const { return *domain_; }
   int index() const { return index_; }
@@ -231,9 +233,9 @@ class Lane {
   uint64_t late_wait_of(const Awaited& awaited) const;
   bool waits_for_another(const Awaited& awaited, uint64_t late_wait) const;
   void go_on_without(int rank_of_group);
+  bool has_lost(const Awaited& awaited);
   bool still_waits(const Awaited& awaited);
   bool still_waits_after_failure(const Awaited& awaited);
-  void check_shape(const RoundTrip& trip, const Awaited& awaited, const layout::MessageHeader& header);
 
   const Domain* domain_;
   int index_;

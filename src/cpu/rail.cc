@@ -78,10 +78,10 @@ const std::byte* Rail::await_arrived(const RailTrip& trip, uint64_t epoch, int n
   const std::byte* bank = place_.memory->address() + in_at(epoch, node);
   const auto& header = *reinterpret_cast<const layout::RailHeader*>(bank);
   if (header.operation != trip.operation)
-    lane_.fail_mismatch(awaited, fmt::format("rank {} was in {}", rank_in(node), operation_name(header.operation)));
+    return lane_.mismatch(awaited, fmt::format("rank {} was in {}", rank_in(node), operation_name(header.operation)));
   if (header.shape != trip.shape)
-    lane_.fail_mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", rank_in(place_.node), shape_text(trip.shape),
-                                             rank_in(node), shape_text(header.shape)));
+    return lane_.mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", rank_in(place_.node), shape_text(trip.shape),
+                                               rank_in(node), shape_text(header.shape)));
   return hear_given_up(awaited, node, header.num_given_up) ? bank : nullptr;
 }
 
