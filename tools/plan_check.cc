@@ -64,11 +64,12 @@ CheckedLine check_record(const Json& machine, const Json& record, const RoutingO
   const ForecastBatch batch = batch_of(record, routing);
   const tern_device_type device = record.at("device") == "cuda" ? TERN_DEVICE_CUDA : TERN_DEVICE_CPU;
   const Forecaster forecaster(batch, device, override_costs(costs_of(machine, record, batch.places), overrides));
+  const bool has_paths = device == TERN_DEVICE_CUDA && batch.places.num_nodes == 1;
   const OperationForecast forecast = forecaster.predict({.op = record.at("op"),
                                                          .in_windows = record.at("buffers") == "window",
                                                          .exact = record.at("extent") == "exact",
                                                          .num_sms = record.value("num_sms", 0),
-                                                         .mode = device == TERN_DEVICE_CPU        ? TERN_MODE_AUTO
+                                                         .mode = !has_paths                       ? TERN_MODE_AUTO
                                                                  : record.at("mode") == "latency" ? TERN_MODE_LATENCY
                                                                                                   : TERN_MODE_THROUGHPUT});
   const auto mega = [&](const char* name) { return record.value(name, 0.0) / kMega; };

@@ -178,8 +178,8 @@ void print_plan(const PlanResult& result) {
   print_costs(result);
   if (result.forecaster.on_gpu() && result.forecaster.batch().places.num_nodes > 1)
     fmt::print(
-        "\nGPU ranks on several nodes have not been measured: the network's figures are assumptions. Give --net-gbps and "
-        "--net-latency-us.\n");
+        "\nThe rate and the trip of GPU ranks' network are assumptions, and what the host adds was measured over tcp. Give --net-gbps "
+        "and --net-latency-us.\n");
   std::fflush(stdout);
 }
 

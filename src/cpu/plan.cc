@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/knobs.h"
+#include "plan/batch_path.h"
 #include "plan/window_sizing.h"
 
 namespace tern::cpu {
@@ -14,8 +15,6 @@ namespace {
 constexpr int64_t kRoundBytes = 256 << 10;      // of slots from one rank to another
 constexpr int64_t kRailRoundBytes = 512 << 10;  // of slots from one rank to another node
 constexpr int64_t kStreamingBytes = 1 << 20;    // batches from this size on are written past the caches
-constexpr int64_t kLatencyKb = 32;              // of rows per rank: batches up to this size take the latency path
-constexpr int64_t kRailLatencyKb = 512;         // the same of a dispatch between nodes, which saves a trip over the network by it
 
 size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<size_t>(rows * shape.num_topk); }
 
@@ -126,7 +125,7 @@ void CpuPlan::dispatch(const DispatchCall& call, const tern_launch& launch) {
     const CountedWaits counted(lane, call.args.wait_ns);
     const PlanContext ctx = context(lane);
     // Counts and rows together while it is cheap to copy rows twice; else counts first, and rows straight to their place.
-    const bool small = is_small(ctx, call.wire_bytes, ctx.rail == nullptr ? kLatencyKb : kRailLatencyKb);
+    const bool small = is_small(ctx, call.wire_bytes, ctx.rail == nullptr ? kSmallKb : kRoutedOnTheWayKbCpu);
     const bool fused =
         call.args.routing != nullptr && (small || launch.phase != TERN_PHASE_WHOLE) && (ctx.rail == nullptr || can_fuse(ctx, call));
     const DispatchRun run{call, fused, launch.phase, tickets_.dispatch};
@@ -246,7 +245,7 @@ Store slot_store(const PlanContext& context, int64_t row_bytes, tern_phase phase
   return phase == TERN_PHASE_WHOLE ? Store::kCached : batch_store(context, row_bytes);
 }
 
-bool is_small(const PlanContext& context, int64_t row_bytes) { return is_small(context, row_bytes, kLatencyKb); }
+bool is_small(const PlanContext& context, int64_t row_bytes) { return is_small(context, row_bytes, kSmallKb); }
 
 bool uses_window(const PlanContext& context, const char* operation, const void* rows, int64_t row_bytes, bool zero_copy) {
   const int64_t bytes = context.table.num_rows() * row_bytes;

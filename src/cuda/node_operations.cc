@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/knobs.h"
 #include "cuda/nodes.h"
+#include "plan/batch_path.h"
 #include "plan/window_sizing.h"
 
 namespace tern::cuda {
@@ -13,7 +14,6 @@ namespace {
 
 // A round of the rail, to each node: what is packed while the last one is on its way.
 constexpr int64_t kRailRoundBytes = 8 << 20;
-constexpr int64_t kRailLatencyKb = 2048;      // of rows per rank: batches up to this size are routed on their way
 constexpr int32_t kSmallPartBytes = 2048;     // of a row of a small batch, that a warp packs, or sums over the nodes
 constexpr int32_t kRoutesOnItsWay = 1 << 25;  // in CallShape::choices
 
@@ -215,7 +215,7 @@ void enqueue_ahead(const NodeSteps& steps, int32_t num_rounds, tern_phase phase,
 
 bool NodeDispatch::can_route_on_its_way(const CudaPlan& plan, const DispatchCall& call, tern_phase phase) {
   const tern_mode mode = plan.exchange().options().mode;
-  const int64_t most_bytes = knobs().latency_max_kb.value_or(kRailLatencyKb) << 10;
+  const int64_t most_bytes = knobs().latency_max_kb.value_or(kRoutedOnTheWayKbGpu) << 10;
   const bool is_small = mode == TERN_MODE_AUTO ? plan.shape().max_tokens * call.wire_bytes <= most_bytes : mode == TERN_MODE_LATENCY;
   return (is_small || phase != TERN_PHASE_WHOLE) &&
          routing_bank(plan, call).slots_in(plan.exchange().nodes()->bank_bytes()) >= plan.shape().max_tokens;

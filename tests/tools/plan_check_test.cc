@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forecasts beside recorded results: data/bench_cpu.json is of `tern bench --device cpu` (2 cores; nodes are declared), data/bench_4_h200.json
-// what the tables of `tern bench --device cuda` on 4 H200 tell.
+// and data/bench_2_h200_nodes.json what the tables of `tern bench --device cuda` on 4 H200, and on 2 as 2 nodes over tcp, tell.
 #include "tools/plan_check.h"
 
 #include <gtest/gtest.h>
@@ -48,6 +48,18 @@ TEST(PlanCheck, TimesOfFourGpusAreClose) {
     expect_within(line.us, 1.15, line, "time");
     if (line.batch.find("4096 tokens") != std::string::npos) expect_within(line.wire_mb, 1.01, line, "wire");
   }
+}
+
+// Over a network of 2.7 GB/s with trips of 6 us.
+TEST(PlanCheck, TimesOfGpusBetweenNodesAreClose) {
+  CostOverrides overrides(cost_table().size());
+  for (size_t i = 0; i < overrides.size(); ++i) {
+    if (cost_table()[i].name == std::string("net-gbps")) overrides[i] = 2.7;
+    if (cost_table()[i].name == std::string("net-latency-us")) overrides[i] = 6;
+  }
+  const ForecastCheck check = check_forecasts(data("bench_2_h200_nodes.json"), overrides);
+  ASSERT_EQ(check.lines.size(), 20u);
+  for (const CheckedLine& line : check.lines) expect_within(line.us, 1.25, line, "time");
 }
 
 TEST(PlanCheck, ConstantsCanBeOverridden) {

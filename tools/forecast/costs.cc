@@ -157,6 +157,18 @@ constexpr CostEntry kCosts[] = {
      "one trip over the network; CPU: for each rail, times the ranks that share a core, if the bytes take less",
      {15, kAssumed},
      {85, "2 and 4 nodes of 1 rank declared on 2 cores, 1 token: 95 to 126 and 366 to 475 us"}},
+    {"net-host-us",
+     &Costs::net_host_us,
+     "us",
+     "an operation between nodes: through the memory and the hands of the host",
+     {21, "2 H200 as 2 nodes over tcp, a trip of 6 us: dispatch and combine of 1 token, 38 and 39 us"},
+     {0, nullptr}},
+    {"net-route-us",
+     &Costs::net_route_us,
+     "us",
+     "routing between nodes: kernels that wait for each other, and counts that the host adds up",
+     {45, "as net-host-us: plan, and dispatch with its routing, of 1 token, 80 to 85 and 92 us"},
+     {0, nullptr}},
 };
 
 }  // namespace

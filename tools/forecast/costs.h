@@ -45,6 +45,8 @@ struct Costs {
   double net_gbps = 0;
   double worker_net_gbps = 0;
   double net_latency_us = 0;
+  double net_host_us = 0;
+  double net_route_us = 0;
 };
 
 // One figure for a kind of device, and its source. A figure that the device has no use for has no source.

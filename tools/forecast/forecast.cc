@@ -13,9 +13,8 @@ namespace tern::tools {
 namespace {
 
 constexpr double kMega = 1e6;
-// The library's own: src/cuda/plan.cc, src/layout/device_window.h, src/cpu/plan.cc, src/cpu/rail.cc, src/cuda/node_plan.cc.
-constexpr int64_t kTokensPerSm = 64, kMostSmallTokens = 1024, kSmallBytesCpu = 32 << 10, kSmallBytesCpuRail = 512 << 10,
-                  kSmallBytesGpuRail = 64 << 10;
+// The library's own: src/cuda/plan.cc, src/layout/device_window.h, src/cuda/latency.cc.
+constexpr int64_t kTokensPerSm = 64, kMostSmallTokens = 1024, kMostRoomKb = 4096;
 constexpr int kMostSmallRanks = 64;
 constexpr double kNetworkPieceBytes = 1 << 20;
 
@@ -74,17 +73,18 @@ int64_t Forecaster::row_bytes_of(const std::string& op) const {
 }
 
 bool Forecaster::is_small(const std::string& op, const OperationChoice& choice) const {
-  const bool is_between_nodes = batch_.places.num_nodes > 1;
-  // Between nodes only dispatches that route have such a path.
-  if (is_between_nodes && (op == "combine" || !is_one_call(choice.op))) return false;
+  const bool is_between_nodes = batch_.places.num_nodes > 1, routes = op != "combine" && is_one_call(choice.op);
+  // Between nodes CPU ranks have such a path for dispatches that route, and for nothing else.
+  if (is_between_nodes && !on_gpu() && !routes) return false;
   if (on_gpu() && (batch_.num_tokens > kMostSmallTokens || batch_.places.ranks_per_node > kMostSmallRanks)) return false;
   if (choice.mode != TERN_MODE_AUTO) return choice.mode == TERN_MODE_LATENCY;
-  const int64_t row_bytes = row_bytes_of(op), bytes = batch_.num_tokens * row_bytes;
-  if (is_between_nodes) return bytes <= (on_gpu() ? kSmallBytesGpuRail : kSmallBytesCpuRail);
-  if (!on_gpu()) return bytes <= kSmallBytesCpu;
+  const int64_t row_bytes = row_bytes_of(op);
+  const auto is_within = [&](int64_t most_kb) { return batch_.num_tokens * row_bytes <= most_kb << 10; };
+  if (!on_gpu()) return is_within(is_between_nodes ? kRoutedOnTheWayKbCpu : kSmallKb);
+  if (is_between_nodes) return is_within(routes ? kRoutedOnTheWayKbGpu : kMostRoomKb);
   const int most = static_cast<int>(costs_.workers);
   return is_pushed({.operation = op == "combine" ? TERN_OP_COMBINE : TERN_OP_DISPATCH,
-                    .routes = op != "combine" && is_one_call(choice.op),
+                    .routes = routes,
                     .num_ranks = batch_.places.ranks_per_node,
                     .num_tokens = batch_.num_tokens,
                     .messages_per_token = std::min(batch_.places.ranks_per_node, batch_.choices.num_topk),
@@ -93,10 +93,8 @@ bool Forecaster::is_small(const std::string& op, const OperationChoice& choice) 
                     .are_sms_asked = choice.num_sms > 0});
 }
 
-// GPU ranks have kernels of their own for small batches, within one node.
-bool Forecaster::takes_small_kernels(const OperationChoice& single) const {
-  return on_gpu() && batch_.places.num_nodes == 1 && is_small(single.op, single);
-}
+// GPU ranks have kernels of their own for small batches.
+bool Forecaster::takes_small_kernels(const OperationChoice& single) const { return on_gpu() && is_small(single.op, single); }
 
 // CPU: a rank's share of the node's cores.
 double Forecaster::workers(int num_sms) const { return on_gpu() ? num_sms : std::min(1.0, costs_.workers / batch_.places.ranks_per_node); }
@@ -158,9 +156,9 @@ void Forecaster::add_network(Step& step, double bytes) const {
       sum_us += stage.us;
       slowest_us = std::max(slowest_us, stage.us);
     }
-    step.stages.push_back(
-        {"fill", costs_.net_latency_us + piece * (sum_us - slowest_us), false,
-         fmt::format("{:g} us trip + the first piece ({:.1f} %) of the faster stages", costs_.net_latency_us, piece * 100)});
+    step.stages.push_back({"fill", costs_.net_host_us + costs_.net_latency_us + piece * (sum_us - slowest_us), false,
+                           fmt::format("{:g} us host + {:g} us trip + the first piece ({:.1f} %) of the faster stages", costs_.net_host_us,
+                                       costs_.net_latency_us, piece * 100)});
     return;
   }
   const double of_cores = workers(0) * costs_.worker_net_gbps, gbps = std::min(costs_.net_gbps, of_cores);
@@ -197,8 +195,10 @@ Step Forecaster::route(bool exact, bool with_dispatch) const {
   const double per_message_ns = costs_.message_ns / (on_gpu() ? 1 : workers(0));
   step.stages.push_back({"messages", messages * per_message_ns * 1e-3, false, fmt::format("{:.0f} x {:g} ns", messages, per_message_ns)});
   if (!with_dispatch) add_trips(step, costs_.route_us, fmt::format("{:g} us", costs_.route_us));
-  if (on_gpu() && exact)
+  if (on_gpu() && exact && batch_.places.num_nodes == 1)  // else it is hosts that count
     step.stages.push_back({"host", costs_.host_us, false, fmt::format("{:g} us until it knows the counts", costs_.host_us)});
+  if (on_gpu() && batch_.places.num_nodes > 1)
+    step.stages.push_back({"counts", costs_.net_route_us, false, fmt::format("{:g} us between nodes", costs_.net_route_us)});
   if (!with_dispatch) add_network(step, load_of_route(batch_).network);
   return step;
 }
@@ -278,7 +278,9 @@ OperationForecast Forecaster::predict(const OperationChoice& choice) const {
   if (!routes && !dispatches && !combines) fail(TERN_INVALID_ARGUMENT, "plan: there is no operation \"{}\"", op);
 
   const OperationChoice chosen = as(op, choice);
-  OperationForecast forecast{.num_sms = chosen.num_sms, .small = op != "plan" && chosen.mode == TERN_MODE_LATENCY};
+  // Between nodes that is what is routed on its way.
+  const bool small = op != "plan" && chosen.mode == TERN_MODE_LATENCY && (batch_.places.num_nodes == 1 || in_one_call);
+  OperationForecast forecast{.num_sms = chosen.num_sms, .small = small};
   const bool routes_within = in_one_call && forecast.small;
   const auto add = [&](Step step, const Load& load) {
     forecast.steps.push_back(std::move(step));
@@ -286,8 +288,8 @@ OperationForecast Forecaster::predict(const OperationChoice& choice) const {
     forecast.link_bytes += load.link;
     forecast.network_bytes += load.network;
   };
-  if (routes && !(routes_within && takes_small_kernels(chosen)))
-    add(route(choice.exact, routes_within), routes_within ? Load{} : load_of_route(batch_));
+  const bool routes_in_kernel = routes_within && on_gpu() && batch_.places.num_nodes == 1;
+  if (routes && !routes_in_kernel) add(route(choice.exact, routes_within), routes_within ? Load{} : load_of_route(batch_));
   if (dispatches) add(dispatch(as("dispatch", choice), !routes_within), load_of_dispatch(batch_, routes_within));
   if (combines) add(combine(as("combine", choice)), load_of_combine(batch_));
   if (!on_gpu()) add_wake(forecast.steps.front());
