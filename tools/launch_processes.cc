@@ -19,18 +19,27 @@
 namespace tern::tools {
 namespace {
 
-constexpr int kInterrupted = 130;  // what a shell reports for Ctrl-C
 constexpr int64_t kGraceMs = 2000;
 
 struct Signals {
   sigset_t waited, before;
 };
 
-// Blocked, to be taken by sigtimedwait; children get the mask from before.
+bool is_ignored(int signal) {
+  struct sigaction action;
+  sigaction(signal, nullptr, &action);
+  return action.sa_handler == SIG_IGN;
+}
+
+// Blocked, to be taken by sigtimedwait, which takes ignored ones too: a caller's nohup is left as it is. Children get the mask from before.
 Signals block_signals() {
+  std::signal(SIGCHLD, SIG_DFL);  // ignored ones would leave no child to wait for
   Signals signals;
   sigemptyset(&signals.waited);
-  for (const int signal : {SIGCHLD, SIGINT, SIGTERM, SIGHUP}) sigaddset(&signals.waited, signal);
+  sigaddset(&signals.waited, SIGCHLD);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+    if (!is_ignored(signal)) sigaddset(&signals.waited, signal);
+  }
   sigprocmask(SIG_BLOCK, &signals.waited, &signals.before);
   return signals;
 }
@@ -60,7 +69,7 @@ int run_child(const LaunchOptions& options, const RankFunction& run_rank, Board&
   });
 }
 
-// Waits for children; ends the others some time after the first that fails, and all of them on a signal.
+// Waits for children; ends the others some time after the first that fails, and all of them on a signal, which it remembers.
 class Nursery {
  public:
   Nursery(Board& board, const sigset_t& signals, int64_t grace_ms) : board_(board), signals_(signals), grace_ms_(grace_ms) {}
@@ -74,13 +83,16 @@ class Nursery {
       const int signal = sigtimedwait(&signals_, nullptr, &time);
       if (signal > 0 && signal != SIGCHLD) {
         end_all();
-        return signal == SIGINT ? kInterrupted : 128 + signal;
+        ended_by_ = signal;
+        return 128 + signal;
       }
       for (size_t rank = 0; rank < children_.size(); ++rank) reap(static_cast<int>(rank), WNOHANG);
       if (code_ != 0 && grace_.passed()) end_all();
     }
     return code_;
   }
+
+  int ended_by() const { return ended_by_; }  // 0: no signal
 
  private:
   struct Child {
@@ -130,7 +142,16 @@ class Nursery {
   int code_ = 0;                         // of the first child that failed
   Deadline grace_ = Deadline::in_ms(0);  // for the others, from then on
   bool ending_ = false;
+  int ended_by_ = 0;
 };
+
+// What follows in this command, such as further launches, is not wanted either.
+void end_as_asked(int signal) {
+  fmt::print(stderr, "\ntern: interrupted, all ranks are ended\n");
+  std::fflush(nullptr);
+  std::signal(signal, SIG_DFL);
+  raise(signal);
+}
 
 }  // namespace
 
@@ -159,7 +180,7 @@ int launch_processes(const LaunchOptions& options, const RankFunction& run_rank)
   const Signals signals = block_signals();
   const pid_t parent = getpid();
   std::fflush(nullptr);  // what is buffered must not be written once by each child
-  int code = 0;
+  int code = 0, ended_by = 0;
   {
     Nursery nursery(board, signals.waited, options.timeout_ms + kGraceMs);
     for (int rank = 0; rank < options.num_ranks; ++rank) {
@@ -176,12 +197,11 @@ int launch_processes(const LaunchOptions& options, const RankFunction& run_rank)
       nursery.add(pid);
     }
     code = nursery.wait_for_all();
+    ended_by = nursery.ended_by();
   }
   sigprocmask(SIG_SETMASK, &signals.before, nullptr);
-  if (code == kInterrupted)
-    fmt::print(stderr, "\ntern: interrupted, all ranks are ended\n");
-  else
-    print_failures(board);
+  if (ended_by != 0) end_as_asked(ended_by);
+  print_failures(board);
   return code;
 }
 

@@ -11,7 +11,7 @@ from deep_ep_checks_low_latency import MOST, check_arrived, check_combined, comb
 from deep_ep_checks_normal import refused
 
 KILLED = (3,)  # in the check of that name
-TIMEOUT_MS = 3000
+TIMEOUT_MS = 5000
 _state = {}
 
 
