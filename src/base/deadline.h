@@ -9,15 +9,14 @@
 
 namespace tern {
 
+// 24 days: longer timeouts ("never") would overflow the clock, remaining_ms(), and sums of them.
+inline int64_t bounded_timeout_ms(int64_t timeout_ms) { return std::min<int64_t>(timeout_ms, std::numeric_limits<int32_t>::max()); }
+
 class Deadline {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // At most 24 days: longer ones ("never") would overflow the clock, and remaining_ms().
-  static Deadline in_ms(int64_t timeout_ms) {
-    constexpr int64_t kMostMs = std::numeric_limits<int32_t>::max();
-    return Deadline(Clock::now() + std::chrono::milliseconds(std::min(timeout_ms, kMostMs)));
-  }
+  static Deadline in_ms(int64_t timeout_ms) { return Deadline(Clock::now() + std::chrono::milliseconds(bounded_timeout_ms(timeout_ms))); }
 
   bool passed() const { return Clock::now() >= at_; }
   // Never negative.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/error.h"
 
+#include <new>
 #include <system_error>
 
 namespace tern {
@@ -31,6 +32,11 @@ const char* status_name(tern_status status) {
     case TERN_INTERNAL_ERROR: return "TERN_INTERNAL_ERROR";
   }
   return "TERN_UNKNOWN";
+}
+
+tern_status status_of(const std::exception& error) {
+  if (const auto* failure = dynamic_cast<const Failure*>(&error)) return failure->status();
+  return dynamic_cast<const std::bad_alloc*>(&error) != nullptr ? TERN_OUT_OF_MEMORY : TERN_INTERNAL_ERROR;
 }
 
 }  // namespace tern

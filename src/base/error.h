@@ -29,6 +29,9 @@ template <typename... Values>
   throw Failure(status, fmt::format(format, std::forward<Values>(values)...));
 }
 
+// Of a Failure its own; of anything else that may be thrown what comes nearest.
+tern_status status_of(const std::exception& error);
+
 // "shm_open: No such file or directory (2)": for a system call that has just set errno.
 std::string errno_text(const char* call, int error = errno);
 

@@ -16,7 +16,9 @@ Log::Log(tern_log_fn hook, void* context, tern_log_level level) : hook_(hook), c
 void Log::emit(tern_log_level level, const std::string& text) const {
   if (hook_ != nullptr) return hook_(context_, level, text.c_str());
   static constexpr const char* kNames[] = {"off", "error", "warning", "info", "debug"};
-  fmt::print(stderr, "tern {}: {}\n", kNames[level], text);
+  // fmt::print throws where standard error takes nothing, and lines come from threads and destructors too.
+  const std::string line = fmt::format("tern {}: {}\n", kNames[level], text);
+  static_cast<void>(std::fwrite(line.data(), 1, line.size(), stderr));
 }
 
 }  // namespace tern

@@ -239,6 +239,7 @@ class Dispatch {
     scales_.clear();
     for (const Message message : messages) {
       const int local_rank = message.rank - shape_.first_rank();
+      if (ctx_.lane.gave_up(local_rank)) continue;  // it may come back to life, and write to its slots here
       std::byte* slot = ctx_.lane.next_slot(trip_, epoch, local_rank);
       write_metadata(slot, batch, token, message.rank);
       if (trip_.bank.slot.num_weights > 0) std::memcpy(slot + trip_.bank.slot.weights(), weights, topk_bytes());

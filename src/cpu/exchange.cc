@@ -118,13 +118,13 @@ std::unique_ptr<DevicePlan> CpuExchange::create_plan(const PlanShape& shape) {
 }
 
 void* CpuExchange::alloc_window(int64_t bytes) {
-  const std::lock_guard lock(heap_mutex_);
-  const int64_t offset = heap_allocator_.allocate(bytes);  // refuses first: without window_bytes there is no heap
+  const std::scoped_lock lock(heap_mutex_, generation_mutex_);  // recoveries replace the heaps
+  const int64_t offset = heap_allocator_.allocate(bytes);       // refuses first: without window_bytes there is no heap
   return domain_.heap(domain_.rank) + offset;
 }
 
 void CpuExchange::free_window(void* pointer) {
-  const std::lock_guard lock(heap_mutex_);
+  const std::scoped_lock lock(heap_mutex_, generation_mutex_);  // recoveries replace the heaps
   const int64_t offset = heap_offset(pointer, 0);
   if (offset < 0 || !heap_allocator_.release(offset))
     fail(TERN_INVALID_ARGUMENT, "window: {} was not returned by tern_window_alloc of this exchange, or is free already", pointer);
@@ -176,14 +176,8 @@ tern_metrics CpuExchange::metrics() const {
 }
 
 void CpuExchange::recover(const tern_recover_options& options) {
-  const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
-  if (council_ == nullptr) {
-    const NextGeneration next = next_generation(domain_, *board_, options, timeout_ms);
-    share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
-  } else {
-    const NextGeneration next = agree(options, timeout_ms);
-    begin_generation(next, Deadline::in_ms(timeout_ms));
-  }
+  const int64_t timeout_ms = options.timeout_ms > 0 ? bounded_timeout_ms(options.timeout_ms) : options_.timeout_ms;
+  begin_generation(council_ == nullptr ? next_generation(domain_, *board_, options, timeout_ms) : agree(options, timeout_ms), timeout_ms);
   const tern_exchange_state now = state();
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.topology.rank, now.generation,
              std::count(now.masked, now.masked + domain_.topology.num_ranks, 1), domain_.topology.num_ranks);
@@ -200,19 +194,21 @@ NextGeneration CpuExchange::agree(const tern_recover_options& options, int64_t t
   }
 }
 
-// Between nodes. If it does not come about, the exchange has failed, whatever it was before: its network is gone.
-void CpuExchange::begin_generation(const NextGeneration& next, Deadline deadline) {
+// If it does not come about, the exchange has failed, whatever it was before: its network is gone, or its heap has other memory than the others know.
+void CpuExchange::begin_generation(const NextGeneration& next, int64_t timeout_ms) {
   try {
+    if (council_ == nullptr) return share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
     GoingOnBootstrap bootstrap(*council_, next);
     network_->stop();
+    const Deadline deadline = Deadline::in_ms(timeout_ms);
     const auto first = next.masked.begin() + domain_.first_rank;
     share_windows({first, first + domain_.num_ranks}, next.generation, deadline);
     start_network(bootstrap, next.masked, deadline);
     const std::lock_guard lock(generation_mutex_);
     council_->begin(next);
-  } catch (const Failure& failure) {
+  } catch (const std::exception& error) {
     const int rank = domain_.topology.rank;
-    announce_failure(domain_, {failure.status(), rank, rank, 0, TERN_OP_RECOVER, 0, 0, 0});
+    announce_failure(domain_, {status_of(error), rank, rank, 0, TERN_OP_RECOVER, 0, 0, 0});
     throw;
   }
 }

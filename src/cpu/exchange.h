@@ -74,7 +74,7 @@ class CpuExchange : public DeviceExchange {
   void start_network(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
   NextGeneration agree(const tern_recover_options& options, int64_t timeout_ms);
   // `masked`, `generation`: of the group.
-  void begin_generation(const NextGeneration& next, Deadline deadline);
+  void begin_generation(const NextGeneration& next, int64_t timeout_ms);
 
   // Under TERN_ON_TIMEOUT_MASK: does the record only call for a new generation?
   bool calls_for_restart(const tern_failure& failure) const;

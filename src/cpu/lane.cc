@@ -182,7 +182,7 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
     if (wait_ns_ != nullptr) wait_ns_[awaited.rank] += waited.count();
     return result;
   };
-  while (Deadline::Clock::now() - start < options_.spin) {
+  while (Deadline::Clock::now() - start < options_.spin && !deadline.passed()) {
     if (ready()) return done(true);
     if (proxy_ != nullptr) proxy_->help();
     ::sched_yield();

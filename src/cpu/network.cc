@@ -132,6 +132,9 @@ void Network::stop() {
   if (proxy_ != nullptr && !failed) take_leave(std::min(options_.timeout_ms, kMostTellingMs));
   if (proxy_ != nullptr) proxy_->stop();  // it looks at the pointer
   proxy_.reset();
+  standing_.reset();
+  place_.proxy = nullptr;  // rails stay until the next start, which may not come about
+  place_.standing = nullptr;
   closing_ = false;
 }
 

@@ -321,13 +321,13 @@ void CudaExchange::free_retired() {
 }
 
 void* CudaExchange::alloc_window(int64_t bytes) {
-  const std::lock_guard lock(heap_mutex_);
-  const int64_t offset = heap_allocator_.allocate(bytes);  // refuses first: without window_bytes there is no heap
+  const std::scoped_lock lock(heap_mutex_, generation_mutex_);  // recoveries replace the heaps
+  const int64_t offset = heap_allocator_.allocate(bytes);       // refuses first: without window_bytes there is no heap
   return heaps_[static_cast<size_t>(rank())]->data() + offset;
 }
 
 void CudaExchange::free_window(void* pointer) {
-  const std::lock_guard lock(heap_mutex_);
+  const std::scoped_lock lock(heap_mutex_, generation_mutex_);  // recoveries replace the heaps
   const int64_t offset = heap_offset(pointer, 0);
   if (offset < 0 || !heap_allocator_.release(offset))
     fail(TERN_INVALID_ARGUMENT, "window: {} was not returned by tern_window_alloc of this exchange, or is free already", pointer);
@@ -384,7 +384,7 @@ void CudaExchange::note(tern_status status, int32_t lane_idx, tern_operation ope
 
 void CudaExchange::check_health() const {
   if (const auto failure = known_failure()) throw_recorded(control_, *failure);
-  if (masks_late_ranks()) refuse_if_left_out(control_);  // its GPU would find all others missing
+  if (masks_late_ranks()) refuse_if_left_out(control_, board_);  // its GPU would find all others missing
 }
 
 tern_exchange_state CudaExchange::state() const {
@@ -429,7 +429,7 @@ tern_metrics CudaExchange::metrics() const {
 
 void CudaExchange::recover(const tern_recover_options& options) {
   const DeviceGuard guard(facts_.device);
-  const int64_t timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : options_.timeout_ms;
+  const int64_t timeout_ms = options.timeout_ms > 0 ? bounded_timeout_ms(options.timeout_ms) : options_.timeout_ms;
   await_idle(Deadline::in_ms(timeout_ms));
   // Whom operations have waited for is not waited for again, unless the caller would let it in.
   tern_recover_options wanted = options;
@@ -438,27 +438,26 @@ void CudaExchange::recover(const tern_recover_options& options) {
   if (options.readmit == 0) wanted.mask = mask.data();
   const NextGeneration next =
       council_ != nullptr ? next_generation(*council_, options, timeout_ms) : next_generation(control_, board_, wanted, timeout_ms);
-  if (council_ != nullptr)
-    begin_generation(next, Deadline::in_ms(timeout_ms));
-  else
-    share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
+  begin_generation(next, timeout_ms);
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", control_.topology.rank, control_.generation,
              std::count(next.masked.begin(), next.masked.end(), 1), control_.topology.num_ranks);
 }
 
-// Between nodes. If it does not come about, the exchange has failed, whatever it was before: its network is gone.
-void CudaExchange::begin_generation(const NextGeneration& next, Deadline deadline) {
+// If it does not come about, the exchange has failed, whatever it was before: its network is gone, or its heap has other memory than the others know.
+void CudaExchange::begin_generation(const NextGeneration& next, int64_t timeout_ms) {
   try {
+    if (council_ == nullptr) return share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));
     cpu::GoingOnBootstrap bootstrap(*council_, next);
     nodes_->stop();
+    const Deadline deadline = Deadline::in_ms(timeout_ms);
     const auto first = next.masked.begin() + control_.first_rank;
     share_windows({first, first + control_.num_ranks}, next.generation, deadline);
     nodes_->start(bootstrap, next.masked, deadline);
     const std::lock_guard lock(generation_mutex_);
     council_->begin(next);
-  } catch (const Failure& failure) {
+  } catch (const std::exception& error) {
     const int rank = control_.topology.rank;
-    announce_failure(control_, {failure.status(), rank, rank, 0, TERN_OP_RECOVER, 0, 0, 0});
+    announce_failure(control_, {status_of(error), rank, rank, 0, TERN_OP_RECOVER, 0, 0, 0});
     throw;
   }
 }

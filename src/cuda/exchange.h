@@ -116,7 +116,7 @@ class CudaExchange : public DeviceExchange {
   void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
   std::vector<std::shared_ptr<Segment>> share_device(std::shared_ptr<DeviceSegment> mine, const std::string& tag,
                                                      const std::vector<uint8_t>& member, Deadline deadline);
-  void begin_generation(const NextGeneration& next, Deadline deadline);
+  void begin_generation(const NextGeneration& next, int64_t timeout_ms);
   void set_pointers();
   void reset_lanes();
   std::vector<uint8_t> given_up() const;

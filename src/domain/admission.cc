@@ -18,14 +18,14 @@ void store(uint64_t& word, uint64_t value) { std::atomic_ref<uint64_t>(word).sto
 
 class DomainCouncil final : public Council {
  public:
-  DomainCouncil(const Domain& domain, AdmissionBoard& board) : domain_(domain), board_(board) {}
+  DomainCouncil(const Domain& domain, const AdmissionBoard& board) : domain_(domain), board_(board) {}
 
   const Topology& topology() const override { return domain_.topology; }
   uint32_t generation() const override { return domain_.generation; }
   bool is_masked(int r) const override { return domain_.is_masked(r); }
 
-  void propose(const Proposal& proposal) override { write_proposal(domain_.proposal(rank()), proposal); }
-  std::optional<Proposal> proposal_of(int r) override { return read_proposal(domain_.proposal(r), num_ranks()); }
+  void propose(const Proposal& proposal) override { write_proposal(board_.cell(rank()).proposal, proposal); }
+  std::optional<Proposal> proposal_of(int r) override { return read_proposal(board_.cell(r).proposal, num_ranks()); }
 
   void call_roll(uint64_t generation) override { store(board_.cell(rank()).roll_call, generation); }
   uint64_t roll_call_of(int r) override { return load(board_.cell(r).roll_call); }
@@ -38,7 +38,7 @@ class DomainCouncil final : public Council {
 
  private:
   const Domain& domain_;
-  AdmissionBoard& board_;
+  const AdmissionBoard& board_;
 };
 
 void call_roll(Council& council, NextGeneration& next, int64_t timeout_ms) {
@@ -128,14 +128,17 @@ layout::AdmissionCell& AdmissionBoard::cell(int rank) const {
 }
 
 NextGeneration next_generation(Council& council, const tern_recover_options& options, int64_t timeout_ms) {
-  AgreementOptions agreement{council.generation() + 1, std::vector<uint8_t>(static_cast<size_t>(council.num_ranks())),
-                             options.allow_mask != 0, timeout_ms};
+  // Each attempt has a number of its own: what ranks said in the one before, who may be gone since, does not count.
+  const auto last = council.proposal_of(council.rank());
+  const uint64_t number = 1 + std::max<uint64_t>(council.generation(), last ? last->generation : 0);
+  AgreementOptions agreement{number, std::vector<uint8_t>(static_cast<size_t>(council.num_ranks())), options.allow_mask != 0, timeout_ms};
   if (options.mask != nullptr)
     std::transform(options.mask, options.mask + council.num_ranks(), agreement.mask.begin(),
                    [](uint8_t m) { return static_cast<uint8_t>(m != 0); });
-  NextGeneration next{agreement.generation, {}};
+  NextGeneration next;
   try {
-    next.masked = agree_on_mask(council, agreement);
+    const Proposal agreed = agree_on_mask(council, agreement);
+    next = {static_cast<uint32_t>(agreed.generation), agreed.mask};
   } catch (const Failure& failure) {
     if (failure.status() != TERN_MASKED_OUT || options.readmit == 0) throw;
     return ask(council, timeout_ms);
@@ -146,9 +149,14 @@ NextGeneration next_generation(Council& council, const tern_recover_options& opt
   return next;
 }
 
-NextGeneration next_generation(const Domain& domain, AdmissionBoard& board, const tern_recover_options& options, int64_t timeout_ms) {
+NextGeneration next_generation(const Domain& domain, const AdmissionBoard& board, const tern_recover_options& options, int64_t timeout_ms) {
   DomainCouncil council(domain, board);
   return next_generation(council, options, timeout_ms);
+}
+
+void refuse_if_left_out(const Domain& domain, const AdmissionBoard& board) {
+  DomainCouncil council(domain, board);
+  refuse_if_left_out(council);
 }
 
 }  // namespace tern

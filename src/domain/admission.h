@@ -5,10 +5,9 @@
 //   const NextGeneration next = next_generation(domain, board, recover_options, timeout_ms);
 //   const NextGeneration next = next_generation(council, recover_options, timeout_ms);      // where the ranks are no single domain
 //
-// Those who go on agree through the windows they share (agreement.h). Ranks that are masked out do not share windows with them any more; the
-// board is a small segment of each rank that everybody maps for as long as the exchange lives, and that is looked at in recoveries with
-// `readmit` only. Together they are the council (council.h) of a domain. The lowest rank of those who go on calls the roll, the masked ones
-// that are there answer, and it decides:
+// The board is a small segment of each rank that everybody maps for as long as the exchange lives, also with ranks that are masked out, who share
+// no windows with the others any more: the council (council.h) of a domain. Those who go on agree (agreement.h). With `readmit` the lowest rank of
+// them calls the roll then, the masked ones that are there answer, and it decides:
 //
 //   leader:   roll_call = generation; waits until all masked ranks have answered, or the deadline; decision = who stays masked
 //   masked:   answers each roll call; comes in with the first decision after it has asked that does not mask it
@@ -50,6 +49,9 @@ class AdmissionBoard {
 // TERN_TIMEOUT: somebody did not answer, or the leader did not decide. TERN_MASKED_OUT: the others go on without this rank, and nobody lets
 // it in until the deadline.
 NextGeneration next_generation(Council& council, const tern_recover_options& options, int64_t timeout_ms);
-NextGeneration next_generation(const Domain& domain, AdmissionBoard& board, const tern_recover_options& options, int64_t timeout_ms);
+NextGeneration next_generation(const Domain& domain, const AdmissionBoard& board, const tern_recover_options& options, int64_t timeout_ms);
+
+// As in agreement.h.
+void refuse_if_left_out(const Domain& domain, const AdmissionBoard& board);
 
 }  // namespace tern

@@ -33,15 +33,15 @@ class Agreement {
       if (council.is_masked(static_cast<int>(r))) own_.mask[r] = 1;
   }
 
-  std::vector<uint8_t> run() {
+  Proposal run() {
     refuse_if_masked();
     council_.propose(own_);
     while (!step()) {
       if (changed_) continue;
-      if (deadline_.passed()) give_up_silent_ranks();
+      if (deadline_.passed()) give_up_late_ranks();
       council_.pause();
     }
-    return own_.mask;
+    return own_;
   }
 
  private:
@@ -50,82 +50,88 @@ class Agreement {
   // Looks at every proposal once; true when all who go on have committed to the same set as this rank.
   bool step() {
     changed_ = false;
-    silent_.clear();
-    bool all_same = true;
-    bool all_committed = true;
+    late_.clear();
+    bool all_same = true, all_committed = true;
     Proposal next = own_;
     for (int r = 0; r < council_.num_ranks(); ++r) {
       if (r == council_.rank() || council_.is_masked(r)) continue;
-      if (!goes_on(r)) {
-        refuse_if_left_behind_by(r);
-        continue;
-      }
       const auto theirs = council_.proposal_of(r);
-      if (theirs && theirs->generation > own_.generation && theirs->mask[static_cast<size_t>(council_.rank())] != 0) refuse();
-      if (!theirs || theirs->generation != own_.generation) {
-        silent_.push_back(r);
-        all_same = all_committed = false;
-        continue;
+      // Also one that this rank wants to go on without may have gone on without this one long ago.
+      if (leaves_behind(theirs, council_.rank(), council_.generation() + 1)) refuse();
+      if (!goes_on(r)) continue;
+      if (theirs && theirs->generation > own_.generation) {
+        join(theirs->generation);
+        return false;
       }
-      for (size_t i = 0; i < next.mask.size(); ++i) next.mask[i] |= theirs->mask[i];
-      const bool same = theirs->mask == own_.mask;
+      const bool is_here = theirs && theirs->generation == own_.generation, same = is_here && theirs->mask == own_.mask;
+      for (size_t i = 0; is_here && i < next.mask.size(); ++i) next.mask[i] |= theirs->mask[i];
+      // Who is there does at once as the others do. One that died in the middle stays behind.
+      if (!same || (own_.committed && !theirs->committed)) late_.push_back(r);
       all_same = all_same && same;
       all_committed = all_committed && same && theirs->committed;
     }
     next.committed = all_same && next.mask == own_.mask;
-    if (next.mask != own_.mask || next.committed != own_.committed) {
-      // Ranks that learn of a silent rank need as much time from here as the one that gave it up. Sets only grow, so this ends.
-      if (next.mask != own_.mask) deadline_ = Deadline::in_ms(options_.timeout_ms);
-      own_ = next;
-      refuse_if_masked();
-      council_.propose(own_);
-      changed_ = true;
-    }
+    if (next.mask != own_.mask || next.committed != own_.committed) change(next);
     return own_.committed && all_committed;
   }
 
-  void give_up_silent_ranks() {
-    if (silent_.empty())
-      fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for the other ranks to agree; call it again", council_.rank(), options_.timeout_ms);
+  void change(const Proposal& next) {
+    own_ = next;
+    refuse_if_masked();
+    council_.propose(own_);
+    deadline_ =
+        Deadline::in_ms(options_.timeout_ms);  // the others need as much time from here to do the same. Sets only grow, so this ends
+    changed_ = true;
+  }
+
+  // Somebody is an attempt ahead. It may try again and again, which does not give this one a deadline of its own each time: a moment for the rest.
+  void join(uint64_t generation) {
+    const Deadline before = deadline_, moment = Deadline::in_ms(options_.timeout_ms / 4);
+    change({generation, false, own_.mask});
+    deadline_ = before.time() < moment.time() ? moment : before;
+  }
+
+  void give_up_late_ranks() {
     std::string names;
-    for (const int r : silent_) names += fmt::format("{}rank {}{}", names.empty() ? "" : ", ", r, describe_rank(council_.topology(), r));
+    for (const int r : late_) names += fmt::format("{}rank {}{}", names.empty() ? "" : ", ", r, describe_rank(council_.topology(), r));
     if (!options_.allow_mask)
       fail(TERN_TIMEOUT, "recover: rank {} waited {} ms for {}; set allow_mask to go on without", council_.rank(), options_.timeout_ms,
            names);
-    for (const int r : silent_) own_.mask[static_cast<size_t>(r)] = 1;
-    own_.committed = false;
-    council_.propose(own_);
-    deadline_ = Deadline::in_ms(options_.timeout_ms);
+    Proposal without = own_;
+    without.committed = false;
+    for (const int r : late_) without.mask[static_cast<size_t>(r)] = 1;
+    change(without);
   }
 
-  // A rank that this one wants to go on without may have gone on without this one long ago: then there is a new generation already.
-  void refuse_if_left_behind_by(int r) {
-    if (leaves_behind(council_.proposal_of(r), council_.rank(), own_.generation)) refuse();
-  }
-
-  void refuse_if_masked() const {
+  void refuse_if_masked() {
     if (!goes_on(council_.rank())) refuse();
   }
 
-  [[noreturn]] void refuse() const { refuse_rank(council_.rank(), own_.generation); }
+  // What was proposed is void, so that it does not count if this rank comes back.
+  [[noreturn]] void refuse() {
+    const uint64_t generation = own_.generation;
+    council_.propose({0, false, std::vector<uint8_t>(own_.mask.size())});
+    refuse_rank(council_.rank(), generation);
+  }
 
   Council& council_;
   const AgreementOptions& options_;
   Proposal own_;
   Deadline deadline_;
-  std::vector<int> silent_;
+  std::vector<int> late_;
   bool changed_ = false;
 };
 
 }  // namespace
 
-void refuse_if_left_out(const Domain& domain) {
-  const uint64_t next = domain.generation + 1;
-  domain.for_each_member([&](int r) {
-    if (leaves_behind(read_proposal(domain.proposal(r), domain.num_ranks), domain.rank, next)) refuse_rank(domain.rank, next);
-  });
+void refuse_if_left_out(Council& council) {
+  const uint64_t next = council.generation() + 1;
+  for (int r = 0; r < council.num_ranks(); ++r) {
+    if (r != council.rank() && !council.is_masked(r) && leaves_behind(council.proposal_of(r), council.rank(), next))
+      refuse_rank(council.rank(), next);
+  }
 }
 
-std::vector<uint8_t> agree_on_mask(Council& council, const AgreementOptions& options) { return Agreement(council, options).run(); }
+Proposal agree_on_mask(Council& council, const AgreementOptions& options) { return Agreement(council, options).run(); }
 
 }  // namespace tern

@@ -41,7 +41,6 @@ struct Domain {
   layout::FlagCell& cell(int owner, int lane, int source) const { return at<layout::FlagCell>(owner, layout.cell(lane, source)); }
   layout::Doorbell& doorbell(int owner, int lane) const { return at<layout::Doorbell>(owner, layout.doorbell(lane)); }
   layout::FailureCell& failure(int owner) const { return at<layout::FailureCell>(owner, layout.failure()); }
-  layout::ProposalCell& proposal(int owner) const { return at<layout::ProposalCell>(owner, layout.proposal()); }
   layout::GivenUpCell& given_up(int owner) const { return at<layout::GivenUpCell>(owner, layout.given_up()); }
   layout::BegunCell& begun(int owner) const { return at<layout::BegunCell>(owner, layout.begun()); }
   std::byte* bank(int owner, int lane, uint64_t epoch, int source) const { return window(owner) + layout.bank(lane, epoch, source); }

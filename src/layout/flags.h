@@ -56,7 +56,7 @@ inline constexpr uint32_t kFailureNone = 0;
 inline constexpr uint32_t kFailureClaimed = 1;
 inline constexpr uint32_t kFailureSet = 2;
 
-// What a rank proposes while the survivors agree on a new generation; written by the window's owner, read by all. Every word is
+// What a rank proposes while the survivors agree on a new generation; written by its owner, read by all. Every word is
 // read and written sequentially consistent, between two equal, even versions.
 struct alignas(kCacheLine) ProposalCell {
   uint64_t version;               // odd while it is being written
@@ -78,8 +78,10 @@ struct alignas(kCacheLine) BegunCell {
   uint64_t begun_on_rail;
 };
 
-// What a rank says to those who were masked out, or to those who go on if it was; written by the owner, read by all.
+// What a rank says in recoveries: to those who go on, to those who were masked out, or as one that was; written by the owner, read by all, for
+// as long as the exchange lives.
 struct alignas(kCacheLine) AdmissionCell {
+  ProposalCell proposal;
   uint64_t roll_call;     // the generation that is to begin, and that masked ranks may come back with; 0: none yet
   uint64_t present;       // the roll call that this rank, masked out, has answered last; 0: none
   ProposalCell decision;  // who stays masked in the generation of the last roll call

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where things lie in a rank's internal window. The same on every rank.
 //
-//   | failure | proposal | given up | begun | lane 0: doorbell, cells [num_ranks] | lane 1 ... | staging: [lane][bank][source rank] |
+//   | failure | given up | begun | lane 0: doorbell, cells [num_ranks] | lane 1 ... | staging: [lane][bank][source rank] |
 //
 // The bank of (lane, epoch, source) is where that source's messages of the epoch arrive. Two banks alternate: nobody
 // writes epoch n before the owner has consumed epoch n - 2.
@@ -21,8 +21,7 @@ struct WindowLayout {
   int64_t bank_bytes = 0;  // of one (lane, bank, source); a multiple of kCacheLine
 
   constexpr int64_t failure() const { return 0; }
-  constexpr int64_t proposal() const { return sizeof(FailureCell); }
-  constexpr int64_t given_up() const { return proposal() + static_cast<int64_t>(sizeof(ProposalCell)); }
+  constexpr int64_t given_up() const { return sizeof(FailureCell); }
   constexpr int64_t begun() const { return given_up() + static_cast<int64_t>(sizeof(GivenUpCell)); }
   constexpr int64_t doorbell(int lane) const { return begun() + static_cast<int64_t>(sizeof(BegunCell)) + lane * lane_bytes(); }
   constexpr int64_t cell(int lane, int source) const {

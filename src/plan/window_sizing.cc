@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "base/deadline.h"
 #include "base/error.h"
 #include "base/knobs.h"
 #include "layout/message.h"
@@ -66,7 +67,7 @@ tern_exchange_options complete_options(const tern_exchange_options& options) {
   if (o.max_topk == 0) o.max_topk = 8;
   if (o.max_experts == 0) o.max_experts = 256;
   if (o.num_lanes == 0) o.num_lanes = 1;
-  if (o.timeout_ms == 0) o.timeout_ms = knobs().timeout_ms;
+  o.timeout_ms = bounded_timeout_ms(o.timeout_ms == 0 ? knobs().timeout_ms : o.timeout_ms);
   return o;
 }
 

@@ -188,7 +188,7 @@ bool Proxy::start_puts() {
 // True: there is nothing left to do about it.
 bool Proxy::try_put(Put& put) {
   Peer& peer = *std::ranges::find(peers_, put.peer, &Peer::rank);
-  if (peer.has_left && !peer.lost && put.num_bytes > 0) {
+  if (peer.has_left && !peer.lost && put.counted && put.num_bytes > 0) {  // nobody waits for what is not counted
     options_.failed(peer.rank, fmt::format("transport: rank {} has left, and cannot be put to", peer.rank));
     peer.lost = true;
   }

@@ -31,7 +31,6 @@ constexpr bool regions_are_apart(const WindowLayout& window) {
   constexpr auto kLine = static_cast<int64_t>(kCacheLine);
   Walk walk;
   walk.region(window.failure(), sizeof(FailureCell), kLine);
-  walk.region(window.proposal(), sizeof(ProposalCell), kLine);
   walk.region(window.given_up(), sizeof(GivenUpCell), kLine);
   walk.region(window.begun(), sizeof(BegunCell), kLine);
   for (int lane = 0; lane < window.num_lanes; ++lane) {
