@@ -89,9 +89,16 @@ void DevicePool::free(void* memory) const noexcept {
   }
 }
 
-PinnedBlock take_pinned(int device, size_t num_bytes) {
+// Few sizes, so that blocks are used again; of large ones not much more than is needed.
+size_t block_bytes(size_t num_bytes) {
   constexpr size_t kSmallestBytes = 256;  // cache lines of its own
-  PinnedBlock block = FreeBlocks::instance().take(device, std::bit_ceil(std::max(num_bytes, kSmallestBytes)));
+  constexpr size_t kLargeBytes = 2 << 20;
+  if (num_bytes < kLargeBytes) return std::bit_ceil(std::max(num_bytes, kSmallestBytes));
+  return (num_bytes + kLargeBytes - 1) / kLargeBytes * kLargeBytes;
+}
+
+PinnedBlock take_pinned(int device, size_t num_bytes) {
+  PinnedBlock block = FreeBlocks::instance().take(device, block_bytes(num_bytes));
   if (block.data == nullptr) {
     const DeviceGuard guard(device);
     check(cudaHostAlloc(&block.data, block.size_bytes, cudaHostAllocPortable | cudaHostAllocMapped),

@@ -42,7 +42,7 @@ struct DeviceFacts {
   int share_sms() const { return std::max(1, num_sms / ranks_on_device); }
 };
 
-// Read by tern_exchange_get_metrics from any thread. Bytes and waits are known to the GPU alone, and are not counted.
+// Read by tern_exchange_get_metrics from any thread. Bytes within the node, and waits, are known to the GPU alone, and are not counted.
 struct Counters {
   std::atomic<uint64_t> routes{0}, dispatches{0}, combines{0}, rounds{0}, received_rows{0};
 };

@@ -107,7 +107,6 @@ void NodeLane::grant(uint64_t epoch) {
 }
 
 void NodeLane::answer(uint64_t epoch) {
-  options_.flush();
   store_release(cell_[0].answered, kernels::HostCell::answer(++answered_, epoch % layout::kNumBanks));
 }
 

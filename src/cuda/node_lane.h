@@ -9,8 +9,8 @@
 // Lane and rail are those of CPU ranks: deadlines, the record of who failed, epochs, credits and the comparison of calls are the same.
 // A command that fails ends the exchange: the GPU hears of it with its next answer, and the other nodes over the network.
 //
-// Lifetime: the end waits for the command that runs, which has deadlines. Threads: one enqueues, commands run on the lane's own, which uses
-// nothing of CUDA. Memory: what the GPU wrote before it asked is visible behind await_gpu(), what a command wrote before it answered to kernels
+// Lifetime: the end waits for the command that runs, which has deadlines. Threads: one enqueues, commands run on the lane's own, which calls
+// nothing of CUDA behind its start (providers that copy from GPUs by themselves may). Memory: what the GPU wrote before it asked is visible behind await_gpu(), what a command wrote before it answered to kernels
 // behind the step that awaits the answer. Between commands the lane grants the rail's next epoch when its banks are free.
 #pragma once
 
@@ -37,7 +37,6 @@ class NodeLane {
     int64_t timeout_ms = 0;
     std::function<void()> check_health = {};  // throws what this rank's GPU has reported
     std::function<void()> enter_gpu = {};     // RailMemory::enter_gpu
-    std::function<void()> flush = {};         // shows kernels what the network has written to the GPU's memory
   };
 
   NodeLane(const std::shared_ptr<DevicePool>& pool, const Domain& domain, const cpu::Network& network, SpanLog& spans, Options options);

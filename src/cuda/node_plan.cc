@@ -31,6 +31,11 @@ NodePlan::NodePlan(int device, const PlanShape& shape, NodeLane& any_lane)
       told_(shape, told_memory_.data()),
       placed_report_(shape, trip_.num_rounds, report_memory_.data()) {
   check_shape(shape);
+  check_room(any_lane);
+}
+
+void NodePlan::check_room(NodeLane& any_lane) const {
+  const PlanShape& shape = table_.shape();
   if (trip_.bank.slots() > any_lane.rail().head_bytes())
     fail(TERN_OUT_OF_MEMORY,
          "plan: the counts of {} experts on {} nodes need {} bytes of what goes to another node, the exchange has {}; create it with "

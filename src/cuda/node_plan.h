@@ -24,6 +24,9 @@ class NodePlan {
   // TERN_OUT_OF_MEMORY if the exchange is too small for the shape.
   NodePlan(int device, const PlanShape& shape, NodeLane& any_lane);
 
+  // TERN_OUT_OF_MEMORY if the counts do not fit what goes to another node. In each generation: where slots lie apart that is less.
+  void check_room(NodeLane& any_lane) const;
+
   const PlanShape& shape() const { return table_.shape(); }
   // Counts alone.
   const RoutingTable& table() const { return table_; }

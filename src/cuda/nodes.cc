@@ -10,10 +10,6 @@ namespace {
 
 // Do kernels see what devices of the network have written to the GPU's memory before the host said so?
 bool sees_writes(int device) { return attribute(device, cudaDevAttrGPUDirectRDMAWritesOrdering) >= cudaGPUDirectRDMAWritesOrderingOwner; }
-// Or can they be made to?
-bool can_flush_writes(int device) {
-  return (attribute(device, cudaDevAttrGPUDirectRDMAFlushWritesOptions) & cudaFlushGPUDirectRDMAWritesOptionHost) != 0;
-}
 
 // If that fails, whoever needs it says so.
 void enter(int device) { static_cast<void>(cudaSetDevice(device)); }
@@ -39,7 +35,6 @@ void Nodes::start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dead
     }
     NodeLane::Options of_lane{.index = i, .timeout_ms = setup_.options.timeout_ms, .check_health = setup_.check_health};
     of_lane.enter_gpu = [device] { enter(device); };
-    of_lane.flush = [this] { flush_slots(); };
     lanes_.push_back(std::make_unique<NodeLane>(pool_, domain_, *network_, trace_.lane(i), of_lane));
   }
   unreachable_ = masked;
@@ -60,8 +55,8 @@ cpu::RailMemory Nodes::memory_of_banks() {
     return memory_.data();
   };
   memory.of_slots = [this, device](size_t num_bytes) {
-    if (!sees_writes(device) && !can_flush_writes(device))
-      fail(TERN_UNSUPPORTED, "{} does not tell kernels what the network has written", device_name(device));
+    if (!sees_writes(device))
+      fail(TERN_UNSUPPORTED, "{} does not order what the network writes before what the host does", device_name(device));
     slots_ = DeviceSegment::create(num_bytes, device, SharedBy::kThreads);
     return slots_->data();
   };
@@ -79,13 +74,6 @@ uint64_t Nodes::network_bytes() const {
   uint64_t bytes = 0;
   for (const auto& lane : lanes_) bytes += lane->lane().counters().network_bytes.load(std::memory_order_relaxed);
   return bytes;
-}
-
-void Nodes::flush_slots() const {
-  const int device = pool_->device();
-  if (slots_ == nullptr || sees_writes(device)) return;
-  check(cudaDeviceFlushGPUDirectRDMAWrites(cudaFlushGPUDirectRDMAWritesTargetCurrentDevice, cudaFlushGPUDirectRDMAWritesToOwner),
-        "showing the GPU what the network has written");
 }
 
 kernels::RailSlots Nodes::slots(int32_t lane_idx, bool have_come) const {

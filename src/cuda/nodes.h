@@ -57,7 +57,6 @@ class Nodes {
 
  private:
   cpu::RailMemory memory_of_banks();
-  void flush_slots() const;
   kernels::RailSlots slots(int32_t lane_idx, bool have_come) const;
   kernels::RailBanks banks(int32_t lane_idx, bool have_come, std::byte* first, const layout::RailBanksLayout& layout) const;
 

@@ -112,10 +112,13 @@ void CudaPlan::begin_routing(const tern_routing& routing) {
 }
 
 void CudaPlan::check_route_room(const tern_launch& launch) const {
-  if (node_plan_ != nullptr)
-    exchange_.nodes()->lane(launch.lane).epochs().check_room(TERN_OP_ROUTE, launch.lane, node_plan_->trip().num_rounds);
-  else
+  if (node_plan_ != nullptr) {
+    NodeLane& lane = exchange_.nodes()->lane(launch.lane);
+    node_plan_->check_room(lane);
+    lane.epochs().check_room(TERN_OP_ROUTE, launch.lane, node_plan_->trip().num_rounds);
+  } else {
     check_room(exchange_.lane(launch.lane), TERN_OP_ROUTE, 1);
+  }
 }
 
 int32_t CudaPlan::route_sms(const tern_launch& launch) const {
@@ -249,6 +252,7 @@ void CudaPlan::read_table() {
 }
 
 void CudaPlan::dispatch_between_nodes(const DispatchCall& call, const tern_launch& launch, bool routes) {
+  if (routes) node_plan_->check_room(exchange_.nodes()->lane(launch.lane));
   NodeDispatch::Options options{.most_tokens = routes ? shape_.max_tokens : most_tokens_};
   options.routes_on_its_way = launch.phase == TERN_PHASE_RECEIVE ? dispatch_ticket_.routed
                                                                  : routes && NodeDispatch::can_route_on_its_way(*this, call, launch.phase);

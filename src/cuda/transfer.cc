@@ -50,8 +50,11 @@ bool OperationStream::is_captured() const {
 void OperationStream::record_end() {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const bool is_known = cudaStreamIsCapturing(stream_, &status) == cudaSuccess;
-  if (!is_known || status != cudaStreamCaptureStatusNone) return;
-  if (cudaEventRecord(end_->get(), stream_) == cudaSuccess) lane_.end = end_;
+  if (is_known && status != cudaStreamCaptureStatusNone) return;
+  if (is_known && cudaEventRecord(end_->get(), stream_) == cudaSuccess)
+    lane_.end = end_;
+  else
+    static_cast<void>(cudaGetLastError());  // or the next launch would be told of it
 }
 
 int choose_num_sms(const CudaExchange& exchange, const tern_launch& launch, int64_t bytes) {

@@ -347,7 +347,10 @@ __global__ void __launch_bounds__(kMostThreads) dispatch_kernel(const __grid_con
   __shared__ bool are_open;
   if (threadIdx.x == 0) are_open = true;
   if (args.route_blocks == 0) device::await_kernel_before();  // perhaps a kernel of the caller's, behind the route
-  if (Operation{args.transfer.exchange, args.transfer.operation, 0}.is_poisoned()) return;
+  if (Operation{args.transfer.exchange, args.transfer.operation, 0}.is_poisoned()) {
+    device::await_kernel_before();  // the end of this kernel says that the route has ended too
+    return;
+  }
   const Sources sources{reinterpret_cast<SourceView*>(shared), &are_open};
   const int nth = static_cast<int>(threadIdx.x) / kWarpThreads - args.roles.num_stage_warps;
   const Transfer transfer = begin(args, nth < 0);

@@ -208,7 +208,7 @@ struct Operation {
 
   // Operations by which `peer` is behind this one, by what it has announced; 0 or less: it has begun this one.
   __device__ int32_t epochs_behind(int peer) const {
-    auto behind = static_cast<int32_t>(epoch);
+    int32_t behind = 0x7fffffff;  // differences are small, whatever the epoch
     for (uint64_t bank = 0; bank < layout::kNumBanks; ++bank) {
       const uint64_t word = load_relaxed_sys(in_window<uint64_t>(exchange.rank, exchange.layout.words(exchange.lane, bank, peer)));
       behind = min(behind, static_cast<int32_t>(static_cast<uint32_t>(epoch) - static_cast<uint32_t>(word >> 32)));

@@ -37,7 +37,7 @@ struct alignas(kCacheLine) FailureRecord {
 
 // What rank `src` tells the owner of the window about how far it is, on one lane; written by `src` alone.
 struct alignas(kCacheLine) ProgressCell {
-  uint64_t ready;     // epoch: src's call of this epoch is described in its CallCell; route: its counts and messages are all there
+  uint64_t ready;  // epoch: src's call of this epoch is described in its CallCell; of a route too, whose messages have flags of their own
   uint64_t consumed;  // epoch: src no longer needs anything of the owner's, nor what the owner wrote to it, up to here
 };
 
