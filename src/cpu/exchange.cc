@@ -207,8 +207,12 @@ void CpuExchange::begin_generation(const NextGeneration& next, int64_t timeout_m
     const std::lock_guard lock(generation_mutex_);
     council_->begin(next);
   } catch (const std::exception& error) {
+    // Under TERN_ON_TIMEOUT_MASK the next operation tries again, if it is for the sake of a missing rank: a call for a restart.
     const int rank = domain_.topology.rank;
-    announce_failure(domain_, {status_of(error), rank, rank, 0, TERN_OP_RECOVER, 0, 0, 0});
+    const auto missing = std::ranges::find_if(next.masked, [](uint8_t masked) { return masked != 0; });
+    const bool is_tried_again = options_.on_timeout == TERN_ON_TIMEOUT_MASK && missing != next.masked.end();
+    const int awaited = is_tried_again ? static_cast<int>(missing - next.masked.begin()) : rank;
+    announce_failure(domain_, {status_of(error), rank, awaited, 0, TERN_OP_RECOVER, 0, 0, 0});
     throw;
   }
 }

@@ -38,7 +38,7 @@ class Agreement {
     council_.propose(own_);
     while (!step()) {
       if (changed_) continue;
-      if (deadline_.passed()) give_up_late_ranks();
+      if (deadline_.passed() && !has_patience()) give_up_late_ranks();
       council_.pause();
     }
     return own_;
@@ -91,6 +91,17 @@ class Agreement {
     deadline_ = before.time() < moment.time() ? moment : before;
   }
 
+  // A rank that has spoken in an attempt before this one may wait there still for what was agreed on, as long as a deadline: it gets that once.
+  bool has_patience() {
+    const auto may_be_there = [&](int r) {
+      const auto theirs = council_.proposal_of(r);
+      return theirs && theirs->generation > council_.generation() && theirs->generation < own_.generation;
+    };
+    if (was_patient_ || std::ranges::none_of(late_, may_be_there)) return false;
+    deadline_ = Deadline::in_ms(options_.timeout_ms);
+    return was_patient_ = true;
+  }
+
   void give_up_late_ranks() {
     std::string names;
     for (const int r : late_) names += fmt::format("{}rank {}{}", names.empty() ? "" : ", ", r, describe_rank(council_.topology(), r));
@@ -119,7 +130,7 @@ class Agreement {
   Proposal own_;
   Deadline deadline_;
   std::vector<int> late_;
-  bool changed_ = false;
+  bool changed_ = false, was_patient_ = false;
 };
 
 }  // namespace

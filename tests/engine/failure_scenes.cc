@@ -231,6 +231,32 @@ void recovery_without_a_mask_needs_every_rank(const SceneSettings& settings) {
   expect_no_complaints(ranks.join(), std::nullopt);
 }
 
+void recovery_without_memory(const SceneSettings& settings) {
+  const std::string name = group_name("no-memory");
+  const Scenario scenario(ordinary_case(settings));
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings);
+    RoundTrip trip = member.trip(scenario);
+    trip.run();
+    seat.set_stage(kReady);
+    wait_for_all(seat, settings, kReady);
+    {
+      const NoSharedMemory none(seat.rank() == settings.victim());
+      const tern_status status = tern_exchange_recover(member.get(), nullptr);
+      require(status != TERN_OK, "the generation began without a rank's windows");
+    }
+    require(member.exchange.state().health == TERN_HEALTH_FAILED, "health is not FAILED");
+    failing(member, [&] { trip.dispatch(2); });
+    seat.set_stage(kFailed);
+    wait_for_all(seat, settings, kFailed);
+    require_ok(tern_exchange_recover(member.get(), nullptr), "tern_exchange_recover");
+    require_masked(member, {}, 2);
+    require_right(scenario, member);
+    return std::string();
+  });
+  expect_no_complaints(ranks.join(), std::nullopt);
+}
+
 void chosen_mask(const SceneSettings& settings) {
   const std::string name = group_name("chosen");
   const Scenario scenario(ordinary_case(settings));

@@ -32,6 +32,8 @@ void recovery_of_all_ranks(const SceneSettings& settings);
 // One rank calls another operation than the others.
 void recovery_from_a_mismatch(const SceneSettings& settings);
 void recovery_without_a_mask_needs_every_rank(const SceneSettings& settings);
+// All agree, and then one gets no memory for its windows: the exchange has failed for all, and the next recovery is right.
+void recovery_without_memory(const SceneSettings& settings);
 // A healthy rank that the others leave out on purpose learns of it.
 void chosen_mask(const SceneSettings& settings);
 // With the policy MASK the operation itself goes on, and the following ones run without the rank.

@@ -4,9 +4,11 @@
 #pragma once
 
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <csignal>
 #include <optional>
 #include <tern/tern.hpp>
 #include <thread>
@@ -175,6 +177,24 @@ inline void recover_masking(const Member& member) {
   options.allow_mask = 1;
   require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
 }
+
+// While it lives this process gets no memory that others could map.
+class NoSharedMemory {
+ public:
+  explicit NoSharedMemory(bool is_true) {
+    getrlimit(RLIMIT_FSIZE, &before_);
+    if (!is_true) return;
+    std::signal(SIGXFSZ, SIG_IGN);
+    const rlimit none{0, before_.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &none);
+  }
+  ~NoSharedMemory() { setrlimit(RLIMIT_FSIZE, &before_); }
+  NoSharedMemory(const NoSharedMemory&) = delete;
+  NoSharedMemory& operator=(const NoSharedMemory&) = delete;
+
+ private:
+  rlimit before_ = {};
+};
 
 inline void require_stale(const Member& member, RoundTrip& trip) {
   const std::string text = failing(member, [&] { trip.dispatch(1); });

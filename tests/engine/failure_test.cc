@@ -28,6 +28,11 @@ TEST(Failure, StoppedAnywhere) { struck_anywhere(cpu(), SIGSTOP); }
 TEST(Failure, KilledAnywhere) { struck_anywhere(cpu(), SIGKILL); }
 TEST(Failure, RecoveryOfAllRanks) { recovery_of_all_ranks(cpu()); }
 TEST(Failure, RecoveryFromAMismatch) { recovery_from_a_mismatch(cpu()); }
+TEST(Failure, RecoveryWithoutMemory) {
+  SceneSettings settings = cpu();
+  settings.in_windows = true;
+  recovery_without_memory(settings);
+}
 TEST(Failure, RecoveryWithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(cpu()); }
 TEST(Failure, ChosenMask) { chosen_mask(cpu()); }
 TEST(Failure, PolicyMask) { policy_mask(cpu()); }

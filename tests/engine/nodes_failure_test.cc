@@ -41,6 +41,7 @@ TEST_F(NodesFailure, StruckInDispatchesThatRoute) {
 TEST_F(NodesFailure, RecoveryOfAllRanks) { recovery_of_all_ranks(nodes()); }
 TEST_F(NodesFailure, RecoveryFromAMismatch) { recovery_from_a_mismatch(nodes()); }
 TEST_F(NodesFailure, RecoveryWithoutAMaskNeedsEveryRank) { recovery_without_a_mask_needs_every_rank(nodes()); }
+TEST_F(NodesFailure, RecoveryWithoutMemory) { recovery_without_memory(nodes()); }
 TEST_F(NodesFailure, ChosenMask) { chosen_mask(nodes()); }
 TEST_F(NodesFailure, MaskedRankIsLetInAgain) { masked_rank_is_let_in_again(nodes()); }
 TEST_F(NodesFailure, ThreeNodes) {

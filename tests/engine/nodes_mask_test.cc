@@ -248,6 +248,36 @@ TEST_F(NodesMask, ANodeVanishes) {
   expect_right({.strike = Strike::kStop, .num_nodes = 3, .victims = {2, 3}, .c = single_call()});
 }
 
+// All go on without a rank that is gone, and one gets no memory for its windows then: operations fail until it does.
+TEST_F(NodesMask, ARankWithoutMemoryForTheNextGeneration) {
+  MaskScene scene;
+  scene.c = exact_rows();
+  const SceneSettings settings = scene.settings();
+  const std::string name = group_name("nodes-mask-memory");
+  const Scenario scenario(scene.on_nodes()), without(scene.on_nodes(), scene.mask());
+  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+    RoundTrip trip = member.trip(scenario);
+    trip.run();
+    seat.set_stage(kReady);
+    if (scene.is_victim(seat.rank())) seat.wait_for_stage(-1, kWokenUp);  // never
+    seat.wait_for_stage(-1, kStruck);
+    trip.dispatch(2);  // misses the rank
+    {
+      const NoSharedMemory none(seat.rank() == 1);
+      for (int attempt = 0; attempt < 2; ++attempt) failing(member, [&] { member.trip(without).route(); });
+      seat.set_stage(kFailed);
+      for (const int32_t r : {0, 1, 3}) seat.wait_for_stage(r, kFailed);
+    }
+    require_right(without, member);
+    return std::string();
+  });
+  wait_for_all(ranks, settings, kReady);
+  ASSERT_EQ(kill(ranks.pid(scene.victims[0]), SIGKILL), 0);
+  ranks.set_stage(kStruck);
+  expect_no_complaints(ranks.join(), scene.victims[0]);
+}
+
 // In the middle of whatever it does.
 std::string go_on_anywhere(RankSeat& seat, const Member& member, const Scenario& scenario, const Scenario& without) {
   const auto generation = [&] { return member.exchange.state().generation; };

@@ -27,8 +27,11 @@ struct Words {
 
 class Seat final : public Council {
  public:
-  Seat(Words& words, int rank)
-      : words_(words), topology_{.rank = rank, .num_ranks = kNumRanks, .ranks = std::vector<RankInfo>(kNumRanks)} {}
+  Seat(Words& words, int rank) : words_(words) {
+    topology_.rank = rank;
+    topology_.num_ranks = kNumRanks;
+    topology_.ranks.resize(kNumRanks);
+  }
 
   void begin(const NextGeneration& next) { generation_ = next.generation, masked_ = next.masked; }
 
