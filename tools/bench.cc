@@ -29,6 +29,10 @@ void require_memory(const BenchSetting& setting) {
 void require_gpu_for_gpu_flags(const BenchOptions& options, const ChosenDevice& device) {
   if (!device.cuda() && (options.graph || options.chain > 1 || options.cold || !options.table.empty() || !options.num_sms.empty()))
     fail(TERN_INVALID_ARGUMENT, "bench: --graph, --chain, --cold, --table and --num-sms are for GPUs; these ranks are on the CPU");
+  for (const std::string& op : options.ops) {
+    if (!device.cuda() && op.ends_with("_phases"))
+      fail(TERN_INVALID_ARGUMENT, "bench: --ops {} times halves on a GPU's stream; these ranks are on the CPU: leave it out", op);
+  }
 }
 
 int bench_rank(const BenchSetting& setting, RankContext& context, BenchJson& json) {

@@ -91,8 +91,10 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
       ->capture_default_str();
   app.add_option(
          "--ops", options.ops,
-         fmt::format("Operations to measure, of: {}; default: all but the last two, which time sends and receives each by itself, on GPUs",
-                     fmt::join(kOperations, ", ")))
+         fmt::format(
+             "Operations to measure, of: {}; the last two, of GPUs, time sends and receives each by itself; default: all the others, "
+             "on the CPU without plan_dispatch and, of batches over 1 MiB, without route_dispatch and round_trip_worst",
+             fmt::join(kOperations, ", ")))
       ->delimiter(',')
       ->check(CLI::IsMember(std::vector<std::string>(std::begin(kOperations), std::end(kOperations))));
   app.add_option("--num-sms", options.num_sms,
