@@ -307,6 +307,7 @@ class BenchRank {
       BenchRecord& record = records[part];
       record.op = operation.in_phases ? phase_name(operation.op, part) : operation.op;
       record.clock = operation.reads_counts ? "host" : as_graph ? "graph" : "stream";
+      record.num_chained = num_chained;
       record.bytes.network = part == 0 ? network_bytes : 0;  // a receive puts nothing
       record.wrong = part == 0 ? gather_wrong(context_, operation.check()) : records.front().wrong;
     }
