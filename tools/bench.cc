@@ -10,28 +10,41 @@
 namespace tern::tools {
 namespace {
 
-// Measuring needs room for all ranks at once; without this check the kernel would end a rank in the middle.
-void require_memory(const BenchSetting& setting) {
+// Measuring needs room for all ranks of a host at once; without this check the kernel would end a rank in the middle.
+void require_memory(const BenchSetting& setting, int ranks_on_host) {
   if (setting.device.cuda()) return;  // CUDA says when there is no more
   const BatchShape& shape = setting.shape;
-  int64_t needed_bytes = static_cast<int64_t>(bench_board_bytes(setting)) * 2;  // the ceiling's shared and own memory
-  for (int rank = 0; rank < shape.routing.num_ranks(); ++rank) {
+  const int num_ranks = shape.routing.num_ranks();
+  int64_t needed_bytes = 0;
+  for (int rank = 0; rank < num_ranks; ++rank) {
     const int64_t given_bytes = shape.format.given_row_bytes(shape.hidden) + 2 * shape.format.combine_row_bytes(shape.hidden);
     needed_bytes += window_bytes(shape) + shape.routing.num_tokens(rank) * given_bytes;
   }
+  if (ranks_on_host == num_ranks)
+    needed_bytes += static_cast<int64_t>(bench_board_bytes(setting)) * 2;  // the ceiling's shared and own memory
+  else
+    needed_bytes = needed_bytes / num_ranks * ranks_on_host;
   const int64_t available_bytes = read_memory_facts().available_bytes;
   if (available_bytes > 0 && needed_bytes > available_bytes / 10 * 9)
-    fail(TERN_OUT_OF_MEMORY, "bench: this takes {} on all ranks together, {} are available: take fewer --tokens{}",
-         human_bytes(static_cast<double>(needed_bytes)), human_bytes(static_cast<double>(available_bytes)),
+    fail(TERN_OUT_OF_MEMORY, "bench: this takes {} on the {} ranks here together, {} are available: take fewer --tokens{}",
+         human_bytes(static_cast<double>(needed_bytes)), ranks_on_host, human_bytes(static_cast<double>(available_bytes)),
          shape.layout == TERN_LAYOUT_EXPERT_PADDED ? ", or a layout other than expert_padded" : "");
 }
 
 void require_gpu_for_gpu_flags(const BenchOptions& options, const ChosenDevice& device) {
   if (!device.cuda() && (options.graph || options.chain > 1 || options.cold || !options.table.empty() || !options.num_sms.empty()))
     fail(TERN_INVALID_ARGUMENT, "bench: --graph, --chain, --cold, --table and --num-sms are for GPUs; these ranks are on the CPU");
+  for (const std::string& op : options.ops) {
+    if (!device.cuda() && op.ends_with("_phases"))
+      fail(TERN_INVALID_ARGUMENT, "bench: --ops {} times halves on a GPU's stream; these ranks are on the CPU: leave it out", op);
+  }
 }
 
 int bench_rank(const BenchSetting& setting, RankContext& context, BenchJson& json) {
+  if (setting.launch.kind == LaunchKind::kEnvironment) {
+    require_memory(setting, context.ranks_on_host);
+    context.align();  // nobody takes any before all have looked
+  }
   const std::unique_ptr<RankDevice> device = make_rank_device(setting.device, context.rank);
   BenchSeat seat{context, *device};
   std::unique_ptr<LinkCeiling> ceiling;
@@ -106,7 +119,7 @@ int run_bench(const BenchOptions& given) {
   require_room(device, launch_options);
 
   BenchSetting setting{options, traffic, batch_shape(options, traffic), launch_options, device};
-  require_memory(setting);
+  if (setting.launch.kind != LaunchKind::kEnvironment) require_memory(setting, launch_options.num_ranks);
   setting.launch.shared_bytes = bench_board_bytes(setting);
   setting.launch.needs_one_host = device.cuda();
   BenchJson json;

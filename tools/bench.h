@@ -30,6 +30,7 @@ struct BenchRecord {
   std::string mode;     // throughput or latency: the path that was taken
   std::string clock;    // host; on GPUs also stream (between events) or graph (a captured run between events)
   int num_sms = 0;      // that the operation took; 0: CPU
+  int num_chained = 1;  // operations that were timed together; times are of one
   int ranks_per_node = 0;
   Times times;
   TrafficBytes bytes;

@@ -27,26 +27,22 @@ CopyCeiling::CopyCeiling(const BatchShape& shape, const RankContext& context)
       push_row_bytes_(push_row_bytes(shape)),
       pull_row_bytes_(shape.combine_wire_bytes()),
       shared_(context.board.shared()) {
-  int64_t num_sent = 0;
-  for (int destination = 0; destination < num_ranks_; ++destination) num_sent += num_rows(rank_, destination);
-  own_ = Buffer::own(host_device(), num_sent * std::max(push_row_bytes_, pull_row_bytes_));
-}
-
-int64_t CopyCeiling::first_row(int source, int destination) const {
-  int64_t result = 0;
-  for (int to = 0; to < num_ranks_; ++to) {
-    for (int from = 0; from < num_ranks_; ++from) {
-      if (to < destination || (to == destination && from < source)) result += num_rows(from, to);
+  int64_t num_sent = 0, first = 0;
+  for (int destination = 0; destination < num_ranks_; ++destination) {
+    num_sent += num_rows(rank_, destination);
+    for (int source = 0; source < num_ranks_; ++source) {  // all rows to one rank lie together, by who sends them
+      if (source == rank_) first_row_.push_back(first);
+      first += num_rows(source, destination);
     }
   }
-  return result;
+  own_ = Buffer::own(host_device(), num_sent * std::max(push_row_bytes_, pull_row_bytes_));
 }
 
 Times CopyCeiling::push(const Meter& meter) const {
   return meter.measure_joint([&] {
     for (int i = 0; i < num_ranks_; ++i) {
       const int destination = (rank_ + i) % num_ranks_;  // not all to the same rank at once
-      std::memcpy(shared_ + first_row(rank_, destination) * push_row_bytes_, own_.data(),
+      std::memcpy(shared_ + first_row_[static_cast<size_t>(destination)] * push_row_bytes_, own_.data(),
                   static_cast<size_t>(num_rows(rank_, destination) * push_row_bytes_));
     }
   });
@@ -58,7 +54,7 @@ Times CopyCeiling::pull(const Meter& meter) const {
     for (int i = 0; i < num_ranks_; ++i) {
       const int destination = (rank_ + i) % num_ranks_;
       const auto num_bytes = static_cast<size_t>(num_rows(rank_, destination) * pull_row_bytes_);
-      std::memcpy(out, shared_ + first_row(rank_, destination) * pull_row_bytes_, num_bytes);
+      std::memcpy(out, shared_ + first_row_[static_cast<size_t>(destination)] * pull_row_bytes_, num_bytes);
       out += num_bytes;
     }
   });

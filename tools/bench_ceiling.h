@@ -25,12 +25,11 @@ class CopyCeiling {
   Times pull(const Meter& meter) const;
 
  private:
-  // Where the rows from rank `source` to `destination` lie, in rows of the shared memory.
-  int64_t first_row(int source, int destination) const;
   int64_t num_rows(int source, int destination) const { return messages_[static_cast<size_t>(source * num_ranks_ + destination)]; }
 
   int rank_, num_ranks_;
   std::vector<int64_t> messages_;
+  std::vector<int64_t> first_row_;  // by destination: where this rank's rows lie, in rows of the shared memory
   int64_t push_row_bytes_, pull_row_bytes_;
   std::byte* shared_;
   Buffer own_;  // one row after the other for each destination in pull; the front of it is the source of push

@@ -72,6 +72,7 @@ Json record_json(const BenchSetting& setting, const BenchRecord& record) {
   if (setting.device.cuda()) {
     json["clock"] = record.clock;
     json["cold"] = setting.options.cold;
+    json["chain"] = record.num_chained;
     json["num_sms"] = record.num_sms;
     json["expert_alignment"] = setting.shape.expert_alignment;
     json["links"] = links_json(record.links);

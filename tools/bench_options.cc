@@ -22,7 +22,7 @@ constexpr int64_t kDefaultTokens = 1024;
 
 // The generator that is asked for; none if --routing names a file.
 std::optional<RoutingKind> choose_generator(const TrafficOptions& options, const Model& model) {
-  if (options.routing.empty()) return options.skew > 0 ? RoutingKind::kZipf : model.routing;
+  if (options.routing.empty()) return options.skew ? RoutingKind::kZipf : model.routing;
   return find_generator(options.routing);
 }
 
@@ -43,19 +43,18 @@ Traffic replay(const TrafficOptions& options, const Model& model) {
 
 }  // namespace
 
-void add_traffic_flags(CLI::App& app, TrafficOptions& options) {
+void add_traffic_flags(CLI::App& app, TrafficOptions& options, const char* default_ranks) {
   app.add_option("--model", options.model, "Shape to take: " + fmt::format("{}", fmt::join(model_names(), ", ")))
       ->check(CLI::IsMember(model_names()))
       ->capture_default_str();
   app.add_option(
       "--routing", options.routing,
       fmt::format("Generator ({}) or a routing file; default: as the model routes, zipf with --skew", fmt::join(generator_names(), ", ")));
-  app.add_option("--ranks", options.ranks, "Ranks; default: one for each GPU, 4 on the CPU, or as many as the launcher started")
-      ->check(CLI::Range(1, 1024));
+  app.add_option("--ranks", options.ranks, std::string("Ranks; default: ") + default_ranks)->check(CLI::Range(1, 1024));
   app.add_option("--tokens", options.tokens, "Tokens on each rank (1024)")->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
   app.add_option("--experts", options.experts, "Experts in all; default: the model's")->check(CLI::Range(1, 1 << 20));
   app.add_option("--topk", options.topk, "Experts of each token; default: the model's")->check(CLI::Range(1, 64));
-  app.add_option("--skew", options.skew, "Popularity of experts falls as 1 / position^SKEW")->check(CLI::Range(0.0, 16.0));
+  app.add_option("--skew", options.skew, "zipf: popularity of experts falls as 1 / position^SKEW (1)")->check(CLI::Range(0.0, 16.0));
   app.add_option("--seed", options.seed, "Of routing and contents; the same seed gives the same batch everywhere")->capture_default_str();
 }
 
@@ -64,7 +63,7 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
   app.add_option("--launch", options.launch,
                  "Start ranks here as processes or threads; default: the launcher's ranks (torchrun, mpirun, srun), else processes")
       ->check(CLI::IsMember({"processes", "threads"}));
-  add_traffic_flags(app, options.traffic);
+  add_traffic_flags(app, options.traffic, "one for each GPU, 4 on the CPU, or as many as the launcher started");
   app.add_option("--hidden", options.hidden, "Elements of a row; default: the model's")->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
   app.add_option("--dtype", options.dtype, fmt::format("{}", fmt::join(row_format_names(), ", ")))
       ->check(CLI::IsMember(row_format_names()))
@@ -72,7 +71,7 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
   app.add_option("--layout", options.layout, fmt::format("{}", fmt::join(layout_names(), ", ")))
       ->check(CLI::IsMember(layout_names()))
       ->capture_default_str();
-  app.add_option("--wire", options.wire, "As what a combine's sums travel: dtype, or fp32 (CPU)")
+  app.add_option("--wire", options.wire, "As what a combine's sums travel: dtype, or fp32 (GPUs: not on the latency path)")
       ->check(CLI::IsMember({"dtype", "fp32"}))
       ->capture_default_str();
   app.add_option("--mode", options.mode, "auto, throughput or latency")
@@ -91,8 +90,10 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
       ->capture_default_str();
   app.add_option(
          "--ops", options.ops,
-         fmt::format("Operations to measure, of: {}; default: all but the last two, which time sends and receives each by itself, on GPUs",
-                     fmt::join(kOperations, ", ")))
+         fmt::format(
+             "Operations to measure, of: {}; the last two, of GPUs, time sends and receives each by itself; default: all the others, "
+             "on the CPU without plan_dispatch and, of batches over 1 MiB, without route_dispatch and round_trip_worst",
+             fmt::join(kOperations, ", ")))
       ->delimiter(',')
       ->check(CLI::IsMember(std::vector<std::string>(std::begin(kOperations), std::end(kOperations))));
   app.add_option("--num-sms", options.num_sms,
@@ -119,12 +120,15 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
 Traffic make_traffic(const TrafficOptions& options, int num_ranks) {
   const Model& model = find_model(options.model);
   const auto kind = choose_generator(options, model);
+  if (options.skew && kind != RoutingKind::kZipf)
+    fail(TERN_INVALID_ARGUMENT, "--skew {} is of the generator zipf, --routing asks for {}: leave one of them out", *options.skew,
+         options.routing);
   if (!kind) return replay(options, model);
 
   const int experts = options.experts != 0 ? options.experts : model.experts, topk = options.topk != 0 ? options.topk : model.topk;
   if (experts == 0 || topk == 0) fail(TERN_INVALID_ARGUMENT, "--model custom needs --experts and --topk");
   const RoutingShape shape{num_ranks, options.tokens != 0 ? options.tokens : kDefaultTokens, topk, experts};
-  const RoutingOptions routing{.kind = *kind, .skew = options.skew > 0 ? options.skew : 1.0, .seed = options.seed};
+  const RoutingOptions routing{.kind = *kind, .skew = options.skew.value_or(1.0), .seed = options.seed};
   return {generate_routing(shape, routing), describe_routing(routing), model.hidden};
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,7 +27,7 @@ struct TrafficOptions {
   int64_t tokens = 0;
   int experts = 0;
   int topk = 0;
-  double skew = 0;
+  std::optional<double> skew;
   uint64_t seed = 1;
 };
 
@@ -61,7 +62,8 @@ struct Traffic {
   int64_t model_hidden = 0;
 };
 
-void add_traffic_flags(CLI::App& app, TrafficOptions& options);
+// `default_ranks`: in words, for the help.
+void add_traffic_flags(CLI::App& app, TrafficOptions& options, const char* default_ranks);
 void add_bench_flags(CLI::App& app, BenchOptions& options);
 
 // Generates the routing, or reads it. `num_ranks` is used where neither a flag nor a file says it.

@@ -90,6 +90,8 @@ class BenchRank {
     measure_copy();
     if (with_caller_) measure_buffers(false);
     measure_copy();
+    if (records_.empty())
+      fail(TERN_INVALID_ARGUMENT, "bench: nothing of what --ops asks for can be measured here; tern bench --help says what is");
     for (BenchRecord& record : records_) {
       if (on_gpu() && record.bytes.logical > 0)
         record.links = seat_.links->at(record.num_sms);
@@ -143,7 +145,7 @@ class BenchRank {
     RankBatch batch(shape_, {context_.rank, exchange_, seat_.device, in_windows, ranks_per_node()});
     const std::string buffers = in_windows ? "window" : "caller";
     measure_exact(batch, buffers);
-    if (on_gpu() || small_batch()) measure_worst(batch, buffers);
+    if (measures_worst()) measure_worst(batch, buffers);
   }
 
   // Counts are exchanged first, then the rows: three calls. Along the routed plan rows may travel again and again.
@@ -170,7 +172,8 @@ class BenchRank {
     dispatch({.stream = seat_.device.stream()});  // a plan is dispatched before anything is combined along it
     measure(plan, batch, {"dispatch", "exact", dispatch, dispatched, dispatch_bytes()}, buffers);
     measure(plan, batch, {"combine", "exact", combine, combined, combine_bytes()}, buffers);
-    if (on_gpu()) measure(plan, batch, {"plan_dispatch", "exact", plan_dispatch, dispatched, dispatch_bytes(), true}, buffers);
+    if (measures_plan_dispatch())
+      measure(plan, batch, {"plan_dispatch", "exact", plan_dispatch, dispatched, dispatch_bytes(), true}, buffers);
     measure(plan, batch, {"round_trip", "exact", round_trip, both, both_bytes(), true}, buffers);
   }
 
@@ -304,7 +307,8 @@ class BenchRank {
       BenchRecord& record = records[part];
       record.op = operation.in_phases ? phase_name(operation.op, part) : operation.op;
       record.clock = operation.reads_counts ? "host" : as_graph ? "graph" : "stream";
-      record.bytes.network = network_bytes;
+      record.num_chained = num_chained;
+      record.bytes.network = part == 0 ? network_bytes : 0;  // a receive puts nothing
       record.wrong = part == 0 ? gather_wrong(context_, operation.check()) : records.front().wrong;
     }
     return records;
@@ -343,13 +347,22 @@ class BenchRank {
     return shape_.routing.max_tokens() * shape_.format.given_row_bytes(shape_.hidden) <= kMostBytes;
   }
 
+  // CPU ranks: where it is asked for, or tells something new. Their hosts know the counts with both extents, and large batches are routed in an
+  // operation of its own whoever asks for it.
+  bool measures_plan_dispatch() const { return on_gpu() || !setting_.options.ops.empty(); }
+  bool measures_worst() const {
+    if (on_gpu() || setting_.options.ops.empty()) return on_gpu() || small_batch();
+    return setting_.options.wants("route_dispatch") || setting_.options.wants("round_trip_worst");
+  }
+
   int64_t num_steps() const {
     const auto of_buffers = [&](std::initializer_list<const char*> ops) {
       return (with_windows_ + with_caller_) * std::ranges::count_if(ops, [&](const char* op) { return setting_.options.wants(op); });
     };
     int64_t steps = of_buffers({"dispatch", "combine", "round_trip"});
-    if (on_gpu() || small_batch()) steps += of_buffers({"route_dispatch", "round_trip_worst"});
-    if (on_gpu()) steps += of_buffers({"plan_dispatch", "plan_dispatch"});
+    if (measures_worst()) steps += of_buffers({"route_dispatch", "round_trip_worst"});
+    if (measures_plan_dispatch()) steps += of_buffers({"plan_dispatch"});
+    if (on_gpu()) steps += of_buffers({"plan_dispatch"});
     if (on_gpu() && !setting_.options.ops.empty())
       steps += of_buffers({"dispatch_phases", "dispatch_phases", "combine_phases", "combine_phases"});
     steps += setting_.options.wants("plan");

@@ -157,7 +157,7 @@ BenchOptions options_of(const BenchOptions& base, const TableCase& one, int num_
   constexpr int kTopk = 8;
   BenchOptions options = base;
   options.traffic.routing = one.routing;
-  options.traffic.skew = one.routing == "zipf" ? 1.0 : 0.0;
+  options.traffic.skew.reset();  // that of zipf is 1
   options.traffic.ranks = num_ranks;
   options.traffic.tokens = one.tokens;
   options.traffic.experts = (one.experts + num_ranks - 1) / num_ranks * num_ranks;  // experts divide by ranks
@@ -170,6 +170,7 @@ BenchOptions options_of(const BenchOptions& base, const TableCase& one, int num_
   options.ops = one.ops;
   options.mode = one.mode;
   options.combine = one.combine;
+  options.wire = "dtype";
   options.graph = base.graph || one.graph;
   options.num_sms = one.num_sms;
   return options;

@@ -30,15 +30,15 @@ struct Path {
 };
 
 struct Findings {
-  CpuFacts cpu = read_cpu_facts();
-  MemoryFacts memory = read_memory_facts();
-  std::string kernel = kernel_release();
-  std::vector<KernelFeature> features = probe_kernel_features();
-  GpuReport gpus = read_gpus();
+  CpuFacts cpu;
+  MemoryFacts memory;
+  std::string kernel;
+  std::vector<KernelFeature> features;
+  GpuReport gpus;
   CudaReport cuda;
-  NetworkReport network = read_network();
-  std::vector<KnobDescription> knobs = describe_knobs();
-  std::optional<FoundLauncher> launcher = find_launcher();
+  NetworkReport network;
+  std::vector<KnobDescription> knobs;
+  std::optional<FoundLauncher> launcher;
   std::vector<Path> paths;
 };
 
@@ -65,9 +65,17 @@ Path network_path() {
 
 Findings examine() {
   Findings findings;
-  // Processes first: they are forked, and the library may keep threads of its own.
+  // Processes first: they are forked, and libraries (this one, NVML, libfabric) may keep threads of their own.
   findings.paths.push_back(cpu_path(LaunchKind::kProcesses, "memfd and futex as listed above, and sockets between processes of one user"));
   findings.paths.push_back(cpu_path(LaunchKind::kThreads, "memfd and futex as listed above"));
+  findings.cpu = read_cpu_facts();
+  findings.memory = read_memory_facts();
+  findings.kernel = kernel_release();
+  findings.features = probe_kernel_features();
+  findings.gpus = read_gpus();
+  findings.network = read_network();
+  findings.knobs = describe_knobs();
+  findings.launcher = find_launcher();
   findings.cuda = read_cuda();
   test_cuda_pairs(findings.cuda);
   findings.paths.push_back(cuda_path(findings.cuda));

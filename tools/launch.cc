@@ -34,7 +34,7 @@ int launch_threads(const LaunchOptions& options, const RankFunction& run_rank) {
   std::vector<std::thread> threads;
   for (int rank = 0; rank < options.num_ranks; ++rank) {
     threads.emplace_back([&, rank] {
-      RankContext context{rank, options.num_ranks, groups[static_cast<size_t>(rank)], board, options.timeout_ms};
+      RankContext context{rank, options.num_ranks, groups[static_cast<size_t>(rank)], board, options.timeout_ms, options.num_ranks};
       codes[static_cast<size_t>(rank)] = run_and_report(board, rank, [&] { return run_rank(context); });
     });
   }
@@ -67,12 +67,9 @@ Board join_board(Bootstrap& meeting, const BoardOptions& options, Deadline deadl
 }
 
 // `meeting` must outlive it.
-Board make_board(Bootstrap& meeting, const LaunchOptions& options, Deadline deadline) {
+Board make_board(Bootstrap& meeting, const Topology& hosts, const LaunchOptions& options, Deadline deadline) {
   const BoardOptions board_options{meeting.num_ranks(), options.shared_bytes};
-  const Topology hosts = discover(meeting, "", deadline);
-  bool on_one_host = true;
-  for (int rank = 0; rank < hosts.num_ranks; ++rank) on_one_host = on_one_host && hosts.same_host(rank);
-  if (on_one_host) return join_board(meeting, board_options, deadline);
+  if (seat_on_host(hosts).num_ranks == hosts.num_ranks) return join_board(meeting, board_options, deadline);
   if (options.needs_one_host)
     fail(TERN_UNSUPPORTED, "the ranks are on several hosts, this command runs on one: start all {} ranks there", hosts.num_ranks);
   return Board::apart(board_options, [&](std::span<const std::byte> send, std::byte* recv, int64_t timeout_ms) {
@@ -88,8 +85,9 @@ int launch_environment(const LaunchOptions& options, const RankFunction& run_ran
          options.num_ranks, info.num_ranks);
   const Deadline deadline = Deadline::in_ms(options.timeout_ms);
   const auto meeting = make_env_bootstrap("tern command", Log(), deadline);
-  Board board = make_board(*meeting, options, deadline);
-  RankContext context{info.rank, info.num_ranks, group, board, options.timeout_ms};
+  const Topology hosts = discover(*meeting, "", deadline);
+  Board board = make_board(*meeting, hosts, options, deadline);
+  RankContext context{info.rank, info.num_ranks, group, board, options.timeout_ms, seat_on_host(hosts).num_ranks};
   const int code = run_and_report(board, info.rank, [&] { return run_rank(context); });
   if (const std::string text = board.failure_of(info.rank); !text.empty()) fmt::print(stderr, "tern: rank {}: {}\n", info.rank, text);
   return code;

@@ -39,6 +39,7 @@ struct RankContext {
   const Group& group;
   Board& board;
   int64_t timeout_ms = 0;
+  int ranks_on_host = 0;  // that are on this rank's, itself among them
 
   void align() const { board.barrier(rank, timeout_ms + kPatienceMs); }
   // What one rank computes while the others wait for it, checks of all bytes among it, takes no longer than this.

@@ -64,7 +64,7 @@ int run_child(const LaunchOptions& options, const RankFunction& run_rank, Board&
   return run_and_report(board, rank, [&] {
     GatherContext gather{board, rank, options.timeout_ms};
     const Group group = Group::from_allgather(rank, options.num_ranks, gather_over_board, &gather, {.timeout_ms = options.timeout_ms});
-    RankContext context{rank, options.num_ranks, group, board, options.timeout_ms};
+    RankContext context{rank, options.num_ranks, group, board, options.timeout_ms, options.num_ranks};
     return run_rank(context);
   });
 }

@@ -67,13 +67,22 @@ int run_command(int argc, char** argv) {
   add_plan_flags(*plan, plan_options);
   plan->callback([&] { code = run_plan(plan_options); });
   CLI::App* routing = app.add_subcommand("routing", "Write a routing file for `tern bench --routing FILE`");
-  add_traffic_flags(*routing, routing_options.traffic);
+  add_traffic_flags(*routing, routing_options.traffic, "4, whatever is here");
+  routing->footer(
+      "The file, little-endian and without padding: the letters TERNROUT; uint32 1 (the format), ranks R, experts, top-k K; uint64 the "
+      "most\n"
+      "tokens of any rank, and the tokens T_r of each of the R ranks; then for each rank int32 [T_r, K] expert numbers, -1: none.\n"
+      "Routings of a real model can be written like that and replayed.");
   routing->add_option("--out", routing_options.out, "The file to write")->required();
   routing->callback([&] { code = write_routing_file(routing_options); });
   std::string help;  // taken while no command is parsed; later it would be that command's
   app.add_subcommand("help", "Show this help; `tern COMMAND --help` shows the flags of a command")->callback([&] {
     fmt::print("{}", help);
   });
+  app.footer(
+      "Exit codes: 0; 1 an error, which is printed; 2 it ran, but bytes are wrong, a case or a path failed, or a forecast is beyond "
+      "--within;\n"
+      "from 100 on flags that cannot be. A signal ends the command, with all its ranks, by that signal.");
   help = app.help();
 
   try {

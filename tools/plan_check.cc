@@ -33,7 +33,8 @@ ForecastBatch batch_of(const Json& record, const RoutingOptions& routing) {
           .dispatch_row_bytes = format.arriving_row_bytes(hidden),
           .dispatch_scale_bytes = format.arriving_scale_bytes(hidden),
           .combine_row_bytes = format.combine_row_bytes(hidden),
-          .layout = parse_layout(record.at("layout"))};
+          .layout = parse_layout(record.at("layout")),
+          .casts = format.casts()};
 }
 
 // What the run says of its machine.
@@ -84,6 +85,15 @@ CheckedLine check_record(const Json& machine, const Json& record, const RoutingO
           .network_mb = {forecast.network_bytes / kMega, mega("network_bytes")}};
 }
 
+// Forecasts are of sums, one of each rank, that travel as rows do.
+bool has_forecast(const Json& record) {
+  const std::string op = record.at("op");
+  if (op.ends_with("_send") || op.ends_with("_receive")) return false;
+  if (op != "combine" && !op.starts_with("round_trip")) return true;
+  const bool sums = record.value("combine_mode", "hierarchical") == "hierarchical" || record.at("layout") == "rank_major";
+  return sums && record.value("wire", "dtype") == "dtype";
+}
+
 Json read_result(const std::string& path) {
   std::ifstream file(path);
   if (!file) fail_errno("open", fmt::format("the result {} cannot be read", path));
@@ -102,9 +112,7 @@ ForecastCheck check_forecasts(const std::string& path, const CostOverrides& over
   try {
     for (const Json& record : result.at("records")) {
       const auto routing = parse_routing(record.at("routing"));
-      const std::string op = record.value("op", "");
-      const bool is_phase = op.ends_with("_send") || op.ends_with("_receive");
-      if (routing && !is_phase && record.at("verified").get<bool>())
+      if (routing && record.at("verified").get<bool>() && has_forecast(record))
         check.lines.push_back(check_record(machine, record, *routing, overrides));
       else
         ++check.num_skipped;

@@ -30,7 +30,9 @@ struct CheckedLine {
 
 struct ForecastCheck {
   std::vector<CheckedLine> lines;
-  int num_skipped = 0;  // whose routing came from a file, which the result does not hold; or whose bytes were wrong
+  // Whose routing came from a file, which the result does not hold; whose bytes were wrong; or of what there is no forecast: phases, combines of
+  // rows of entries, and other forms of rows on their way.
+  int num_skipped = 0;
 };
 
 // Throws TERN_SYSTEM_ERROR if the file cannot be read, TERN_INVALID_ARGUMENT if it is no such result.

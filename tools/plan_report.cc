@@ -68,7 +68,7 @@ void print_operations(const PlanResult& result) {
   fmt::print(kRow, "operation and buffers", "path", "SMs", "us", "GB/s", "best SMs", "us then", "most time");
   for (const PlannedOperation& operation : result.operations) {
     const OperationForecast& forecast = operation.forecast;
-    const bool takes_sms = on_gpu && !forecast.small && operation.choice.op != "plan";  // as far as this model knows
+    const bool takes_sms = on_gpu && !forecast.small_kernels && operation.choice.op != "plan";  // as far as this model knows
     fmt::print(kRow, name_of(operation), forecast.small ? "latency" : "throughput", on_gpu ? std::to_string(forecast.num_sms) : "-",
                fmt::format("{:.1f}", forecast.us()),
                forecast.wire_bytes > 0 ? fmt::format("{:.1f}", forecast.wire_bytes / forecast.us() * 1e-3) : "-",
@@ -80,9 +80,10 @@ void print_operations(const PlanResult& result) {
       "is\n"
       "  plan, dispatch and combine{}.{}\n",
       routes_within ? ", route_dispatch a dispatch that routes, and round_trip_worst both without the host" : "",
-      on_gpu ? "\n  SMs: asked for, or the library's rule: throughput path bytes of a rank's tokens / 512 KiB, 4 to 24; latency path a "
-               "block for each\n"
-               "  token and one more. Best: the fewest within 1 % of the shortest time of this model."
+      on_gpu ? "\n  SMs: asked for, or the library's rule: throughput path bytes of a rank's tokens / 512 KiB, 4 to 24; small batches a "
+               "block for "
+               "each\n  message that may arrive, or for each part of a row that is sent if these are more, and one for the routing.\n"
+               "  Best: the fewest within 1 % of the shortest time of this model."
              : "");
 }
 

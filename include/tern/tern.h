@@ -28,7 +28,8 @@
  * - Sizes named `hidden` count elements of the row's dtype (bytes for TERN_DTYPE_BYTES); names that end in _bytes count
  *   bytes. Matrices are dense and row-major unless a stride is given.
  * - Pointers passed to an operation must stay valid until it completes: on CPU ranks when the call returns (the phase
- *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run.
+ *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run. A receive is given the send's arguments again,
+ *   and reads what it needs of them.
  * - Ranks may be on several nodes: see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
  *   A token crosses the network once for each node. GPU ranks: TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover is not.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
@@ -276,12 +277,14 @@ TERN_API tern_status tern_group_create_from_env(const tern_group_options* option
 TERN_API tern_status tern_group_create_from_allgather(const tern_group_options* options, int32_t rank, int32_t num_ranks,
                                                       tern_allgather_fn allgather, void* context, tern_group** group);
 
-/* `num_ranks` ranks in this process: groups[r] is for the thread that plays rank r. Local: returns all of them at once. */
+/* `num_ranks` ranks in this process, 1 to 1024: groups[r] is for the thread that plays rank r. Local: returns all of them at once. */
 TERN_API tern_status tern_group_create_local(const tern_group_options* options, int32_t num_ranks, tern_group** groups);
 
+/* Local, any thread. */
 TERN_API tern_status tern_group_get_info(const tern_group* group, tern_group_info* info);
 
-/* Never collective, never waits. NULL is allowed. Exchanges made from the group stay valid. */
+/* Never collective, never waits. NULL is allowed. Exchanges made from the group stay valid: handles of groups, exchanges and plans may be
+ * destroyed in any order. */
 TERN_API void tern_group_destroy(tern_group* group);
 
 /* ---------------------------------------------------------------------------------------------------------- exchange */
@@ -317,19 +320,21 @@ typedef struct tern_exchange_options {
 typedef struct tern_memory_info {
   size_t struct_size TERN_SIZE_OF(tern_memory_info);
   int64_t control_bytes TERN_ZERO; /* flags, error records */
-  int64_t staging_bytes TERN_ZERO; /* slots, both banks of all lanes */
+  int64_t staging_bytes TERN_ZERO; /* slots, both banks of all lanes; between nodes also the banks of the network */
   int64_t window_bytes TERN_ZERO;  /* what tern_window_alloc can give */
   int64_t total_bytes TERN_ZERO;   /* per rank */
 } tern_memory_info;
 
-/* What an exchange with these options would take on each rank. Local; allocates nothing. */
+/* What an exchange with these options would take on each rank. Local; allocates nothing. In a build without the CUDA engine, which alone
+ * knows, TERN_DEVICE_CUDA has control_bytes 0 and in staging_bytes only the banks of the network, with TERN_OK. */
 TERN_API tern_status tern_exchange_query_memory(const tern_group* group, const tern_exchange_options* options, tern_memory_info* info);
 
-/* Makes the windows and maps those of the other ranks. Every rank passes equal options (device_index aside): a hash of them and of the
- * version is compared, and a difference is TERN_MISMATCH. Collective. */
+/* Makes the windows and maps those of the other ranks. Every rank passes equal options (device_index and num_sms aside): they and the
+ * version are compared, and a difference is TERN_MISMATCH. Collective. */
 TERN_API tern_status tern_exchange_create(tern_group* group, const tern_exchange_options* options, tern_exchange** exchange);
 
-/* Never collective. Plans of the exchange must be destroyed first. NULL is allowed. Waits for nothing that other ranks' callers have to do;
+/* Never collective. NULL is allowed. The exchange ends, and waits as said here, with the last of this handle and those of its plans; window
+ * memory is freed before this handle is destroyed, or with the exchange. Waits for nothing that other ranks' callers have to do;
  * between nodes, until what this rank has sent is with its receivers, at most timeout_ms, and after a failure a second. GPU: waits until the
  * operations that were enqueued outside of graphs have ended, at most twice timeout_ms; if they have not, its memory is lost. */
 TERN_API void tern_exchange_destroy(tern_exchange* exchange);
@@ -350,8 +355,10 @@ TERN_API tern_status tern_exchange_get_info(const tern_exchange* exchange, tern_
 /* Memory inside this rank's window, aligned to 256 bytes: what lies there is used in place by the other ranks (zero copy). CPU ranks
  * push, so that is the outputs of dispatch and the rows of combine. GPU ranks pull, so it is the tokens and scales of dispatch and the
  * rows of combine, and in rank_major the outputs of dispatch besides; each argument and rank by itself. Local: ranks may allocate different sizes in different orders.
- * TERN_OUT_OF_MEMORY says how much is left. Thread-safe. */
+ * TERN_OUT_OF_MEMORY says how much is left. Thread-safe. Nobody writes there while a recovery runs. */
 TERN_API tern_status tern_window_alloc(tern_exchange* exchange, int64_t bytes, void** pointer);
+/* Gives it back, when no operation uses it any more. NULL is allowed; any other pointer that is not allocated is TERN_INVALID_ARGUMENT.
+ * Local, thread-safe. */
 TERN_API tern_status tern_window_free(tern_exchange* exchange, void* pointer);
 
 typedef enum tern_health TERN_ENUM_TYPE {
@@ -433,8 +440,9 @@ typedef struct tern_metrics {
   uint64_t network_bytes TERN_ZERO; /* put to ranks of other nodes: payload, scales and metadata, without what the network adds */
 } tern_metrics;
 
-/* Counters since creation, all lanes. Local, any thread. GPU ranks count the first three, and received_rows where the host knows them
- * (extent EXACT), as calls: replays of graphs are not seen; the rest is 0. */
+/* Counters since creation, all lanes. Local, any thread. GPU ranks count the first three, rounds (a send and its
+ * receive each), and received_rows where the host knows them (extent EXACT), as calls: replays of graphs are not seen. Their timeouts are the
+ * ranks that are given up in this generation; network_bytes are counted as between CPU ranks, those of replays too; the rest is 0. */
 TERN_API tern_status tern_exchange_get_metrics(const tern_exchange* exchange, tern_metrics* metrics);
 
 /* -------------------------------------------------------------------------------------------------------------- plan */
@@ -455,7 +463,7 @@ typedef struct tern_plan_options {
 
 /* Room for the routing of one batch. Local. All memory that operations along it need is allocated here. GPU: also while a graph is captured. */
 TERN_API tern_status tern_plan_create(tern_exchange* exchange, const tern_plan_options* options, tern_plan** plan);
-/* Never collective, waits for nothing. GPU: operations that are enqueued still run; graphs that hold some must not be replayed any more. */
+/* Never collective, waits for nothing, unless it is the last handle of its exchange. GPU: operations that are enqueued still run; graphs that hold some must not be replayed any more. */
 TERN_API void tern_plan_destroy(tern_plan* plan);
 
 typedef struct tern_routing {
@@ -496,7 +504,9 @@ typedef struct tern_plan_info {
   int64_t num_rows TERN_ZERO;     /* rows the outputs must have: exact: as counted, padding included; worst: the capacity */
   int64_t row_capacity TERN_ZERO; /* most rows that can be asked for by any routing of this plan's options */
   uint32_t generation TERN_ZERO;
-  int32_t latency_path TERN_ZERO;               /* 1: the last operation took the latency path, 0: throughput */
+  /* GPU ranks of one node: 1: the last operation took the latency path, 0: throughput. CPU ranks, and GPU ranks between nodes: 1: the last
+   * dispatch routed and sent its rows in one round. A combine does not change it on CPU ranks; between nodes it makes it 0 on GPU ranks */
+  int32_t latency_path TERN_ZERO;
   const int32_t* received_per_rank TERN_ZERO;   /* [num_ranks] messages by source rank */
   const int32_t* received_per_expert TERN_ZERO; /* [E_l] entries by local expert, not padded; or what tokens_per_expert said */
   const int32_t* sent_per_rank TERN_ZERO;       /* [num_ranks] messages by destination */
@@ -521,9 +531,9 @@ TERN_API tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* i
 /* tern_plan_info.row_capacity, known from the start: the rows that outputs with extent WORST must have. Local. */
 TERN_API tern_status tern_plan_get_row_capacity(const tern_plan* plan, int64_t* num_rows);
 
-/* Counts of a routing by itself, without any exchange: a pure function of its inputs. Each output may be NULL. Local. GPU: on `stream`, and
- * of the launch nothing else is looked at; it can be captured in a graph. An index that is no expert is TERN_INVALID_ARGUMENT on CPU ranks and
- * counts as -1 on GPU ranks. device_num_tokens is not looked at. */
+/* Counts of a routing by itself, without any exchange: a pure function of its inputs. Each output may be NULL. Local. GPU: on `stream`; it can
+ * be captured in a graph. Of the launch nothing else is used, but lane and phase must be some that there are. An index that is no expert is
+ * TERN_INVALID_ARGUMENT on CPU ranks and counts as -1 on GPU ranks. device_num_tokens is not looked at. */
 typedef struct tern_routing_counts {
   size_t struct_size TERN_SIZE_OF(tern_routing_counts);
   int32_t* tokens_per_rank TERN_ZERO;   /* [num_ranks] */
@@ -587,15 +597,16 @@ typedef struct tern_dispatch_args {
   /* [num_ranks] nanoseconds that this operation has waited for each rank are added, those of a receive by the receive; NULL: not counted. A
    * rank that was there when this one looked adds nothing; one that is given up adds the whole timeout. CPU ranks look at one rank after
    * the other, so what two late ones have in common counts for the first; a route in the operation is included. GPU: until the rank's
-   * own kernel had begun, all ranks at the same time; a route is not included */
+   * own kernel had begun, all ranks at the same time; a route is not included, nor is, between nodes, any rank of another node */
   int64_t* wait_ns TERN_ZERO;
 } tern_dispatch_args;
 
 /* Sends this rank's tokens to the ranks of their experts and receives what the others send. Complete when it returns (CPU) or in stream order
  * (GPU). WORST: rows beyond the capacity are left out and TERN_CAPACITY_EXCEEDED is returned (GPU: set in the state) after an
  * otherwise complete operation. Two sends may be under way on a lane before its first receive, with nothing else of the lane between
- * them. GPU on the throughput path, and between nodes: a `routing` is something else, so two plans are routed before the first send; and a
- * send with a routing waits (GPU: on the stream) for the counts of all ranks. Collective. */
+ * them. GPU on the throughput path, and between nodes where all tokens that the plan allows do not fit one round together with their
+ * experts: a `routing` is an operation of its own, so two plans are routed before the first send; and a send with a routing waits (GPU: on
+ * the stream) for the counts of all ranks. Collective. */
 TERN_API tern_status tern_dispatch(tern_plan* plan, const tern_dispatch_args* args, const tern_launch* launch);
 
 /* ----------------------------------------------------------------------------------------------------------- combine */

@@ -9,8 +9,8 @@
 //   const tern_plan_info info = plan.route({.topk_idx = idx, .num_tokens = 128});
 //   plan.dispatch({.tokens = x, .hidden = 7168, .out_tokens = rows});
 //
-// What each call does, waits for, and may be called with is documented in tern.h. Threads and lifetimes: likewise; an
-// Exchange must outlive its Plans and WindowBuffers.
+// What each call does, waits for, and may be called with is documented in tern.h. Threads and lifetimes: likewise. Objects
+// may go in any order, but for WindowBuffers, which an Exchange must outlive.
 #pragma once
 
 #include <tern/tern.h>

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <poll.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -90,6 +91,18 @@ void write_all(int fd, const std::string& text) {
   }
 }
 
+// And collects them, and closes their pipes.
+template <typename Children>
+void end_all(Children& children) {
+  for (auto& child : children) {
+    if (child.pid > 0) {
+      kill(child.pid, SIGKILL);
+      waitpid(child.pid, nullptr, 0);
+    }
+    if (child.pipe >= 0) close(child.pipe);
+  }
+}
+
 // The report and a closing mark, by which the parent tells a report from a child that died on the way.
 constexpr char kEndMark = '\x04';
 
@@ -135,29 +148,33 @@ RankProcesses::RankProcesses(int32_t num_ranks, int64_t timeout_ms, const Body& 
   if (num_ranks > kMostRanks) throw std::runtime_error(fmt::format("{} processes are more than {}", num_ranks, kMostRanks));
   board_.reset(SharedBoard::create(Clock::now() + std::chrono::milliseconds(timeout_ms)));
   std::fflush(nullptr);
+  const pid_t parent = getpid();
+  const auto require = [&](bool works, const char* call, int32_t rank) {
+    if (works) return;
+    const int error = errno;
+    end_all(children_);  // an object that did not come to be has no destructor to do it
+    throw std::runtime_error(fmt::format("{} for rank {}: {}", call, rank, std::strerror(error)));
+  };
   for (int32_t rank = 0; rank < num_ranks; ++rank) {
     int ends[2];
-    if (pipe2(ends, O_CLOEXEC) != 0) throw std::runtime_error(fmt::format("pipe2: {}", std::strerror(errno)));
+    require(pipe2(ends, O_CLOEXEC) == 0, "pipe2", rank);
+    children_.push_back({-1, ends[0]});
     const pid_t pid = fork();
-    if (pid < 0) throw std::runtime_error(fmt::format("fork: {}", std::strerror(errno)));
     if (pid == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);
+      if (getppid() != parent) _exit(1);  // the parent died before prctl
       close(ends[0]);
       run_child(*board_, rank, num_ranks, body, ends[1]);
     }
+    const int error = errno;
     close(ends[1]);
-    children_.push_back({pid, ends[0]});
+    errno = error;
+    require(pid > 0, "fork", rank);
+    children_.back().pid = pid;
   }
 }
 
-RankProcesses::~RankProcesses() {
-  for (Child& child : children_) {
-    if (child.pid > 0) {
-      kill(child.pid, SIGKILL);
-      waitpid(child.pid, nullptr, 0);
-    }
-    if (child.pipe >= 0) close(child.pipe);
-  }
-}
+RankProcesses::~RankProcesses() { end_all(children_); }
 
 void RankProcesses::set_stage(uint64_t stage) { board_->slot(-1).stage.store(stage, std::memory_order_release); }
 void RankProcesses::wait_for_stage(int32_t rank, uint64_t stage) const { conformance::wait_for_stage(*board_, rank, stage); }

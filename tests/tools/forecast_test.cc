@@ -200,6 +200,12 @@ TEST(Forecast, SmallGpuBatchesTakeTheLatencyPath) {
   EXPECT_TRUE(gpus({1, 2}, 1024).predict({.op = "dispatch", .mode = TERN_MODE_LATENCY}).small);
   EXPECT_FALSE(gpus({1, 2}, 1025).predict({.op = "dispatch", .mode = TERN_MODE_LATENCY}).small);
   EXPECT_FALSE(gpus({1, 65}, 1).predict({.op = "dispatch", .mode = TERN_MODE_LATENCY}).small);
+  const auto of_row = [](int64_t num_tokens, int64_t row_bytes) {
+    return Forecaster(full_batch({1, 2}, num_tokens, row_bytes), TERN_DEVICE_CUDA, round_costs())
+        .predict({.op = "route_dispatch", .exact = false});
+  };
+  EXPECT_TRUE(of_row(256, 16 << 10).small);
+  EXPECT_FALSE(of_row(256, 18 << 10).small);  // 4 MiB, with 1 KiB of each row to spare, are what there is room for
 }
 
 // 100 MB over the network and over the link within the node, in pieces of 1 MiB.
@@ -230,6 +236,36 @@ TEST(Forecast, SmallGpuBatchesBetweenNodesPassTheHost) {
   EXPECT_NEAR(routed.us(), 70 + 30 + 50 + 7 + (64 + 64 + 10 * (1024 + 32)) * 1e-4 + link_us, 0.5);  // in one trip
   EXPECT_FALSE(nodes.predict({.op = "combine"}).small);
   EXPECT_FALSE(gpus({2, 2}, 1 << 12, costs).predict({.op = "route_dispatch", .exact = false}).small);
+}
+
+// They take the tokens of all nodes at once, and what is routed on its way need not be theirs.
+TEST(Forecast, KernelsForSmallBatchesBetweenNodesNeedRoomForAllNodes) {
+  const auto fixed_us = [](const Places& places, int64_t num_tokens, int64_t row_bytes, const OperationChoice& choice) {
+    ForecastBatch batch = full_batch(places, num_tokens, row_bytes);
+    batch.choices.num_topk = 4;
+    const Forecaster nodes(batch, TERN_DEVICE_CUDA, round_costs());
+    return nodes.predict(choice).steps.back().stages.front().us;  // of the kernels for small batches
+  };
+  const auto is_small = [&](const Places& places, int64_t num_tokens, int64_t row_bytes) {
+    return fixed_us(places, num_tokens, row_bytes, {.op = "combine", .num_sms = 1}) == round_costs().small_combine_us;
+  };
+  EXPECT_TRUE(is_small({2, 2}, 512, 1000));
+  EXPECT_FALSE(is_small({2, 2}, 513, 1000));
+  EXPECT_TRUE(is_small({8, 8}, 1, 1000));
+  EXPECT_FALSE(is_small({9, 8}, 1, 1000));
+  EXPECT_TRUE(is_small({2, 2}, 128, 16 << 10));
+  EXPECT_FALSE(is_small({2, 2}, 128, 18 << 10));
+  const Forecaster nodes = gpus({2, 2}, 1000);
+  const OperationForecast routed = nodes.predict({.op = "route_dispatch", .exact = false, .num_sms = 1});
+  EXPECT_TRUE(routed.small);  // 1 MB
+  EXPECT_NE(routed.steps.back().stages.front().us, round_costs().small_dispatch_us);
+}
+
+TEST(Forecast, ScalesDoNotCountWhereABatchIsRoutedOnItsWay) {
+  ForecastBatch batch = full_batch({2, 1}, 2048, 1024);
+  batch.dispatch_scale_bytes = 32;
+  const Forecaster nodes(batch, TERN_DEVICE_CUDA, round_costs());
+  EXPECT_TRUE(nodes.predict({.op = "route_dispatch", .exact = false}).small);
 }
 
 TEST(Forecast, CpuNetworkTakesTheSameCores) {
@@ -266,6 +302,15 @@ TEST(Forecast, LibrarySmsFollowTheDocumentedRule) {
   EXPECT_EQ(sms(40, {.op = "dispatch"}), 81);    // latency path: a block for each message of 2 ranks and one more
   EXPECT_EQ(sms(200, {.op = "dispatch"}), 100);  // at most the GPU
   EXPECT_EQ(sms(640, {.op = "plan"}), 10);
+  // Few and long rows go in up to 4 parts: of 8 tokens to 2 ranks, or of the 16 rows that come back.
+  ForecastBatch batch = full_batch({1, 2}, 8, 8192);
+  const auto small_sms = [&](const char* op) {
+    return Forecaster(batch, TERN_DEVICE_CUDA, round_costs()).library_sms({.op = op, .mode = TERN_MODE_LATENCY});
+  };
+  EXPECT_EQ(small_sms("dispatch"), 8 * 4 + 1);
+  EXPECT_EQ(small_sms("combine"), 16 * 4 + 1);
+  batch.casts = true;
+  EXPECT_EQ(small_sms("dispatch"), 16 + 1);
 }
 
 TEST(Forecast, SmsAreThoseThatAreAskedForAsFarAsThereAreAny) {

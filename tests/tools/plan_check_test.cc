@@ -101,5 +101,22 @@ TEST_F(PlanCheckFile, LinesThatCannotBeComparedAreCounted) {
   EXPECT_EQ(check.num_skipped, 2);
 }
 
+TEST_F(PlanCheckFile, WhatHasNoForecastIsCounted) {
+  const auto record = [](const std::string& op, const std::string& layout, const std::string& choice) {
+    return R"({"op": ")" + op + R"(", "layout": ")" + layout + R"(", )" + choice +
+           R"(, "device": "cpu", "mode": "throughput", "dtype": "bf16", "ranks": 2, "tokens": 64, "hidden": 1024, "topk": 2, "experts": 4,
+           "median_us": 100, "verified": true, "buffers": "caller", "extent": "exact", "routing": "uniform"})";
+  };
+  const std::string exact = R"("combine_mode": "exact", "wire": "dtype")", fp32 = R"("combine_mode": "hierarchical", "wire": "fp32")";
+  const std::string records = record("combine", "expert_major", exact) + "," + record("round_trip", "expert_padded", exact) + "," +
+                              record("combine", "rank_major", fp32) + "," + record("dispatch_send", "rank_major", exact) + "," +
+                              record("combine", "rank_major", exact) + "," + record("dispatch", "expert_major", fp32);
+  const ForecastCheck check = check_forecasts(write(R"({"records": [)" + records + "]}"), {});
+  EXPECT_EQ(check.num_skipped, 4);
+  ASSERT_EQ(check.lines.size(), 2u);  // rows of rank_major are the same with mode exact; a dispatch has neither choice
+  EXPECT_EQ(check.lines[0].op, "combine");
+  EXPECT_EQ(check.lines[1].op, "dispatch");
+}
+
 }  // namespace
 }  // namespace tern::tools

@@ -7,15 +7,19 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "layout/device_window.h"
 #include "plan/batch_path.h"
 
 namespace tern::tools {
 namespace {
 
 constexpr double kMega = 1e6;
-// The library's own: src/cuda/plan.cc, src/layout/device_window.h, src/cuda/latency.cc.
-constexpr int64_t kTokensPerSm = 64, kMostSmallTokens = 1024, kMostRoomKb = 4096;
-constexpr int kMostSmallRanks = 64;
+// The library's own: src/cuda/plan.cc, src/cuda/latency.cc, src/cuda/window_layout.cc.
+constexpr int64_t kTokensPerSm = 64;
+constexpr int64_t kMostRoomBytes = 4 << 20, kSpareRowBytes = 1024;
+constexpr int64_t kMostParts = 128, kLeastPartBytes = 2048;
+// Until so much has crossed the network of GPU ranks the other stages have nothing to do. Fitted to batches of up to 2 MB: a round of the library
+// has up to 8 MiB to each node (src/cuda/node_operations.cc), and the next one leaves while it is on its way.
 constexpr double kNetworkPieceBytes = 1 << 20;
 
 double us_of(double bytes, double gbps) { return bytes == 0 ? 0 : bytes * 1e-3 / gbps; }
@@ -72,16 +76,27 @@ int64_t Forecaster::row_bytes_of(const std::string& op) const {
   return op == "combine" ? batch_.combine_row_bytes : batch_.dispatch_row_bytes + batch_.dispatch_scale_bytes;
 }
 
+// Of an exchange that is made for this batch. Between nodes the kernels take what all nodes bring at once.
+bool Forecaster::has_room_for_small_kernels(const std::string& op, tern_mode mode) const {
+  const Places& places = batch_.places;
+  const int64_t num_tokens = places.num_nodes * batch_.num_tokens;
+  if (places.num_ranks() > layout::kMostLatencyRanks || num_tokens > layout::kMostLatencyTokens) return false;
+  if (batch_.choices.num_topk > layout::kMostLatencyTopk) return false;
+  return mode == TERN_MODE_LATENCY || num_tokens * (row_bytes_of(op) - kSpareRowBytes) <= kMostRoomBytes;
+}
+
+// Does it take the latency path? Between nodes that is: does a dispatch route on its way?
 bool Forecaster::is_small(const std::string& op, const OperationChoice& choice) const {
   const bool is_between_nodes = batch_.places.num_nodes > 1, routes = op != "combine" && is_one_call(choice.op);
-  // Between nodes CPU ranks have such a path for dispatches that route, and for nothing else.
-  if (is_between_nodes && !on_gpu() && !routes) return false;
-  if (on_gpu() && (batch_.num_tokens > kMostSmallTokens || batch_.places.ranks_per_node > kMostSmallRanks)) return false;
+  if (is_between_nodes && !routes) return false;
+  if (on_gpu() && !is_between_nodes && !has_room_for_small_kernels(op, choice.mode)) return false;
   if (choice.mode != TERN_MODE_AUTO) return choice.mode == TERN_MODE_LATENCY;
   const int64_t row_bytes = row_bytes_of(op);
-  const auto is_within = [&](int64_t most_kb) { return batch_.num_tokens * row_bytes <= most_kb << 10; };
-  if (!on_gpu()) return is_within(is_between_nodes ? kRoutedOnTheWayKbCpu : kSmallKb);
-  if (is_between_nodes) return is_within(routes ? kRoutedOnTheWayKbGpu : kMostRoomKb);
+  if (!on_gpu() || is_between_nodes) {
+    const int64_t most_kb = !is_between_nodes ? kSmallKb : on_gpu() ? kRoutedOnTheWayKbGpu : kRoutedOnTheWayKbCpu;
+    const int64_t bytes_of_row = op == "combine" ? row_bytes : batch_.dispatch_row_bytes;  // without its scales
+    return batch_.num_tokens * bytes_of_row <= most_kb << 10;
+  }
   const int most = static_cast<int>(costs_.workers);
   return is_pushed({.operation = op == "combine" ? TERN_OP_COMBINE : TERN_OP_DISPATCH,
                     .routes = routes,
@@ -93,8 +108,25 @@ bool Forecaster::is_small(const std::string& op, const OperationChoice& choice) 
                     .are_sms_asked = choice.num_sms > 0});
 }
 
-// GPU ranks have kernels of their own for small batches.
-bool Forecaster::takes_small_kernels(const OperationChoice& single) const { return on_gpu() && is_small(single.op, single); }
+// GPU ranks have kernels of their own for small batches. Between nodes these take all that they have room for, routed on its way or not.
+bool Forecaster::takes_small_kernels(const std::string& op, const OperationChoice& choice) const {
+  if (!on_gpu()) return false;
+  if (batch_.places.num_nodes == 1) return is_small(op, choice);
+  return choice.mode != TERN_MODE_THROUGHPUT && has_room_for_small_kernels(op, choice.mode);
+}
+
+// A block for each message that may arrive, or for each part of a row that is sent if these are more, and one for the routing.
+int64_t Forecaster::small_blocks(const std::string& op) const {
+  const bool is_combine = op == "combine";
+  const int64_t num_messages = batch_.places.num_ranks() * batch_.num_tokens;
+  const int64_t num_rows = is_combine ? num_messages : batch_.places.num_nodes * batch_.num_tokens;
+  const int64_t row_bytes = is_combine ? batch_.combine_row_bytes : batch_.dispatch_row_bytes;
+  int log2 = 0;
+  while ((is_combine || !batch_.casts) && log2 < layout::kMostRowPartsLog2 && num_rows << (log2 + 1) <= kMostParts &&
+         row_bytes >> (log2 + 1) >= kLeastPartBytes)
+    ++log2;
+  return std::max(num_messages, num_rows << log2) + 1;
+}
 
 // CPU: a rank's share of the node's cores.
 double Forecaster::workers(int num_sms) const { return on_gpu() ? num_sms : std::min(1.0, costs_.workers / batch_.places.ranks_per_node); }
@@ -107,8 +139,7 @@ int Forecaster::library_sms(const OperationChoice& choice) const {
   const int most = static_cast<int>(costs_.workers);
   if (choice.op == "plan")
     return static_cast<int>(std::min<int64_t>({most, kSaturatingSms, (batch_.num_tokens + kTokensPerSm - 1) / kTokensPerSm}));
-  // A block for each message that may arrive, and one for the routing.
-  if (takes_small_kernels(choice)) return static_cast<int>(std::min<int64_t>(batch_.num_tokens * batch_.places.num_ranks() + 1, most));
+  if (takes_small_kernels(choice.op, choice)) return static_cast<int>(std::min<int64_t>(small_blocks(choice.op), most));
   return sms_for_bytes(most, batch_.num_tokens * row_bytes);
 }
 
@@ -213,7 +244,8 @@ Step Forecaster::small_step(const std::string& name, double fixed_us, const Load
 // `routed`: along a plan that has been routed, or routes itself in an operation of its own.
 Step Forecaster::dispatch(const OperationChoice& choice, bool routed) const {
   const Load load = load_of_dispatch(batch_, !routed);
-  if (takes_small_kernels(choice)) return small_step("dispatch", costs_.small_dispatch_us - (routed ? costs_.small_route_us : 0), load);
+  if (takes_small_kernels("dispatch", choice))
+    return small_step("dispatch", costs_.small_dispatch_us - (routed ? costs_.small_route_us : 0), load);
 
   // On a GPU a token is staged once, and pulled by all; or it is delivered, from window to window. On a CPU it is pushed into the bank of each
   // other rank.
@@ -238,7 +270,7 @@ Step Forecaster::dispatch(const OperationChoice& choice, bool routed) const {
 
 Step Forecaster::combine(const OperationChoice& choice) const {
   const Load load = load_of_combine(batch_);
-  if (takes_small_kernels(choice)) return small_step("combine", costs_.small_combine_us, load);
+  if (takes_small_kernels("combine", choice)) return small_step("combine", costs_.small_combine_us, load);
 
   // Rows of the expert layouts are summed first, and one row of each token goes on.
   const bool stages = !choice.in_windows || (on_gpu() && batch_.layout != TERN_LAYOUT_RANK_MAJOR);
@@ -258,11 +290,11 @@ Step Forecaster::combine(const OperationChoice& choice) const {
   return step;
 }
 
-// One operation of a choice that may have several, with the path and the SMs that it takes.
+// One operation of a choice that may have several, with the kernels and the SMs that it takes.
 OperationChoice Forecaster::as(const std::string& op, const OperationChoice& choice) const {
   OperationChoice single = choice;
   single.op = op;
-  single.mode = is_small(op, choice) ? TERN_MODE_LATENCY : TERN_MODE_THROUGHPUT;
+  single.mode = takes_small_kernels(op, choice) ? TERN_MODE_LATENCY : TERN_MODE_THROUGHPUT;
   const int asked = choice.num_sms > 0 ? choice.num_sms : library_sms(single);
   single.num_sms = on_gpu() ? std::min(asked, static_cast<int>(costs_.workers)) : 0;
   return single;
@@ -277,10 +309,9 @@ OperationForecast Forecaster::predict(const OperationChoice& choice) const {
   const bool combines = is_round_trip || op == "combine";
   if (!routes && !dispatches && !combines) fail(TERN_INVALID_ARGUMENT, "plan: there is no operation \"{}\"", op);
 
-  const OperationChoice chosen = as(op, choice);
-  // Between nodes that is what is routed on its way.
-  const bool small = op != "plan" && chosen.mode == TERN_MODE_LATENCY && (batch_.places.num_nodes == 1 || in_one_call);
-  OperationForecast forecast{.num_sms = chosen.num_sms, .small = small};
+  OperationForecast forecast{.num_sms = as(op, choice).num_sms,
+                             .small = op != "plan" && is_small(op, choice),
+                             .small_kernels = op != "plan" && takes_small_kernels(op, choice)};
   const bool routes_within = in_one_call && forecast.small;
   const auto add = [&](Step step, const Load& load) {
     forecast.steps.push_back(std::move(step));

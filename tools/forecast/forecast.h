@@ -37,10 +37,11 @@ struct Step {
 
 struct OperationForecast {
   std::vector<Step> steps = {};
-  int num_sms = 0;        // 0: CPU
-  bool small = false;     // the latency path
-  double wire_bytes = 0;  // rows between this rank and others, once for each token and rank, as `tern bench` counts them
-  double link_bytes = 0;  // of these, and of other nodes' tokens, what the ranks of a node send each other
+  int num_sms = 0;             // 0: CPU
+  bool small = false;          // the latency path
+  bool small_kernels = false;  // GPU: as on the latency path of one node, also between nodes. More SMs do not make them faster here
+  double wire_bytes = 0;       // rows between this rank and others, once for each token and rank, as `tern bench` counts them
+  double link_bytes = 0;       // of these, and of other nodes' tokens, what the ranks of a node send each other
   double network_bytes = 0;
 
   double us() const;
@@ -81,8 +82,10 @@ class Forecaster {
  private:
   OperationChoice as(const std::string& op, const OperationChoice& choice) const;
   int64_t row_bytes_of(const std::string& op) const;
+  bool has_room_for_small_kernels(const std::string& op, tern_mode mode) const;
   bool is_small(const std::string& op, const OperationChoice& choice) const;
-  bool takes_small_kernels(const OperationChoice& single) const;
+  bool takes_small_kernels(const std::string& op, const OperationChoice& choice) const;
+  int64_t small_blocks(const std::string& op) const;
   double workers(int num_sms) const;
   double ranks_per_core() const;
   Step route(bool exact, bool with_dispatch) const;

@@ -20,6 +20,7 @@ struct ForecastBatch {
   int64_t dispatch_scale_bytes = 0;
   int64_t combine_row_bytes = 0;
   tern_layout layout = TERN_LAYOUT_RANK_MAJOR;
+  bool casts = false;  // rows of a dispatch are cast on their way
 
   // Rows that come to the busiest rank, one for each token and rank: from all ranks.
   double rows() const { return static_cast<double>(num_tokens) * reach.ranks * reach.busiest_rank; }

@@ -8,7 +8,7 @@
 //
 // An epoch is a word, which says whether another one follows, and large writes; it is answered, by another word, when all of it is in
 // the receiver's memory. So the sender alone decides when it has sent enough, and a rank is ready to go when run() returns.
-// Threads: one. Waits sleep in the kernel where the provider can wake a sleeper, as the library's own thread does.
+// Threads: one. Waits look at the endpoint again and again, with pauses that grow: nothing moves unless a thread is in it.
 #pragma once
 
 #include <chrono>
