@@ -91,13 +91,13 @@ class Agreement {
     deadline_ = before.time() < moment.time() ? moment : before;
   }
 
-  // A rank that has spoken in an attempt before this one may wait there still for what was agreed on, as long as a deadline: it gets that once.
+  // Ranks that have said something get a second deadline, once: one may have come just now, or wait in the attempt before for what was agreed on.
   bool has_patience() {
-    const auto may_be_there = [&](int r) {
+    const auto has_spoken = [&](int r) {
       const auto theirs = council_.proposal_of(r);
-      return theirs && theirs->generation > council_.generation() && theirs->generation < own_.generation;
+      return theirs && theirs->generation > council_.generation();
     };
-    if (was_patient_ || std::ranges::none_of(late_, may_be_there)) return false;
+    if (was_patient_ || std::ranges::none_of(late_, has_spoken)) return false;
     deadline_ = Deadline::in_ms(options_.timeout_ms);
     return was_patient_ = true;
   }
