@@ -441,8 +441,8 @@ typedef struct tern_metrics {
 } tern_metrics;
 
 /* Counters since creation, all lanes. Local, any thread. GPU ranks count the first three, rounds (a send and its
- * receive each), and received_rows where the host knows them (extent EXACT), as calls: replays of graphs are not seen. Their timeouts are the
- * ranks that are given up in this generation; network_bytes are counted as between CPU ranks, those of replays too; the rest is 0. */
+ * receive each), and received_rows where the host knows them (extent EXACT), as calls: replays of graphs are not seen. Their timeouts are
+ * the ranks that are given up in this generation; network_bytes are counted as between CPU ranks, those of replays too; the rest is 0. */
 TERN_API tern_status tern_exchange_get_metrics(const tern_exchange* exchange, tern_metrics* metrics);
 
 /* -------------------------------------------------------------------------------------------------------------- plan */
@@ -463,7 +463,8 @@ typedef struct tern_plan_options {
 
 /* Room for the routing of one batch. Local. All memory that operations along it need is allocated here. GPU: also while a graph is captured. */
 TERN_API tern_status tern_plan_create(tern_exchange* exchange, const tern_plan_options* options, tern_plan** plan);
-/* Never collective, waits for nothing, unless it is the last handle of its exchange. GPU: operations that are enqueued still run; graphs that hold some must not be replayed any more. */
+/* Never collective, waits for nothing, unless it is the last handle of its exchange. GPU: operations that are enqueued
+ * still run; graphs that hold some must not be replayed any more. */
 TERN_API void tern_plan_destroy(tern_plan* plan);
 
 typedef struct tern_routing {
@@ -531,9 +532,9 @@ TERN_API tern_status tern_plan_get_info(const tern_plan* plan, tern_plan_info* i
 /* tern_plan_info.row_capacity, known from the start: the rows that outputs with extent WORST must have. Local. */
 TERN_API tern_status tern_plan_get_row_capacity(const tern_plan* plan, int64_t* num_rows);
 
-/* Counts of a routing by itself, without any exchange: a pure function of its inputs. Each output may be NULL. Local. GPU: on `stream`; it can
- * be captured in a graph. Of the launch nothing else is used, but lane and phase must be some that there are. An index that is no expert is
- * TERN_INVALID_ARGUMENT on CPU ranks and counts as -1 on GPU ranks. device_num_tokens is not looked at. */
+/* Counts of a routing by itself, without any exchange: a pure function of its inputs. Each output may be NULL. Local. GPU: on `stream`; it
+ * can be captured in a graph. Of the launch nothing else is used, but lane and phase must be some that there are. An index that is no expert
+ * is TERN_INVALID_ARGUMENT on CPU ranks and counts as -1 on GPU ranks. device_num_tokens is not looked at. */
 typedef struct tern_routing_counts {
   size_t struct_size TERN_SIZE_OF(tern_routing_counts);
   int32_t* tokens_per_rank TERN_ZERO;   /* [num_ranks] */
