@@ -14,7 +14,7 @@ from ._library import lib, tern_combine, tern_dispatch
 from ._prepared import prepared, refuse_copies, sent
 from ._repeats import RepeatedCombine, RepeatedDispatch, Repeats
 from .addressed import Structs
-from .errors import InvalidArgumentError, InvalidStateError, check
+from .errors import HAS_ROUTED, InvalidArgumentError, InvalidStateError, check
 from .exchange import Exchange, choice
 from .results import Combined, Dispatched, Pending, PlanInfo, Prepared
 
@@ -70,7 +70,10 @@ class Plan:
         check(lib.tern_plan_get_row_capacity(self._handle, ctypes.byref(capacity)))
         self.row_capacity = capacity.value
         self._shape = Shape(self.layout, exchange.group.num_ranks, self.num_local_experts, max_tokens, num_topk)
-        self._num_tokens = -1  # not routed yet
+        self._num_tokens = -1  # as C has routed them; -1: not yet
+        self._next_tokens = (
+            -1
+        )  # as what is prepared now will meet them: of the last routing, or of one that is prepared
         self._num_rows = self.row_capacity  # of the outputs; extent EXACT: of the last routing
         # Structs that calls fill in anew: a plan is used by one thread at a time.
         self._routing, self._launch = _c.Routing(), _c.Launch()
@@ -102,12 +105,12 @@ class Plan:
         """
         arrays, _inputs = self._set_routing(topk_idx, token_in_rank, tokens_per_expert, device_num_tokens)
         self._set_launch(arrays, lane, num_sms, stream)
-        if self.extent == _c.Extent.WORST:
-            check(lib.tern_plan_route(self._handle, self._routing_pointer, self._launch_pointer, None))
+        info = None if self.extent == _c.Extent.WORST else _c.PlanInfo()
+        told = None if info is None else ctypes.byref(info)
+        check(lib.tern_plan_route(self._handle, self._routing_pointer, self._launch_pointer, told))
+        self._num_tokens = self._next_tokens = self._routing.num_tokens
+        if info is None:
             return None
-        info = _c.PlanInfo()
-        self._num_rows = -1
-        check(lib.tern_plan_route(self._handle, self._routing_pointer, self._launch_pointer, ctypes.byref(info)))
         self._num_rows = info.num_rows
         return self._told(info)
 
@@ -139,7 +142,7 @@ class Plan:
             main, num_tokens = arrays.matrix(given, "topk_idx", self.num_topk)
             routing.topk_idx, routing.token_in_rank = arrays.pointer(main), None
             routing.topk_idx_type = arrays.index_type(main)
-        self._num_tokens = routing.num_tokens = num_tokens
+        routing.num_tokens = num_tokens
         inputs = [main]
         routing.tokens_per_expert = routing.device_num_tokens = None
         if tokens_per_expert is not None:
@@ -216,6 +219,8 @@ class Plan:
         )
         self._set_launch(call.arrays, lane, num_sms, stream)
         status = tern_dispatch(self._pointer, call.pointer, self._launch_pointer)
+        if topk_idx is not None and status in HAS_ROUTED:
+            self._num_tokens = self._next_tokens = self._routing.num_tokens
         if status != 0:
             check(status, result)
         if repeats:
@@ -235,14 +240,16 @@ class Plan:
         self, tokens: Array, *, lane: int = 0, num_sms: int = 0, **arguments: Any
     ) -> Prepared[Dispatched]:
         """A dispatch with the same arguments, not run yet: to be called again and again for what the same arrays hold by then. With
-        topk_idx, or along a routing of as many tokens and rows as now. Outputs that are not given are made here, once. Arrays whose strides
+        topk_idx, or along a routing as for prepare_combine. Outputs that are not given are made here, once. Arrays whose strides
         make the other methods copy them are refused."""
-        call, result, inputs = self._prepare_dispatch(tokens, **arguments)
+        call, result, inputs = self._prepare_dispatch(tokens, along=self._next_tokens, **arguments)
         self._set_launch(call.arrays, lane, num_sms, None)
         given = [tokens, *(arguments.get(name) for name in ("topk_idx", "device_num_tokens", "scales", "topk_weights"))]
         args, routing = call.args, self._routing
         used = (args.tokens, routing.topk_idx, routing.device_num_tokens, args.scales, args.topk_weights)
         refuse_copies(call.arrays, given, used)
+        if args.routing:
+            self._next_tokens = routing.num_tokens
         return prepared(self, tern_dispatch, call, result, inputs)
 
     def _prepare_dispatch(
@@ -258,12 +265,17 @@ class Plan:
         out: Dispatched | None = None,
         zero_copy: bool = False,
         wait_ns: Array | None = None,
+        along: int | None = None,
     ) -> tuple[DispatchCall, Dispatched, Any]:
+        """along: the tokens of the routing that this is prepared for, unless it has topk_idx; None: those of the last one."""
         arrays = self.exchange._arrays.of(tokens)
-        inputs = [] if topk_idx is None else self._set_routing(topk_idx, None, None, device_num_tokens)[1]
+        routed, inputs = self._num_tokens if along is None else along, []
+        if topk_idx is not None:
+            inputs = self._set_routing(topk_idx, None, None, device_num_tokens)[1]
+            routed = self._routing.num_tokens
         tokens, (num_tokens, hidden), stride = arrays.rows(tokens, "tokens")
-        if num_tokens != self._num_tokens and self._num_tokens >= 0:
-            raise InvalidArgumentError(f"tokens has {num_tokens} rows, but {self._num_tokens} were routed")
+        if num_tokens != routed and routed >= 0:
+            raise InvalidArgumentError(f"tokens has {num_tokens} rows, but {routed} were routed")
         scale_dtype, num_scales = None, 0
         if scales is not None:
             scales = arrays.adopt(scales, "scales")
@@ -293,7 +305,7 @@ class Plan:
             args.scale_token_stride_bytes = strides[0] * item if scales.shape[0] > 1 else 0
             args.scale_element_stride_bytes = strides[1] * item if scales.shape[1] > 1 and scales.shape[0] > 0 else 0
         if topk_weights is not None:
-            topk_weights = self._weights(arrays, topk_weights)
+            topk_weights = self._weights(arrays, topk_weights, num_tokens)
             args.topk_weights = arrays.pointer(topk_weights)
         if out is None:
             if self._num_rows < 0:
@@ -366,8 +378,9 @@ class Plan:
         return sent(self, tern_combine, call, result, inputs)
 
     def prepare_combine(self, rows: Array, *, lane: int = 0, num_sms: int = 0, **arguments: Any) -> Prepared[Combined]:
-        """A combine with the same arguments, not run yet, as prepare_dispatch: along a routing of as many tokens and rows as now."""
-        call, result, inputs = self._prepare_combine(rows, **arguments)
+        """A combine with the same arguments, not run yet, as prepare_dispatch: along a routing of as many tokens and rows as the last one had,
+        or as a dispatch that was prepared behind it will have."""
+        call, result, inputs = self._prepare_combine(rows, along=self._next_tokens, **arguments)
         self._set_launch(call.arrays, lane, num_sms, None)
         bias, args = arguments.get("bias"), call.args
         given = [rows, arguments.get("topk_weights"), arguments.get("row_weights")]
@@ -387,8 +400,10 @@ class Plan:
         zero_copy: bool = False,
         wire: Any = _c.Wire.AS_DTYPE,
         wait_ns: Array | None = None,
+        along: int | None = None,
     ) -> tuple[CombineCall, Combined, Any]:
-        if self._num_tokens < 0 or self._num_rows < 0:
+        num_tokens = self._num_tokens if along is None else along
+        if num_tokens < 0 or self._num_rows < 0:
             raise InvalidStateError("combine: the plan is not routed; route it, or give the dispatch topk_idx")
         arrays = self.exchange._arrays.of(rows)
         pointer = arrays.pointer
@@ -404,13 +419,13 @@ class Plan:
             kind = CombineKind(*key[:2], *choices, key[5])
             call = self._combine_calls[key] = CombineCall(arrays, self._shape, kind)
         call.check_rows(shape, self._num_rows)
-        args, num_tokens = call.args, self._num_tokens
+        args = call.args
         args.rows, args.zero_copy = pointer(rows), zero_copy
         args.wait_ns = None if wait_ns is None else self._wait_ns(arrays, wait_ns)
         weights_at = row_weights_at = handed_back_at = 0
         biases_at = (0, 0)
         if topk_weights is not None:
-            topk_weights = self._weights(arrays, topk_weights)
+            topk_weights = self._weights(arrays, topk_weights, num_tokens)
             weights_at = pointer(topk_weights)
         if bias is not None:
             bias = call.biases(bias, (num_tokens, hidden))
@@ -431,12 +446,12 @@ class Plan:
 
     # --------------------------------------------------------------------------------------------------------- common
 
-    def _weights(self, arrays: Arrays, given: Any) -> Array:
-        weights, num_tokens = arrays.matrix(given, "topk_weights", self.num_topk)
-        if weights.dtype != arrays.float32 or (num_tokens != self._num_tokens and self._num_tokens >= 0):
+    def _weights(self, arrays: Arrays, given: Any, num_tokens: int) -> Array:
+        weights, num_weighted = arrays.matrix(given, "topk_weights", self.num_topk)
+        if weights.dtype != arrays.float32 or num_weighted != num_tokens:
             raise InvalidArgumentError(
                 f"topk_weights is {weights.dtype} of shape {list(weights.shape)}; "
-                f"it must be float32 of {[self._num_tokens, self.num_topk]}"
+                f"it must be float32 of {[num_tokens, self.num_topk]}"
             )
         return weights
 
