@@ -43,7 +43,7 @@ class TorchArrays:
 
         self._torch = torch
         self._cuda_index = cuda_index
-        self._device = torch.device("cpu") if cuda_index is None else torch.device("cuda", cuda_index)
+        self.device = torch.device("cpu") if cuda_index is None else torch.device("cuda", cuda_index)
         self._device_number = -1 if cuda_index is None else cuda_index  # as Tensor.get_device says it
         self._tensor = torch.Tensor
         self._empty, self._empty_like = torch.empty, torch.empty_like
@@ -74,7 +74,7 @@ class TorchArrays:
             array = self._torch.utils.dlpack.from_dlpack(array)
         if array.get_device() != self._device_number:
             raise InvalidArgumentError(
-                f"{name} is on {array.device}, but the exchange is on {self._device}; move it there"
+                f"{name} is on {array.device}, but the exchange is on {self.device}; move it there"
             )
         return array
 
@@ -118,7 +118,17 @@ class TorchArrays:
         return refuse_index(array) if kind is None else kind
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
-        return self._empty(shape, dtype=dtype, device=self._device)
+        return self._empty(shape, dtype=dtype, device=self.device)
+
+    def fits(self, array: Any, kind: ArrayKind) -> bool:
+        """Whether it can be written to in place of a fresh array."""
+        return (
+            isinstance(array, self._tensor)
+            and array.shape == kind.shape
+            and array.dtype == kind.dtype
+            and array.device == self.device
+            and (array.swapaxes(-1, -2) if kind.transposed else array).is_contiguous()
+        )
 
     def plain(self, kinds: Sequence[ArrayKind | None]) -> Callable[[], list[Array]]:
         """Makes an array of each kind, and None for None."""
@@ -162,7 +172,7 @@ class TorchArrays:
         if self._cuda_index is None:
             flat = torch.frombuffer(owner, dtype=torch.uint8)
         else:
-            flat = torch.as_tensor(owner, device=self._device)
+            flat = torch.as_tensor(owner, device=self.device)
         return flat.view(dtype).view(tuple(shape))
 
     def _current_stream(self) -> int:
@@ -179,6 +189,8 @@ class TorchArrays:
 
 class NumpyArrays:
     """NumPy arrays, for CPU ranks. bf16 and fp8 are those of ml_dtypes; without it fp8 comes out as uint8."""
+
+    device = "cpu"
 
     def __init__(self) -> None:
         import numpy
@@ -248,13 +260,22 @@ class NumpyArrays:
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         return self._numpy.empty(shape, dtype=dtype)
 
+    def fits(self, array: Any, kind: ArrayKind) -> bool:
+        return (
+            isinstance(array, self._numpy.ndarray)
+            and array.shape == kind.shape
+            and array.dtype == kind.dtype
+            and array.flags.writeable
+            and bool((array.swapaxes(-1, -2) if kind.transposed else array).flags.c_contiguous)
+        )
+
     def plain(self, kinds: Sequence[ArrayKind | None]) -> Callable[[], list[Array]]:
         return lambda: [_made(self.empty, kind) for kind in kinds]
 
     patterns = plain
 
     def alike(self, arrays: Sequence[Array]) -> Callable[..., bool]:
-        return _alike(arrays, operator.attrgetter("shape", "strides", "dtype"))
+        return _alike(arrays, operator.attrgetter("shape", "strides", "dtype", "flags.writeable"))
 
     def dtype_bytes(self, dtype: Any) -> int:
         return int(self._numpy.dtype(dtype).itemsize)
@@ -267,6 +288,22 @@ class NumpyArrays:
 
 
 Arrays = Any  # TorchArrays or NumpyArrays
+
+
+def require_fit(arrays: Arrays, array: Any, kind: ArrayKind, name: str) -> None:
+    """Of an array that is written to: it is what a fresh one would be."""
+    if arrays.fits(array, kind):
+        return
+    found = f"a {type(array).__name__}"
+    if hasattr(array, "shape") and hasattr(array, "dtype"):
+        found = f"{array.dtype} of shape {list(array.shape)}, {getattr(array, 'device', 'in host memory')}"
+        if arrays.owns(array):
+            found += f", strides {list(arrays.strides(array))}"
+    lies = "by columns" if kind.transposed else "dense"
+    raise InvalidArgumentError(
+        f"{name} is {found}; it must be {kind.dtype} of shape {list(kind.shape)}, {lies}, writable, and where the exchange is: "
+        f"{arrays.device}"
+    )
 
 
 def _made(empty: Callable[[Sequence[int], Any], Array], kind: ArrayKind | None) -> Array | None:

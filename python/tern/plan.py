@@ -184,7 +184,8 @@ class Plan:
             exponents each).
         scale_order: "row_major", or "column_major": the scales that arrive lie in memory as [scales, rows].
         outputs: names of fields of Dispatched that are wanted besides tokens and scales; default: those that an expert needs.
-        out: a Dispatched whose arrays are written to, instead of fresh ones; fields that are None are not written.
+        out: a Dispatched whose arrays are written to, instead of fresh ones: of the shapes, dtypes and strides that those would have.
+            Fields that are None are not written.
         zero_copy: True where a rank has no rows while on all others out.tokens is window memory (CPU ranks).
         wait_ns: i64 [num_ranks], dense: nanoseconds waited for each rank are added to it; tern.h, tern_dispatch_args.
 
@@ -202,8 +203,10 @@ class Plan:
         repeats = device_num_tokens is None and wait_ns is None
         if repeats:
             for repeat in self._dispatches.kept:
-                if repeat.choices == choices and repeat.alike(*given):
-                    return repeat.run(self, (tokens, topk_idx, scales, topk_weights), out, stream)
+                if repeat.choices == choices:
+                    repeated = repeat.run(self, given, (tokens, topk_idx, scales, topk_weights), out, stream)
+                    if repeated is not None:
+                        return repeated
         call, result, inputs = self._prepare_dispatch(
             tokens,
             topk_idx,
@@ -224,7 +227,7 @@ class Plan:
         if status != 0:
             check(status, result)
         if repeats:
-            self._dispatches.see(call, choices, given, inputs)
+            self._dispatches.see(call, choices, given, inputs, out)
         return result
 
     def dispatch_send(
@@ -307,12 +310,12 @@ class Plan:
         if topk_weights is not None:
             topk_weights = self._weights(arrays, topk_weights, num_tokens)
             args.topk_weights = arrays.pointer(topk_weights)
+        if self._num_rows < 0:
+            raise InvalidStateError("dispatch: the plan is not routed; route it first")
         if out is None:
-            if self._num_rows < 0:
-                raise InvalidStateError("dispatch: the plan is not routed; route it first")
             out = call.make_outputs(self._num_rows)
         else:
-            call.use_outputs(out)
+            call.use_outputs(out, self._num_rows)
         return call, out, (tokens, scales, topk_weights, wait_ns, *inputs)
 
     # -------------------------------------------------------------------------------------------------------- combine
@@ -342,7 +345,7 @@ class Plan:
             num_topk], given here; the default if they are). rank_major is a plain sum.
         row_weights: f32, shaped as dispatch's topk_weights came, go back to the owner: Combined.topk_weights.
         bias: one [num_tokens, hidden] or a pair of them, added first.
-        out: an array [num_tokens, hidden] to write to.
+        out: a dense array [num_tokens, hidden] of rows' dtype to write to.
         zero_copy: True where a rank has no rows while on all others `rows` is window memory (CPU ranks).
         wire: "as_dtype"; "fp32": sums travel unrounded; or "log10bit": rows travel as 10-bit logarithms, two thirds of
             bf16, with an error of at most 1.6 %, 0.4 % as a rule.
@@ -435,12 +438,7 @@ class Plan:
             row_weights = call.row_weights(row_weights, self._num_rows)
             handed_back = arrays.empty((num_tokens, self.num_topk), arrays.float32)
             row_weights_at, handed_back_at = pointer(row_weights), pointer(handed_back)
-        if out is None:
-            out = call.make_result(num_tokens)
-        elif out.shape != (num_tokens, hidden) or out.dtype != dtype or not arrays.is_dense(out):
-            raise InvalidArgumentError(
-                f"out is {out.dtype} of shape {list(out.shape)}; it must be dense, {dtype} of {[num_tokens, hidden]}"
-            )
+        out = call.make_result(num_tokens) if out is None else call.use_result(out, num_tokens)
         call.set_addresses((weights_at, row_weights_at, *biases_at, pointer(out), handed_back_at))
         return call, Combined(out, handed_back), (rows, topk_weights, row_weights, bias, wait_ns)
 

@@ -101,3 +101,85 @@ def test_rows_beyond_the_capacity_are_routed_too() -> None:
             plan.dispatch(x, topk_idx=idx)
         assert plan.combine(caught.value.result.tokens).tokens.shape == x.shape
         plan.dispatch(few, topk_idx=few_idx)
+
+
+# --------------------------------------------------------------------------------------------------------------- given outputs
+
+
+def lying_otherwise(array: Any) -> dict[str, Any]:
+    """Arrays that an operation must not take for this one."""
+    other = array.double() if array.dtype != torch.float64 else array.float()
+    wrong = {
+        "fewer rows": array[:-1],
+        "more rows": torch.cat([array, array[:1]]),
+        "another dtype": other,
+        "as wide a dtype": array.view(torch.int32 if array.is_floating_point() else torch.float32)
+        if array.element_size() == 4
+        else array.view(torch.float64),
+        "with gaps": torch.stack([array, array], dim=-1)[..., 0],
+        "elsewhere": torch.empty_like(array, device="meta" if array.device.type == "cpu" else "cpu"),
+        "no array": [1.0],
+    }
+    if array.dim() > 1:
+        wrong["by columns"] = array.swapaxes(-1, -2).contiguous().swapaxes(-1, -2)
+        wrong["flat"] = array.flatten()
+    if 1 in array.shape:  # strides say nothing there
+        del wrong["with gaps"]
+        wrong.pop("by columns", None)
+    return wrong
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("extent", ["exact", "worst"])
+@pytest.mark.parametrize("layout", ["rank_major", "expert_major", "expert_padded"])
+def test_given_outputs_are_as_fresh_ones(layout: str, extent: str, device: str) -> None:
+    """On the long way, and where calls before had others that fit."""
+    names = {"rank_major": ["topk_idx"], "expert_major": ["row_expert", "expert_offsets", "expert_rank_ranges"]}
+    wanted = ["topk_weights", "source_token", "source_rank", "expert_counts", "rank_counts", *names.get(layout, [])]
+    x, idx, weights = batch(device, TOKENS)
+    fresh_plan, warm_plan = (plan_of(device, layout=layout, extent=extent) for _ in range(2))
+    for plan in (fresh_plan, warm_plan):
+        plan.route(idx)
+    given = {"topk_weights": weights, "scales": x[:, :4], "scale_order": "column_major"}
+    out = warm_plan.dispatch(x, outputs=wanted, **given)
+    y = torch.empty_like(x)
+    for _ in range(3):
+        assert warm_plan.dispatch(x, out=out, **given) is out
+        warm_plan.combine(out.tokens, out=y)
+    for name in ("tokens", "scales", *wanted):
+        right = getattr(out, name)
+        for kind, wrong in lying_otherwise(right).items():
+            if name == "scales" and kind == "by columns":
+                wrong = right.contiguous()
+            for plan in (fresh_plan, warm_plan):
+                with pytest.raises(tern.InvalidArgumentError, match=f"out.{name} is"):
+                    plan.dispatch(x, out=tern.Dispatched(**{**vars(out), name: wrong}), **given)
+    for wrong in lying_otherwise(y).values():
+        with pytest.raises(tern.InvalidArgumentError, match="out is"):
+            warm_plan.combine(out.tokens, out=wrong)
+    assert warm_plan.dispatch(x, out=tern.Dispatched(out.tokens), **given).scales is None
+    assert warm_plan.dispatch(x, out=out, **given) is out
+
+
+def test_given_numpy_outputs() -> None:
+    numpy = pytest.importorskip("numpy")
+    plan = plan_of("cpu", extent="exact")
+    x, idx, _ = (array.numpy() for array in batch("cpu", TOKENS))
+    plan.route(idx)
+    out = plan.dispatch(x)
+    expected, y = out.tokens.copy(), numpy.empty_like(x)
+    for _ in range(3):
+        out.tokens[:] = 0
+        assert plan.dispatch(x, out=out) is out and numpy.array_equal(out.tokens, expected)
+        plan.combine(out.tokens, out=y)
+    read_only = out.tokens.copy()
+    read_only.flags.writeable = False
+    swapped = out.tokens.astype(out.tokens.dtype.newbyteorder())
+    for wrong in (out.tokens[1:], out.tokens.astype("f8"), out.tokens[::-1], read_only, swapped, torch.tensor(x)):
+        with pytest.raises(tern.InvalidArgumentError, match="out.tokens is"):
+            plan.dispatch(x, out=tern.Dispatched(**{**vars(out), "tokens": wrong}))
+    with pytest.raises(tern.InvalidArgumentError, match="out.rank_counts is"):
+        plan.dispatch(x, out=tern.Dispatched(**{**vars(out), "rank_counts": numpy.zeros(2, "i4")}))
+    y.flags.writeable = False
+    with pytest.raises(tern.InvalidArgumentError, match="out is"):
+        plan.combine(out.tokens, out=y)
