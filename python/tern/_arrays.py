@@ -11,11 +11,12 @@ import functools
 import operator
 import sys
 from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 from ._c import DType, IndexType
 from .errors import InvalidArgumentError, UnsupportedError
 
+Result = TypeVar("Result")
 Array = Any  # torch.Tensor or numpy.ndarray
 
 _DTYPES = {
@@ -177,6 +178,14 @@ class TorchArrays:
 
     def _current_stream(self) -> int:
         return int(self._torch.cuda.current_stream(self._cuda_index).cuda_stream)
+
+    def on_stream(self, stream: Any) -> Any:
+        """A context in which it is the current one."""
+        cuda, handle = self._torch.cuda, raw_stream(stream)
+        if not isinstance(stream, cuda.Stream):
+            # An ExternalStream of 0 would be any other one.
+            stream = cuda.ExternalStream(handle, self.device) if handle else cuda.default_stream(self.device)
+        return cuda.stream(stream)
 
     def alike(self, arrays: Sequence[Array]) -> Callable[..., bool]:
         """Tells of other arrays whether they are like these: types, shapes, strides, dtypes and devices. It keeps none of them. What is no
@@ -391,6 +400,17 @@ class ArraysOfDevice:
         raise InvalidArgumentError(
             f"{type(array).__name__} is no array: give a torch tensor, a NumPy array, or one with __dlpack__"
         )
+
+    def is_elsewhere(self, stream: Any) -> bool:
+        """Whether `stream` is not torch's current one."""
+        return self._cuda_index is not None and raw_stream(stream) != self.torch().current_stream()
+
+    def call_on_stream(self, method: Callable[..., Result], given: dict[str, Any]) -> Result:
+        """Calls it where given["stream"] is torch's current one: what it makes and copies belongs to that. given: locals() of the method."""
+        stream = given.pop("stream")
+        given.update(given.pop("arguments", {}))
+        with self.torch().on_stream(stream):
+            return method(**given)
 
     def of_dtype(self, dtype: Any) -> Arrays:
         torch = sys.modules.get("torch")

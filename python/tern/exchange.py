@@ -157,6 +157,8 @@ class Exchange:
         topk_idx: int64 or int32 [num_tokens, num_topk] global experts, -1: none. wanted: names of fields of RoutingCounts; default: all.
         On a GPU what is no expert counts as -1; on a CPU it is an InvalidArgumentError.
         """
+        if stream is not None and self._arrays.is_elsewhere(stream):
+            return self._arrays.call_on_stream(Exchange.count_routing, locals())
         arrays = self._arrays.of(topk_idx)
         if len(topk_idx.shape) != 2:
             raise InvalidArgumentError(f"topk_idx has shape {list(topk_idx.shape)}; it must be [num_tokens, num_topk]")

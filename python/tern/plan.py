@@ -31,7 +31,8 @@ class Plan:
     row_capacity: rows of the outputs with extent "worst"; 0: what can arrive at most.
 
     Collective operations come in the same order on every rank. A plan belongs to one lane, and so to one thread, at a time. On GPU
-    ranks operations run on torch's current stream, or the one given as `stream`; lane and num_sms: tern.h, tern_launch.
+    ranks operations run on torch's current stream, or the one given as `stream` (a torch.cuda.Stream, or its handle), to which what they make
+    belongs too; lane and num_sms: tern.h, tern_launch.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Plan:
         zero_padding: bool = False,
         row_capacity: int = 0,
     ) -> None:
-        self.exchange = exchange
+        self.exchange, self._arrays = exchange, exchange._arrays
         self.max_tokens, self.num_experts, self.num_topk = max_tokens, num_experts, num_topk
         self.layout, self.extent = choice(_c.Layout, layout), choice(_c.Extent, extent)
         self.num_local_experts = num_experts // exchange.group.num_ranks
@@ -103,6 +104,8 @@ class Plan:
         the number of tokens at the time the operation runs, for graphs.
         Returns the counts with extent EXACT (on a GPU it waits for them, without the GIL); None with WORST: ask `info`.
         """
+        if stream is not None and self._arrays.is_elsewhere(stream):
+            return self._arrays.call_on_stream(Plan.route, locals())
         arrays, _inputs = self._set_routing(topk_idx, token_in_rank, tokens_per_expert, device_num_tokens)
         self._set_launch(arrays, lane, num_sms, stream)
         info = None if self.extent == _c.Extent.WORST else _c.PlanInfo()
@@ -132,7 +135,7 @@ class Plan:
         given = token_in_rank if by_mask else topk_idx
         if given is None:
             raise InvalidArgumentError("route: give topk_idx or token_in_rank")
-        arrays = self.exchange._arrays.of(given)
+        arrays = self._arrays.of(given)
         if by_mask:
             main, num_tokens = arrays.matrix(given, "token_in_rank", self._shape.num_ranks)
             if arrays.dtype_bytes(main.dtype) != 1:
@@ -191,6 +194,8 @@ class Plan:
 
         CapacityExceededError (extent WORST, CPU ranks): rows that found no room are missing; error.result is the rest.
         """
+        if stream is not None and self._arrays.is_elsewhere(stream):
+            return self._arrays.call_on_stream(Plan.dispatch, locals())
         wanted = outputs if outputs is None else tuple(outputs)
         if topk_idx is None:
             routed, given = (self._num_tokens, self._num_rows), [tokens]
@@ -235,6 +240,8 @@ class Plan:
     ) -> Pending[Dispatched]:
         """The first phase of a dispatch with the same arguments: returns when the data are on their way. The plan is routed, or its
         extent is WORST. At most two sends of a lane may be under way, with nothing else of the lane between them."""
+        if stream is not None and self._arrays.is_elsewhere(stream):
+            return self._arrays.call_on_stream(Plan.dispatch_send, locals())
         call, result, inputs = self._prepare_dispatch(tokens, **arguments)
         self._set_launch(call.arrays, lane, num_sms, stream)
         return sent(self, tern_dispatch, call, result, inputs)
@@ -271,7 +278,7 @@ class Plan:
         along: int | None = None,
     ) -> tuple[DispatchCall, Dispatched, Any]:
         """along: the tokens of the routing that this is prepared for, unless it has topk_idx; None: those of the last one."""
-        arrays = self.exchange._arrays.of(tokens)
+        arrays = self._arrays.of(tokens)
         routed, inputs = self._num_tokens if along is None else along, []
         if topk_idx is not None:
             inputs = self._set_routing(topk_idx, None, None, device_num_tokens)[1]
@@ -351,6 +358,8 @@ class Plan:
             bf16, with an error of at most 1.6 %, 0.4 % as a rule.
         wait_ns: i64 [num_ranks], dense: nanoseconds waited for each rank are added to it.
         """
+        if stream is not None and self._arrays.is_elsewhere(stream):
+            return self._arrays.call_on_stream(Plan.combine, locals())
         weighted, num_tokens, num_rows = topk_weights is not None, self._num_tokens, self._num_rows
         choices = (weighted, out is None, zero_copy, mode, weighting, wire, lane, num_sms, num_tokens, num_rows)
         given = [rows, topk_weights] if weighted else [rows]
@@ -376,6 +385,8 @@ class Plan:
         self, rows: Array, *, lane: int = 0, num_sms: int = 0, stream: Any = None, **arguments: Any
     ) -> Pending[Combined]:
         """The first phase of a combine with the same arguments: returns when the data are on their way."""
+        if stream is not None and self._arrays.is_elsewhere(stream):
+            return self._arrays.call_on_stream(Plan.combine_send, locals())
         call, result, inputs = self._prepare_combine(rows, **arguments)
         self._set_launch(call.arrays, lane, num_sms, stream)
         return sent(self, tern_combine, call, result, inputs)
@@ -408,7 +419,7 @@ class Plan:
         num_tokens = self._num_tokens if along is None else along
         if num_tokens < 0 or self._num_rows < 0:
             raise InvalidStateError("combine: the plan is not routed; route it, or give the dispatch topk_idx")
-        arrays = self.exchange._arrays.of(rows)
+        arrays = self._arrays.of(rows)
         pointer = arrays.pointer
         rows = arrays.dense(arrays.adopt(rows, "rows"))
         shape, dtype = rows.shape, rows.dtype

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -183,3 +184,92 @@ def test_given_numpy_outputs() -> None:
     y.flags.writeable = False
     with pytest.raises(tern.InvalidArgumentError, match="out is"):
         plan.combine(out.tokens, out=y)
+
+
+# --------------------------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("as_handle", [False, True])
+def test_what_a_call_makes_is_made_on_its_stream(as_handle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: in which stream's context the call is done, with all its arguments."""
+    plan = plan_of("cpu")
+    x, idx, weights = batch("cpu", TOKENS)
+    current, used = [0], []
+
+    class Stream:
+        def __init__(self, handle: int) -> None:
+            self.cuda_stream = handle
+
+        def __enter__(self) -> None:
+            current.append(self.cuda_stream)
+
+        def __exit__(self, *_: Any) -> None:
+            current.pop()
+
+    monkeypatch.setattr(
+        plan._arrays, "is_elsewhere", lambda stream: getattr(stream, "cuda_stream", stream) != current[-1]
+    )
+    monkeypatch.setattr(plan._arrays.torch(), "on_stream", lambda s: s if isinstance(s, Stream) else Stream(s))
+
+    def spied(method: Any, *given: Any, **options: Any) -> Any:
+        used.append(current[-1])
+        return method(*given, **options)
+
+    for name in ("_set_routing", "_prepare_dispatch", "_prepare_combine"):
+        monkeypatch.setattr(plan, name, functools.partial(spied, getattr(plan, name)))
+    stream: Any = 7 if as_handle else Stream(7)
+    plan.route(idx, stream=stream)
+    assert used.pop() == 7
+    rows = plan.dispatch(x, topk_weights=weights, stream=stream).tokens
+    assert plan.dispatch_send(x, topk_idx=idx, outputs=["rank_counts"], stream=stream).receive().rank_counts is not None
+    plan.combine_send(rows, mode="exact", stream=stream).receive()
+    combined = plan.combine(rows, topk_weights=weights, mode="exact", stream=stream).tokens
+    torch.testing.assert_close(combined, x * weights.sum(1, keepdim=True))
+    assert set(used) == {7} and current == [0]
+    monkeypatch.setattr(plan.exchange._arrays, "of", lambda array: used.append(current[-1]) or plan._arrays.torch())
+    used.clear()
+    plan.exchange.count_routing(idx, EXPERTS, wanted=["tokens_per_expert"], stream=stream)
+    assert used == [7]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("as_handle", [False, True])
+def test_outputs_and_copies_belong_to_the_stream(as_handle: bool) -> None:
+    """The current stream is late with what it does to memory; a call on another stream must neither wait for it nor read it too early."""
+    plan, given = plan_of("cuda"), torch.cuda.Stream()
+    x, idx, weights = batch("cuda", TOKENS)
+    by_columns = x.t().contiguous().t()
+    busy = torch.randn(4096, 4096, device="cuda")
+    stream: Any = given.cuda_stream if as_handle else given
+
+    def belongs(*arrays: Any) -> None:
+        blocks = {
+            block["address"]: segment["stream"]
+            for segment in torch.cuda.memory_snapshot()
+            for block in segment["blocks"]
+            if block["state"] == "active_allocated"
+        }
+        assert all(
+            blocks[array.untyped_storage().data_ptr()] == given.cuda_stream for array in arrays if array is not None
+        )
+
+    for _ in range(4):
+        torch.cuda.synchronize()
+        for _ in range(20):
+            busy.matmul(busy)
+        arrived = plan.dispatch(by_columns, topk_idx=idx, stream=stream)  # copied
+        combined = plan.combine(arrived.tokens, topk_weights=weights, stream=stream).tokens
+        given.synchronize()
+        torch.testing.assert_close(combined, x * weights.sum(1, keepdim=True))
+        pending = plan.dispatch_send(by_columns, topk_idx=idx, stream=stream)
+        pending.receive(stream=stream)
+        counts = plan.exchange.count_routing(idx, EXPERTS, stream=stream)
+        belongs(*vars(arrived).values(), combined, *vars(pending.result).values(), *counts)
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(given):
+        y = plan.combine(
+            arrived.tokens, topk_weights=weights, stream=0 if as_handle else torch.cuda.default_stream()
+        ).tokens
+    torch.cuda.synchronize()
+    torch.testing.assert_close(y, combined)
