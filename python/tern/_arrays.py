@@ -88,17 +88,22 @@ class TorchArrays:
         return array, shape[0]
 
     def rows(self, array: Any, name: str) -> tuple[Array, tuple[int, ...], int]:
-        """[any, any], each row dense; its shape; its stride in elements, 0 where that does not matter. Rows that are one in memory are
-        copied: a stride of 0 means dense in C."""
+        """[any, any], each row dense; its shape; its stride in elements, 0 where that does not matter. Rows that have memory in common are
+        copied: C refuses them, and a stride of 0 means dense there."""
         array = self.adopt(array, name)
         shape = array.shape
         if len(shape) != 2:
             raise InvalidArgumentError(f"{name} has shape {list(shape)}; it must be [num_tokens, hidden]")
         stride, step = array.stride()
-        if step != 1 or stride == 0:
+        if step != 1 or stride < shape[1]:
             array = array.contiguous()
             stride = array.stride()[0]
         return array, shape, stride if shape[0] > 1 else 0
+
+    def strided(self, array: Any, name: str) -> Array:
+        """With strides that C takes, which are not 0."""
+        array = self.adopt(array, name)
+        return array.contiguous() if 0 in array.stride() else array
 
     def strides(self, array: Array) -> tuple[int, ...]:
         return tuple(array.stride())
@@ -218,12 +223,17 @@ class NumpyArrays:
         return isinstance(array, self._numpy.ndarray)
 
     def adopt(self, array: Any, name: str) -> Array:
-        if isinstance(array, self._numpy.ndarray):
-            return array
-        try:
-            return self._numpy.from_dlpack(array)
-        except (AttributeError, BufferError, TypeError, RuntimeError) as error:
-            raise InvalidArgumentError(f"{name} is not an array in this process's memory: {error}") from error
+        if not isinstance(array, self._numpy.ndarray):
+            try:
+                array = self._numpy.from_dlpack(array)
+            except (AttributeError, BufferError, TypeError, RuntimeError) as error:
+                raise InvalidArgumentError(f"{name} is not an array in this process's memory: {error}") from error
+        if not array.dtype.isnative:
+            raise InvalidArgumentError(
+                f"{name} has elements of type {array.dtype.str!r}, whose bytes are in another order than this machine's; give "
+                'array.astype(array.dtype.newbyteorder("="))'
+            )
+        return array
 
     def matrix(self, array: Any, name: str, width: int) -> tuple[Array, int]:
         array = self.dense(self.adopt(array, name))
@@ -235,9 +245,18 @@ class NumpyArrays:
         array = self.adopt(array, name)
         if array.ndim != 2:
             raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, hidden]")
-        if array.strides[1] != array.itemsize or array.strides[0] == 0:
+        stride, step = array.strides
+        apart = (
+            stride >= array.shape[1] * step and stride % array.itemsize == 0
+        )  # in a record it may be any number of bytes
+        if step != array.itemsize or not (apart and array.flags.aligned):
             array = self.dense(array)
         return array, array.shape, array.strides[0] // array.itemsize if array.shape[0] > 1 else 0
+
+    def strided(self, array: Any, name: str) -> Array:
+        array = self.adopt(array, name)
+        taken = all(stride > 0 and stride % array.itemsize == 0 for stride in array.strides) and array.flags.aligned
+        return array if taken else self.dense(array)
 
     def strides(self, array: Array) -> tuple[int, ...]:
         return tuple(stride // array.itemsize for stride in array.strides)
@@ -254,7 +273,8 @@ class NumpyArrays:
         return int(array.ctypes.data) if array.size else 0
 
     def dense(self, array: Array) -> Array:
-        return self._numpy.ascontiguousarray(array)
+        flags = array.flags
+        return array if flags.c_contiguous and flags.aligned else self._numpy.array(array, order="C")
 
     def is_dense(self, array: Array) -> bool:
         return bool(array.flags.c_contiguous)

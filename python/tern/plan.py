@@ -288,9 +288,7 @@ class Plan:
             raise InvalidArgumentError(f"tokens has {num_tokens} rows, but {routed} were routed")
         scale_dtype, num_scales = None, 0
         if scales is not None:
-            scales = arrays.adopt(scales, "scales")
-            if 0 in arrays.strides(scales):
-                scales = arrays.dense(scales)
+            scales = arrays.strided(scales, "scales")
             if len(scales.shape) != 2 or scales.shape[0] != num_tokens:
                 raise InvalidArgumentError(
                     f"scales has shape {list(scales.shape)}; it must be [{num_tokens}, any number]"

@@ -273,3 +273,68 @@ def test_outputs_and_copies_belong_to_the_stream(as_handle: bool) -> None:
         ).tokens
     torch.cuda.synchronize()
     torch.testing.assert_close(y, combined)
+
+
+# --------------------------------------------------------------------------------------------------------------------- strides
+
+
+def record_field(array: Any) -> Any:
+    """The same values between others, as far apart as is no multiple of an element; not aligned."""
+    numpy = pytest.importorskip("numpy")
+    records = numpy.zeros(len(array), [("before", "u1"), ("field", array.dtype, array.shape[1:])])
+    records["field"] = array
+    return records["field"]
+
+
+NUMPY_WAYS = {
+    "record field": record_field,
+    "rows from the end": lambda array: array[::-1].copy()[::-1],
+    "columns from the end": lambda array: array[:, ::-1].copy()[:, ::-1],
+    "every other row": lambda array: array.repeat(2, axis=0)[::2],
+    "by columns": lambda array: array.T.copy().T,
+}
+
+
+@pytest.mark.parametrize("way", NUMPY_WAYS)
+def test_numpy_arrays_of_any_stride(way: str) -> None:
+    plan = plan_of("cpu")
+    x, idx, weights = (array.numpy() for array in batch("cpu", TOKENS))
+    scales = x[:, :4].copy()
+    expected = plan.dispatch(x, topk_idx=idx, scales=scales, topk_weights=weights)
+    combined = plan.combine(expected.tokens, topk_weights=weights).tokens
+    lying = NUMPY_WAYS[way]
+    for _ in range(3):
+        there = {"scales": lying(scales), "topk_weights": lying(weights)}
+        assert (there["scales"] == scales).all() and there["scales"].strides != scales.strides
+        arrived = plan.dispatch(lying(x), topk_idx=lying(idx), **there)
+        for name in ("tokens", "scales", "topk_weights"):
+            assert (getattr(arrived, name) == getattr(expected, name)).all(), name
+        assert (plan.combine(lying(arrived.tokens), topk_weights=lying(weights)).tokens == combined).all()
+
+
+@pytest.mark.parametrize("kind", ["numpy", *DEVICES])
+def test_rows_that_overlap(kind: str) -> None:
+    plan = plan_of("cpu" if kind == "numpy" else kind)
+    flat, idx = torch.rand(TOKENS + HIDDEN), batch("cpu", TOKENS)[1]
+    x, idx = (array.to("cpu" if kind == "numpy" else kind) for array in (flat, idx))
+    x = x.as_strided((TOKENS, HIDDEN), (1, 1))
+    expected = plan_of(x.device.type).dispatch(x.contiguous(), topk_idx=idx, scales=x[:, :4].contiguous())
+    if kind == "numpy":
+        x, idx = x.numpy(), idx.numpy()
+    for _ in range(3):
+        arrived = plan.dispatch(x, topk_idx=idx, scales=x[:, :4])
+        assert torch.equal(torch.as_tensor(arrived.tokens), expected.tokens)
+        assert torch.equal(torch.as_tensor(arrived.scales), expected.scales)
+
+
+def test_numpy_arrays_of_another_byte_order() -> None:
+    plan = plan_of("cpu")
+    x, idx, weights = (array.numpy() for array in batch("cpu", TOKENS))
+    for name in ("tokens", "topk_idx", "scales", "topk_weights"):
+        given = {"tokens": x, "topk_idx": idx, "scales": x[:, :4], "topk_weights": weights}
+        given[name] = given[name].astype(given[name].dtype.newbyteorder())
+        with pytest.raises(tern.InvalidArgumentError, match=f"{name} has elements of type '>"):
+            plan.dispatch(given.pop("tokens"), **given)
+    rows = plan.dispatch(x, topk_idx=idx).tokens
+    with pytest.raises(tern.InvalidArgumentError, match="rows has elements of type '>"):
+        plan.combine(rows.astype(">f4"))
