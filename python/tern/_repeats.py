@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations that come again: calls that look like the one before.
 
-Most calls look like the one before: the same choices, and arrays of the same shapes, strides and dtypes. A plan keeps what it found when it
-looked at such a call, and the next one compares, sets addresses, and is in C. Nothing is taken on trust: every array is compared and its
-address read at every call, since a tensor's memory and shape may change (`set_`, `resize_`, `t_`, `.data`). A call that differs in
+Most calls look like the one before: the same choices, and arrays of the same shapes, strides, dtypes and devices. A plan keeps what it found
+when it looked at such a call, and the next one compares, sets addresses, and is in C. Nothing is taken on trust: every array, outputs that are
+given too, is compared and its address read at every call, since a tensor's memory and shape may change (`set_`, `resize_`, `t_`, `.data`). A call that differs in
 anything is looked at as a whole, which is also where the errors are raised. No array is kept alive.
 """
 

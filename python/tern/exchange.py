@@ -194,7 +194,8 @@ class Exchange:
         """An array in this rank's window, uninitialised: other ranks use it in place (zero copy).
 
         A torch tensor for a torch dtype, else a NumPy array. CPU ranks profit where dispatch writes to it and combine reads from it;
-        GPU ranks where dispatch reads tokens and scales from it and combine reads rows from it. Not collective. The memory goes back
+        GPU ranks where dispatch reads tokens and scales from it and combine reads rows from it, and in rank_major also where dispatch writes
+        to it what other ranks have in theirs. Not collective. The memory goes back
         when the last array on it is dropped; on a GPU, operations that use it must have ended then.
         """
         arrays = self._arrays.of_dtype(dtype)

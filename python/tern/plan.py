@@ -178,10 +178,10 @@ class Plan:
     ) -> Dispatched:
         """Sends this rank's tokens to the ranks of their experts, and receives what the others send. Collective.
 
-        tokens: [num_tokens, hidden], rows of any stride; bf16, fp16, fp32, fp8, or any other type as bytes. A row is a multiple of
-            16 bytes.
+        tokens: [num_tokens, hidden] bf16, fp16, fp32, fp8, or any other type as bytes. A row is a multiple of 16 bytes. Dense rows that are
+            apart are read where they are (on GPUs they begin at multiples of 16 bytes, others are refused); else tokens are copied.
         topk_idx: routes the plan in the same operation (extent WORST), with device_num_tokens as in `route`.
-        scales: [num_tokens, any number], any strides, travel with the tokens.
+        scales: [num_tokens, any number], travel with the tokens; copied if a stride is 0 or negative, else read where they are.
         topk_weights: f32 [num_tokens, num_topk], given by all ranks or by none.
         encoding: "as_given", or a cast to fp8 on the way: "fp8_f32", "fp8_f32_pow2", "fp8_ue8m0" (scales come as int32, four
             exponents each).
