@@ -11,11 +11,12 @@ import functools
 import operator
 import sys
 from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 from ._c import DType, IndexType
 from .errors import InvalidArgumentError, UnsupportedError
 
+Result = TypeVar("Result")
 Array = Any  # torch.Tensor or numpy.ndarray
 
 _DTYPES = {
@@ -43,7 +44,7 @@ class TorchArrays:
 
         self._torch = torch
         self._cuda_index = cuda_index
-        self._device = torch.device("cpu") if cuda_index is None else torch.device("cuda", cuda_index)
+        self.device = torch.device("cpu") if cuda_index is None else torch.device("cuda", cuda_index)
         self._device_number = -1 if cuda_index is None else cuda_index  # as Tensor.get_device says it
         self._tensor = torch.Tensor
         self._empty, self._empty_like = torch.empty, torch.empty_like
@@ -74,7 +75,7 @@ class TorchArrays:
             array = self._torch.utils.dlpack.from_dlpack(array)
         if array.get_device() != self._device_number:
             raise InvalidArgumentError(
-                f"{name} is on {array.device}, but the exchange is on {self._device}; move it there"
+                f"{name} is on {array.device}, but the exchange is on {self.device}; move it there"
             )
         return array
 
@@ -87,17 +88,22 @@ class TorchArrays:
         return array, shape[0]
 
     def rows(self, array: Any, name: str) -> tuple[Array, tuple[int, ...], int]:
-        """[any, any], each row dense; its shape; its stride in elements, 0 where that does not matter. Rows that are one in memory are
-        copied: a stride of 0 means dense in C."""
+        """[any, any], each row dense; its shape; its stride in elements, 0 where that does not matter. Rows that have memory in common are
+        copied: C refuses them, and a stride of 0 means dense there."""
         array = self.adopt(array, name)
         shape = array.shape
         if len(shape) != 2:
             raise InvalidArgumentError(f"{name} has shape {list(shape)}; it must be [num_tokens, hidden]")
         stride, step = array.stride()
-        if step != 1 or stride == 0:
+        if step != 1 or stride < shape[1]:
             array = array.contiguous()
             stride = array.stride()[0]
         return array, shape, stride if shape[0] > 1 else 0
+
+    def strided(self, array: Any, name: str) -> Array:
+        """With strides that C takes, which are not 0."""
+        array = self.adopt(array, name)
+        return array.contiguous() if 0 in array.stride() else array
 
     def strides(self, array: Array) -> tuple[int, ...]:
         return tuple(array.stride())
@@ -118,7 +124,17 @@ class TorchArrays:
         return refuse_index(array) if kind is None else kind
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
-        return self._empty(shape, dtype=dtype, device=self._device)
+        return self._empty(shape, dtype=dtype, device=self.device)
+
+    def fits(self, array: Any, kind: ArrayKind) -> bool:
+        """Whether it can be written to in place of a fresh array."""
+        return (
+            isinstance(array, self._tensor)
+            and array.shape == kind.shape
+            and array.dtype == kind.dtype
+            and array.device == self.device
+            and (array.swapaxes(-1, -2) if kind.transposed else array).is_contiguous()
+        )
 
     def plain(self, kinds: Sequence[ArrayKind | None]) -> Callable[[], list[Array]]:
         """Makes an array of each kind, and None for None."""
@@ -162,11 +178,19 @@ class TorchArrays:
         if self._cuda_index is None:
             flat = torch.frombuffer(owner, dtype=torch.uint8)
         else:
-            flat = torch.as_tensor(owner, device=self._device)
+            flat = torch.as_tensor(owner, device=self.device)
         return flat.view(dtype).view(tuple(shape))
 
     def _current_stream(self) -> int:
         return int(self._torch.cuda.current_stream(self._cuda_index).cuda_stream)
+
+    def on_stream(self, stream: Any) -> Any:
+        """A context in which it is the current one."""
+        cuda, handle = self._torch.cuda, raw_stream(stream)
+        if not isinstance(stream, cuda.Stream):
+            # An ExternalStream of 0 would be any other one.
+            stream = cuda.ExternalStream(handle, self.device) if handle else cuda.default_stream(self.device)
+        return cuda.stream(stream)
 
     def alike(self, arrays: Sequence[Array]) -> Callable[..., bool]:
         """Tells of other arrays whether they are like these: types, shapes, strides, dtypes and devices. It keeps none of them. What is no
@@ -179,6 +203,8 @@ class TorchArrays:
 
 class NumpyArrays:
     """NumPy arrays, for CPU ranks. bf16 and fp8 are those of ml_dtypes; without it fp8 comes out as uint8."""
+
+    device = "cpu"
 
     def __init__(self) -> None:
         import numpy
@@ -197,12 +223,17 @@ class NumpyArrays:
         return isinstance(array, self._numpy.ndarray)
 
     def adopt(self, array: Any, name: str) -> Array:
-        if isinstance(array, self._numpy.ndarray):
-            return array
-        try:
-            return self._numpy.from_dlpack(array)
-        except (AttributeError, BufferError, TypeError, RuntimeError) as error:
-            raise InvalidArgumentError(f"{name} is not an array in this process's memory: {error}") from error
+        if not isinstance(array, self._numpy.ndarray):
+            try:
+                array = self._numpy.from_dlpack(array)
+            except (AttributeError, BufferError, TypeError, RuntimeError) as error:
+                raise InvalidArgumentError(f"{name} is not an array in this process's memory: {error}") from error
+        if not array.dtype.isnative:
+            raise InvalidArgumentError(
+                f"{name} has elements of type {array.dtype.str!r}, whose bytes are in another order than this machine's; give "
+                'array.astype(array.dtype.newbyteorder("="))'
+            )
+        return array
 
     def matrix(self, array: Any, name: str, width: int) -> tuple[Array, int]:
         array = self.dense(self.adopt(array, name))
@@ -214,9 +245,18 @@ class NumpyArrays:
         array = self.adopt(array, name)
         if array.ndim != 2:
             raise InvalidArgumentError(f"{name} has shape {list(array.shape)}; it must be [num_tokens, hidden]")
-        if array.strides[1] != array.itemsize or array.strides[0] == 0:
+        stride, step = array.strides
+        apart = (
+            stride >= array.shape[1] * step and stride % array.itemsize == 0
+        )  # in a record it may be any number of bytes
+        if step != array.itemsize or not (apart and array.flags.aligned):
             array = self.dense(array)
         return array, array.shape, array.strides[0] // array.itemsize if array.shape[0] > 1 else 0
+
+    def strided(self, array: Any, name: str) -> Array:
+        array = self.adopt(array, name)
+        taken = all(stride > 0 and stride % array.itemsize == 0 for stride in array.strides) and array.flags.aligned
+        return array if taken else self.dense(array)
 
     def strides(self, array: Array) -> tuple[int, ...]:
         return tuple(stride // array.itemsize for stride in array.strides)
@@ -233,7 +273,8 @@ class NumpyArrays:
         return int(array.ctypes.data) if array.size else 0
 
     def dense(self, array: Array) -> Array:
-        return self._numpy.ascontiguousarray(array)
+        flags = array.flags
+        return array if flags.c_contiguous and flags.aligned else self._numpy.array(array, order="C")
 
     def is_dense(self, array: Array) -> bool:
         return bool(array.flags.c_contiguous)
@@ -248,13 +289,22 @@ class NumpyArrays:
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         return self._numpy.empty(shape, dtype=dtype)
 
+    def fits(self, array: Any, kind: ArrayKind) -> bool:
+        return (
+            isinstance(array, self._numpy.ndarray)
+            and array.shape == kind.shape
+            and array.dtype == kind.dtype
+            and array.flags.writeable
+            and bool((array.swapaxes(-1, -2) if kind.transposed else array).flags.c_contiguous)
+        )
+
     def plain(self, kinds: Sequence[ArrayKind | None]) -> Callable[[], list[Array]]:
         return lambda: [_made(self.empty, kind) for kind in kinds]
 
     patterns = plain
 
     def alike(self, arrays: Sequence[Array]) -> Callable[..., bool]:
-        return _alike(arrays, operator.attrgetter("shape", "strides", "dtype"))
+        return _alike(arrays, operator.attrgetter("shape", "strides", "dtype", "flags.writeable"))
 
     def dtype_bytes(self, dtype: Any) -> int:
         return int(self._numpy.dtype(dtype).itemsize)
@@ -267,6 +317,22 @@ class NumpyArrays:
 
 
 Arrays = Any  # TorchArrays or NumpyArrays
+
+
+def require_fit(arrays: Arrays, array: Any, kind: ArrayKind, name: str) -> None:
+    """Of an array that is written to: it is what a fresh one would be."""
+    if arrays.fits(array, kind):
+        return
+    found = f"a {type(array).__name__}"
+    if hasattr(array, "shape") and hasattr(array, "dtype"):
+        found = f"{array.dtype} of shape {list(array.shape)}, {getattr(array, 'device', 'in host memory')}"
+        if arrays.owns(array):
+            found += f", strides {list(arrays.strides(array))}"
+    lies = "by columns" if kind.transposed else "dense"
+    raise InvalidArgumentError(
+        f"{name} is {found}; it must be {kind.dtype} of shape {list(kind.shape)}, {lies}, writable, and where the exchange is: "
+        f"{arrays.device}"
+    )
 
 
 def _made(empty: Callable[[Sequence[int], Any], Array], kind: ArrayKind | None) -> Array | None:
@@ -354,6 +420,17 @@ class ArraysOfDevice:
         raise InvalidArgumentError(
             f"{type(array).__name__} is no array: give a torch tensor, a NumPy array, or one with __dlpack__"
         )
+
+    def is_elsewhere(self, stream: Any) -> bool:
+        """Whether `stream` is not torch's current one."""
+        return self._cuda_index is not None and raw_stream(stream) != self.torch().current_stream()
+
+    def call_on_stream(self, method: Callable[..., Result], given: dict[str, Any]) -> Result:
+        """Calls it where given["stream"] is torch's current one: what it makes and copies belongs to that. given: locals() of the method."""
+        stream = given.pop("stream")
+        given.update(given.pop("arguments", {}))
+        with self.torch().on_stream(stream):
+            return method(**given)
 
     def of_dtype(self, dtype: Any) -> Arrays:
         torch = sys.modules.get("torch")

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 import struct
 from typing import Any, Callable, NamedTuple, Sequence
 
 from . import _c
-from ._arrays import Array, ArrayKind, Arrays
+from ._arrays import Array, ArrayKind, Arrays, require_fit
 from .errors import InvalidArgumentError
 from .results import Dispatched
 
@@ -95,12 +96,11 @@ class DispatchCall:
             self.args.scale_bytes, self.args.scale_element_bytes = kind.num_scales * item, item
         self.pointer = ctypes.byref(self.args)
         self.token_item = arrays.dtype_bytes(kind.dtype)
-        self._of_rows: list[tuple[str, tuple[int, ...], Any]] = []
-        self._fixed: list[tuple[str, tuple[int, ...], Any]] = []
         self._scales = self._arriving_scales()
-        wanted = DEFAULT_OUTPUTS[shape.layout] if kind.outputs is None else kind.outputs
-        self._add_outputs([name for name in wanted if name not in ("tokens", "scales")])
+        self._of_rows, self._fixed = self._all_outputs()
+        self._wanted = self._made_outputs(DEFAULT_OUTPUTS[shape.layout] if kind.outputs is None else kind.outputs)
         self.maker = OutputMaker(arrays)
+        self._given_kinds: tuple[int, list[ArrayKind | None]] = (-1, [])  # of the last number of rows
 
     def _arriving_scales(self) -> tuple[int, Any]:
         """Number and dtype; dtype None: none arrive."""
@@ -114,12 +114,13 @@ class DispatchCall:
             else (num_scales, arrays.float32)
         )
 
-    def _add_outputs(self, wanted: Sequence[str]) -> None:
+    def _all_outputs(self) -> tuple[dict[str, tuple[tuple[int, ...], Any]], dict[str, tuple[tuple[int, ...], Any]]]:
+        """Of the fields of Dispatched but scales: the shape behind the rows' and the dtype; shape and dtype of those that are not of rows."""
         arrays, shape = self.arrays, self.shape
         by_expert = shape.layout != _c.Layout.RANK_MAJOR
         casts = self.kind.encoding != _c.Encoding.AS_GIVEN
-        self._of_rows.append(("tokens", (self.kind.hidden,), arrays.float8 if casts else self.kind.dtype))
         of_rows: dict[str, tuple[tuple[int, ...], Any]] = {
+            "tokens": ((self.kind.hidden,), arrays.float8 if casts else self.kind.dtype),
             "topk_idx": ((shape.num_topk,), arrays.int32),
             "topk_weights": (() if by_expert else (shape.num_topk,), arrays.float32),
             "source_token": ((), arrays.int32),
@@ -132,15 +133,16 @@ class DispatchCall:
             "rank_counts": ((shape.num_ranks,), arrays.int32),
             "expert_rank_ranges": ((shape.num_local_experts, shape.num_ranks), arrays.int64),
         }
+        return of_rows, fixed
+
+    def _made_outputs(self, wanted: Sequence[str]) -> set[str]:
+        """The fields that make_outputs makes."""
+        lacking = {"topk_idx"} if self.shape.num_topk == 0 else set()
+        lacking |= set() if self.kind.carries_weights else {"topk_weights"}
         for name in wanted:
-            if name not in of_rows and name not in fixed:
+            if name not in OUT_NAMES:
                 raise InvalidArgumentError(f"outputs names {name!r}, which is no field of Dispatched")
-            if (name == "topk_idx" and shape.num_topk == 0) or (
-                name == "topk_weights" and not self.kind.carries_weights
-            ):
-                continue
-            group, table = (self._of_rows, of_rows) if name in of_rows else (self._fixed, fixed)
-            group.append((name, *table[name]))
+        return {"tokens", "scales", *wanted} - lacking
 
     def make_outputs(self, num_rows: int) -> Dispatched:
         """Fresh arrays, and their addresses in the struct."""
@@ -150,22 +152,34 @@ class DispatchCall:
 
     def _kinds(self, num_rows: int) -> list[ArrayKind | None]:
         """Of all fields of Dispatched; None: stays None."""
+        return [kind if name in self._wanted else None for name, kind in zip(OUT_NAMES, self._all_kinds(num_rows))]
+
+    def _all_kinds(self, num_rows: int) -> list[ArrayKind | None]:
+        """Of all fields of Dispatched; None: scales that do not arrive."""
         rows = self.shape.rows(num_rows)
-        kinds = {name: ArrayKind(rows + tail, dtype) for name, tail, dtype in self._of_rows}
-        kinds.update({name: ArrayKind(shape, dtype) for name, shape, dtype in self._fixed})
+        kinds = {name: ArrayKind(rows + tail, dtype) for name, (tail, dtype) in self._of_rows.items()}
+        kinds.update({name: ArrayKind(*whole) for name, whole in self._fixed.items()})
         num_scales, dtype = self._scales
         if dtype is not None:
             by_column = self.kind.scale_order != _c.ScaleOrder.ROW_MAJOR
             kinds["scales"] = ArrayKind((*rows, num_scales), dtype, transposed=by_column)
         return [kinds.get(name) for name in OUT_NAMES]
 
-    def use_outputs(self, out: Dispatched) -> None:
+    def use_outputs(self, out: Dispatched, num_rows: int) -> None:
         """The caller's arrays; those that are None are not written."""
+        if self._given_kinds[0] != num_rows:
+            self._given_kinds = num_rows, self._all_kinds(num_rows)
+        for name, array, kind in zip(OUT_NAMES, out_arrays(out), self._given_kinds[1]):
+            if array is not None and kind is not None:
+                require_fit(self.arrays, array, kind, f"out.{name}")
         set_outputs(self.args, out_addresses(out, self.arrays.pointer))
 
 
 def set_outputs(args: _c.DispatchArgs, addresses: Sequence[int]) -> None:
     OUT_ADDRESSES.pack_into(args, OUT_OFFSET, *addresses)
+
+
+out_arrays: Callable[[Dispatched], tuple[Array | None, ...]] = operator.attrgetter(*OUT_NAMES)
 
 
 def out_addresses(out: Dispatched, address: Callable[[Array], int]) -> tuple[int, ...]:
@@ -233,6 +247,11 @@ class CombineCall:
 
     def make_result(self, num_tokens: int) -> Array:
         return self.maker.make(num_tokens, self._kinds)[0]
+
+    def use_result(self, out: Array, num_tokens: int) -> Array:
+        """The caller's array."""
+        require_fit(self.arrays, out, ArrayKind((num_tokens, self.kind.hidden), self.kind.dtype), "out")
+        return out
 
     def _kinds(self, num_tokens: int) -> list[ArrayKind | None]:
         return [ArrayKind((num_tokens, self.kind.hidden), self.kind.dtype)]

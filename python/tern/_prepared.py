@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Sequence, TypeVar
 from . import _c
 from ._arrays import Arrays, raw_stream
 from ._calls import CombineCall, DispatchCall
-from .errors import InvalidArgumentError, InvalidStateError, check
+from .errors import HAS_ROUTED, InvalidArgumentError, InvalidStateError, check
 from .results import Pending, Prepared
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ def sent(plan: Plan, function: Any, call: DispatchCall | CombineCall, result: Re
     """The first phase of an operation, done here; `inputs` and the plan stay alive until the second."""
     structs = plan._structs(call, _c.Phase.SEND)
     launch, arguments = structs.launch, (plan._pointer, *structs.pointers)
-    check(function(*arguments))
+    status = function(*arguments)
+    if structs.routes and status in HAS_ROUTED:
+        plan._num_tokens = plan._next_tokens = structs.routing.num_tokens
+    check(status)
 
     def receive(stream: Any) -> None:
         launch.phase = _c.Phase.RECEIVE
@@ -38,18 +41,18 @@ def prepared(
     launch, routes = structs.launch, structs.routes
     handle, (args_pointer, launch_pointer) = plan._pointer, structs.pointers
     current_stream = call.arrays.current_stream
-    num_tokens, num_rows = plan._num_tokens, plan._num_rows
+    num_tokens, num_rows = plan._next_tokens, plan._num_rows
 
     def run(stream: Any) -> None:
-        if routes:
-            plan._num_tokens = num_tokens
-        elif plan._num_tokens != num_tokens or plan._num_rows != num_rows:
+        if not routes and (plan._num_tokens != num_tokens or plan._num_rows != num_rows):
             raise InvalidStateError(
                 f"prepared for {num_tokens} tokens and {num_rows} rows, but {plan._num_tokens} tokens were routed, with "
                 f"{plan._num_rows} rows; prepare it anew"
             )
         launch.stream = current_stream() if stream is None else raw_stream(stream)
         status = function(handle, args_pointer, launch_pointer)
+        if routes and status in HAS_ROUTED:
+            plan._num_tokens = plan._next_tokens = num_tokens
         if status != 0:
             check(status, result)
 

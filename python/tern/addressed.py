@@ -21,6 +21,7 @@ from ._arrays import ArrayKind as ArrayKind
 from ._calls import OUT_ADDRESSES, OUT_OFFSET
 from ._library import tern_combine, tern_dispatch
 from ._prepared import refuse_copies
+from .errors import HAS_ROUTED
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -57,7 +58,8 @@ class AddressedDispatch:
     def __init__(self, structs: Structs) -> None:
         self._launch, self._stream = structs.launch, structs.launch.stream or 0
         self._args_pointer, self._launch_pointer = structs.pointers
-        self._routes, self._num_tokens = structs.routes, structs.routing.num_tokens
+        self._routes = structs.routes and structs.launch.phase != _c.Phase.RECEIVE
+        self._num_tokens = structs.routing.num_tokens
         self._args, self._routing = words(structs.args), words(structs.routing)
         self._set_outputs = functools.partial(OUT_ADDRESSES.pack_into, structs.args, OUT_OFFSET)
         self._inputs: Any = None  # addresses that are set
@@ -73,9 +75,9 @@ class AddressedDispatch:
             self._set_outputs(*outputs)
         if stream != self._stream:
             self._launch.stream = self._stream = stream
-        if self._routes:
-            plan._num_tokens = self._num_tokens
         status: int = tern_dispatch(plan._pointer, self._args_pointer, self._launch_pointer)
+        if self._routes and status in HAS_ROUTED:
+            plan._num_tokens = plan._next_tokens = self._num_tokens
         return status
 
 
@@ -101,11 +103,13 @@ def addressed_dispatch(
     plan: Plan, tokens: Array, *, phase: _c.Phase = _c.Phase.WHOLE, lane: int = 0, num_sms: int = 0, **arguments: Any
 ) -> AddressedDispatch:
     """Of the arguments of Plan.dispatch. Arrays whose strides make that copy them are refused."""
-    call, _, _ = plan._prepare_dispatch(tokens, **arguments)
+    call, _, _ = plan._prepare_dispatch(tokens, along=plan._next_tokens, **arguments)
     given = [tokens, *(arguments.get(name) for name in ("topk_idx", "scales", "topk_weights"))]
     args = call.args
     refuse_copies(call.arrays, given, (args.tokens, plan._routing.topk_idx, args.scales, args.topk_weights))
     plan._set_launch(call.arrays, lane, num_sms, None)
+    if args.routing:
+        plan._next_tokens = plan._routing.num_tokens
     return AddressedDispatch(plan._structs(call, phase))
 
 
@@ -113,7 +117,7 @@ def addressed_combine(
     plan: Plan, rows: Array, *, phase: _c.Phase = _c.Phase.WHOLE, lane: int = 0, num_sms: int = 0, **arguments: Any
 ) -> AddressedCombine:
     """Of the arguments of Plan.combine. Arrays whose strides make that copy them are refused."""
-    call, _, _ = plan._prepare_combine(rows, **arguments)
+    call, _, _ = plan._prepare_combine(rows, along=plan._next_tokens, **arguments)
     refuse_copies(call.arrays, [rows, arguments.get("topk_weights")], (call.args.rows, call.args.topk_weights))
     plan._set_launch(call.arrays, lane, num_sms, None)
     return AddressedCombine(plan._structs(call, phase))

@@ -88,6 +88,9 @@ class InternalError(Error):
     status = Status.INTERNAL_ERROR
 
 
+# Statuses behind which a plan is routed anew; behind any other of an operation that routes, it is as before, or not at all.
+HAS_ROUTED = (int(Status.OK), int(Status.CAPACITY_EXCEEDED))
+
 _CLASSES = {c.status: c for c in Error.__subclasses__()}
 
 

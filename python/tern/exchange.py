@@ -157,6 +157,8 @@ class Exchange:
         topk_idx: int64 or int32 [num_tokens, num_topk] global experts, -1: none. wanted: names of fields of RoutingCounts; default: all.
         On a GPU what is no expert counts as -1; on a CPU it is an InvalidArgumentError.
         """
+        if stream is not None and self._arrays.is_elsewhere(stream):
+            return self._arrays.call_on_stream(Exchange.count_routing, locals())
         arrays = self._arrays.of(topk_idx)
         if len(topk_idx.shape) != 2:
             raise InvalidArgumentError(f"topk_idx has shape {list(topk_idx.shape)}; it must be [num_tokens, num_topk]")
@@ -192,7 +194,8 @@ class Exchange:
         """An array in this rank's window, uninitialised: other ranks use it in place (zero copy).
 
         A torch tensor for a torch dtype, else a NumPy array. CPU ranks profit where dispatch writes to it and combine reads from it;
-        GPU ranks where dispatch reads tokens and scales from it and combine reads rows from it. Not collective. The memory goes back
+        GPU ranks where dispatch reads tokens and scales from it and combine reads rows from it, and in rank_major also where dispatch writes
+        to it what other ranks have in theirs. Not collective. The memory goes back
         when the last array on it is dropped; on a GPU, operations that use it must have ended then.
         """
         arrays = self._arrays.of_dtype(dtype)

@@ -7,6 +7,7 @@ import os
 import signal
 
 import torch
+from deep_ep.low_latency import Shape
 from deep_ep_checks_low_latency import MOST, check_arrived, check_combined, combine, expert_rows, make_case, send
 from deep_ep_checks_normal import refused
 
@@ -46,7 +47,7 @@ def without(case, ranks):
 def everybody(ranks):
     case = make_case(ranks, tokens=(20, 13, 5, 7))
     buffer = _state["buffer"] = ranks.low_latency(case, MOST, enable_shrink=True)
-    for other in ("by hand", "overlapping", "in between", "back"):
+    for other in ("by hand", "overlapping", "in between", "back", "back from a hook", "masked in between"):
         _state[other] = ranks.low_latency(case, MOST, enable_shrink=True)
     # A result that is alive when the rank goes.
     _state["case"], _state["arrived"] = case, send(_state["in between"], case, ranks.rank, use_fp8=False)
@@ -86,6 +87,63 @@ def a_rank_comes_back(ranks):
         check_arrived(full, ranks.rank, arrived)
         check_combined(full, ranks.rank, combine(buffer, full, ranks.rank, expert_rows(full, arrived), arrived)[0])
     assert masked_ranks(buffer, ranks.num_ranks) == []
+    ranks.barrier()
+
+
+def run_into_it_in_a_hook(buffer, case, rank):
+    """What a rank does that has been left out. CPU ranks look before they send, so there the hook is one that dispatches by itself."""
+    mode, own = buffer._low_latency, case.all[rank]
+    if mode.exchange.is_cuda:
+        send(buffer, case, rank, use_fp8=False, return_recv_hook=True)[4]()
+        return
+    shelf = mode.shelf(0, Shape(MOST, case.hidden, case.num_experts), own.topk_idx.shape[1])
+    plan = mode.plans.lease_from(shelf).plan
+    mode.hook(0, lambda: plan.dispatch(own.x, topk_idx=own.topk_idx))()
+
+
+def a_rank_comes_back_from_a_hook(ranks):
+    """As above, but the rank learns of it in a hook."""
+    left_out = 1
+    buffer = _state["back from a hook"]
+    full = make_case(ranks, seed=10, tokens=(20, 13, 5, 7))
+    if ranks.rank == left_out:
+        ranks.barrier()
+        refused(lambda: run_into_it_in_a_hook(buffer, full, ranks.rank), "go on without rank 1")
+        # Where the exchange says who is masked the rank would come back without; on GPUs it does not.
+        assert buffer._low_latency._is_masked_out
+    else:
+        buffer.low_latency_update_mask_buffer(left_out, True)
+        case = without(make_case(ranks, seed=10, tokens=(20, 13, 5, 7)), (left_out,))
+        check_arrived(case, ranks.rank, send(buffer, case, ranks.rank, use_fp8=False))
+        ranks.barrier()
+    ranks.barrier()
+    buffer.low_latency_clean_mask_buffer()
+    arrived = send(buffer, full, ranks.rank, use_fp8=False)
+    check_arrived(full, ranks.rank, arrived)
+    check_combined(full, ranks.rank, combine(buffer, full, ranks.rank, expert_rows(full, arrived), arrived)[0])
+    assert masked_ranks(buffer, ranks.num_ranks) == []
+    ranks.barrier()
+
+
+def masked_between_dispatch_and_combine(ranks):
+    """A result from before the mask changed is combined behind a dispatch that is from after it."""
+    left_out = 1
+    buffer = _state["masked in between"]
+    full = make_case(ranks, seed=11, tokens=(20, 13, 5, 7))
+    arrived = send(buffer, full, ranks.rank, use_fp8=False)
+    check_arrived(full, ranks.rank, arrived)
+    ranks.barrier()
+    if ranks.rank != left_out:
+        buffer.low_latency_update_mask_buffer(left_out, True)
+        left = without(make_case(ranks, seed=11, tokens=(20, 13, 5, 7)), (left_out,))
+        check_arrived(left, ranks.rank, send(buffer, left, ranks.rank, use_fp8=False))
+        rows = expert_rows(full, arrived)
+        for with_hook in (False, True):
+            combined, _, hook = combine(buffer, full, ranks.rank, rows, arrived, return_recv_hook=with_hook)
+            if hook is not None:
+                hook()
+            check_combined(left, ranks.rank, combined)
+        assert masked_ranks(buffer, ranks.num_ranks) == [left_out]
     ranks.barrier()
 
 
@@ -171,6 +229,8 @@ CHECKS = {
     for check in (
         everybody,
         a_rank_comes_back,
+        a_rank_comes_back_from_a_hook,
+        masked_between_dispatch_and_combine,
         a_rank_is_killed,
         the_others_go_on,
         left_out_by_hand,

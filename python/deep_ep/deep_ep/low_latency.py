@@ -350,7 +350,11 @@ class LowLatencyMode:
                 raise tern.InvalidStateError("the hook has run already")
             with self.lane_locks[lane], self.streams.on(stream):
                 self.streams.follow(lane)
-                kept.pop()()
+                try:
+                    kept.pop()()
+                except tern.MaskedOutError:
+                    self._is_masked_out = True
+                    raise
 
         return run
 
@@ -369,7 +373,7 @@ class LowLatencyMode:
         """Along a new plan for the ranks that are left, where rows have moved."""
         shelf = self.shelf(handle.lane, handle.shape, topk_idx.shape[1], captured=self.streams.is_capturing())
         lease = self.plans.lease_from(shelf)
-        narrow = torch.zeros((topk_idx.shape[0], _LEAST_HIDDEN), dtype=torch.bfloat16)
+        narrow = torch.zeros((topk_idx.shape[0], _LEAST_HIDDEN), dtype=torch.bfloat16, device=topk_idx.device)
         arrived = lease.plan.dispatch(narrow, topk_idx=topk_idx, outputs=("expert_rank_ranges",), lane=handle.lane)
         assert arrived.expert_rank_ranges is not None
         moved = moved_rows(rows, handle.layout_ranges, arrived.expert_rank_ranges)

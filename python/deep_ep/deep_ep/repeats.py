@@ -169,7 +169,7 @@ class Repeats:
         self, mode: LowLatencyMode, choices: DispatchChoices, x: torch.Tensor, topk_idx: torch.Tensor, arrived: Arrived
     ) -> None:
         """A dispatch that the long way has done, and that a repeat may do unless it copies a tensor."""
-        if x.stride(1) != 1 or x.stride(0) == 0 or not topk_idx.is_contiguous():
+        if x.stride(1) != 1 or x.stride(0) < x.shape[1] or not topk_idx.is_contiguous():
             return
         seen = (choices, _look(x), _look(topk_idx))
         if seen not in self._seen:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On which stream an operation runs, and who waits for it. All that the module knows of CUDA streams is here.
+"""On which stream an operation runs, and who waits for it. What the module knows of CUDA streams is here, but for
+their events: events.py.
 
 An operation that the caller's stream waits for anyway runs on that stream. One that is to overlap with it, or to begin behind another
 event, runs on the buffer's communication stream, and so do the small torch operations around it: their outputs come from that

@@ -32,7 +32,8 @@ class MoEOutput(NamedTuple):
 
 
 class Router(torch.nn.Module):
-    """Chooses each token's experts: the top-k of a linear map in FP32, weighted by the softmax over those k. Equal on all ranks."""
+    """Chooses each token's experts: the top-k of a linear map in FP32, also under autocast, weighted by the softmax over those k. Its
+    parameters are to be equal on all ranks."""
 
     def __init__(
         self, hidden: int, num_experts: int, num_topk: int, *, device: Any = None, dtype: torch.dtype | None = None
@@ -42,9 +43,10 @@ class Router(torch.nn.Module):
         self.linear = torch.nn.Linear(hidden, num_experts, bias=False, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Routed:
-        logits = torch.nn.functional.linear(tokens.float(), self.linear.weight.float())
-        chosen, topk_idx = logits.topk(self.num_topk, dim=-1)
-        return Routed(topk_idx, chosen.softmax(dim=-1), logits.softmax(dim=-1))
+        with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
+            logits = torch.nn.functional.linear(tokens.float(), self.linear.weight.float())
+            chosen, topk_idx = logits.topk(self.num_topk, dim=-1)
+            return Routed(topk_idx, chosen.softmax(dim=-1), logits.softmax(dim=-1))
 
 
 def load_balancing_loss(probabilities: Tensor, topk_idx: Tensor) -> Tensor:
