@@ -14,16 +14,10 @@ namespace {
 void require_memory(const BenchSetting& setting, int ranks_on_host) {
   if (setting.device.cuda()) return;  // CUDA says when there is no more
   const BatchShape& shape = setting.shape;
-  const int num_ranks = shape.routing.num_ranks();
-  int64_t needed_bytes = 0;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    const int64_t given_bytes = shape.format.given_row_bytes(shape.hidden) + 2 * shape.format.combine_row_bytes(shape.hidden);
-    needed_bytes += window_bytes(shape) + shape.routing.num_tokens(rank) * given_bytes;
-  }
-  if (ranks_on_host == num_ranks)
+  const int64_t given_bytes = shape.format.given_row_bytes(shape.hidden) + 2 * shape.format.combine_row_bytes(shape.hidden);
+  int64_t needed_bytes = ranks_on_host * (window_bytes(shape) + shape.routing.max_tokens() * given_bytes);
+  if (ranks_on_host == shape.routing.num_ranks())
     needed_bytes += static_cast<int64_t>(bench_board_bytes(setting)) * 2;  // the ceiling's shared and own memory
-  else
-    needed_bytes = needed_bytes / num_ranks * ranks_on_host;
   const int64_t available_bytes = read_memory_facts().available_bytes;
   if (available_bytes > 0 && needed_bytes > available_bytes / 10 * 9)
     fail(TERN_OUT_OF_MEMORY, "bench: this takes {} on the {} ranks here together, {} are available: take fewer --tokens{}",
