@@ -354,8 +354,8 @@ TERN_API tern_status tern_exchange_get_info(const tern_exchange* exchange, tern_
 
 /* Memory inside this rank's window, aligned to 256 bytes: what lies there is used in place by the other ranks (zero copy). CPU ranks
  * push, so that is the outputs of dispatch and the rows of combine. GPU ranks pull, so it is the tokens and scales of dispatch and the
- * rows of combine, and in rank_major the outputs of dispatch besides; each argument and rank by itself. Local: ranks may allocate different sizes in different orders.
- * TERN_OUT_OF_MEMORY says how much is left. Thread-safe. Nobody writes there while a recovery runs. */
+ * rows of combine, and in rank_major the outputs of dispatch besides; each argument and rank by itself. Local: ranks may allocate different
+ * sizes in different orders. TERN_OUT_OF_MEMORY says how much is left. Thread-safe. Nobody writes there while a recovery runs. */
 TERN_API tern_status tern_window_alloc(tern_exchange* exchange, int64_t bytes, void** pointer);
 /* Gives it back, when no operation uses it any more. NULL is allowed; any other pointer that is not allocated is TERN_INVALID_ARGUMENT.
  * Local, thread-safe. */

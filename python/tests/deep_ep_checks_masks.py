@@ -66,20 +66,21 @@ def everybody(ranks):
     ranks.barrier()
 
 
-def a_rank_comes_back(ranks):
-    """The others leave out a rank that lives; when it has learned of that, all let it in again."""
+def left_out_and_let_in(ranks, buffer, seed, learn):
+    """The others leave out a rank that lives; when it has learned of that, by learn(case), all let it in again."""
     left_out = 1
-    buffer = _state["back"]
-    full = make_case(ranks, seed=9, tokens=(20, 13, 5, 7))
+    full = make_case(ranks, seed=seed, tokens=(20, 13, 5, 7))
     if ranks.rank == left_out:
         ranks.barrier()
-        refused(lambda: send(buffer, full, ranks.rank, use_fp8=False), "go on without rank 1")
+        refused(lambda: learn(full), "go on without rank 1")
     else:
         buffer.low_latency_update_mask_buffer(left_out, True)
-        case = without(make_case(ranks, seed=9, tokens=(20, 13, 5, 7)), (left_out,))
+        case = without(make_case(ranks, seed=seed, tokens=(20, 13, 5, 7)), (left_out,))
         check_arrived(case, ranks.rank, send(buffer, case, ranks.rank, use_fp8=False))
         assert masked_ranks(buffer, ranks.num_ranks) == [left_out]
         ranks.barrier()
+    # Where the exchange says who is masked the rank would come back without; on GPUs it does not.
+    assert buffer._low_latency._is_masked_out == (ranks.rank == left_out)
     ranks.barrier()
     buffer.low_latency_clean_mask_buffer()
     for _ in range(2):
@@ -88,6 +89,11 @@ def a_rank_comes_back(ranks):
         check_combined(full, ranks.rank, combine(buffer, full, ranks.rank, expert_rows(full, arrived), arrived)[0])
     assert masked_ranks(buffer, ranks.num_ranks) == []
     ranks.barrier()
+
+
+def a_rank_comes_back(ranks):
+    buffer = _state["back"]
+    left_out_and_let_in(ranks, buffer, 9, lambda case: send(buffer, case, ranks.rank, use_fp8=False))
 
 
 def run_into_it_in_a_hook(buffer, case, rank):
@@ -102,27 +108,8 @@ def run_into_it_in_a_hook(buffer, case, rank):
 
 
 def a_rank_comes_back_from_a_hook(ranks):
-    """As above, but the rank learns of it in a hook."""
-    left_out = 1
     buffer = _state["back from a hook"]
-    full = make_case(ranks, seed=10, tokens=(20, 13, 5, 7))
-    if ranks.rank == left_out:
-        ranks.barrier()
-        refused(lambda: run_into_it_in_a_hook(buffer, full, ranks.rank), "go on without rank 1")
-        # Where the exchange says who is masked the rank would come back without; on GPUs it does not.
-        assert buffer._low_latency._is_masked_out
-    else:
-        buffer.low_latency_update_mask_buffer(left_out, True)
-        case = without(make_case(ranks, seed=10, tokens=(20, 13, 5, 7)), (left_out,))
-        check_arrived(case, ranks.rank, send(buffer, case, ranks.rank, use_fp8=False))
-        ranks.barrier()
-    ranks.barrier()
-    buffer.low_latency_clean_mask_buffer()
-    arrived = send(buffer, full, ranks.rank, use_fp8=False)
-    check_arrived(full, ranks.rank, arrived)
-    check_combined(full, ranks.rank, combine(buffer, full, ranks.rank, expert_rows(full, arrived), arrived)[0])
-    assert masked_ranks(buffer, ranks.num_ranks) == []
-    ranks.barrier()
+    left_out_and_let_in(ranks, buffer, 10, lambda case: run_into_it_in_a_hook(buffer, case, ranks.rank))
 
 
 def masked_between_dispatch_and_combine(ranks):

@@ -194,7 +194,8 @@ NextGeneration CpuExchange::agree(const tern_recover_options& options, int64_t t
   }
 }
 
-// If it does not come about, the exchange has failed, whatever it was before: its network is gone, or its heap has other memory than the others know.
+// If it does not come about, the exchange has failed, whatever it was before: its network is gone, or its heap has other memory than the
+// others know.
 void CpuExchange::begin_generation(const NextGeneration& next, int64_t timeout_ms) {
   try {
     if (council_ == nullptr) return share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));

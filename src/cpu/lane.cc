@@ -105,11 +105,9 @@ const std::byte* Lane::await_arrived(const RoundTrip& trip, uint64_t epoch, int 
   if (!wait_until(awaited, [&] { return layout::flag_epoch(load_acquire(word)) >= epoch; })) return nullptr;
   const uint64_t flag = load_acquire(word);
   if (layout::flag_epoch(flag) == epoch && layout::flag_operation(flag) != trip.operation)
-    return mismatch(awaited, fmt::format("rank {} was in {}", awaited.rank, operation_name(layout::flag_operation(flag))));
+    return mismatch(awaited, layout::flag_operation(flag));
   const layout::MessageHeader& header = domain_->header(index_, epoch, source);
-  if (header.shape != trip.shape)
-    return mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank_of_group(domain_->rank),
-                                         shape_text(trip.shape), awaited.rank, shape_text(header.shape)));
+  if (header.shape != trip.shape) return mismatch(awaited, trip.shape, header.shape);
   if (header.num_given_up != 0) hear_given_up();  // what comes from there lacks their share
   if (gave_up(source)) return nullptr;
   return domain_->bank(domain_->rank, index_, epoch, source);
@@ -136,7 +134,7 @@ std::byte* Lane::await_ready(uint64_t epoch, tern_operation operation, int peer)
   if (!ready()) return mismatch(awaited, fmt::format("rank {} passed rows outside of its window or called something else", awaited.rank));
   const uint64_t flag = load_acquire(cell.ready);
   if (layout::flag_epoch(flag) == epoch && layout::flag_operation(flag) != operation)
-    return mismatch(awaited, fmt::format("rank {} was in {}", awaited.rank, operation_name(layout::flag_operation(flag))));
+    return mismatch(awaited, layout::flag_operation(flag));
   return domain_->heap(peer) + cell.ready_offset[epoch % layout::kNumBanks];
 }
 
@@ -305,6 +303,15 @@ std::nullptr_t Lane::mismatch(const Awaited& awaited, const std::string& details
   throw Failure(TERN_MISMATCH,
                 fmt::format("{} on lane {}, epoch {}: ranks {} and {} disagree: {}. Every rank must make the same calls in the same order",
                             operation_name(awaited.operation), index_, awaited.epoch, own_rank, awaited.rank, details));
+}
+
+std::nullptr_t Lane::mismatch(const Awaited& awaited, int their_operation) {
+  return mismatch(awaited, fmt::format("rank {} was in {}", awaited.rank, operation_name(their_operation)));
+}
+
+std::nullptr_t Lane::mismatch(const Awaited& awaited, const layout::CallShape& own, const layout::CallShape& theirs) {
+  return mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank_of_group(domain_->rank), shape_text(own),
+                                       awaited.rank, shape_text(theirs)));
 }
 
 // Under TERN_ON_TIMEOUT_MASK: has one of the two ranks been given up? Between nodes the word of that may come behind the last rows.

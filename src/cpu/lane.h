@@ -193,6 +193,8 @@ class Lane {
   // Ranks do not call the same: tells everybody, and throws. Null: the rank has been given up, so what it called does not count; and throws
   // TERN_MASKED_OUT if it is this one that has.
   std::nullptr_t mismatch(const Awaited& awaited, const std::string& details);
+  std::nullptr_t mismatch(const Awaited& awaited, int their_operation);
+  std::nullptr_t mismatch(const Awaited& awaited, const layout::CallShape& own, const layout::CallShape& theirs);
 
   const Domain& domain() const { return *domain_; }
   int index() const { return index_; }

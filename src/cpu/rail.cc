@@ -77,11 +77,8 @@ const std::byte* Rail::await_arrived(const RailTrip& trip, uint64_t epoch, int n
   if (!lane_.await_network(awaited)) return nullptr;
   const std::byte* bank = place_.memory->address() + in_at(epoch, node);
   const auto& header = *reinterpret_cast<const layout::RailHeader*>(bank);
-  if (header.operation != trip.operation)
-    return lane_.mismatch(awaited, fmt::format("rank {} was in {}", rank_in(node), operation_name(header.operation)));
-  if (header.shape != trip.shape)
-    return lane_.mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", rank_in(place_.node), shape_text(trip.shape),
-                                               rank_in(node), shape_text(header.shape)));
+  if (header.operation != trip.operation) return lane_.mismatch(awaited, header.operation);
+  if (header.shape != trip.shape) return lane_.mismatch(awaited, trip.shape, header.shape);
   return hear_given_up(awaited, node, header.num_given_up) ? bank : nullptr;
 }
 

@@ -443,7 +443,8 @@ void CudaExchange::recover(const tern_recover_options& options) {
              std::count(next.masked.begin(), next.masked.end(), 1), control_.topology.num_ranks);
 }
 
-// If it does not come about, the exchange has failed, whatever it was before: its network is gone, or its heap has other memory than the others know.
+// If it does not come about, the exchange has failed, whatever it was before: its network is gone, or its heap has other memory than the
+// others know.
 void CudaExchange::begin_generation(const NextGeneration& next, int64_t timeout_ms) {
   try {
     if (council_ == nullptr) return share_windows(next.masked, next.generation, Deadline::in_ms(timeout_ms));

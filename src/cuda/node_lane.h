@@ -10,8 +10,9 @@
 // A command that fails ends the exchange: the GPU hears of it with its next answer, and the other nodes over the network.
 //
 // Lifetime: the end waits for the command that runs, which has deadlines. Threads: one enqueues, commands run on the lane's own, which calls
-// nothing of CUDA behind its start (providers that copy from GPUs by themselves may). Memory: what the GPU wrote before it asked is visible behind await_gpu(), what a command wrote before it answered to kernels
-// behind the step that awaits the answer. Between commands the lane grants the rail's next epoch when its banks are free.
+// nothing of CUDA behind its start (providers that copy from GPUs by themselves may). Memory: what the GPU wrote before it asked is visible behind
+// await_gpu(), what a command wrote before it answered to kernels behind the step that awaits the answer. Between commands the lane grants the
+// rail's next epoch when its banks are free.
 #pragma once
 
 #include <atomic>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels do between nodes. The network moves slots of banks in pinned host memory or in that of the GPU (layout/rail.h), which are this rank's GPU's and its
-// host's. A thread of the host sends them, and hears of those that arrive (cuda/node_lane.h); with it the GPU talks in steps:
+// What kernels do between nodes. The network moves slots of banks in pinned host memory, or in that of the GPU (layout/rail.h), which
+// are this rank's GPU's and its host's. A thread of the host sends them, and hears of those that arrive (cuda/node_lane.h); with it the GPU talks in steps:
 //
 //   GPU asks     "begin this", "the banks are filled", "what came has been read"     and goes on
 //   host answers "the rows of all nodes are here", "the banks of the next round are free"
@@ -48,8 +48,8 @@ struct TalkArgs {
   HostSteps steps;
 };
 
-// Tables of a batch between nodes, beside those of its PlanView; made by the kernels of a route. Batches are by the node of their source: of this rank's own
-// tokens, and of those that its rail in each other node sends here.
+// Tables of a batch between nodes, beside those of its PlanView; made by the kernels of a route. Batches are by the node of their source: of this
+// rank's own tokens, and of those that its rail in each other node sends here.
 struct RailTables {
   int32_t num_nodes = 1;
   int32_t own_node = 0;

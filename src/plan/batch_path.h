@@ -35,8 +35,8 @@ double latency_us(const BatchFacts& facts);
 double throughput_us(const BatchFacts& facts);
 inline bool is_pushed(const BatchFacts& facts) { return latency_us(facts) <= throughput_us(facts); }
 
-// Elsewhere it goes by bytes: batches up to this many KiB of rows per rank are small. CPU ranks; and dispatches between nodes, which are then routed
-// on their way, in one trip over the network and not two. TERN_LATENCY_MAX_KB stands for any of them.
+// Elsewhere it goes by bytes: batches up to this many KiB of rows per rank are small. CPU ranks; and dispatches between nodes, which are then
+// routed on their way, in one trip over the network and not two. TERN_LATENCY_MAX_KB stands for any of them.
 inline constexpr int64_t kSmallKb = 32, kRoutedOnTheWayKbCpu = 512, kRoutedOnTheWayKbGpu = 2048;
 
 // One SM moves at least this much while the others use up the link's rate: batches up to here need one SM for each.
