@@ -407,6 +407,28 @@ def test_what_is_captured_takes_the_long_way(device: str, monkeypatch: pytest.Mo
         assert id(dispatch(buffer, **given)[2].lease.plan) not in plans
 
 
+def test_what_is_wished_of_masks_outlives_a_recovery_that_fails(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, buffer = batch(device), new_buffer(enable_shrink=True)
+    mode, asked = buffer._low_latency, []
+
+    def recover(**how: Any) -> None:
+        asked.append(how)
+        if len(asked) < 3:
+            raise (tern.TimeoutError, tern.MaskedOutError)[len(asked) - 1]("no")
+
+    monkeypatch.setattr(type(mode.exchange), "recover", lambda exchange, **how: recover(**how))
+    mode._is_masked_out = True
+    buffer.low_latency_clean_mask_buffer()
+    for error in (tern.TimeoutError, tern.MaskedOutError):
+        mode._is_masked_out = False
+        with pytest.raises(error):
+            dispatch(buffer, **given)
+        assert mode._is_masked_out == (error is tern.MaskedOutError)
+    for _ in range(2):
+        dispatch(buffer, **given)
+    assert asked == [{"mask": [], "readmit": True}] * 3 and not mode._is_masked_out
+
+
 def test_with_masks_nothing_is_short(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cuda":
         pytest.skip("ranks that are missed are for several GPUs")

@@ -286,11 +286,12 @@ class LowLatencyMode:
                 f"rank_to_mask is {rank}; it must be one of the {self._group.num_ranks} ranks, and not this one "
                 f"({self._group.rank})"
             )
-        if mask:
-            self._to_mask.add(rank)
-        else:
-            self._to_mask.discard(rank)
-            self._lets_in |= rank in self.exchange.state().masked
+        with self._turn_lock:
+            if mask:
+                self._to_mask.add(rank)
+            else:
+                self._to_mask.discard(rank)
+                self._lets_in |= rank in self.exchange.state().masked
 
     def query_mask(self, mask_status: torch.Tensor) -> None:
         self._require_masks()
@@ -302,8 +303,9 @@ class LowLatencyMode:
 
     def clean_mask(self) -> None:
         self._require_masks()
-        self._to_mask.clear()
-        self._lets_in |= self._is_masked_out or bool(self.exchange.state().masked)
+        with self._turn_lock:
+            self._to_mask.clear()
+            self._lets_in |= self._is_masked_out or bool(self.exchange.state().masked)
 
     def _require_masks(self) -> None:
         if not self._masks:
@@ -312,18 +314,26 @@ class LowLatencyMode:
     # ---------------------------------------------------------------------------------------------------------- common
 
     def _take_turn(self) -> int:
-        """The bank of this dispatch. Behind masks that are wished for, or wished away, comes the generation in which
-        they hold."""
+        """The bank of this dispatch."""
         with self._turn_lock:
-            to_mask = self._to_mask.difference(self.exchange.state().masked) if self._to_mask else set()
-            self._to_mask.clear()
-            lets_in, self._lets_in = self._lets_in, False
-            if to_mask or lets_in:
-                masked = () if self._is_masked_out else self.exchange.state().masked
-                with self.lane_locks[0]:
-                    self.exchange.recover(mask=sorted(to_mask.union(masked)), readmit=lets_in)
-                self._is_masked_out = False
+            if self._to_mask or self._lets_in:
+                self._begin_generation()
             return self.next_bank()
+
+    def _begin_generation(self) -> None:
+        """The one in which the masks hold that are wished for, and those are gone that are wished away. If it fails, wishes stay."""
+        to_mask = self._to_mask.difference(self.exchange.state().masked)
+        if to_mask or self._lets_in:
+            masked = () if self._is_masked_out else self.exchange.state().masked
+            with self.lane_locks[0]:
+                try:
+                    self.exchange.recover(mask=sorted(to_mask.union(masked)), readmit=self._lets_in)
+                except tern.MaskedOutError:
+                    self._is_masked_out = True
+                    raise
+            self._is_masked_out = False
+        self._to_mask.clear()
+        self._lets_in = False
 
     def next_bank(self) -> int:
         return next(self._turns) % _NUM_BANKS
