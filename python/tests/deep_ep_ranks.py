@@ -72,7 +72,7 @@ def run_rank(module, rank, num_ranks, port, path):
 
     torch.set_num_threads(1)
     if os.environ["TERN_DEEP_EP_DEVICE"] == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     minute = datetime.timedelta(seconds=60)
     store = dist.TCPStore("127.0.0.1", port, num_ranks, rank == 0, minute)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=minute)

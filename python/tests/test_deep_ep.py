@@ -58,6 +58,7 @@ def results_of(device, run, directory):
             env=dict(
                 os.environ,
                 TERN_DEEP_EP_DEVICE=device,
+                TERN_SHARE_GPU="1",  # ranks take turns where there are fewer GPUs
                 TERN_TIMEOUT_MS=str(module_of(run.checks).TIMEOUT_MS),
                 TERN_RANKS_PER_NODE=str(run.ranks_per_node),
                 PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]),
@@ -86,8 +87,7 @@ def parameters():
         for run in RUNS:
             if device not in run.devices:
                 continue
-            lacking = device == "cuda" and num_gpus < run.num_ranks
-            marks = [pytest.mark.skip(reason=f"needs {run.num_ranks} GPUs, here are {num_gpus}")] if lacking else []
+            marks = [pytest.mark.skip(reason="there is no GPU")] if device == "cuda" and num_gpus == 0 else []
             for check in module_of(run.checks).CHECKS:
                 yield pytest.param(device, run, check, id=f"{name_of(device, run)}-{check}", marks=marks)
 

@@ -10,14 +10,14 @@ namespace tern::cuda {
 namespace {
 
 // Of one (lane, bank), for the rows of small batches: a slot for each token of each rank. Rows that have flags go into the staging: all under
-// TERN_ON_TIMEOUT_MASK.
-int64_t latency_slot_bytes(const tern_exchange_options& options, int32_t num_ranks, int64_t latency_tokens, int64_t staging_bytes) {
+// TERN_ON_TIMEOUT_MASK. At most `most_bytes`.
+int64_t latency_slot_bytes(const tern_exchange_options& options, int32_t num_ranks, int64_t latency_tokens, int64_t most_bytes) {
   if (options.on_timeout == TERN_ON_TIMEOUT_MASK || options.mode == TERN_MODE_THROUGHPUT) return 0;
   constexpr int64_t kScales = 1024;  // of a row, and what is lost at its end
   int64_t most_rows = latency_tokens * options.max_row_bytes;
   if (options.mode == TERN_MODE_AUTO) most_rows = std::min(most_rows, most_latency_bytes());
   const int64_t per_rank = most_rows + latency_tokens * kScales;
-  return std::min(layout::align_up(per_rank * num_ranks, layout::kBulkLine), staging_bytes);
+  return std::min(layout::align_up(per_rank * num_ranks, layout::kBulkLine), most_bytes);
 }
 
 }  // namespace
@@ -51,7 +51,8 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
           .num_lanes = options.num_lanes,
           .routing_bytes = routing.bytes(),
           .staging_bytes = staging_bytes,
-          .slot_bytes = latency_tokens > 0 ? latency_slot_bytes(options, num_ranks, latency_tokens, staging_bytes) : 0,
+          // The staging is for batches of one node's tokens, these slots for all nodes'.
+          .slot_bytes = latency_tokens > 0 ? latency_slot_bytes(options, num_ranks, latency_tokens, num_nodes * staging_bytes) : 0,
           .latency_words = latency_tokens > 0 ? layout::align_up(words.num_words(), 16) : 0,
           .latency_tokens = latency_tokens};
 }
