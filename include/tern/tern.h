@@ -54,7 +54,7 @@
  *   must have been called, or captured, before its combine is. Ranks replay the same operations in the same order. The exchange, the plans
  *   and all buffers stay as long as the graph is used; after tern_exchange_recover it must be captured again, since it holds
  *   addresses of windows that are gone.
- * - Ranks may share a GPU if they are threads of one process. While one of them has begun an operation that another one has not, that
+ * - Ranks may share a GPU as threads of one process. While one of them has begun an operation that another one has not, that
  *   other one must not wait for the whole GPU: cudaDeviceSynchronize, cudaFree and cudaFreeHost do. Streams that share one of the GPU's
  *   queues wait for each other, and there are 8 unless the environment says CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts.
  *   Kernels that wait for each other must fit the GPU together: exchanges and lanes that are used at the same time divide its SMs
@@ -292,8 +292,9 @@ TERN_API void tern_group_destroy(tern_group* group);
 typedef struct tern_exchange_options {
   size_t struct_size TERN_SIZE_OF(tern_exchange_options);
   tern_device_type device TERN_ZERO;
-  /* CUDA device; -1 or 0 with AUTO: the rank's index on its host, modulo the devices. Processes that share a GPU are TERN_UNSUPPORTED,
-   * and so are GPUs that do not reach each other's memory */
+  /* CUDA device; -1 or 0 with AUTO: the rank's index on its host, modulo the devices. TERN_UNSUPPORTED: GPUs that do
+   * not reach each other's memory, and processes that share one, where their kernels take turns and each wait takes milliseconds, unless
+   * the environment has TERN_SHARE_GPU=1 */
   int32_t device_index TERN_ZERO;
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
    * of them fit one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). A send must fit one round. A combine in mode

@@ -40,6 +40,8 @@ void for_each_knob(Knobs& k, Visitor visit) {
         "forecast of both paths, between nodes 2048)",
         k.latency_max_kb);
   visit("TERN_BULK_COPY", "0: GPU ranks copy by 16-byte loads and stores where they could use bulk copies (1)", k.bulk_copy);
+  visit("TERN_SHARE_GPU", "1: processes may share a GPU; their kernels take turns there, which is slow, unless CUDA MPS is used (0)",
+        k.share_gpu);
   visit("TERN_RANKS_PER_NODE",
         "declares nodes: ranks 0 to n - 1 are on the first, the next n on the second, ... (found out: a host is a node)", k.ranks_per_node);
   visit("TERN_RENDEZVOUS", "host:port at which the ranks of a launcher meet (from the launcher)", k.rendezvous);

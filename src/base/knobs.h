@@ -18,6 +18,7 @@ struct Knobs {
   std::optional<int64_t> staging_max_mb;  // TERN_STAGING_MAX_MB: bound of the staging computed from shapes
   std::optional<int64_t> latency_max_kb;  // TERN_LATENCY_MAX_KB: batches up to this many payload KiB per rank take the latency path
   int64_t bulk_copy = 1;                  // TERN_BULK_COPY: 0: GPU ranks copy by 16-byte loads and stores where they could use bulk copies
+  int64_t share_gpu = 0;                  // TERN_SHARE_GPU: 1: processes may share a GPU, on which their kernels take turns
   int64_t ranks_per_node = 0;             // TERN_RANKS_PER_NODE: declares nodes of so many ranks each; 0: found out
   std::optional<std::string> rendezvous;  // TERN_RENDEZVOUS: host:port where the ranks of a launcher meet
   std::optional<std::string> fabric_provider;  // TERN_FABRIC_PROVIDER: libfabric's provider between hosts

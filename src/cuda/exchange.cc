@@ -197,12 +197,11 @@ void CudaExchange::find_devices(const Topology& topology, Bootstrap& bootstrap, 
     facts_.common_sms = std::min({facts_.common_sms, share, report.asked_sms > 0 ? report.asked_sms : share});
     facts_.common_sms_asked |= report.asked_sms > 0;
   }
-  for (int r = 0; r < topology.num_ranks; ++r)
+  for (int r = 0; r < topology.num_ranks && knobs().share_gpu == 0; ++r)
     if (all[static_cast<size_t>(r)].identity == own.identity && !topology.same_process(r))
       fail(TERN_UNSUPPORTED,
-           "exchange: ranks {} and {} are processes on the same {}; kernels of two processes do not run at the same time, so they would "
-           "wait "
-           "for each other in vain. Give each process a GPU of its own, or make the ranks threads of one process",
+           "exchange: ranks {} and {} are processes on the same {}; kernels of two processes take turns there, so each wait for the other "
+           "would take milliseconds. Give each process a GPU of its own, make the ranks threads of one process, or set TERN_SHARE_GPU=1",
            topology.rank, r, device_name(facts_.device));
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The conformance cases on GPU ranks that are processes, each with a GPU of its own, on one node.
+// The conformance cases on GPU ranks that are processes, on one node; several on a GPU where there are fewer GPUs.
 #include "gpu/process_cases.h"
 
 namespace tern::conformance {
@@ -7,7 +7,7 @@ namespace {
 
 class GpuProcesses : public testing::TestWithParam<int32_t> {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(GetParam()); }
+  void SetUp() override { TERN_NEED_GPUS(1); }
 
   void expect_right_on_gpus(const std::vector<Case>& cases, const CaseBody& body) const {
     expect_right_as_gpu_processes(GetParam(), cases, options(), body);
@@ -48,6 +48,31 @@ TEST_P(GpuProcesses, ReplayedGraphs) {
   expect_right_on_gpus(graph_cases(GetParam()), [how = options()](const Group& group, const Case& c, RankDevice& device) {
     return run_graph_case(group, c, how, device);
   });
+}
+
+// Only where the environment says so.
+TEST(GpuSharing, ProcessesAreRefusedByDefault) {
+  if (test_device() == TERN_DEVICE_CPU) GTEST_SKIP() << "needs a GPU";
+  TERN_NEED_GPUS(1);
+  constexpr int32_t kNumRanks = 2;
+  RankProcesses ranks(kNumRanks, 60'000, [](RankSeat& seat) -> std::string {
+    ::unsetenv("TERN_SHARE_GPU");
+    const Group group = Group::from_allgather(seat.rank(), seat.num_ranks(), RankSeat::allgather, &seat);
+    tern_exchange_options options;
+    options.device = TERN_DEVICE_CUDA;
+    options.device_index = 0;
+    try {
+      const Exchange exchange(group, options);
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      return error.status() == TERN_UNSUPPORTED && text.find("set TERN_SHARE_GPU=1") != std::string::npos ? "" : text;
+    }
+    return "it was not refused";
+  });
+  for (const RankReport& report : ranks.join()) {
+    EXPECT_TRUE(report.finished);
+    EXPECT_EQ(report.text, "");
+  }
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cases on GPU ranks that are processes, each with a GPU of its own. Starting CUDA takes a process seconds, so one set of processes runs all
+// Cases on GPU ranks that are processes. Starting CUDA takes a process seconds, so one set of processes runs all
 // cases of a test. The process that starts them never uses CUDA: what it forks could not.
 #pragma once
 

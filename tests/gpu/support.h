@@ -21,6 +21,9 @@ namespace tern::conformance {
 // Before CUDA starts. Streams of one process that share a hardware queue wait for each other; ranks that share a GPU must not.
 inline const bool kQueuesForAllStreams = ::setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0) == 0;
 
+// Ranks that are processes share GPUs too where there are fewer, by turns.
+inline const bool kProcessesShareGpus = ::setenv("TERN_SHARE_GPU", "1", 0) == 0;
+
 inline tern_device_type test_device() {
   const char* text = std::getenv("TERN_TEST_DEVICE");
   return text != nullptr && std::string_view(text) == "cpu" ? TERN_DEVICE_CPU : TERN_DEVICE_CUDA;
