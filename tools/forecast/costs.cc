@@ -156,7 +156,7 @@ constexpr CostEntry kCosts[] = {
      "us",
      "one trip over the network; CPU: for each rail, times the ranks that share a core, if the bytes take less",
      {15, kAssumed},
-     {85, "2 and 4 nodes of 1 rank declared on 2 cores, 1 token: 95 to 126 and 366 to 475 us"}},
+     {35, "2 and 4 nodes of 1 rank declared on 2 cores, 1 token: 25 to 48 and 131 to 318 us"}},
     {"net-host-us",
      &Costs::net_host_us,
      "us",
