@@ -299,7 +299,7 @@ typedef struct tern_exchange_options {
   /* Internal staging of this rank, all lanes together. 0: computed from the shapes below so that a dispatch and a combine
    * of them fit one round (bounded by TERN_STAGING_MAX_MB, beyond which they run in rounds). A send must fit one round. A combine in mode
    * EXACT sends a row per entry: for its sends, count each token max_topk times in max_tokens. Between nodes there is as much again for
-   * what crosses the network */
+   * what crosses the network; on GPU ranks, for rows of small batches, at most as much for each node */
   int64_t staging_bytes TERN_ZERO;
   int64_t window_bytes TERN_ZERO;  /* memory for tern_window_alloc; 0: none */
   int64_t max_tokens TERN_ZERO;    /* shapes to be expected, per rank; all 0: 128 tokens of 16 KiB, top-8 of 256 experts */
