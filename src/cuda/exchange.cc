@@ -197,7 +197,8 @@ void CudaExchange::find_devices(const Topology& topology, Bootstrap& bootstrap, 
     facts_.common_sms = std::min({facts_.common_sms, share, report.asked_sms > 0 ? report.asked_sms : share});
     facts_.common_sms_asked |= report.asked_sms > 0;
   }
-  for (int r = 0; r < topology.num_ranks && knobs().share_gpu == 0; ++r)
+  if (knobs().share_gpu != 0) return;
+  for (int r = 0; r < topology.num_ranks; ++r)
     if (all[static_cast<size_t>(r)].identity == own.identity && !topology.same_process(r))
       fail(TERN_UNSUPPORTED,
            "exchange: ranks {} and {} are processes on the same {}; kernels of two processes take turns there, so each wait for the other "

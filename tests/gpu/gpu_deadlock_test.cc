@@ -51,7 +51,7 @@ class GpuDeadlock : public testing::TestWithParam<Placing> {
  protected:
   void SetUp() override {
     if (test_device() == TERN_DEVICE_CPU) GTEST_SKIP() << "needs GPUs: CPU ranks do not enqueue";
-    TERN_NEED_GPUS(1);
+    TERN_NEED_GPU();
   }
 
   int32_t num_ranks() const { return GetParam().num_ranks; }

@@ -21,7 +21,7 @@ SceneSettings failure_settings(tern_extent extent) {
 
 class GpuFailure : public testing::TestWithParam<tern_extent> {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(1); }
+  void SetUp() override { TERN_NEED_GPU(); }
   SceneSettings settings() const { return failure_settings(GetParam()); }
 };
 
@@ -65,7 +65,7 @@ TEST_P(GpuFailureInWindows, RecoveryOfAllRanks) { recovery_of_all_ranks(settings
 // Of small batches in one call, with extent WORST.
 class GpuMasks : public testing::Test {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(1); }
+  void SetUp() override { TERN_NEED_GPU(); }
 
   // Ranks go on by themselves here, so whoever is held up for the whole timeout is given up too; and the driver holds up the processes that are
   // left while it takes apart the one that was killed.

@@ -48,7 +48,7 @@ class GpuNodes : public testing::TestWithParam<Nodes> {
 
 class GpuNodeProcesses : public GpuNodes {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(1); }
+  void SetUp() override { TERN_NEED_GPU(); }
 
   RunOptions options() const {
     RunOptions options = gpu_options(num_ranks());
@@ -77,7 +77,7 @@ TEST_P(GpuNodeProcesses, ReplayedGraphs) {
 
 class GpuNodeFailure : public testing::Test {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(1); }
+  void SetUp() override { TERN_NEED_GPU(); }
   static RunOptions options() {
     RunOptions options = gpu_options(4);
     options.timeout_ms = 1'500;
@@ -90,7 +90,7 @@ TEST_F(GpuNodeFailure, StoppedRankIsNamedOnBothNodes) { strike(SIGSTOP, 1, optio
 // The scenes of CPU ranks between nodes, on 2 nodes.
 class GpuNodeRecovery : public testing::Test {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(1); }
+  void SetUp() override { TERN_NEED_GPU(); }
 
   static SceneSettings nodes() {
     SceneSettings settings;
@@ -128,7 +128,7 @@ TEST_F(GpuNodeRecovery, NodesOfOneRank) {
 
 class GpuNodeThreads : public GpuNodes {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(1); }
+  void SetUp() override { TERN_NEED_GPU(); }
 
   RunOptions options() const { return gpu_options(num_ranks(), GetParam().most_gpus); }
   void expect_right(const std::vector<Case>& cases, const RunOptions& how) const {

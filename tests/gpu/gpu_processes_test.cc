@@ -7,7 +7,7 @@ namespace {
 
 class GpuProcesses : public testing::TestWithParam<int32_t> {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(1); }
+  void SetUp() override { TERN_NEED_GPU(); }
 
   void expect_right_on_gpus(const std::vector<Case>& cases, const CaseBody& body) const {
     expect_right_as_gpu_processes(GetParam(), cases, options(), body);
@@ -53,7 +53,7 @@ TEST_P(GpuProcesses, ReplayedGraphs) {
 // Only where the environment says so.
 TEST(GpuSharing, ProcessesAreRefusedByDefault) {
   if (test_device() == TERN_DEVICE_CPU) GTEST_SKIP() << "needs a GPU";
-  TERN_NEED_GPUS(1);
+  TERN_NEED_GPU();
   constexpr int32_t kNumRanks = 2;
   RankProcesses ranks(kNumRanks, 60'000, [](RankSeat& seat) -> std::string {
     ::unsetenv("TERN_SHARE_GPU");
@@ -69,10 +69,7 @@ TEST(GpuSharing, ProcessesAreRefusedByDefault) {
     }
     return "it was not refused";
   });
-  for (const RankReport& report : ranks.join()) {
-    EXPECT_TRUE(report.finished);
-    EXPECT_EQ(report.text, "");
-  }
+  expect_all_finished(ranks);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ class GpuStreams : public testing::TestWithParam<Placing> {
  protected:
   void SetUp() override {
     if (test_device() == TERN_DEVICE_CPU) GTEST_SKIP() << "needs GPUs: uses CUDA itself";
-    TERN_NEED_GPUS(1);
+    TERN_NEED_GPU();
     load_spin(options().num_devices);
   }
 

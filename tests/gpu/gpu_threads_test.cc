@@ -10,7 +10,7 @@ namespace {
 
 class GpuThreads : public testing::TestWithParam<Placing> {
  protected:
-  void SetUp() override { TERN_NEED_GPUS(1); }
+  void SetUp() override { TERN_NEED_GPU(); }
 
   int32_t num_ranks() const { return GetParam().num_ranks; }
   RunOptions options() const { return gpu_options(num_ranks(), GetParam().most_gpus); }
@@ -182,7 +182,7 @@ TEST_P(GpuThreads, ExpertNumbersOutOfRange) {
 }
 
 TEST(GpuSweep, RandomCasesOfAnyNumberOfRanks) {
-  TERN_NEED_GPUS(1);
+  TERN_NEED_GPU();
   expect_all_right(random_cases(1, scaled(200)), [](const Case& c) { return run_as_threads(c, gpu_options(c.num_ranks)); });
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cases on GPU ranks that are processes. Starting CUDA takes a process seconds, so one set of processes runs all
-// cases of a test. The process that starts them never uses CUDA: what it forks could not.
+// Cases on GPU ranks that are processes. Starting CUDA takes a process seconds, so one set of processes runs all cases of a test. The process
+// that starts them never uses CUDA: what it forks could not.
 #pragma once
 
 #include <unistd.h>
@@ -53,15 +53,19 @@ inline std::string run_cases(RankSeat& seat, const std::string& name, const std:
   return "";
 }
 
-inline void expect_right_as_gpu_processes(int32_t num_ranks, const std::vector<Case>& cases, const RunOptions& how, const CaseBody& body) {
-  constexpr int64_t kTimeoutMs = 280'000;  // less than ctest's
-  const std::string name = fmt::format("gpu-processes-{}", getpid());
-  RankProcesses ranks(num_ranks, kTimeoutMs, [&](RankSeat& seat) { return run_cases(seat, name, cases, how, body); });
+inline void expect_all_finished(RankProcesses& ranks) {
   const std::vector<RankReport> reports = ranks.join();
   for (size_t rank = 0; rank < reports.size(); ++rank) {
     EXPECT_TRUE(reports[rank].finished) << "rank " << rank << " left no report";
     EXPECT_EQ(reports[rank].text, "") << "rank " << rank;
   }
+}
+
+inline void expect_right_as_gpu_processes(int32_t num_ranks, const std::vector<Case>& cases, const RunOptions& how, const CaseBody& body) {
+  constexpr int64_t kTimeoutMs = 280'000;  // less than ctest's
+  const std::string name = fmt::format("gpu-processes-{}", getpid());
+  RankProcesses ranks(num_ranks, kTimeoutMs, [&](RankSeat& seat) { return run_cases(seat, name, cases, how, body); });
+  expect_all_finished(ranks);
 }
 
 inline void expect_right_as_gpu_processes(int32_t num_ranks, const std::vector<Case>& cases, const RunOptions& how) {

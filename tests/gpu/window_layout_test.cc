@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/engine.h"
+#include "cuda/latency.h"
 
 namespace tern::cuda {
 namespace {
@@ -30,7 +31,7 @@ TEST(WindowLayout, SlotsForTheTokensOfAllNodes) {
         const int64_t num_tokens = std::min(num_nodes * max_tokens, layout::kMostLatencyTokens);
         EXPECT_EQ(window.latency_tokens, num_tokens);
         const int64_t most_bytes = num_nodes * max_tokens * slot.row_bytes;
-        if (most_bytes <= 4 << 20)
+        if (most_bytes <= most_latency_bytes())
           EXPECT_GE(window.slot_bytes, ranks_per_node * num_tokens * slot.stride())
               << num_nodes << " nodes of " << ranks_per_node << " ranks, " << max_tokens << " tokens";
       }

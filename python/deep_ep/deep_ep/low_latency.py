@@ -322,12 +322,13 @@ class LowLatencyMode:
 
     def _begin_generation(self) -> None:
         """The one in which the masks hold that are wished for, and those are gone that are wished away. If it fails, wishes stay."""
-        to_mask = self._to_mask.difference(self.exchange.state().masked)
+        masked = self.exchange.state().masked
+        to_mask = self._to_mask.difference(masked)
         if to_mask or self._lets_in:
-            masked = () if self._is_masked_out else self.exchange.state().masked
             with self.lane_locks[0]:
                 try:
-                    self.exchange.recover(mask=sorted(to_mask.union(masked)), readmit=self._lets_in)
+                    mask = to_mask if self._is_masked_out else to_mask.union(masked)
+                    self.exchange.recover(mask=sorted(mask), readmit=self._lets_in)
                 except tern.MaskedOutError:
                     self._is_masked_out = True
                     raise
