@@ -22,11 +22,10 @@ constexpr int64_t kCrowdedSpinUs = 20;
 // Between nodes.
 int64_t grace_ms(const tern_exchange_options& options) { return options.timeout_ms / 4; }
 
-LaneOptions lane_options(const tern_exchange_options& options, int num_ranks, int num_nodes) {
+LaneOptions lane_options(const tern_exchange_options& options, bool shares_cores, int num_nodes) {
   // With more ranks than cores, the rank that is waited for may need this core: spinning gives it away at once, which is cheaper than
   // to sleep and be woken, but only for as long as nobody else takes it for a whole time slice.
-  const bool crowded = num_ranks > static_cast<int>(std::thread::hardware_concurrency());
-  const int64_t spin_us = knobs().spin_us.value_or(num_nodes > 1 ? kNetworkSpin.count() : crowded ? kCrowdedSpinUs : kDefaultSpinUs);
+  const int64_t spin_us = knobs().spin_us.value_or(num_nodes > 1 ? kNetworkSpin.count() : shares_cores ? kCrowdedSpinUs : kDefaultSpinUs);
   return {.timeout_ms = options.timeout_ms,
           .spin = std::chrono::microseconds(spin_us),
           .on_timeout = options.on_timeout,
@@ -46,7 +45,8 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
       log_(log),
       sharer_(make_node_sharer(topology, bootstrap, deadline)),
       heap_allocator_(options.window_bytes),
-      trace_(options.num_lanes) {
+      trace_(options.num_lanes),
+      shares_cores_(ranks_share_cores(topology)) {
   domain_.first_rank = first_rank_of_node(topology);
   domain_.rank = topology.rank - domain_.first_rank;
   domain_.num_ranks = ranks_of_node(topology);
@@ -59,7 +59,7 @@ CpuExchange::CpuExchange(const Topology& topology, Bootstrap& bootstrap, const t
   domain_.heaps.resize(num_ranks);
   share_windows(std::vector<uint8_t>(num_ranks), 0, deadline);
   for (int i = 0; i < options.num_lanes; ++i)
-    lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, domain_.num_ranks, topology.num_nodes), trace_.lane(i)));
+    lanes_.push_back(std::make_unique<Lane>(domain_, i, lane_options(options, shares_cores_, topology.num_nodes), trace_.lane(i)));
   log_.write(TERN_LOG_INFO, "rank {} of {}: CPU exchange, window {} bytes, {} lanes with {} bytes a bank, heap {} bytes", topology.rank,
              topology.num_ranks, domain_.layout.total_bytes(), options.num_lanes, domain_.layout.bank_bytes, options.window_bytes);
   if (topology.num_nodes == 1) {

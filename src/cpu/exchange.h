@@ -43,6 +43,9 @@ class CpuExchange : public DeviceExchange {
   // The lane's way to the other nodes; nullptr: there is one node.
   Rail* rail(int32_t index) { return rails_.empty() ? nullptr : rails_[static_cast<size_t>(index)].get(); }
 
+  // See ranks_share_cores().
+  bool shares_cores() const { return shares_cores_; }
+
   // [num_ranks of the group] 1: what is routed there counts as routed nowhere: masked out, or on a node in which this rank's rail is.
   const std::vector<uint8_t>& unreachable() const { return num_nodes() > 1 ? unreachable_ : domain_.masked; }
 
@@ -97,6 +100,7 @@ class CpuExchange : public DeviceExchange {
   mutable std::mutex heap_mutex_;
   OffsetAllocator heap_allocator_;
   Trace trace_;
+  const bool shares_cores_;
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::shared_ptr<Segment> rail_memory_;
   std::unique_ptr<Network> network_;  // nullptr: one node

@@ -2,6 +2,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "base/error.h"
@@ -15,8 +16,12 @@ namespace {
 constexpr int64_t kRoundBytes = 256 << 10;    // of slots from one rank to another
 constexpr int64_t kStreamingBytes = 1 << 20;  // batches from this size on are written past the caches
 
-// Of slots from one rank to another node. Larger rounds wait less for each other, smaller ones stay in the caches.
-int64_t rail_round_bytes(int32_t num_nodes) { return std::max<int64_t>(512 << 10, (1 << 20) / (num_nodes - 1)); }
+// Of slots from one rank to another node. Larger rounds wait less for each other, smaller ones stay in the caches. Ranks that share cores wait longest,
+// for those that have none at the moment: so all that fits goes in one.
+int64_t rail_round_bytes(const CpuExchange& exchange) {
+  if (exchange.shares_cores()) return std::numeric_limits<int64_t>::max();
+  return std::max<int64_t>(512 << 10, (1 << 20) / (exchange.domain().topology.num_nodes - 1));
+}
 
 size_t topk_elements(int64_t rows, const PlanShape& shape) { return static_cast<size_t>(rows * shape.num_topk); }
 
@@ -229,7 +234,7 @@ void set_rail_rounds(const PlanContext& context, RailTrip& rail_trip, RoundTrip&
   trip.tokens_per_round = std::min(trip.tokens_per_round, fitting);
   if (phase == TERN_PHASE_WHOLE) {
     // Rounds without rows, whose slots are small, are cut too: the network brings the next one meanwhile.
-    const int64_t round_bytes = rail_round_bytes(context.shape().num_nodes);
+    const int64_t round_bytes = rail_round_bytes(context.exchange);
     const int64_t wanted = std::max<int64_t>(1, round_bytes / (rail_trip.bank.slot.stride() * slots_per_token));
     trip.tokens_per_round = std::min(trip.tokens_per_round, wanted);
     const int64_t most = (fitting < most_tokens ? fitting : most_tokens + trip.tokens_per_round - 1) / trip.tokens_per_round;

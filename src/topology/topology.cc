@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "topology/topology.h"
 
+#include <sched.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <bit>
 #include <csignal>
+#include <cstring>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <map>
 #include <optional>
@@ -20,7 +25,7 @@ namespace tern {
 namespace {
 
 static_assert(std::is_trivially_copyable_v<RankInfo>);
-constexpr uint64_t kFormat = 0x5445524e'0000'0001;  // grows with every change of RankInfo
+constexpr uint64_t kFormat = 0x5445524e'0000'0002;  // grows with every change of RankInfo
 
 template <size_t kBytes>
 void copy_text(std::array<char, kBytes>& to, const std::string& from) {
@@ -42,6 +47,18 @@ std::string read_boot_id() {
   std::string id;
   std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
   return id.empty() ? host_name() : id;
+}
+
+using Cores = decltype(RankInfo::cores);
+
+// All, if the kernel does not say, as where it has numbers for more cores than fit.
+Cores usable_cores() {
+  cpu_set_t set;
+  Cores cores;
+  static_assert(sizeof(set) == sizeof(cores));
+  cores.fill(~uint64_t{0});
+  if (::sched_getaffinity(0, sizeof(set), &set) == 0) std::memcpy(cores.data(), &set, sizeof(set));
+  return cores;
 }
 
 struct ProcessStat {
@@ -88,6 +105,7 @@ RankInfo describe_self(const std::string& declared_node) {
   if (const auto stat = read_stat(info.pid)) info.start_time = stat->start_time;
   info.process_nonce = process_nonce();
   copy_text(info.boot_id, read_boot_id());
+  info.cores = usable_cores();
   copy_text(info.host_name, host_name());
   copy_text(info.node_name, declared_node);
   return info;
@@ -135,6 +153,25 @@ bool Topology::same_process(int r) const {
   const RankInfo& a = ranks[rank];
   const RankInfo& b = ranks[r];
   return same_host(r) && a.pid_namespace == b.pid_namespace && a.pid == b.pid && a.process_nonce == b.process_nonce;
+}
+
+bool ranks_share_cores(const Topology& topology) {
+  struct Machine {
+    Cores cores = {};
+    int num_ranks = 0;
+  };
+  std::map<decltype(RankInfo::boot_id), Machine> machines;
+  for (const RankInfo& rank : topology.ranks) {
+    Machine& machine = machines[rank.boot_id];
+    ++machine.num_ranks;
+    std::ranges::transform(machine.cores, rank.cores, machine.cores.begin(), std::bit_or());
+  }
+  return std::ranges::any_of(machines, [](const auto& entry) {
+    const auto& [cores, num_ranks] = entry.second;
+    int num_cores = 0;
+    for (const uint64_t word : cores) num_cores += std::popcount(word);
+    return num_ranks > num_cores;
+  });
 }
 
 HostSeat seat_on_host(const Topology& topology) {

@@ -29,6 +29,7 @@ struct RankInfo {
   std::array<char, 40> boot_id;     // of the running kernel, as text; the host's name where the kernel does not say
   std::array<char, 72> host_name;   // for people to read
   std::array<char, 128> node_name;  // declared by the caller; "": the host is the node
+  std::array<uint64_t, 16> cores;   // that the rank's thread could run on when it told this, a bit each; all: not known
 };
 
 struct Topology {
@@ -55,6 +56,9 @@ struct HostSeat {
   int num_ranks = 1;
 };
 HostSeat seat_on_host(const Topology& topology);
+
+// Is there a machine with more ranks than cores that they may run on, in whatever network namespaces? Alike on every rank.
+bool ranks_share_cores(const Topology& topology);
 
 // The calling process.
 RankInfo describe_self(const std::string& declared_node);

@@ -3,6 +3,7 @@
 #include "topology/topology.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <cstring>
 #include <thread>
@@ -214,6 +215,41 @@ TEST(SeatOnHost, IsAmongTheRanksOfTheHost) {
     EXPECT_EQ(seat.idx, expected[r]);
     EXPECT_EQ(seat.num_ranks, ranks[static_cast<size_t>(r)].boot_id[0] == 'a' ? 2 : 3);
   }
+}
+
+RankInfo rank_with_cores(const char* host, std::initializer_list<int> cores) {
+  RankInfo info = rank_on(host, "");
+  info.cores.fill(0);
+  for (const int core : cores) info.cores[static_cast<size_t>(core / 64)] |= uint64_t{1} << (core % 64);
+  return info;
+}
+
+TEST(RanksShareCores, WhereAHostHasFewerThanRanks) {
+  const auto share = [](const std::vector<RankInfo>& ranks) { return ranks_share_cores(make_topology(0, ranks)); };
+  EXPECT_FALSE(share({rank_with_cores("a", {3})}));
+  EXPECT_FALSE(share({rank_with_cores("a", {3}), rank_with_cores("a", {700})}));
+  EXPECT_FALSE(share({rank_with_cores("a", {3, 4}), rank_with_cores("a", {3, 4}), rank_with_cores("b", {3})}));
+  EXPECT_TRUE(share({rank_with_cores("a", {3}), rank_with_cores("a", {3})}));
+  EXPECT_TRUE(share({rank_with_cores("a", {1, 2}), rank_with_cores("b", {5}), rank_with_cores("b", {5})}));
+}
+
+TEST(RanksShareCores, NamespacesOfAHostHaveTheSameCores) {
+  RankInfo other = rank_with_cores("a", {3});
+  ++other.network_namespace;
+  EXPECT_TRUE(ranks_share_cores(make_topology(0, {rank_with_cores("a", {3}), other})));
+}
+
+TEST(DescribeSelf, NamesTheCoresOfTheThread) {
+  cpu_set_t before, one;
+  ASSERT_EQ(::sched_getaffinity(0, sizeof(before), &before), 0);
+  int core = 0;
+  while (!CPU_ISSET(core, &before)) ++core;
+  CPU_ZERO(&one);
+  CPU_SET(core, &one);
+  ASSERT_EQ(::sched_setaffinity(0, sizeof(one), &one), 0);
+  const RankInfo self = describe_self("");
+  ASSERT_EQ(::sched_setaffinity(0, sizeof(before), &before), 0);
+  EXPECT_EQ(self.cores, rank_with_cores("", {core}).cores);
 }
 
 TEST(DescribeRank, ForErrorTexts) {
