@@ -171,6 +171,7 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   const auto start = Deadline::Clock::now();
   Deadline deadline = Deadline::in_ms(options_.timeout_ms);
   int num_graces = 0;
+  bool waited_for_another = false;  // the awaited rank, when a deadline had passed; at the next one it may be on its way between two waits
   const uint64_t late_wait = late_wait_of(awaited);
   layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
   const ShownWait shown(bell.awaits, awaited.rank);
@@ -198,7 +199,8 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
     }
     if (deadline.passed()) {
       stop_listening(bell);
-      if (num_graces < most_graces(awaited, late_wait)) {
+      waited_for_another = waited_for_another || waits_for_another(awaited, late_wait);
+      if (num_graces < most_graces(awaited.rank, waited_for_another)) {
         ++num_graces;
         deadline = Deadline::in_ms(options_.grace_ms);
         if (standing_ != nullptr) standing_->show_late_wait(awaited.rank);
@@ -213,9 +215,9 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   }
 }
 
-int Lane::most_graces(const Awaited& awaited, uint64_t late_wait) const {
-  if (options_.grace_ms == 0 || is_known_to_be_down(domain_->topology, awaited.rank)) return 0;
-  return waits_for_another(awaited, late_wait) ? kMostGraces : 1;
+int Lane::most_graces(int rank_of_group, bool waited_for_another) const {
+  if (options_.grace_ms == 0 || is_known_to_be_down(domain_->topology, rank_of_group)) return 0;
+  return waited_for_another ? kMostGraces : 1;
 }
 
 // What a rank of another node has shown of its waits, as far as that is known.

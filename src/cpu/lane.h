@@ -230,9 +230,10 @@ class Lane {
   bool is_in_domain(int rank_of_group) const {
     return rank_of_group >= domain_->first_rank && rank_of_group < domain_->first_rank + domain_->num_ranks;
   }
-  // How often the deadline is followed by a grace before the awaited rank is named. `late_wait`: what it had shown when the wait began.
-  int most_graces(const Awaited& awaited, uint64_t late_wait) const;
+  // How often the deadline is followed by a grace before the awaited rank is named.
+  int most_graces(int rank_of_group, bool waited_for_another) const;
   uint64_t late_wait_of(const Awaited& awaited) const;
+  // `late_wait`: what it had shown when the wait began.
   bool waits_for_another(const Awaited& awaited, uint64_t late_wait) const;
   void go_on_without(int rank_of_group);
   bool has_lost(const Awaited& awaited);

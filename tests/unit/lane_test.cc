@@ -296,6 +296,26 @@ TEST(Lane, OneDeadlineIsEnoughForAll) {
   EXPECT_EQ(failure_of([&] { run_trip(late, test_trip(4)); }).status(), TERN_MASKED_OUT);
 }
 
+// Seen at its first deadline to wait for somebody itself, and on its way at the second: it has as much time as if it waited still.
+// The word comes when it is looked for, so that it does not matter how slow this thread is.
+TEST(Lane, GivesTimeToWhoHasWaitedForAnother) {
+  using namespace std::chrono_literals;
+  Ranks ranks(3, 1);
+  Lane lane = ranks.lane(0, 0, {.timeout_ms = 5, .on_timeout = TERN_ON_TIMEOUT_MASK, .grace_ms = 100});
+  uint64_t& awaits = ranks.domain(0).doorbell(1, 0).awaits;
+  store_release(awaits, uint64_t{1 + 2});  // rank 2
+  const auto start = std::chrono::steady_clock::now();
+  const uint64_t word = 0;
+  const bool has_come =
+      lane.await_word_of({.rank = 1, .operation = TERN_OP_COMBINE, .epoch = 1, .word = word, .what = TERN_AWAITED_MESSAGES}, [&] {
+        const auto elapsed = std::chrono::steady_clock::now() - start;
+        if (elapsed > 50ms) store_release(awaits, uint64_t{0});
+        return elapsed > 150ms;
+      });
+  EXPECT_TRUE(has_come);
+  EXPECT_EQ(lane.num_given_up(), 0);
+}
+
 TEST(Lane, TellsWhereRowsLie) {
   Ranks ranks(2, 1);
   std::vector<std::shared_ptr<Segment>> heaps = {HostSegment::create(4096, SharedBy::kThreads),
