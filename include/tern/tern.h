@@ -209,11 +209,11 @@ typedef enum tern_timeout_policy TERN_ENUM_TYPE {
   /* The operation goes on with a share of zero for the missing rank. CPU ranks: the next one starts a generation without it, in which plans
    * that were routed before are TERN_STALE_PLAN; a route, and a whole dispatch with a routing, are done again in it at once. A send is received
    * before. Between nodes a rank is also given up at once when the connection to it is lost; what would cross its rail is zero, as in
-   * tern_exchange_recover; and the wait for a rank takes at most a quarter of the timeout longer, three quarters where it waits for another
-   * one itself. A rank that was given up and lives gets TERN_MASKED_OUT. GPU ranks: each by
-   * itself waits for it no more, replayed graphs too, until tern_exchange_recover, which leaves it out of the next generation; only on the latency
-   * path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED. With several nodes making the
-   * exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
+   * tern_exchange_recover; and the wait for a rank takes a quarter of the timeout longer. The wait for a rank that waits for another one
+   * itself may take three quarters longer, and again for each further rank that it misses. A rank that was given up and lives gets
+   * TERN_MASKED_OUT. GPU ranks: each by itself waits for it no more, replayed graphs too, until tern_exchange_recover, which leaves it out of
+   * the next generation; only on the latency path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED. With
+   * several nodes making the exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
   TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 

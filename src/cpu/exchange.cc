@@ -19,9 +19,6 @@ namespace {
 constexpr int64_t kDefaultSpinUs = 50;
 constexpr int64_t kCrowdedSpinUs = 20;
 
-// Between nodes.
-int64_t grace_ms(const tern_exchange_options& options) { return options.timeout_ms / 4; }
-
 LaneOptions lane_options(const tern_exchange_options& options, bool shares_cores, int num_nodes) {
   // With more ranks than cores, the rank that is waited for may need this core: spinning gives it away at once, which is cheaper than
   // to sleep and be woken, but only for as long as nobody else takes it for a whole time slice.
@@ -29,7 +26,8 @@ LaneOptions lane_options(const tern_exchange_options& options, bool shares_cores
   return {.timeout_ms = options.timeout_ms,
           .spin = std::chrono::microseconds(spin_us),
           .on_timeout = options.on_timeout,
-          .grace_ms = num_nodes > 1 ? grace_ms(options) : 0};
+          .grace_ms = grace_ms(options.timeout_ms),
+          .num_graces = num_nodes > 1 ? 1 : 0};
 }
 
 std::unique_ptr<SegmentSharer> make_node_sharer(const Topology& topology, Bootstrap& bootstrap, Deadline deadline) {
@@ -273,7 +271,7 @@ void CpuExchange::start_operation(Lane& lane, bool again) {
 void CpuExchange::finish_without_missing(tern_phase phase) {
   if (rails_.empty()) return;
   constexpr std::chrono::milliseconds kLook{2};
-  const Deadline deadline = Deadline::in_ms(options_.timeout_ms + kMostGraces * grace_ms(options_));
+  const Deadline deadline = Deadline::in_ms(options_.timeout_ms + kMostGraces * grace_ms(options_.timeout_ms));
   // Nobody is named who does not come: it is missed by those who need something of it.
   while (!rails_[0]->have_all_begun(begun_.number) && !deadline.passed()) {
     const auto failure = recorded_failure(domain_);

@@ -19,6 +19,8 @@ constexpr std::chrono::milliseconds kLongestSleep{100};
 
 constexpr std::chrono::milliseconds kLook{1};  // how often a rank looks for a word that rings no bell
 
+constexpr int kNobody = -1;
+
 uint64_t shown_rank(int rank_of_group) { return static_cast<uint64_t>(rank_of_group) + 1; }
 
 // Lets the others of the node see for whom this rank waits.
@@ -53,6 +55,7 @@ Lane::Lane(const Domain& domain, int index, const LaneOptions& options, SpanLog&
 void Lane::restart() {
   epochs_.restart();
   consumed_ = 0;
+  due_ = {};
   std::fill(given_up_.begin(), given_up_.end(), 0);
   num_given_up_ = 0;
 }
@@ -148,7 +151,53 @@ bool Lane::await_network(const Awaited& awaited) {
 }
 
 bool Lane::await_word_of(const Awaited& from, const std::function<bool()>& has_come) {
+  due_ = {};
   return wait_until(from, [&] { return has_come(); });
+}
+
+// Of several ranks that are missing, one deadline serves for all: who is waited for next has had that time too. It has a grace left, here or
+// behind the deadline, unless it is known to be down.
+Deadline Lane::deadline_of(const Awaited& awaited, Deadline::Clock::time_point now) {
+  const Due due{is_in_domain(awaited.rank), awaited.what, awaited.epoch, now};
+  if (due.in_node != due_.in_node || due.what != due_.what || due.epoch != due_.epoch) {
+    due_ = due;
+    return Deadline::in_ms(options_.timeout_ms);
+  }
+  const auto waited = std::chrono::duration_cast<std::chrono::milliseconds>(now - due_.since);
+  const int64_t left_ms = std::max<int64_t>(options_.timeout_ms - waited.count(), 0);
+  if (options_.num_graces > 0 || left_ms >= options_.grace_ms) return Deadline::in_ms(left_ms);
+  return Deadline::in_ms(is_known_to_be_down(domain_->topology, awaited.rank) ? left_ms : options_.grace_ms);
+}
+
+// How long a wait goes on behind its deadline.
+class Lane::Patience {
+ public:
+  Patience(const Lane& lane, const Awaited& awaited) : lane_(lane), awaited_(awaited) {}
+
+  // Another grace? A rank that has been seen to wait for another one has kMostGraces, and as many again with each further rank that it waits for:
+  // it is alive, and on its way here. Between two of its waits nothing shows that, so what was seen before counts.
+  bool has_more() {
+    if (is_known_to_be_down(lane_.domain_->topology, awaited_.rank)) return false;
+    const int other = lane_.shown_wait_of(awaited_);
+    if (other != kNobody && other != lane_.own_rank() && other != other_) {
+      other_ = other;
+      num_graces_ = 0;
+    }
+    return num_graces_++ < (other_ == kNobody ? lane_.options_.num_graces : kMostGraces);
+  }
+
+ private:
+  const Lane& lane_;
+  const Awaited& awaited_;
+  int other_ = kNobody;
+  int num_graces_ = 0;
+};
+
+// A rank of the node shows each wait; one of another node those that have passed their deadline.
+int Lane::shown_wait_of(const Awaited& awaited) const {
+  if (is_in_domain(awaited.rank))
+    return static_cast<int>(load_acquire(domain_->doorbell(awaited.rank - domain_->first_rank, index_).awaits)) - 1;
+  return standing_ == nullptr ? kNobody : standing_->late_wait_of(domain_->topology.node[static_cast<size_t>(awaited.rank)], due_.since);
 }
 
 template <typename Ready>
@@ -169,10 +218,8 @@ template <typename Ready>
 bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   counters_->waits.fetch_add(1, std::memory_order_relaxed);
   const auto start = Deadline::Clock::now();
-  Deadline deadline = Deadline::in_ms(options_.timeout_ms);
-  int num_graces = 0;
-  bool waited_for_another = false;  // the awaited rank, when a deadline had passed; at the next one it may be on its way between two waits
-  const uint64_t late_wait = late_wait_of(awaited);
+  Deadline deadline = deadline_of(awaited, start);
+  Patience patience(*this, awaited);
   layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
   const ShownWait shown(bell.awaits, awaited.rank);
   const auto done = [&](bool result) {
@@ -199,9 +246,7 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
     }
     if (deadline.passed()) {
       stop_listening(bell);
-      waited_for_another = waited_for_another || waits_for_another(awaited, late_wait);
-      if (num_graces < most_graces(awaited.rank, waited_for_another)) {
-        ++num_graces;
+      if (patience.has_more()) {
         deadline = Deadline::in_ms(options_.grace_ms);
         if (standing_ != nullptr) standing_->show_late_wait(awaited.rank);
         continue;
@@ -213,28 +258,6 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
     counters_->sleeps.fetch_add(1, std::memory_order_relaxed);
     sleep(bell, heard, std::min<std::chrono::nanoseconds>(deadline.remaining(), kLongestSleep));
   }
-}
-
-int Lane::most_graces(int rank_of_group, bool waited_for_another) const {
-  if (options_.grace_ms == 0 || is_known_to_be_down(domain_->topology, rank_of_group)) return 0;
-  return waited_for_another ? kMostGraces : 1;
-}
-
-// What a rank of another node has shown of its waits, as far as that is known.
-uint64_t Lane::late_wait_of(const Awaited& awaited) const {
-  if (standing_ == nullptr || is_in_domain(awaited.rank)) return 0;
-  return standing_->late_wait_of(domain_->topology.node[static_cast<size_t>(awaited.rank)]);
-}
-
-// A rank of the node shows each wait; one of another node those that have passed their deadline, which must be newer than `late_wait`.
-bool Lane::waits_for_another(const Awaited& awaited, uint64_t late_wait) const {
-  const int own_rank = domain_->rank_of_group(domain_->rank);
-  if (is_in_domain(awaited.rank)) {
-    const uint64_t theirs = load_acquire(domain_->doorbell(awaited.rank - domain_->first_rank, index_).awaits);
-    return theirs != 0 && theirs != shown_rank(own_rank);
-  }
-  const uint64_t theirs = late_wait_of(awaited);
-  return theirs != late_wait && !Standing::is_late_wait_for(theirs, own_rank);
 }
 
 void Lane::go_on_without(int rank_of_group) {
@@ -255,8 +278,7 @@ bool Lane::give_up(const Awaited& awaited) {
   const uint64_t word = load_acquire(awaited.word);
   const bool is_flag = awaited.what != TERN_AWAITED_CONSUMED && is_in_domain(awaited.rank);
   const uint64_t seen = is_flag ? layout::flag_epoch(word) : word;
-  const tern_failure failure{TERN_TIMEOUT, domain_->rank_of_group(domain_->rank), awaited.rank, index_, awaited.operation, 0, awaited.epoch,
-                             seen};
+  const tern_failure failure{TERN_TIMEOUT, own_rank(), awaited.rank, index_, awaited.operation, 0, awaited.epoch, seen};
   if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) {
     go_on_without(awaited.rank);
     return false;
@@ -268,11 +290,10 @@ bool Lane::give_up(const Awaited& awaited) {
 // False: go on without the awaited rank, which others have given up.
 bool Lane::still_waits(const Awaited& awaited) {
   if (options_.on_timeout == TERN_ON_TIMEOUT_MASK) {
-    const int own_rank = domain_->rank_of_group(domain_->rank);
     if (standing_ != nullptr) standing_->hear();
-    if (is_given_up(*domain_, own_rank))
+    if (is_given_up(*domain_, own_rank()))
       fail(TERN_MASKED_OUT, "{} on lane {}: the other ranks have given up rank {}, which was missing for too long",
-           operation_name(awaited.operation), index_, own_rank);
+           operation_name(awaited.operation), index_, own_rank());
     if (is_given_up(*domain_, awaited.rank)) {
       go_on_without(awaited.rank);
       return false;
@@ -299,12 +320,11 @@ bool Lane::still_waits_after_failure(const Awaited& awaited) {
 
 std::nullptr_t Lane::mismatch(const Awaited& awaited, const std::string& details) {
   if (has_lost(awaited)) return nullptr;
-  const int own_rank = domain_->rank_of_group(domain_->rank);
-  const tern_failure failure{TERN_MISMATCH, own_rank, awaited.rank, index_, awaited.operation, 0, awaited.epoch, awaited.epoch};
+  const tern_failure failure{TERN_MISMATCH, own_rank(), awaited.rank, index_, awaited.operation, 0, awaited.epoch, awaited.epoch};
   announce_failure(*domain_, failure);
   throw Failure(TERN_MISMATCH,
                 fmt::format("{} on lane {}, epoch {}: ranks {} and {} disagree: {}. Every rank must make the same calls in the same order",
-                            operation_name(awaited.operation), index_, awaited.epoch, own_rank, awaited.rank, details));
+                            operation_name(awaited.operation), index_, awaited.epoch, own_rank(), awaited.rank, details));
 }
 
 std::nullptr_t Lane::mismatch(const Awaited& awaited, int their_operation) {
@@ -312,8 +332,8 @@ std::nullptr_t Lane::mismatch(const Awaited& awaited, int their_operation) {
 }
 
 std::nullptr_t Lane::mismatch(const Awaited& awaited, const layout::CallShape& own, const layout::CallShape& theirs) {
-  return mismatch(awaited, fmt::format("rank {} has [{}], rank {} has [{}]", domain_->rank_of_group(domain_->rank), shape_text(own),
-                                       awaited.rank, shape_text(theirs)));
+  return mismatch(awaited,
+                  fmt::format("rank {} has [{}], rank {} has [{}]", own_rank(), shape_text(own), awaited.rank, shape_text(theirs)));
 }
 
 // Under TERN_ON_TIMEOUT_MASK: has one of the two ranks been given up? Between nodes the word of that may come behind the last rows.

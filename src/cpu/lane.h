@@ -33,17 +33,18 @@ namespace tern::cpu {
 // round takes, also where ranks share cores.
 inline constexpr std::chrono::microseconds kNetworkSpin{10'000};
 
-// Of a wait for a rank that waits for another one itself.
-inline constexpr int kMostGraces = 3;
-
 struct LaneOptions {
   int64_t timeout_ms = 0;
   std::chrono::nanoseconds spin{0};
   tern_timeout_policy on_timeout = TERN_ON_TIMEOUT_ABORT;
-  // Between nodes ranks wait for ranks that wait for others. Who waits for one that is not known to be down gives the others this much
-  // time to name the one at fault, and kMostGraces times as much where it sees that the awaited rank waits for somebody else.
+  // Ranks wait for ranks that wait for others: behind the deadline there may be graces, in which another rank may name the one at fault (Patience).
   int64_t grace_ms = 0;
+  int num_graces = 0;  // for a rank of which nothing is known: 1 between nodes, where not all can be seen
 };
+
+// Of a wait for a rank that waits for another one itself.
+inline constexpr int kMostGraces = 3;
+inline int64_t grace_ms(int64_t timeout_ms) { return timeout_ms / 4; }
 
 // Read by tern_exchange_get_metrics from any thread.
 struct Counters {
@@ -227,18 +228,26 @@ class Lane {
   template <typename Ready>
   bool keep_waiting(const Awaited& awaited, Ready ready);
   bool give_up(const Awaited& awaited);
+  int own_rank() const { return domain_->rank_of_group(domain_->rank); }
   bool is_in_domain(int rank_of_group) const {
     return rank_of_group >= domain_->first_rank && rank_of_group < domain_->first_rank + domain_->num_ranks;
   }
-  // How often the deadline is followed by a grace before the awaited rank is named.
-  int most_graces(int rank_of_group, bool waited_for_another) const;
-  uint64_t late_wait_of(const Awaited& awaited) const;
-  // `late_wait`: what it had shown when the wait began.
-  bool waits_for_another(const Awaited& awaited, uint64_t late_wait) const;
+  Deadline deadline_of(const Awaited& awaited, Deadline::Clock::time_point now);
+  class Patience;
+  // For whom the awaited rank waits itself; kNobody: it shows no wait. In group ranks.
+  int shown_wait_of(const Awaited& awaited) const;
   void go_on_without(int rank_of_group);
   bool has_lost(const Awaited& awaited);
   bool still_waits(const Awaited& awaited);
   bool still_waits_after_failure(const Awaited& awaited);
+
+  // What all ranks owe at the same time, as their messages of an epoch, and since when somebody waits for it here.
+  struct Due {
+    bool in_node = false;
+    tern_awaited what = TERN_AWAITED_MESSAGES;
+    uint64_t epoch = 0;  // 0: nothing
+    Deadline::Clock::time_point since;
+  };
 
   const Domain* domain_;
   int index_;
@@ -250,6 +259,7 @@ class Lane {
   std::vector<int32_t> num_messages_;  // [num_ranks] slots filled in the round under way
   std::vector<uint8_t> given_up_;      // [num_ranks of the group]
   int num_given_up_ = 0;
+  Due due_;
   int64_t* wait_ns_ = nullptr;  // [num_ranks] of the running operation's caller
   Proxy* proxy_ = nullptr;
   Standing* standing_ = nullptr;

@@ -16,6 +16,9 @@ constexpr int kRankBits = 32;  // of a late wait; the number is above
 
 }  // namespace
 
+Standing::Standing(const Domain& domain, const RailPlace& place)
+    : domain_(domain), place_(place), heard_waits_(static_cast<size_t>(place.layout.banks.num_nodes)) {}
+
 // The network writes to what is read, and reads what is written.
 layout::StandingWords Standing::read(int64_t offset) const {
   layout::StandingWords words;
@@ -49,10 +52,11 @@ void Standing::show_late_wait(int rank_of_group) {
   late_wait_.store(number << kRankBits | (static_cast<uint64_t>(rank_of_group) + 1), std::memory_order_relaxed);
 }
 
-uint64_t Standing::late_wait_of(int node) const { return told_by(node).late_wait; }
-
-bool Standing::is_late_wait_for(uint64_t late_wait, int rank_of_group) {
-  return (late_wait & ((uint64_t{1} << kRankBits) - 1)) == static_cast<uint64_t>(rank_of_group) + 1;
+int Standing::late_wait_of(int node, Deadline::Clock::time_point since) const {
+  const HeardWait& heard = heard_waits_[static_cast<size_t>(node)];
+  const uint64_t late_wait = heard.late_wait.load(std::memory_order_acquire);
+  if (late_wait == 0 || heard.at.load(std::memory_order_relaxed) < since) return -1;
+  return static_cast<int>(late_wait & ((uint64_t{1} << kRankBits) - 1)) - 1;
 }
 
 bool Standing::has_told(int node, int num_given_up) const {
@@ -87,6 +91,11 @@ void Standing::hear() {
   for_each_other_node([&](int node, int rank) {
     const layout::StandingWords told = told_by(node);
     announce_given_up(domain_, told.given_up.ranks);
+    HeardWait& heard = heard_waits_[static_cast<size_t>(node)];
+    if (told.late_wait != heard.late_wait.load(std::memory_order_relaxed)) {
+      heard.at.store(Deadline::Clock::now(), std::memory_order_relaxed);
+      heard.late_wait.store(told.late_wait, std::memory_order_release);
+    }
     if (!is_given_up(domain_, rank)) begun = std::min(begun, told.begun);
   });
   store_release(domain_.begun(domain_.rank).begun_on_rail, begun);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <vector>
 
 #include "base/deadline.h"
 #include "domain/domain.h"
@@ -19,13 +20,12 @@ struct RailPlace;
 
 class Standing {
  public:
-  Standing(const Domain& domain, const RailPlace& place) : domain_(domain), place_(place) {}
+  Standing(const Domain& domain, const RailPlace& place);
 
   // This rank has waited for that one until its deadline, and goes on waiting. A rank that was stopped or is gone does not say so.
   void show_late_wait(int rank_of_group);
-  // The rail's rank in that node has shown its last late wait; 0: none. It differs with each.
-  uint64_t late_wait_of(int node) const;
-  static bool is_late_wait_for(uint64_t late_wait, int rank_of_group);
+  // The rank of the last late wait that the rail's rank in that node has shown; -1: it has shown none since.
+  int late_wait_of(int node, Deadline::Clock::time_point since) const;
 
   // Has the rail's rank in that node told of that many ranks that it has given up? If so this rank's window knows of them.
   bool has_told(int node, int num_given_up) const;
@@ -52,8 +52,14 @@ class Standing {
   bool update_own();
   void tell(bool is_news);
 
+  struct HeardWait {
+    std::atomic<uint64_t> late_wait = 0;
+    std::atomic<Deadline::Clock::time_point> at = {};
+  };
+
   const Domain& domain_;
   const RailPlace& place_;
+  std::vector<HeardWait> heard_waits_;  // [num_nodes]
   std::atomic<uint64_t> late_wait_ = 0;
   layout::StandingWords own_ = {};  // as told last
   Deadline next_telling_ = Deadline::in_ms(0);

@@ -31,7 +31,11 @@ class Looks {
 constexpr int kLooksPerCheck = 64;
 
 cpu::LaneOptions lane_options(int64_t timeout_ms) {
-  return {.timeout_ms = timeout_ms, .spin = cpu::kNetworkSpin, .on_timeout = TERN_ON_TIMEOUT_ABORT, .grace_ms = timeout_ms / 4};
+  return {.timeout_ms = timeout_ms,
+          .spin = cpu::kNetworkSpin,
+          .on_timeout = TERN_ON_TIMEOUT_ABORT,
+          .grace_ms = cpu::grace_ms(timeout_ms),
+          .num_graces = 1};
 }
 
 }  // namespace

@@ -296,24 +296,43 @@ TEST(Lane, OneDeadlineIsEnoughForAll) {
   EXPECT_EQ(failure_of([&] { run_trip(late, test_trip(4)); }).status(), TERN_MASKED_OUT);
 }
 
-// Seen at its first deadline to wait for somebody itself, and on its way at the second: it has as much time as if it waited still.
-// The word comes when it is looked for, so that it does not matter how slow this thread is.
-TEST(Lane, GivesTimeToWhoHasWaitedForAnother) {
-  using namespace std::chrono_literals;
-  Ranks ranks(3, 1);
-  Lane lane = ranks.lane(0, 0, {.timeout_ms = 5, .on_timeout = TERN_ON_TIMEOUT_MASK, .grace_ms = 100});
-  uint64_t& awaits = ranks.domain(0).doorbell(1, 0).awaits;
-  store_release(awaits, uint64_t{1 + 2});  // rank 2
+// A rank that looks for a word of rank 1's, and shows what rank 1 does while it looks, so that it does not matter how slow its thread is:
+// show(elapsed ms) returns the rank for which rank 1 waits, -1 for none, and the word comes after `come_ms`. True: it was not given up.
+constexpr int64_t kDeadlineMs = 5, kGraceMs = 100;
+template <typename Show>
+bool is_awaited(int64_t come_ms, Show show) {
+  Ranks ranks(4, 1);
+  Lane lane = ranks.lane(0, 0, {.timeout_ms = kDeadlineMs, .on_timeout = TERN_ON_TIMEOUT_MASK, .grace_ms = kGraceMs});
   const auto start = std::chrono::steady_clock::now();
   const uint64_t word = 0;
-  const bool has_come =
-      lane.await_word_of({.rank = 1, .operation = TERN_OP_COMBINE, .epoch = 1, .word = word, .what = TERN_AWAITED_MESSAGES}, [&] {
-        const auto elapsed = std::chrono::steady_clock::now() - start;
-        if (elapsed > 50ms) store_release(awaits, uint64_t{0});
-        return elapsed > 150ms;
-      });
-  EXPECT_TRUE(has_come);
-  EXPECT_EQ(lane.num_given_up(), 0);
+  const Awaited awaited{.rank = 1, .operation = TERN_OP_COMBINE, .epoch = 1, .word = word, .what = TERN_AWAITED_MESSAGES};
+  return lane.await_word_of(awaited, [&] {
+    const auto elapsed = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start).count();
+    store_release(ranks.domain(0).doorbell(1, 0).awaits, static_cast<uint64_t>(show(elapsed) + 1));
+    return elapsed > come_ms;
+  });
+}
+
+TEST(Lane, GivesTimeToWhoWaitsForAnother) {
+  EXPECT_TRUE(is_awaited(kDeadlineMs + 2 * kGraceMs + kGraceMs / 2, [](int64_t) { return 2; }));
+  EXPECT_FALSE(is_awaited(kLongTimeoutMs, [](int64_t) { return 2; })) << "they may wait for each other in a circle";
+  EXPECT_FALSE(is_awaited(kLongTimeoutMs, [](int64_t) { return 0; })) << "it waits for this one";
+}
+// At the deadline it waits for somebody, at the next look it is on its way.
+TEST(Lane, GivesTimeToWhoHasWaitedForAnother) {
+  EXPECT_TRUE(is_awaited(kDeadlineMs + kGraceMs + kGraceMs / 2, [](int64_t elapsed) { return elapsed > kGraceMs / 2 ? -1 : 2; }));
+}
+TEST(Lane, GivesMoreTimeToWhoWaitsForOneAfterTheOther) {
+  EXPECT_TRUE(
+      is_awaited(kDeadlineMs + 4 * kGraceMs + kGraceMs / 2, [](int64_t elapsed) { return elapsed > kGraceMs + kGraceMs / 2 ? 3 : 2; }));
+}
+
+// By the number of sleeps, of 100 ms at most.
+TEST(Lane, MissesSeveralRanksAtOneDeadline) {
+  Ranks ranks(4, 1);
+  Lane lane = ranks.lane(0, 0, {.timeout_ms = 600, .on_timeout = TERN_ON_TIMEOUT_MASK, .grace_ms = kGraceMs});
+  EXPECT_THAT(silent_rounds(lane, test_trip(1)), testing::ElementsAre(0, 1, 1, 1));
+  EXPECT_LT(lane.counters().sleeps, 15u);
 }
 
 TEST(Lane, TellsWhereRowsLie) {
