@@ -9,7 +9,6 @@
 
 #include <chrono>
 #include <csignal>
-#include <optional>
 #include <tern/tern.hpp>
 #include <thread>
 
@@ -89,11 +88,33 @@ struct Member {
   Exchange exchange;
 };
 
+// Starts the ranks of a scene, each with its exchange: act(seat, member) throws what it did not like.
+template <typename Act>
+RankProcesses start_ranks(const char* scene, const Scenario& scenario, const SceneSettings& settings, Act act,
+                          tern_timeout_policy policy = TERN_ON_TIMEOUT_ABORT) {
+  const std::string name = group_name(scene);
+  return RankProcesses(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
+    act(seat, Member(seat, name, scenario, settings, policy));
+    return std::string();
+  });
+}
+
+inline void require_right(const RoundTrip& trip) { require(trip.differences().empty(), join_lines(trip.differences())); }
+
 // A whole cycle with a new plan must be right.
 inline void require_right(const Scenario& scenario, const Member& member) {
   RoundTrip trip = member.trip(scenario);
   trip.run();
-  require(trip.differences().empty(), join_lines(trip.differences()));
+  require_right(trip);
+}
+
+// A plan of an old generation lives again once it is routed.
+inline void require_right_again(RoundTrip& trip) {
+  constexpr int kBatch = 3;
+  trip.route();
+  trip.dispatch(kBatch);
+  trip.combine(kBatch);
+  require_right(trip);
 }
 
 // The device takes new memory, writes and copies.
@@ -172,10 +193,28 @@ inline void require_masked(const Member& member, const std::vector<uint8_t>& mas
             fmt::format("masked[{}] is {}", rank, state.masked[rank]));
 }
 
+inline void recover(const Member& member, const tern_recover_options& options = {}) {
+  require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+}
 inline void recover_masking(const Member& member) {
   tern_recover_options options;
   options.allow_mask = 1;
-  require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+  recover(member, options);
+}
+inline void recover_without(const std::vector<uint8_t>& mask, const Member& member) {
+  tern_recover_options options;
+  options.mask = mask.data();
+  recover(member, options);
+}
+inline void recover_readmitting(const Member& member) {
+  tern_recover_options options;
+  options.readmit = 1;
+  recover(member, options);
+}
+// The others have gone on without this rank.
+inline void require_left_out(const Member& member) {
+  const tern_status status = tern_exchange_recover(member.get(), nullptr);
+  require(status == TERN_MASKED_OUT, fmt::format("recover of a masked rank: {}: {}", tern_status_name(status), tern_last_error()));
 }
 
 // While it lives this process gets no memory that others could map.
@@ -201,9 +240,9 @@ inline void require_stale(const Member& member, RoundTrip& trip) {
   require(text.find("TERN_STALE_PLAN") != std::string::npos, text);
 }
 
-inline void expect_no_complaints(const std::vector<RankReport>& reports, std::optional<int32_t> dead) {
+inline void expect_no_complaints(const std::vector<RankReport>& reports, const std::vector<int32_t>& dead = {}) {
   for (size_t rank = 0; rank < reports.size(); ++rank) {
-    if (dead.has_value() && static_cast<int32_t>(rank) == *dead) continue;
+    if (std::ranges::count(dead, static_cast<int32_t>(rank)) != 0) continue;
     EXPECT_TRUE(reports[rank].finished) << "rank " << rank << " left no report";
     EXPECT_EQ(reports[rank].text, "") << "rank " << rank;
   }
@@ -219,12 +258,16 @@ inline void wait_for_survivors(const Seat& seat, const SceneSettings& settings, 
     if (rank != settings.victim()) seat.wait_for_stage(rank, stage);
 }
 
-// The end of a scene: the victim is killed when all are ready, and the others are right without it.
-inline void kill_victim_and_join(RankProcesses& ranks, const SceneSettings& settings) {
+// The end of a scene: the victim gets the signal when all are ready. If it was stopped it wakes up when the survivors are at `stage`.
+inline void strike_and_join(RankProcesses& ranks, const SceneSettings& settings, int signal, uint64_t stage = kRecovered) {
   wait_for_all(ranks, settings, kReady);
-  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGKILL), 0);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), signal), 0);
   ranks.set_stage(kStruck);
-  expect_no_complaints(ranks.join(), settings.victim());
+  if (signal == SIGKILL) return expect_no_complaints(ranks.join(), {settings.victim()});
+  wait_for_survivors(ranks, settings, stage);
+  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGCONT), 0);
+  ranks.set_stage(kWokenUp);
+  expect_no_complaints(ranks.join());
 }
 
 }  // namespace tern::conformance

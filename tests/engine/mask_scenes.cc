@@ -38,10 +38,8 @@ void leave_out_unreached(Scenario& scenario, const std::vector<uint8_t>& masked)
 }  // namespace
 
 void policy_mask_of_a_single_call(const SceneSettings& settings) {
-  const std::string name = group_name("single");
   const Scenario scenario(single_call_case(settings)), without(scenario.c, only_victim(settings));
-  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
-    const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+  const auto act = [&](RankSeat& seat, const Member& member) {
     require_right(scenario, member);
     seat.set_stage(kReady);
     if (seat.rank() == settings.victim()) seat.wait_for_stage(-1, kWokenUp);
@@ -50,21 +48,19 @@ void policy_mask_of_a_single_call(const SceneSettings& settings) {
     for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
     require_masked(member, only_victim(settings), next_generation(settings));
     require_one_timeout_at_most(member);
-    return std::string();
-  });
-  kill_victim_and_join(ranks, settings);
+  };
+  RankProcesses ranks = start_ranks("single", scenario, settings, act, TERN_ON_TIMEOUT_MASK);
+  strike_and_join(ranks, settings, SIGKILL);
 }
 
 void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode mode) {
-  const std::string name = group_name("combine");
   Case c = single_call_case(settings);
   c.combine_mode = mode;
   const Scenario scenario(c), without(c, only_victim(settings));
   Scenario lost = scenario;  // the victim has got its rows, and nothing comes of them
   lost.placements[static_cast<size_t>(settings.victim())].rows.clear();
   leave_out_unreached(lost, without.masked);
-  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
-    const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+  const auto act = [&](RankSeat& seat, const Member& member) {
     RoundTrip trip = member.trip(scenario);
     trip.dispatch(0);
     seat.set_stage(kReady);
@@ -83,7 +79,7 @@ void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode m
     std::vector<int64_t> wait_ns(static_cast<size_t>(settings.num_ranks));
     member.device->copy_out(wait_ns.data(), waits.data(), waits.num_bytes());
     require(combine.differences(c).empty(), join_lines(combine.differences(c)));
-    require(trip.differences().empty(), join_lines(trip.differences()));
+    require_right(trip);
     // It is reported at once, though the generation without it begins with the next operation.
     require_masked(member, only_victim(settings), 0);
     require_one_timeout_at_most(member);
@@ -96,16 +92,14 @@ void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode m
     for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
     require_masked(member, only_victim(settings), next_generation(settings));
     require_one_timeout_at_most(member);
-    return std::string();
-  });
-  kill_victim_and_join(ranks, settings);
+  };
+  RankProcesses ranks = start_ranks("combine", scenario, settings, act, TERN_ON_TIMEOUT_MASK);
+  strike_and_join(ranks, settings, SIGKILL);
 }
 
 void policy_mask_of_who_was_left_out(const SceneSettings& settings) {
-  const std::string name = group_name("left");
   const Scenario scenario(single_call_case(settings)), without(scenario.c, only_victim(settings));
-  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
-    const Member member(seat, name, scenario, settings, TERN_ON_TIMEOUT_MASK);
+  const auto act = [&](RankSeat& seat, const Member& member) {
     require_right(scenario, member);
     seat.set_stage(kReady);
     wait_for_all(seat, settings, kReady);
@@ -114,26 +108,21 @@ void policy_mask_of_who_was_left_out(const SceneSettings& settings) {
       const std::string text = failing(member, [&] { require_right(scenario, member); });
       require(text.find("TERN_MASKED_OUT") != std::string::npos, text);
     } else {
-      const std::vector<uint8_t> mask = only_victim(settings);
-      tern_recover_options options;
-      options.mask = mask.data();
-      require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+      recover_without(only_victim(settings), member);
       require_right(without, member);
       seat.set_stage(kRecovered);
     }
-    return std::string();
-  });
-  expect_no_complaints(ranks.join(), std::nullopt);
+  };
+  RankProcesses ranks = start_ranks("left", scenario, settings, act, TERN_ON_TIMEOUT_MASK);
+  expect_no_complaints(ranks.join());
 }
 
 void masked_rank_is_let_in_again(const SceneSettings& settings) {
-  const std::string name = group_name("again");
   Case c = ordinary_case(settings);
   const Scenario plain(c);
   c.window_combine = true;
   const Scenario scenario(c), without(c, only_victim(settings));
-  RankProcesses ranks(settings.num_ranks, settings.process_timeout_ms, [&](RankSeat& seat) {
-    const Member member(seat, name, scenario, settings);
+  RankProcesses ranks = start_ranks("again", scenario, settings, [&](RankSeat& seat, const Member& member) {
     RoundTrip trip = member.trip(plain);
     trip.run();
     seat.set_stage(kReady);
@@ -143,8 +132,7 @@ void masked_rank_is_let_in_again(const SceneSettings& settings) {
       failing(member, [&] {
         for (int batch = 0; batch < 4; ++batch) trip.dispatch(batch);
       });
-      const tern_status status = tern_exchange_recover(member.get(), nullptr);
-      require(status == TERN_MASKED_OUT, fmt::format("{}: {}", tern_status_name(status), tern_last_error()));
+      require_left_out(member);
     } else {
       seat.wait_for_stage(-1, kStruck);
       require_names_victim(failing(member, [&] { trip.dispatch(0); }), "dispatch", TERN_OP_DISPATCH, member);
@@ -153,27 +141,16 @@ void masked_rank_is_let_in_again(const SceneSettings& settings) {
       seat.set_stage(kRecovered);
       seat.wait_for_stage(-1, kWokenUp);
     }
-    tern_recover_options options;
-    options.readmit = 1;
-    require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+    recover_readmitting(member);
     require_masked(member, {}, 2);
     require_stale(member, trip);
     for (int repeat = 0; repeat < 3; ++repeat) require_right(scenario, member);
-    // Nobody is masked any more: readmit is an ordinary recovery.
-    require_ok(tern_exchange_recover(member.get(), &options), "tern_exchange_recover");
+    // Nobody is masked any more: it is an ordinary recovery.
+    recover_readmitting(member);
     require_masked(member, {}, 3);
-    trip.route();
-    trip.dispatch(3);
-    trip.combine(3);
-    return join_lines(trip.differences());
+    require_right_again(trip);
   });
-  wait_for_all(ranks, settings, kReady);
-  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGSTOP), 0);
-  ranks.set_stage(kStruck);
-  wait_for_survivors(ranks, settings, kRecovered);
-  ASSERT_EQ(kill(ranks.pid(settings.victim()), SIGCONT), 0);
-  ranks.set_stage(kWokenUp);
-  expect_no_complaints(ranks.join(), std::nullopt);
+  strike_and_join(ranks, settings, SIGSTOP);
 }
 
 }  // namespace tern::conformance
