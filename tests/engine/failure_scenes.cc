@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/failure_scenes.h"
 
-#include <signal.h>
-
+#include <csignal>
 #include <filesystem>
 
 #include "engine/failure_steps.h"
