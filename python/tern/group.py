@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 from . import _c
 from ._library import lib
-from .errors import Error, InvalidArgumentError, check
+from .errors import Error, InvalidArgumentError, InvalidStateError, check
 
 Allgather = Callable[[bytes], "list[bytes]"]
 
@@ -72,7 +72,11 @@ class Group:
         ranks_per_node: int = 0,
         timeout_ms: int = 0,
     ) -> Group:
-        """From a torch.distributed ProcessGroup of any backend (None: the default group), by its all_gather_object."""
+        """From a torch.distributed ProcessGroup of any backend (None: the default group), by its all_gather_object.
+
+        Exchanges are made before the ProcessGroup is destroyed. The group does not keep it alive: its threads, which
+        destroy_process_group ends, must not run on while the interpreter ends.
+        """
         import torch.distributed as dist
 
         if process_group is None:
@@ -81,10 +85,14 @@ class Group:
             raise InvalidArgumentError(
                 "torch.distributed is not initialised: call init_process_group first, or give a ProcessGroup"
             )
+        while_it_lives = weakref.ref(process_group)
 
         def allgather(own: bytes) -> list[bytes]:
-            gathered: list[Any] = [None] * process_group.size()
-            dist.all_gather_object(gathered, own, group=process_group)
+            living = while_it_lives()
+            if living is None:
+                raise InvalidStateError("the ProcessGroup has been destroyed: make exchanges before that")
+            gathered: list[Any] = [None] * living.size()
+            dist.all_gather_object(gathered, own, group=living)
             return gathered
 
         return cls.from_allgather(

@@ -74,6 +74,24 @@ def test_from_torch() -> None:
     assert as_processes(3, with_torch) == [[2.0], [], [2.0]]
 
 
+def whose_process_group_goes(_rank: int) -> tuple[float, str]:
+    group = tern.Group.from_torch()
+    exchange = small_exchange(group)
+    gone = weakref.ref(torch.distributed.group.WORLD)
+    torch.distributed.destroy_process_group()
+    assert gone() is None, "its threads run on"
+    with pytest.raises(tern.InvalidStateError) as raised:
+        small_exchange(group)
+    return round_trip(exchange), str(raised.value)
+
+
+def test_process_group_may_be_destroyed() -> None:
+    assert (
+        as_processes(2, whose_process_group_goes)
+        == [(2.0, "the ProcessGroup has been destroyed: make exchanges before that")] * 2
+    )
+
+
 class Communicator:
     """mpi4py's interface, among threads."""
 
