@@ -149,11 +149,16 @@ void GoingOnBootstrap::allgather(const void* send, void* recv, size_t bytes, Dea
   for (int r = 0; r < num_ranks(); ++r) {
     if (masked_[static_cast<size_t>(r)] != 0) continue;
     for (;;) {
+      const auto proposal = council_.proposal_of(r);  // before what was handed over, which stays when the generation has begun
       const NodesCouncil::Gathered& theirs = council_.gathered_of(r, step_);
       if (theirs.meeting == meeting_ && theirs.step == step_) {
         std::memcpy(static_cast<std::byte*>(recv) + static_cast<size_t>(r) * bytes, theirs.bytes.data(), bytes);
         break;
       }
+      // It has failed, and is in the next attempt already, where it waits for this rank.
+      if (proposal && proposal->generation > generation_)
+        fail(TERN_ABORTED, "recover: rank {}{} could not begin generation {}; call it again", r, describe_rank(council_.topology(), r),
+             generation_);
       if (deadline.passed())
         fail(TERN_TIMEOUT, "recover: rank {} waited for rank {}{} to join the network of the new generation; call it again", rank(), r,
              describe_rank(council_.topology(), r));

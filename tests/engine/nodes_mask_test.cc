@@ -277,7 +277,8 @@ TEST_F(NodesMask, ARankWithoutMemoryForTheNextGeneration) {
       for (; num_failed < 2; ++num_failed) failing(member, [&] { member.trip(without).route(); });
     }
     while (!routes(member.trip(without))) require(++num_failed < 10, "no generation begins");
-    require(num_failed > 0, "the generation began without a rank's windows");
+    // Each attempt has a number; who is slow joins a later one.
+    require(member.exchange.state().generation > 1, "the generation began without a rank's windows");
     require_right(without, member);
     require(member.exchange.state().masked[settings.victim()] == 1 && num_masked(member) == 1, "others are masked out");
   };
