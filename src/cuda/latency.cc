@@ -20,8 +20,10 @@ constexpr int32_t kLatencyChoice = 1 << 24;  // in CallShape::choices: what othe
 
 layout::LatencyWords words_of(const CudaPlan& plan) {
   const PlanShape& shape = plan.shape();
-  return {
-      .num_counts = plan.tables().num_counts(shape.ranks_per_node()), .max_tokens = shape.most_sent_tokens(), .num_topk = shape.num_topk};
+  return {.num_counts = plan.tables().num_counts(shape.ranks_per_node()),
+          .max_tokens = shape.max_tokens,
+          .num_topk = shape.num_topk,
+          .num_batches = shape.num_nodes};
 }
 
 // Of every number of local experts and every expert there may be, the borders.
@@ -188,6 +190,7 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.experts_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().local_experts());
   args.topk_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_topk);
   args.ranks_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().ranks_per_node());
+  args.sources_reciprocal = kernels::LatencyArgs::reciprocal(plan.shape().num_ranks);
   return args;
 }
 
@@ -270,8 +273,12 @@ void LatencyDispatch::enqueue(cudaStream_t stream, Ticket& ticket) const {
   ticket.routed = routes;
 }
 
-void LatencyDispatch::enqueue_batches(const kernels::LatencyBatches& batches, cudaStream_t stream) const {
-  kernels::LatencyDispatchArgs batch_args = args(false, consumed_lag(plan_.exchange().lane(launch_.lane)));
+void LatencyDispatch::enqueue_batches(const kernels::LatencyBatches& batches, bool routes, cudaStream_t stream) const {
+  kernels::LatencyDispatchArgs batch_args = args(routes, consumed_lag(plan_.exchange().lane(launch_.lane)));
+  batch_args.topk_idx = batch_args.call.plan.experts;
+  batch_args.is_int32 = true;
+  batch_args.num_tokens = batch_args.call.sent_tokens;
+  batch_args.device_num_tokens = nullptr;
   batch_args.call.batches = batches;
   batch_args.call.follows_closely = false;
   tern::cuda::check(kernels::launch_latency_dispatch(batch_args, num_sms_, stream), "launching the kernel of dispatch");

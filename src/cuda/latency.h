@@ -30,8 +30,8 @@ class LatencyDispatch {
   void check(const Ticket& ticket) const;
   // Of a receive the ticket says whether its send has routed.
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
-  // Between nodes, in place of the two; `launch` is of a whole operation.
-  void enqueue_batches(const kernels::LatencyBatches& batches, cudaStream_t stream) const;
+  // Between nodes, in place of the two; `launch` is of a whole operation. `routes`: the experts of all batches' tokens are known here, and no more.
+  void enqueue_batches(const kernels::LatencyBatches& batches, bool routes, cudaStream_t stream) const;
   int32_t num_sms() const { return num_sms_; }
 
  private:

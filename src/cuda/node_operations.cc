@@ -283,18 +283,23 @@ void NodeDispatch::enqueue_routing(cudaStream_t stream) const {
   const NodeSteps steps(plan_, launch_, TERN_OP_DISPATCH, stream);
   const tern_routing none = {};
   NodeRoute route(plan_, call_.args.routing == nullptr ? none : *call_.args.routing, launch_, trip_.rail, options_.route_sms);
-  const uint64_t command = steps.add([trip = trip_.rail, phase = launch_.phase, how = options_.route,
-                                      plan = plan_.node_plan()](NodeLane& lane) { plan->dispatch(lane, trip, phase, how); });
+  const bool routes_in_node = !at_once_;
+  const uint64_t command = steps.add([trip = trip_.rail, phase = launch_.phase, how = options_.route, routes_in_node,
+                                      plan = plan_.node_plan()](NodeLane& lane) { plan->dispatch(lane, trip, phase, how, routes_in_node); });
   const bool receives = launch_.phase == TERN_PHASE_RECEIVE;
   if (!receives) {
     route.give(steps, 0, trip_.begin(launch_.phase, command));
     pack(steps, 0, {.asks_last = true});
   }
   if (launch_.phase == TERN_PHASE_SEND) return;
+  const kernels::HostSteps first = receives ? trip_.begin(launch_.phase, command) : kernels::HostSteps{.awaits = true};
+  if (at_once_) {
+    route.take(steps, 0, first);
+    return forward_at_once(steps, {.asks_last = true});
+  }
   route.route_batch(plan_.shape().node(), stream);
-  route.take(steps, 0, receives ? trip_.begin(launch_.phase, command) : kernels::HostSteps{.awaits = true});
+  route.take(steps, 0, first);
   route.finish(steps);
-  if (at_once_) return forward_at_once(steps, {.asks_last = true});
   for_each_batch(plan_.shape(), [&](int32_t node) { forward(stream, node, 0); });
   steps.ask();
 }
@@ -317,7 +322,8 @@ void NodeDispatch::pack(const NodeSteps& steps, int32_t round, kernels::HostStep
 
 void NodeDispatch::forward_at_once(const NodeSteps& steps, kernels::HostSteps of_kernel) const {
   const kernels::RailSlots slots = with(plan_.exchange().nodes()->arrived(launch_.lane), trip_, tokens_here(plan_), 0);
-  at_once_->enqueue_batches({.slots = slots, .steps = steps.of_kernel(of_kernel), .has_own_packed = packs_own_}, steps.stream());
+  at_once_->enqueue_batches({.slots = slots, .steps = steps.of_kernel(of_kernel), .has_own_packed = packs_own_},
+                            options_.routes_on_its_way, steps.stream());
 }
 
 // The exchange of one batch within the node.

@@ -81,7 +81,7 @@ class NodeRoute {
   NodeRoute(const CudaPlan& plan, const tern_routing& routing, const tern_launch& launch, const cpu::RailTrip& trip, int32_t num_sms);
   void enqueue(const NodePlan::Route& route, cudaStream_t stream);
 
-  // Parts of it. This rank's side of a round, into the slots that leave: the kernel must have awaited that they are free.
+  // Parts of it. This rank's side of a round, into the slots that leave, behind the answer that they are free.
   void give(const NodeSteps& steps, int64_t round, kernels::HostSteps of_kernel);
   // What has come in a round, behind its answer.
   void take(const NodeSteps& steps, int64_t round, kernels::HostSteps of_kernel);
@@ -122,7 +122,7 @@ class NodeDispatch {
   void enqueue_at_once(const NodeSteps& steps, uint64_t command) const;
   void pack(const NodeSteps& steps, int32_t round, kernels::HostSteps of_kernel) const;
   void forward(cudaStream_t stream, int32_t node, int32_t round) const;
-  void forward_at_once(const NodeSteps& steps, kernels::HostSteps of_kernel) const;
+  void forward_at_once(const NodeSteps& steps, kernels::HostSteps of_kernel) const;  // which routes, if the trip does
 
   const CudaPlan& plan_;
   const DispatchCall& call_;

@@ -66,7 +66,7 @@ void NodePlan::route(NodeLane& lane, const Route& route) {
   finish(lane, route, last);
 }
 
-void NodePlan::dispatch(NodeLane& lane, const cpu::RailTrip& trip, tern_phase phase, const Route& route) {
+void NodePlan::dispatch(NodeLane& lane, const cpu::RailTrip& trip, tern_phase phase, const Route& route, bool routes_in_node) {
   if (phase != TERN_PHASE_RECEIVE) {
     table_.begin_counts(*route.unreachable);
     dispatch_epoch = lane.rail().begin(trip.operation, trip.num_rounds);
@@ -74,7 +74,7 @@ void NodePlan::dispatch(NodeLane& lane, const cpu::RailTrip& trip, tern_phase ph
   }
   if (phase == TERN_PHASE_SEND) return;
   take_counts(lane, trip, dispatch_epoch);
-  finish(lane, route, dispatch_epoch);
+  if (routes_in_node) finish(lane, route, dispatch_epoch);
   lane.await_gpu(trip.operation);
   lane.rail().finish_round(dispatch_epoch);
 }

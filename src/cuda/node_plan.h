@@ -42,9 +42,9 @@ class NodePlan {
     std::function<void(tern_status)> note;
   };
   // Commands: take to the rails what the GPU packs, and tell it what comes of it. A route by itself; and a dispatch, or a phase of it, that routes
-  // on its way.
+  // on its way. routes_in_node: within the node with the hosts' help; else the GPUs do it alone, and the host learns no counts.
   void route(NodeLane& lane, const Route& route);
-  void dispatch(NodeLane& lane, const cpu::RailTrip& trip, tern_phase phase, const Route& route);
+  void dispatch(NodeLane& lane, const cpu::RailTrip& trip, tern_phase phase, const Route& route, bool routes_in_node);
   uint64_t routed() const { return routed_; }
 
   // Epochs of the rail from a send to its receive; of commands.

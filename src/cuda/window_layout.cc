@@ -44,8 +44,10 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
   }
   const bool has_latency_path = num_group_ranks <= layout::kMostLatencyRanks;
   const int64_t latency_tokens = has_latency_path ? std::min(num_nodes * options.max_tokens, layout::kMostLatencyTokens) : 0;
-  const layout::LatencyWords words{
-      .num_counts = int64_t{options.max_experts} + num_ranks, .max_tokens = latency_tokens, .num_topk = options.max_topk};
+  const layout::LatencyWords words{.num_counts = int64_t{options.max_experts} / num_nodes + num_ranks,
+                                   .max_tokens = latency_tokens / num_nodes,
+                                   .num_topk = options.max_topk,
+                                   .num_batches = num_nodes};
   const int64_t staging_bytes = num_ranks * layout::align_up(per_rank, layout::kBulkLine);
   return {.num_ranks = num_ranks,
           .num_lanes = options.num_lanes,

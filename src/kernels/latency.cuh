@@ -94,8 +94,7 @@ class LatencyCall {
   __device__ static constexpr bool is_usual() { return kKind == CallKind::kUsual; }
   __device__ bool sends() const { return is_usual() || args_.sends; }
   __device__ bool receives() const { return is_usual() || args_.receives; }
-  // A usual dispatch routes; batches are routed beforehand.
-  __device__ bool routes() const { return is_usual() || (!has_batches() && args_.routes); }
+  __device__ bool routes() const { return is_usual() || args_.routes; }  // a usual dispatch does
   __device__ int32_t layout() const { return is_usual() ? TERN_LAYOUT_EXPERT_PADDED : args_.plan.layout; }
   __device__ bool has_expert_rows() const { return layout() != TERN_LAYOUT_RANK_MAJOR; }
 
@@ -118,16 +117,27 @@ class LatencyCall {
 
   // Sources of messages, as the plan has them: ranks, or between nodes those of all nodes.
   __device__ static constexpr bool has_batches() { return kKind == CallKind::kBatches; }
+  __device__ int num_batches() const { return has_batches() ? args_.words.num_batches : 1; }
   __device__ int num_sources() const { return has_batches() ? args_.plan.num_sources : num_ranks(); }
-  // The rank of this node that brings a token of such a source, and its number there.
+  // The rank of this node that brings the tokens of such a source, and the batch of that rank that they are.
+  struct Batch {
+    int rank;
+    int node;
+  };
+  __device__ Batch batch_of(int source) const {
+    if (!has_batches()) return {source, 0};
+    const int node = quotient(source, args_.ranks_reciprocal);
+    return {source - node * num_ranks(), node};
+  }
+  __device__ int source_of(const Batch& batch) const { return has_batches() ? batch.node * num_ranks() + batch.rank : batch.rank; }
+  // The same with a token, and its number among those that the rank sends.
   struct Sender {
     int rank;
     int32_t token;
   };
   __device__ Sender sender_of(int source, int32_t token) const {
-    if (!has_batches()) return {source, token};
-    const int node = quotient(source, args_.ranks_reciprocal);
-    return {source - node * num_ranks(), node * static_cast<int32_t>(args_.plan.max_tokens) + token};
+    const Batch batch = batch_of(source);
+    return {batch.rank, has_batches() ? batch.node * static_cast<int32_t>(args_.plan.max_tokens) + token : token};
   }
   // The other way round, of what this rank sends.
   struct BatchToken {
@@ -135,6 +145,7 @@ class LatencyCall {
     int32_t token;
   };
   __device__ BatchToken batch_token(int32_t token) const {
+    if (!has_batches()) return {0, token};
     const int node = token / static_cast<int32_t>(args_.plan.max_tokens);
     return {node, token - node * static_cast<int32_t>(args_.plan.max_tokens)};
   }
@@ -200,13 +211,16 @@ class LatencyCall {
     if (device::lane_idx() == 0) count_begun();
   }
 
-  // One warp: says to everybody what this rank calls.
-  __device__ void announce(int32_t num_tokens) const {
+  // One warp: says to everybody what this rank calls, and how many tokens it has: num_tokens(batch).
+  template <typename NumTokens>
+  __device__ void announce(NumTokens num_tokens) const {
 #pragma unroll 1
     for (int peer = static_cast<int>(device::lane_idx()); peer < num_ranks(); peer += kWarpThreads) {
       if (!takes(peer)) continue;
       put_word(peer, args_.words.call(), args_.call_hash);
-      put_word(peer, args_.words.num_tokens(), static_cast<uint32_t>(num_tokens));
+#pragma unroll 1
+      for (int batch = 0; batch < num_batches(); ++batch)
+        put_word(peer, args_.words.num_tokens() + batch, static_cast<uint32_t>(num_tokens(batch)));
     }
   }
   // One warp: the same for ranks that run an operation of the throughput path, by mistake.

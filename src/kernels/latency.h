@@ -51,6 +51,7 @@ struct LatencyArgs {
   uint32_t experts_reciprocal = 0;  // of local_experts: rank_of()
   uint32_t topk_reciprocal = 0;
   uint32_t ranks_reciprocal = 0;
+  uint32_t sources_reciprocal = 0;
 
   // For quotient(): of numbers up to this and divisors up to this, so that the product is exact. num_experts is at most this.
   static constexpr int32_t kMostExperts = 65535;
@@ -77,7 +78,7 @@ struct LatencyDispatchMemory {
                                   const layout::LatencySlot& slot) {
     num_bytes = slot.end() - slot.scales();
     has_failed = place_words(1);
-    entries_sent = place_words(plan.num_experts + num_ranks * latency_words.num_presence());
+    entries_sent = place_words(latency_words.num_batches * (plan.num_experts + num_ranks * latency_words.num_presence()));
     words = place_words(num_ranks * latency_words.num_routing_words());
     first_row = place_words(plan.num_experts);
     num_entries = place_words(plan.local_experts + 1);

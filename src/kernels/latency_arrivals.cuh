@@ -68,9 +68,9 @@ class Arrivals {
     if (!call_.routes()) return plan_.received_begin[call_.num_sources()];
     uint32_t most_tokens = 0;
 #pragma unroll 1
-    for (int source = static_cast<int>(device::lane_idx()); source < num_ranks_; source += kWarpThreads)
+    for (int source = static_cast<int>(device::lane_idx()); source < call_.num_sources(); source += kWarpThreads)
       most_tokens = max(most_tokens, static_cast<uint32_t>(num_tokens(source)));
-    return static_cast<int32_t>(__reduce_max_sync(~0u, most_tokens)) * num_ranks_;
+    return static_cast<int32_t>(__reduce_max_sync(~0u, most_tokens)) * call_.num_sources();
   }
   __device__ bool candidate(int32_t i, ArrivingMessage& message) const {
     if (!call_.routes()) {
@@ -87,10 +87,11 @@ class Arrivals {
   // The same of a call that routes before all is known: the warp asks the source's own word. False also where the exchange has failed.
   __device__ bool await_candidate(int32_t i, ArrivingMessage& message) const {
     message = candidate_at(i);
-    if (message.token >= plan_.max_tokens || call_.is_masked(message.source)) return false;
-    const auto word = static_cast<int32_t>(args_.call.words.presence()) + message.token / 32;
+    if (message.token >= plan_.max_tokens || call_.is_masked(call_.batch_of(message.source).rank)) return false;
+    const auto [rank, batch] = call_.batch_of(message.source);
+    const auto word = static_cast<int32_t>(args_.call.words.presence() + batch * args_.call.words.num_presence()) + message.token / 32;
     uint32_t present = 0;
-    if (device::lane_idx() == 0) call_.await_word_after(call_.look_at_word(message.source, word), message.source, word, present);
+    if (device::lane_idx() == 0) call_.await_word_after(call_.look_at_word(rank, word), rank, word, present);
     return (__shfl_sync(~0u, present, 0) >> message.token % 32 & 1) != 0;
   }
   // All threads of a warp: where a candidate stands.
@@ -143,7 +144,7 @@ class Arrivals {
     const int lane = static_cast<int>(device::lane_idx()), num_counts = plan_.num_counts(num_ranks_);
     constexpr int kEnds = layout::kMaxChunks + 1;
 #pragma unroll 1
-    for (int source = sender_idx() / kWarpThreads; source < num_ranks_; source += kSendThreads / kWarpThreads) {
+    for (int source = sender_idx() / kWarpThreads; source < call_.num_sources(); source += kSendThreads / kWarpThreads) {
 #pragma unroll 1
       for (int c = lane; c < num_counts; c += kWarpThreads) plan_.counts[source * num_counts + c] = count(source, c);
 #pragma unroll 1
@@ -151,7 +152,7 @@ class Arrivals {
         plan_.chunk_begin[source * kEnds + chunk] = num_present(source, chunk * plan_.tokens_per_chunk);
       if (lane == 0) plan_.num_tokens[source] = num_tokens(source);
     }
-    if (sender_idx() <= num_ranks_) plan_.received_begin[sender_idx()] = received_begin(sender_idx());
+    if (sender_idx() <= call_.num_sources()) plan_.received_begin[sender_idx()] = received_begin(sender_idx());
   }
 
  private:
@@ -159,20 +160,28 @@ class Arrivals {
 
   // Those of all sources side by side, this rank's first.
   __device__ ArrivingMessage candidate_at(int32_t i) const {
-    ArrivingMessage message{0, quotient(i, args_.call.ranks_reciprocal), -1};
-    message.source = rank_ + i - message.token * num_ranks_;
-    if (message.source >= num_ranks_) message.source -= num_ranks_;
+    const int num_sources = call_.num_sources();
+    ArrivingMessage message{0, quotient(i, Call::has_batches() ? args_.call.sources_reciprocal : args_.call.ranks_reciprocal), -1};
+    message.source = rank_ + i - message.token * num_sources;
+    if (message.source >= num_sources) message.source -= num_sources;
     return message;
   }
 
-  // What the source says.
-  __device__ uint32_t* words(int source) const { return memory_.words() + source * num_words_; }
-  __device__ int32_t num_tokens(int source) const { return static_cast<int32_t>(words(source)[args_.call.words.num_tokens()]); }
+  // What a rank says, and of which source.
+  __device__ uint32_t* words(int rank) const { return memory_.words() + rank * num_words_; }
+  __device__ int32_t num_tokens(int source) const {
+    const auto [rank, batch] = call_.batch_of(source);
+    return static_cast<int32_t>(words(rank)[args_.call.words.num_tokens() + batch]);
+  }
   __device__ int32_t count(int source, int counter) const {
-    return static_cast<int32_t>(words(source)[args_.call.words.counts() + counter]);
+    const auto [rank, batch] = call_.batch_of(source);
+    return static_cast<int32_t>(words(rank)[args_.call.words.counts() + batch * args_.call.words.num_counts + counter]);
   }
   __device__ int32_t num_messages(int source) const { return count(source, plan_.num_experts + rank_); }  // to this rank
-  __device__ const uint32_t* presence(int source) const { return words(source) + args_.call.words.presence(); }
+  __device__ const uint32_t* presence(int source) const {
+    const auto [rank, batch] = call_.batch_of(source);
+    return words(rank) + args_.call.words.presence() + batch * args_.call.words.num_presence();
+  }
 
   // Of the sources below `source`.
   __device__ int32_t count_before(int source, int counter) const {
@@ -191,21 +200,23 @@ class Arrivals {
   __device__ void settle_own() const {
     if (first_part() < 0) return;
     const int lane = static_cast<int>(device::lane_idx());
+    const int32_t end = call_.num_parts_of(Call::has_batches() ? args_.call.sent_tokens : num_tokens(rank_));
 #pragma unroll 1
-    for (int32_t i = first_part(); i < call_.num_parts_of(num_tokens(rank_)); i += part_step()) {
+    for (int32_t i = first_part(); i < end; i += part_step()) {
       const int32_t token = call_.row_of(i);
+      const int source = call_.source_of({rank_, call_.batch_token(token).node});
       if (call_.part_of(i) != 0) continue;
       // Positions become rows.
       if (lane < plan_.num_topk) {
         int32_t& row = plan_.entry_rows[token * plan_.num_topk + lane];
         const int32_t expert = plan_.experts[token * plan_.num_topk + lane];
-        row = expert >= 0 && call_.has_expert_rows() ? row_of(rank_, expert, row) : -1;
+        row = expert >= 0 && call_.has_expert_rows() ? row_of(source, expert, row) : -1;
       }
 #pragma unroll 1
       for (int m = lane; m < plan_.messages_per_token; m += kWarpThreads) {
         MessageRef& message = plan_.messages[int64_t{token} * plan_.messages_per_token + m];
         if (message.rank < 0) continue;
-        message.row = call_.has_expert_rows() ? 0 : bounded_row(count_before(rank_, plan_.num_experts + message.rank), message.row);
+        message.row = call_.has_expert_rows() ? 0 : bounded_row(count_before(source, plan_.num_experts + message.rank), message.row);
       }
     }
   }
@@ -217,34 +228,37 @@ class Arrivals {
       sync_openers();
       await_all_rows();
     });
-    for (int source = 0; call_.routes() && source < num_ranks_; ++source)
-      for (int i = static_cast<int>(threadIdx.x); i < num_words_ && call_.is_absent(source); i += kOpenThreads) words(source)[i] = 0;
+    for (int rank = 0; call_.routes() && rank < num_ranks_; ++rank)
+      for (int i = static_cast<int>(threadIdx.x); i < num_words_ && call_.is_absent(rank); i += kOpenThreads) words(rank)[i] = 0;
     sync_openers();
   }
   // Under TERN_ON_TIMEOUT_MASK rows are in one part.
   __device__ void await_all_rows() const {
+    const auto await_row = [&](int source, int32_t token) {
+      const auto from = call_.sender_of(source, token);
+      if (!call_.await_row(from.rank, from.token, 0)) call_.miss(from.rank);
+    };
     if (!call_.routes()) {
-      for (int i = static_cast<int>(threadIdx.x); i < plan_.received_begin[num_ranks_]; i += kOpenThreads) {
+      for (int i = static_cast<int>(threadIdx.x); i < plan_.received_begin[call_.num_sources()]; i += kOpenThreads) {
         int source = 0;
         while (plan_.received_begin[source + 1] <= i) ++source;
-        if (!call_.await_row(source, plan_.source_token[i], 0)) call_.miss(source);
+        await_row(source, plan_.source_token[i]);
       }
       return;
     }
     const auto max_tokens = static_cast<int>(plan_.max_tokens);
-    for (int i = static_cast<int>(threadIdx.x); i < num_ranks_ * max_tokens; i += kOpenThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < call_.num_sources() * max_tokens; i += kOpenThreads) {
       const int source = i / max_tokens, token = i % max_tokens;
-      const bool is_sent = (presence(source)[token / 32] >> token % 32 & 1) != 0;
-      if (is_sent && !call_.await_row(source, token, 0)) call_.miss(source);
+      if ((presence(source)[token / 32] >> token % 32 & 1) != 0) await_row(source, token);
     }
   }
 
-  // All that the sources tell of their routing; a warp takes a source at a time, with many words under way.
+  // All that the ranks tell of their routing; a warp takes one at a time, with many words under way.
   __device__ bool fetch_words() const {
     bool ok = true;
 #pragma unroll 1
-    for (int source = static_cast<int>(threadIdx.x) / kWarpThreads; source < num_ranks_; source += kOpenThreads / kWarpThreads)
-      ok = fetch_words(source) && ok;
+    for (int rank = static_cast<int>(threadIdx.x) / kWarpThreads; rank < num_ranks_; rank += kOpenThreads / kWarpThreads)
+      ok = fetch_words(rank) && ok;
     return ok;
   }
   __device__ bool fetch_words(int source) const {
@@ -293,7 +307,7 @@ class Arrivals {
         const bool in = first + lane < plan_.local_experts;
         const int expert = r * plan_.local_experts + first + lane;
         int64_t size = 0;
-        if (in) size = layout::align_up(count_before(num_ranks_, expert), plan_.alignment);
+        if (in) size = layout::align_up(count_before(call_.num_sources(), expert), plan_.alignment);
         int64_t sum = size;
 #pragma unroll 1
         for (int step = 1; step < kWarpThreads; step *= 2) {
@@ -327,7 +341,7 @@ class Arrivals {
   // tokens and messages.
   __device__ void keep_groups() const {
     const int thread = static_cast<int>(threadIdx.x);
-    bool overflow = !call_.has_expert_rows() && received_begin(num_ranks_) > plan_.row_capacity;
+    bool overflow = !call_.has_expert_rows() && received_begin(call_.num_sources()) > plan_.row_capacity;
 #pragma unroll 1
     for (int e = thread; e < plan_.local_experts && call_.has_expert_rows(); e += kOpenThreads) {
       plan_.group_begin[e] = group_begin(e);

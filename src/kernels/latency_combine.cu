@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_combine_kernel(con
     const bool announces = is_raising() && blockIdx.x == gridDim.x - 1;  // in a block that seldom has a message
     if (call.sends()) {
       if (!Call::is_usual() && args.owner_weights != nullptr) push_weights(args, call);
-      if (announces) call.announce(0);
+      if (announces) call.announce([](int) { return 0; });
       sender.run();
       if (announces) call.announce_to_throughput();
     }

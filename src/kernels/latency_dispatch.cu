@@ -166,7 +166,7 @@ class RowSender {
     const int k = static_cast<int>(device::lane_idx());
     device::sync_some_warps(kCountedBarrier, kCountThreads);
     layout::LatencyEntry entry;
-    if (call_.routes()) entry = routing_.place(given_);
+    if (call_.routes()) entry = routing_.place(token, given_);
     if (part == 0) put_words(token, takers, entry);
     device::sync_some_warps(kPushedBarrier, kPushThreads);
     bool needs_flag = call_.needs_flag(0);
@@ -306,17 +306,18 @@ __device__ bool begin(const Call& call, const DispatchMemory& memory) {
   return call.lead(kOpeners, kSenders);
 }
 
+// Of a batch of this rank's.
 template <typename Call>
-__device__ int32_t num_tokens_of(const LatencyDispatchArgs& args, const Call& call) {
-  if (Call::has_batches()) return args.call.sent_tokens;
-  return call.routes() ? num_tokens_given(args) : args.call.plan.num_tokens[call.rank()];
+__device__ int32_t num_tokens_of(const LatencyDispatchArgs& args, const Call& call, int batch) {
+  if (!Call::has_batches() && call.routes()) return num_tokens_given(args);
+  return args.call.plan.num_tokens[call.source_of({call.rank(), batch})];
 }
 
 constexpr int kAllCountedBarrier = 6;
 
 template <typename Travel, typename Call>
 __device__ void send(const LatencyDispatchArgs& args, const Call& call, const OwnRouting<Call>& routing, RowSender<Travel, Call>& rows) {
-  const int32_t num_tokens = num_tokens_of(args, call);
+  const int32_t num_tokens = Call::has_batches() ? args.call.sent_tokens : num_tokens_of(args, call, 0);
   if (blockIdx.x == 0) {
     if (is_raising()) {
       call.announce_to_throughput();
@@ -360,7 +361,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1) latency_dispatch_kernel(co
   if (call.sends() && call.routes() && is_opening()) count_tokens(args, call, routing);
   const bool ok = begin(call, memory);
   if (is_raising()) {
-    if (ok && call.sends() && blockIdx.x == 0) call.announce(num_tokens_of(args, call));
+    if (ok && call.sends() && blockIdx.x == 0) call.announce([&](int batch) { return num_tokens_of(args, call, batch); });
     call.count_followers();
   }
   if (ok && call.sends()) send(args, call, routing, rows);

@@ -23,15 +23,19 @@ __device__ __forceinline__ int32_t part_step() { return gridDim.x == 1 ? 1 : sta
 class DispatchMemory {
  public:
   __device__ DispatchMemory(const LatencyDispatchArgs& args, std::byte* base)
-      : base_(base), layout_(args.memory), num_experts_(args.call.plan.num_experts), local_experts_(args.call.plan.local_experts) {}
+      : base_(base),
+        layout_(args.memory),
+        num_sent_(args.call.words.num_batches * args.call.plan.num_experts),
+        local_experts_(args.call.plan.local_experts) {}
 
   // Of a token that is sent.
   __device__ std::byte* scales() const { return base_; }
   // 1: a wait for words has failed.
   __device__ int32_t* has_failed() const { return at<int32_t>(layout_.has_failed); }
-  // Of this rank's tokens so far: entries of each expert, and behind them [num_ranks, num_presence] which of them have a message for the rank.
+  // Of this rank's tokens so far: [num_batches, num_experts] entries, and behind them [num_batches, num_ranks, num_presence] which tokens have a
+  // message for the rank.
   __device__ int32_t* entries_sent() const { return at<int32_t>(layout_.entries_sent); }
-  __device__ uint32_t* presence_sent() const { return reinterpret_cast<uint32_t*>(entries_sent() + num_experts_); }
+  __device__ uint32_t* presence_sent() const { return reinterpret_cast<uint32_t*>(entries_sent() + num_sent_); }
   // [num_ranks, num_routing_words] what the sources say.
   __device__ uint32_t* words() const { return at<uint32_t>(layout_.words); }
   // [num_experts] of the expert's group at its rank.
@@ -48,7 +52,7 @@ class DispatchMemory {
 
   std::byte* const base_;
   const LatencyDispatchMemory& layout_;
-  const int32_t num_experts_, local_experts_;
+  const int32_t num_sent_, local_experts_;
 };
 
 // This rank's tokens, as the call routes them.
@@ -66,7 +70,7 @@ class OwnRouting {
   // Thread `thread` of `num_threads`: no token has been counted.
   __device__ void clear(int thread, int num_threads) const {
 #pragma unroll 1
-    for (int i = thread; i < plan_.num_experts + num_ranks_ * num_presence_; i += num_threads) memory_.entries_sent()[i] = 0;
+    for (int i = thread; i < call_.num_batches() * num_sent(); i += num_threads) memory_.entries_sent()[i] = 0;
   }
 
   // Openers: adds the entries of tokens [begin, end), and for which ranks these have messages.
@@ -91,17 +95,19 @@ class OwnRouting {
   __device__ void publish() const {
     const layout::LatencyWords& words = args_.call.words;
     const auto counts = static_cast<int32_t>(words.counts()), presence = static_cast<int32_t>(words.presence());
-    const int num_counts = plan_.num_counts(num_ranks_), num_words = num_counts + num_ranks_ * num_presence_;
-    const int num_present = num_words - num_counts;  // first: it is what is asked for first
+    const int num_counts = plan_.num_counts(num_ranks_), num_words = call_.num_batches() * (num_counts + num_ranks_ * num_presence_);
+    const int num_present = num_words - call_.num_batches() * num_counts;  // first: it is what is asked for first
 #pragma unroll 1
     for (int w = static_cast<int>(threadIdx.x); w < num_words; w += kWorkThreads) {
-      const int c = w - num_present;
-      if (c < 0)
+      if (w < num_present) {
         put_presence(presence, w);
-      else if (c < plan_.num_experts)
-        put_everywhere(counts + c, memory_.entries_sent()[c]);
+        continue;
+      }
+      const int batch = Call::has_batches() ? (w - num_present) / num_counts : 0, c = w - num_present - batch * num_counts;
+      if (c < plan_.num_experts)
+        put_everywhere(counts + w - num_present, memory_.entries_sent()[batch * plan_.num_experts + c]);
       else
-        put_everywhere(counts + c, messages_to(c - plan_.num_experts));
+        put_everywhere(counts + w - num_present, messages_to(batch, c - plan_.num_experts));
     }
   }
 
@@ -116,11 +122,11 @@ class OwnRouting {
     return device::or_of_warp(expert >= 0 ? uint64_t{1} << rank_of(args_.call, expert) : 0);
   }
 
-  // All threads of a warp, when all tokens before are counted: each has its entry of a token, and where that stands among this rank's.
-  __device__ layout::LatencyEntry place(int64_t given) const {
+  // All threads of a warp, when all tokens before are counted: each has its entry of a token, and where that stands among those of its batch.
+  __device__ layout::LatencyEntry place(int32_t token, int64_t given) const {
     const int32_t expert = usable(given);
     const int before = __popc(__match_any_sync(~0u, expert) & device::lanes_below());
-    return {expert, expert >= 0 ? memory_.entries_sent()[expert] + before : 0};
+    return {expert, expert >= 0 ? memory_.entries_sent()[call_.batch_token(token).node * plan_.num_experts + expert] + before : 0};
   }
 
   // The same warp, before other tokens are counted: the token, which goes to `ranks`, into the plan. Rows are positions until they are settled.
@@ -132,14 +138,17 @@ class OwnRouting {
       plan_.entry_rows[token * plan_.num_topk + lane] = entry.position;
     }
     MessageRef* messages = plan_.messages + token * plan_.messages_per_token;
+    const int batch = call_.batch_token(token).node;
 #pragma unroll 1
     for (int rank = lane; rank < num_ranks_; rank += kWarpThreads)
-      if ((ranks >> rank & 1) != 0) messages[__popcll(ranks & ((uint64_t{1} << rank) - 1))] = {rank, messages_to(rank)};
+      if ((ranks >> rank & 1) != 0) messages[__popcll(ranks & ((uint64_t{1} << rank) - 1))] = {rank, messages_to(batch, rank)};
 #pragma unroll 1
     for (int m = __popcll(ranks) + lane; m < plan_.messages_per_token; m += kWarpThreads) messages[m].rank = -1;
   }
 
  private:
+  __device__ int num_sent() const { return plan_.num_experts + num_ranks_ * num_presence_; }  // of a batch
+
   __device__ int64_t given_expert(int32_t entry) const {
     return args_.is_int32 ? static_cast<const int32_t*>(args_.topk_idx)[entry] : static_cast<const int64_t*>(args_.topk_idx)[entry];
   }
@@ -153,16 +162,19 @@ class OwnRouting {
 
   __device__ void count_entry(int32_t entry, int32_t expert) const {
     if (expert < 0) return;
-    const int32_t token = quotient(entry, args_.call.topk_reciprocal);
-    atomicAdd(memory_.entries_sent() + expert, 1);
-    atomicOr(memory_.presence_sent() + rank_of(args_.call, expert) * num_presence_ + token / 32, 1u << token % 32);
+    const auto [batch, token] = call_.batch_token(quotient(entry, args_.call.topk_reciprocal));
+    atomicAdd(memory_.entries_sent() + batch * plan_.num_experts + expert, 1);
+    atomicOr(presence(batch, rank_of(args_.call, expert)) + token / 32, 1u << token % 32);
   }
 
-  // Of the tokens so far.
-  __device__ int32_t messages_to(int rank) const {
+  __device__ uint32_t* presence(int batch, int rank) const {
+    return memory_.presence_sent() + (batch * num_ranks_ + rank) * num_presence_;
+  }
+  // Of the batch's tokens so far.
+  __device__ int32_t messages_to(int batch, int rank) const {
     int32_t sum = 0;
 #pragma unroll 1
-    for (int i = 0; i < num_presence_; ++i) sum += __popc(memory_.presence_sent()[rank * num_presence_ + i]);
+    for (int i = 0; i < num_presence_; ++i) sum += __popc(presence(batch, rank)[i]);
     return sum;
   }
 
@@ -174,8 +186,9 @@ class OwnRouting {
 
   // Word `i` of those in presence_sent(), to whom it concerns.
   __device__ void put_presence(int32_t first_word, int i) const {
-    const int rank = i / num_presence_;
-    if (call_.takes(rank)) call_.put_word(rank, first_word + i - rank * num_presence_, memory_.presence_sent()[i]);
+    const int of_batch = i / num_presence_, batch = Call::has_batches() ? of_batch / num_ranks_ : 0, rank = of_batch - batch * num_ranks_;
+    if (!call_.takes(rank)) return;
+    call_.put_word(rank, first_word + batch * num_presence_ + i - of_batch * num_presence_, memory_.presence_sent()[i]);
   }
 
   const LatencyDispatchArgs& args_;

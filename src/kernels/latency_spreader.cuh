@@ -47,7 +47,7 @@ class MessageSpreader {
       ArrivingMessage message;
       const bool is_there = is_open_ ? arrivals_.candidate(call_.row_of(i), message) : arrivals_.await_candidate(call_.row_of(i), message);
       if (is_open_ && !is_there) continue;
-      if (call_.may_go_on_without() && call_.is_absent(message.source))
+      if (call_.may_go_on_without() && call_.is_absent(sender_of(message).rank))
         clear(message);
       else if (!spread<kVecs>(message, is_there, call_.part_of(i), i + num_groups))
         return;
@@ -94,7 +94,8 @@ class MessageSpreader {
   // Each warp by itself, where rows have flags. False: the exchange has failed.
   __device__ bool await_flag(const ArrivingMessage& message, int part) const {
     if (!call_.has_row_flags()) return true;
-    const bool ok = device::lane_idx() != 0 || call_.await_row(message.source, message.token, part);
+    const Sender from = sender_of(message);
+    const bool ok = device::lane_idx() != 0 || call_.await_row(from.rank, from.token, part);
     const bool all_ok = __all_sync(~0u, ok) != 0;
     __syncwarp();  // what one thread has acquired, all may read
     return all_ok;

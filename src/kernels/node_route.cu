@@ -365,7 +365,10 @@ __global__ void __launch_bounds__(kThreads) take_kernel(const __grid_constant__ 
   if (!host.await()) return;
   const int32_t num_tokens = comes ? take_tokens(args, node) : 0;
   if (args.round + 1 == args.num_rounds && !is_own) {
-    if (threadIdx.x == 0) args.route.batch_tokens[node] = num_tokens;
+    if (threadIdx.x == 0) {
+      args.route.batch_tokens[node] = num_tokens;
+      args.plan.num_tokens[node * args.exchange.num_ranks + args.exchange.rank] = num_tokens;  // for who routes all batches at once
+    }
     number_batch(args, node, num_tokens);
   }
   host.finish();

@@ -75,26 +75,28 @@ inline constexpr int32_t kMostRowPartsLog2 = 2, kMostRowParts = 1 << kMostRowPar
 
 // What a source tells the owner of the window in words of 8 bytes: the value in the lower half, in the upper half the lower half of the epoch.
 // A word is complete as soon as it is there, with no flag behind it. Nothing else is ever written where words are, so one that is left over
-// from another operation shows another epoch.
+// from another operation shows another epoch. Between nodes a source sends several batches (kernels::LatencyBatches).
 struct LatencyWords {
-  int64_t num_counts = 0;
-  int64_t max_tokens = 0;
+  int64_t num_counts = 0;  // of a batch
+  int64_t max_tokens = 0;  // of a batch
   int32_t num_topk = 0;
+  int32_t num_batches = 1;
 
   constexpr int64_t call() const { return 0; }  // a hash of the operation and its shape
   constexpr int64_t num_tokens() const { return 1; }
-  // Of a dispatch that routes: entries by expert, messages by rank; which tokens send a message here, a bit each.
-  constexpr int64_t counts() const { return 2; }
-  constexpr int64_t presence() const { return counts() + num_counts; }
-  constexpr int64_t num_presence() const { return (max_tokens + 31) / 32; }
-  constexpr int64_t num_routing_words() const { return presence() + num_presence(); }
-  // [max_tokens, num_topk] of a dispatch: what an entry of the source's is (LatencyEntry), if it routes. Of a combine: the weights that go back to
-  // the owner of the tokens, as bits.
+  // Of a dispatch that routes, a batch after the other: entries by expert, messages by rank; which tokens send a message here, a bit each.
+  constexpr int64_t counts() const { return num_tokens() + num_batches; }
+  constexpr int64_t presence() const { return counts() + num_batches * num_counts; }
+  constexpr int64_t num_presence() const { return (max_tokens + 31) / 32; }  // of a batch
+  constexpr int64_t num_routing_words() const { return presence() + num_batches * num_presence(); }
+  // [num_batches, max_tokens, num_topk] of a dispatch: what an entry of the source's is (LatencyEntry), if it routes. Of a combine: the weights that
+  // go back to the owner of the tokens, as bits.
   constexpr int64_t entries() const { return num_routing_words(); }
   constexpr int64_t returned() const { return entries(); }
-  // [max_tokens, num_topk] the weights of the source's tokens, as bits.
-  constexpr int64_t weights() const { return entries() + max_tokens * num_topk; }
-  constexpr int64_t num_words() const { return weights() + max_tokens * num_topk; }
+  // [num_batches, max_tokens, num_topk] the weights of the source's tokens, as bits.
+  constexpr int64_t weights() const { return entries() + num_entries(); }
+  constexpr int64_t num_words() const { return weights() + num_entries(); }
+  constexpr int64_t num_entries() const { return num_batches * max_tokens * num_topk; }
 };
 
 // An entry of a token, as it travels.

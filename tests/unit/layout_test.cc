@@ -168,17 +168,17 @@ static_assert(device_windows_are_good());
 // Words of a dispatch and of a combine lie within their block, parts of a slot within the slot.
 constexpr bool latency_parts_are_good() {
   for (const int64_t tokens : {1, 31, 32, 33, 1024}) {
-    const LatencyWords words{.num_counts = 292, .max_tokens = tokens, .num_topk = 8};
+    const LatencyWords words{.num_counts = 292, .max_tokens = tokens, .num_topk = 8, .num_batches = tokens % 2 == 0 ? 1 : 3};
     Walk dispatch, combine;
     dispatch.region(words.call(), 1, 1);
-    dispatch.region(words.num_tokens(), 1, 1);
-    dispatch.region(words.counts(), words.num_counts, 1);
-    dispatch.region(words.presence(), words.num_presence(), 1);
-    dispatch.region(words.entries(), tokens * words.num_topk, 1);
-    dispatch.region(words.weights(), tokens * words.num_topk, 1);
-    combine.region(words.num_tokens(), 1, 1);
-    combine.region(words.returned(), tokens * words.num_topk, 1);
-    combine.region(words.weights(), tokens * words.num_topk, 1);
+    dispatch.region(words.num_tokens(), words.num_batches, 1);
+    dispatch.region(words.counts(), words.num_batches * words.num_counts, 1);
+    dispatch.region(words.presence(), words.num_batches * words.num_presence(), 1);
+    dispatch.region(words.entries(), words.num_entries(), 1);
+    dispatch.region(words.weights(), words.num_entries(), 1);
+    combine.region(words.num_tokens(), words.num_batches, 1);
+    combine.region(words.returned(), words.num_entries(), 1);
+    combine.region(words.weights(), words.num_entries(), 1);
     if (!dispatch.ends_within(words.num_words()) || !combine.ends_within(words.num_words())) return false;
     const LatencySlot slot{.row_bytes = 7168, .scale_bytes = 4 * tokens};
     Walk parts;
