@@ -337,14 +337,12 @@ void LatencyCombine::enqueue(cudaStream_t stream, Ticket& ticket) const {
   if (launch_.phase == TERN_PHASE_SEND) open_ticket(plan_.exchange(), launch_, shape_, ticket);
 }
 
-// Owners' weights have gone ahead, to all nodes; biases are added when nodes are summed.
+// Owners' weights have gone ahead to all nodes; biases are added when nodes are summed.
 void LatencyCombine::enqueue_batches(const kernels::LatencyBatches& batches, cudaStream_t stream) const {
   kernels::LatencyCombineArgs batch_args = args(consumed_lag(plan_.exchange().lane(launch_.lane)));
   batch_args.call.batches = batches;
   batch_args.call.follows_closely = false;
-  if (call_.args.weighting == TERN_WEIGHTS_OWNER) batch_args.entry_weights = plan_.tables().weights_from_owner;
-  batch_args.owner_weights = nullptr;
-  batch_args.sums_owner_weights = false;
+  if (batch_args.sums_owner_weights) batch_args.owner_weights = plan_.rails().owner_weights;
   batch_args.bias[0] = batch_args.bias[1] = nullptr;
   tern::cuda::check(kernels::launch_latency_combine(batch_args, num_sms_, stream), "launching the kernel of combine");
 }

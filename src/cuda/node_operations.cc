@@ -360,7 +360,8 @@ NodeCombine::NodeCombine(const CudaPlan& plan, const CombineCall& call, const te
                                           .slot = {.num_words = plan.shape().num_topk},
                                           .slots_per_token = 1,
                                           .most_tokens = plan.most_tokens()});
-  if (trip_.num_rounds() == 1 && takes_batches_at_once(plan, call)) at_once_.emplace(plan, call, launch_in_node_);
+  if (trip_.num_rounds() == 1 && weights_trip_.num_rounds() == 1 && takes_batches_at_once(plan, call))
+    at_once_.emplace(plan, call, launch_in_node_);
 }
 
 void NodeCombine::check(const Ticket& ticket) const {
@@ -409,18 +410,16 @@ void NodeCombine::send_weights(cudaStream_t stream) const {
   nodes.lane(launch_.lane).epochs().take(trip.rail.num_rounds);
   const NodeSteps steps(plan_, launch_, TERN_OP_WEIGHTS, stream);
   const RailRounds rounds{trip, plan_.node_plan()->report().there_begin};
-  steps.talk(trip.begin(TERN_PHASE_WHOLE, steps.add([rounds](NodeLane& lane) {
+  kernels::HostSteps first = trip.begin(TERN_PHASE_WHOLE, steps.add([rounds](NodeLane& lane) {
     uint64_t epoch = 0;
     run_ahead(lane, rounds, TERN_PHASE_WHOLE, epoch);
-  })));
-  const auto pack = [&](int32_t round) {
-    kernels::PackArgs args;
-    args.dispatch = in_node_.weights_args({.plan = plan_.batch(plan_.shape().node()), .chunks = trip.chunks(round)});
-    args.slots = with(nodes.leaving(launch_.lane), trip, tokens_there(plan_), round);
-    args.steps = steps.of_kernel({.asks_last = true});
-    args.num_nodes = nodes.num_nodes();
-    tern::cuda::check(kernels::launch_pack(args, num_sms(), stream), "launching the kernel that packs weights for other nodes");
-  };
+  }));
+  if (at_once_) {
+    first.asks_last = true;
+    pack_weights(steps, 0, first);
+    return take_weights(steps);
+  }
+  steps.talk(first);
   const auto forward = [&](int32_t node, int32_t round) {
     const ChunkRange chunks = trip.chunks(round);
     for (int32_t begin = chunks.begin; begin < chunks.end; begin += in_node_.weight_chunks_per_round()) {
@@ -432,12 +431,35 @@ void NodeCombine::send_weights(cudaStream_t stream) const {
   };
   const int32_t own_node = plan_.shape().node();
   enqueue_ahead(
-      steps, trip.num_rounds(), TERN_PHASE_WHOLE, pack, [&](int32_t round) { forward(own_node, round); },
+      steps, trip.num_rounds(), TERN_PHASE_WHOLE, [&](int32_t round) { pack_weights(steps, round, {.asks_last = true}); },
+      [&](int32_t round) { forward(own_node, round); },
       [&](int32_t round) {
         for_each_batch(plan_.shape(), [&](int32_t node) {
           if (node != own_node) forward(node, round);
         });
       });
+}
+
+void NodeCombine::pack_weights(const NodeSteps& steps, int32_t round, kernels::HostSteps of_kernel) const {
+  const Nodes& nodes = *plan_.exchange().nodes();
+  kernels::PackArgs args;
+  args.dispatch = in_node_.weights_args({.plan = plan_.batch(plan_.shape().node()), .chunks = weights_trip_.chunks(round)});
+  args.slots = with(nodes.leaving(launch_.lane), weights_trip_, tokens_there(plan_), round);
+  args.steps = steps.of_kernel(of_kernel);
+  args.num_nodes = nodes.num_nodes();
+  tern::cuda::check(kernels::launch_pack(args, num_sms(), steps.stream()), "launching the kernel that packs weights for other nodes");
+}
+
+// Of all batches; within the node they go with the sums.
+void NodeCombine::take_weights(const NodeSteps& steps) const {
+  const kernels::TakeWeightsArgs args{.exchange = plan_.exchange().view(launch_.lane),
+                                      .rails = plan_.rails(),
+                                      .slots = with(plan_.exchange().nodes()->arrived(launch_.lane), weights_trip_, tokens_here(plan_), 0),
+                                      .steps = steps.of_kernel({.awaits = true, .asks_last = true}),
+                                      .max_tokens = plan_.shape().max_tokens,
+                                      .num_topk = plan_.shape().num_topk,
+                                      .own = call_.args.topk_weights};
+  tern::cuda::check(kernels::launch_take_weights(args, steps.stream()), "launching the kernel that takes weights of other nodes");
 }
 
 // The node's sums for the owners of all batches.

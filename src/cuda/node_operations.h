@@ -145,6 +145,8 @@ class NodeCombine {
  private:
   bool sends_weights_ahead() const { return launch_.phase != TERN_PHASE_RECEIVE && in_node_.sends_weights_ahead(); }
   void send_weights(cudaStream_t stream) const;
+  void pack_weights(const NodeSteps& steps, int32_t round, kernels::HostSteps of_kernel) const;
+  void take_weights(const NodeSteps& steps) const;
   void enqueue_at_once(const NodeSteps& steps, uint64_t command) const;
   void fill_slots(cudaStream_t stream, int32_t round) const;
   void sum_nodes(const NodeSteps& steps, int32_t round, kernels::HostSteps of_kernel) const;

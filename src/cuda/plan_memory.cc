@@ -56,6 +56,7 @@ void place_rail_tables(const PlanShape& shape, const kernels::PlanView& v, Place
   p.place(r.there_begin, chunk_ends);
   p.place(r.entries_there, shape.max_tokens * shape.num_topk);
   p.place(r.entries_there_begin, chunk_ends);
+  p.place(r.owner_weights, batches * shape.num_topk);
 }
 
 void place_route_tables(const PlanShape& shape, const kernels::PlanView& v, Placer& p, kernels::NodeRouteTables& r) {

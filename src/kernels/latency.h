@@ -126,7 +126,7 @@ struct LatencyCombineArgs {
   const float* returned_weights = nullptr;  // [rows, num_topk] or [rows], handed back
 
   // At the owners.
-  const float* owner_weights = nullptr;  // [num_tokens, num_topk] pushed to the experts' ranks; nullptr: none
+  const float* owner_weights = nullptr;  // [sent tokens, num_topk] pushed to the experts' ranks; nullptr: none
   bool sums_owner_weights = false;       // the experts' ranks wait for them
   const float* token_weights = nullptr;  // [num_tokens, num_topk] of the entries summed there; nullptr: 1
   const std::byte* bias[2] = {nullptr, nullptr};

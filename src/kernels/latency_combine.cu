@@ -223,7 +223,7 @@ class OwnerSums {
 template <typename Call>
 __device__ void push_weights(const LatencyCombineArgs& args, const Call& call) {
   const PlanView& plan = args.call.plan;
-  const int32_t num_entries = plan.num_tokens[call.rank()] * plan.num_topk;
+  const int32_t num_entries = (Call::has_batches() ? args.call.sent_tokens : plan.num_tokens[call.rank()]) * plan.num_topk;
   for (auto i = static_cast<int32_t>(blockIdx.x * kLatencyThreads + threadIdx.x); i < num_entries;
        i += static_cast<int32_t>(gridDim.x * kLatencyThreads)) {
     const int32_t expert = plan.experts[i];

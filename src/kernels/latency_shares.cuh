@@ -241,7 +241,7 @@ class ShareSender {
       return;
     }
     Terms terms = terms_of(share);
-    if (sums_owner_weights<Call>(args_) && !__all_sync(~0u, share.row < 0 || await_owner_weight(owner, share.token, terms.weight))) return;
+    if (sums_owner_weights<Call>(args_) && !__all_sync(~0u, share.row < 0 || await_owner_weight(owner, token, terms.weight))) return;
     if (is_per_entry<Call>(args_))
       copy_entries(terms, slot, mine);
     else

@@ -74,6 +74,25 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   host.finish();
 }
 
+// A thread takes one weight after the other. Those of tokens that are not in this node are not looked at by anybody.
+__global__ void __launch_bounds__(kThreads) take_weights_kernel(const __grid_constant__ TakeWeightsArgs args) {
+  const Operation op{args.exchange, TERN_OP_WEIGHTS, 0};
+  if (op.is_poisoned()) return;
+  const HostTalker host(op, args.steps);
+  host.ask_first();
+  if (!host.await()) return;
+  const int64_t batch_entries = args.max_tokens * args.num_topk, num_entries = args.rails.num_nodes * batch_entries;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < num_entries; i += int64_t{gridDim.x} * kThreads) {
+    if (args.rails.experts[i] < 0) continue;
+    const auto node = static_cast<int32_t>(i / batch_entries);
+    const int64_t entry = i - node * batch_entries, token = entry / args.num_topk;
+    const float* of_token = args.own + token * args.num_topk;
+    if (node != args.rails.own_node) of_token = reinterpret_cast<const float*>(args.slots.of(node, token) + args.slots.layout.weights());
+    args.rails.owner_weights[i] = of_token[entry - token * args.num_topk];
+  }
+  host.finish();
+}
+
 // ---- Sums over nodes: the Rows of sums.cuh. A warp takes one part of a row after the other.
 
 class ReturnedRows {
@@ -176,12 +195,16 @@ auto with_sum_kernel(int32_t dtype, int32_t wire, Function function) {
   return with_form<device::F32>(wire, function);
 }
 
+// Of kernels whose threads take items in turn, which are few.
+int blocks_for(int64_t num_items) { return static_cast<int>(std::clamp<int64_t>(num_items / kThreads, 1, kMostCopyBlocks)); }
+
 }  // namespace
 
 cudaError_t prepare_rail() {
   cudaError_t error = allow_shared(talk_kernel, 0);
   if (error == cudaSuccess) error = allow_shared(copy_kernel, 0);
   if (error == cudaSuccess) error = allow_shared(pack_kernel, 0);
+  if (error == cudaSuccess) error = allow_shared(take_weights_kernel, 0);
   for (const int32_t dtype : {TERN_DTYPE_BF16, TERN_DTYPE_FP16, TERN_DTYPE_FP32})
     for (const int32_t wire : {TERN_WIRE_AS_DTYPE, TERN_WIRE_LOG10BIT, TERN_WIRE_FP32})
       if (error == cudaSuccess) error = with_sum_kernel(dtype, wire, [](auto kernel) { return allow_shared(kernel, 0); });
@@ -194,9 +217,12 @@ cudaError_t launch_talk(const TalkArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t launch_copy(const CopyArgs& args, cudaStream_t stream) {
-  const int64_t words_of_blocks = kThreads * static_cast<int64_t>(sizeof(uint4));
-  const auto num_blocks = static_cast<int>(std::clamp<int64_t>(args.num_bytes / words_of_blocks, 1, kMostCopyBlocks));
-  copy_kernel<<<num_blocks, kThreads, 0, stream>>>(args);
+  copy_kernel<<<blocks_for(args.num_bytes / static_cast<int64_t>(sizeof(uint4))), kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_take_weights(const TakeWeightsArgs& args, cudaStream_t stream) {
+  take_weights_kernel<<<blocks_for(args.rails.num_nodes * args.max_tokens * args.num_topk), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -67,6 +67,7 @@ struct RailTables {
   int32_t* there_begin = nullptr;    // [num_nodes, kMaxChunks + 1]
   int32_t* entries_there = nullptr;  // [max_tokens, num_topk] slots of entries in their nodes
   int32_t* entries_there_begin = nullptr;
+  float* owner_weights = nullptr;  // [num_nodes, max_tokens, num_topk] of all batches, as the owners gave them to the running combine
 };
 static_assert(std::is_trivially_copyable_v<RailTables>);
 
@@ -90,6 +91,17 @@ struct CopyArgs {
   std::byte* to = nullptr;
   const std::byte* from = nullptr;
   int64_t num_bytes = 0;  // a multiple of 16, as are the addresses
+};
+
+// Weights that only the owners know, of all batches, when the rail has brought them.
+struct TakeWeightsArgs {
+  ExchangeView exchange;
+  RailTables rails;
+  RailSlots slots;  // that have come
+  HostSteps steps;
+  int64_t max_tokens = 0;
+  int32_t num_topk = 0;
+  const float* own = nullptr;  // [num_tokens, num_topk] of this rank's tokens
 };
 
 // The sums of this rank's tokens over what the nodes have returned.
@@ -119,6 +131,7 @@ cudaError_t prepare_rail();
 cudaError_t launch_talk(const TalkArgs& args, cudaStream_t stream);
 cudaError_t launch_copy(const CopyArgs& args, cudaStream_t stream);
 cudaError_t launch_pack(const PackArgs& args, int num_blocks, cudaStream_t stream);
+cudaError_t launch_take_weights(const TakeWeightsArgs& args, cudaStream_t stream);
 cudaError_t launch_node_sums(const NodeSumArgs& args, int num_blocks, cudaStream_t stream);
 
 }  // namespace tern::kernels
