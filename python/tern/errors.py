@@ -107,4 +107,7 @@ def check(status: int, result: Any = None) -> None:
     error = _CLASSES.get(Status(status), Error)(text)
     if isinstance(error, CapacityExceededError):
         error.result = result
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # or it would hold itself, by its traceback, and with it all that its callers have

@@ -357,6 +357,18 @@ def test_plans_are_used_again_and_no_tensor_is_kept(device: str, hook: bool) -> 
         gc.enable()
 
 
+def test_a_handle_may_be_collected_in_a_cycle(device: str) -> None:
+    given, buffer = batch(device), new_buffer()
+    for _ in range(3):
+        owner = types.SimpleNamespace(arrived=dispatch(buffer, **given))
+        owner.itself = owner
+        del owner
+        gc.collect()
+        arrived = dispatch(buffer, **given)
+        combine(buffer, arrived[0], arrived[2], given["topk_idx"], given["topk_weights"])
+        assert torch.equal(what_came(arrived)[0], expected_rows(given))
+
+
 def test_what_a_hook_needs_lives_until_it_has_run(device: str) -> None:
     buffer, _ = warmed(batch(device), return_recv_hook=True)
 

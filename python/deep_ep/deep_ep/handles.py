@@ -56,6 +56,8 @@ class PlanPool:
     def __init__(self, exchange: tern.Exchange) -> None:
         self._exchange = exchange
         self._shelves: dict[tuple[Any, ...], PlanShelf] = {}
+        # All of them. A plan that only its lease held would end first where both are collected in a cycle, and come back as one that has ended.
+        self._plans: set[tern.Plan] = set()
 
     def lease(self, lane: int, captured: bool, **options: Any) -> PlanLease:
         return self.lease_from(self.shelf(lane, captured, **options))
@@ -82,14 +84,18 @@ class PlanPool:
                 # The step that ran before to warm up has left its plan.
                 return shelf.uncaptured.idle.pop()
         self._trim()
-        return self._exchange.plan(**shelf.options)
+        plan = self._exchange.plan(**shelf.options)
+        self._plans.add(plan)
+        return plan
 
     def _trim(self) -> None:
         """Shapes come and go; what nobody uses is given back before more memory is taken."""
         evictable = [shelf.idle for shelf in list(self._shelves.values()) if not shelf.captured]
         if sum(len(plans) for plans in evictable) >= _MOST_IDLE_PLANS:
             for plans in evictable:
-                plans.clear()
+                with contextlib.suppress(IndexError):
+                    while True:
+                        self._plans.discard(plans.pop())
 
 
 class _MadeWhenLookedAt(tuple):  # type: ignore[type-arg]

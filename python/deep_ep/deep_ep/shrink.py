@@ -10,6 +10,7 @@ are still there.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Callable, TypeVar
 
 import tern
@@ -21,16 +22,12 @@ _COUNT_MASK = (1 << 32) - 1
 
 def persistently(first: Callable[[], Result], again: Callable[[], Result], num_ranks: int) -> Result:
     """`first`, or if its plan is stale `again`, which routes anew, until a generation lives as long as that."""
-    try:
+    with contextlib.suppress(tern.StalePlanError):
         return first()
-    except tern.StalePlanError as error:
-        stale = error
-    for _ in range(num_ranks):
-        try:
+    for _ in range(num_ranks - 1):
+        with contextlib.suppress(tern.StalePlanError):
             return again()
-        except tern.StalePlanError as error:
-            stale = error
-    raise stale
+    return again()
 
 
 def moved_rows(rows: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
