@@ -31,7 +31,7 @@
  *   TERN_PHASE_SEND included); on GPU ranks when the work enqueued on the stream has run. A receive is given the send's arguments again,
  *   and reads what it needs of them.
  * - Ranks may be on several nodes: see docs/protocol.md, "Between nodes". Every node has as many ranks, which follow each other.
- *   A token crosses the network once for each node. GPU ranks: TERN_ON_TIMEOUT_MASK is TERN_UNSUPPORTED there; tern_exchange_recover is not.
+ *   A token crosses the network once for each node.
  * - An exchange is used by one thread at a time per lane. Different lanes, and different exchanges, may be used from
  *   different threads at once. A plan belongs to one lane at a time.
  *
@@ -212,8 +212,8 @@ typedef enum tern_timeout_policy TERN_ENUM_TYPE {
    * tern_exchange_recover; and the wait for a rank takes a quarter of the timeout longer. The wait for a rank that waits for another one
    * itself may take three quarters longer, and again for each further rank that it misses. A rank that was given up and lives gets
    * TERN_MASKED_OUT. GPU ranks: each by itself waits for it no more, replayed graphs too, until tern_exchange_recover, which leaves it out of
-   * the next generation; only on the latency path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED. With
-   * several nodes making the exchange is TERN_UNSUPPORTED: there, tern_exchange_recover with allow_mask does it between operations */
+   * the next generation; only on the latency path, in dispatches that route and their combines, everything else is TERN_UNSUPPORTED: also,
+   * between nodes, combines in mode EXACT. Between nodes the hosts tell each other, so all ranks hear of it */
   TERN_ON_TIMEOUT_MASK = 1
 } tern_timeout_policy;
 

@@ -76,7 +76,7 @@ class Exchange:
         computed; larger batches go in rounds. staging_bytes sets it by hand.
     window_bytes: memory for `empty`. num_lanes: independent sequences of operations. num_sms: SMs of an operation on a GPU, 0: chosen.
     timeout_ms: the deadline of every wait, 0: TERN_TIMEOUT_MS, else 30 s. on_timeout: "abort" or "mask" (GPU ranks: on the
-        latency path, inside one node).
+        latency path).
     mode: "auto", "throughput" or "latency".
 
     One thread at a time uses a lane; different lanes may be used from different threads. Operations on GPU ranks run on torch's

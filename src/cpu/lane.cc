@@ -21,20 +21,6 @@ constexpr std::chrono::milliseconds kLook{1};  // how often a rank looks for a w
 
 constexpr int kNobody = -1;
 
-uint64_t shown_rank(int rank_of_group) { return static_cast<uint64_t>(rank_of_group) + 1; }
-
-// Lets the others of the node see for whom this rank waits.
-class ShownWait {
- public:
-  ShownWait(uint64_t& word, int rank_of_group) : word_(word) { store_release(word_, shown_rank(rank_of_group)); }
-  ~ShownWait() { store_release(word_, 0); }
-  ShownWait(const ShownWait&) = delete;
-  ShownWait& operator=(const ShownWait&) = delete;
-
- private:
-  uint64_t& word_;
-};
-
 }  // namespace
 
 std::string shape_text(const layout::CallShape& s) {
@@ -221,7 +207,7 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
   Deadline deadline = deadline_of(awaited, start);
   Patience patience(*this, awaited);
   layout::Doorbell& bell = domain_->doorbell(domain_->rank, index_);
-  const ShownWait shown(bell.awaits, awaited.rank);
+  const ShownWait shown(bell, awaited.rank);
   const auto done = [&](bool result) {
     const std::chrono::nanoseconds waited = Deadline::Clock::now() - start;
     counters_->wait_ns.fetch_add(static_cast<uint64_t>(waited.count()), std::memory_order_relaxed);
@@ -248,7 +234,7 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
       stop_listening(bell);
       if (patience.has_more()) {
         deadline = Deadline::in_ms(options_.grace_ms);
-        if (standing_ != nullptr) standing_->show_late_wait(awaited.rank);
+        show_late_wait(awaited.rank);
         continue;
       }
       // A rank that seems to wait for nobody may just have named another one.
@@ -258,6 +244,10 @@ bool Lane::keep_waiting(const Awaited& awaited, Ready ready) {
     counters_->sleeps.fetch_add(1, std::memory_order_relaxed);
     sleep(bell, heard, std::min<std::chrono::nanoseconds>(deadline.remaining(), kLongestSleep));
   }
+}
+
+void Lane::show_late_wait(int rank_of_group) const {
+  if (standing_ != nullptr) standing_->show_late_wait(rank_of_group);
 }
 
 void Lane::go_on_without(int rank_of_group) {

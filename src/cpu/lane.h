@@ -85,6 +85,20 @@ struct Awaited {
 class Lane;
 class Standing;
 
+// While it lives, the others of the node see for whom this rank waits.
+class ShownWait {
+ public:
+  ShownWait(layout::Doorbell& bell, int rank_of_group) : word_(bell.awaits) {
+    store_release(word_, static_cast<uint64_t>(rank_of_group) + 1);
+  }
+  ~ShownWait() { store_release(word_, 0); }
+  ShownWait(const ShownWait&) = delete;
+  ShownWait& operator=(const ShownWait&) = delete;
+
+ private:
+  uint64_t& word_;
+};
+
 // While it lives, what a lane waits for each rank of the group is added to wait_ns[rank], which may be nullptr.
 class CountedWaits {
  public:
@@ -210,6 +224,8 @@ class Lane {
   bool gave_up(int r) const { return gave_up_rank(domain_->rank_of_group(r)); }
   // Goes on without all whom this rank's window knows to be given up.
   void hear_given_up();
+  // Says to the rails, with TERN_ON_TIMEOUT_MASK, that a wait for that rank goes on beyond its deadline.
+  void show_late_wait(int rank_of_group) const;
   uint64_t next_epoch() const { return epochs_.next(); }
   uint64_t progress() const { return epochs_.progress(); }
   // Is there a send that has not been received? The same answer on every rank at the same call.

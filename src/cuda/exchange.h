@@ -104,7 +104,7 @@ class CudaExchange : public DeviceExchange {
   // Offset of `pointer` in this rank's heap, or -1 if it does not lie there with `bytes` bytes behind it.
   int64_t heap_offset(const void* pointer, int64_t bytes) const;
 
-  // Throws what ended the generation, if anything has.
+  // Throws what ended the generation, if anything has; for the caller's thread.
   void check_health() const;
   // The text and status of a failure that this rank's GPU has reported, without throwing.
   std::optional<tern_failure> known_failure() const;
@@ -119,7 +119,11 @@ class CudaExchange : public DeviceExchange {
   void begin_generation(const NextGeneration& next, int64_t timeout_ms);
   void set_pointers();
   void reset_lanes();
+  // The same by what this rank's GPU has reported; any thread. Under TERN_ON_TIMEOUT_MASK the other hosts hear whom it goes on without.
+  void hear_gpu() const;
+  bool gpu_gave_up(int r) const;
   std::vector<uint8_t> given_up() const;
+  NextGeneration agree_between_nodes(const tern_recover_options& options, int64_t timeout_ms);
   bool is_idle() const;
   void await_idle(Deadline deadline) const;
   void free_retired();
@@ -147,6 +151,7 @@ class CudaExchange : public DeviceExchange {
   Trace trace_;
   std::vector<std::unique_ptr<CudaLane>> lanes_;
   Counters counters_;
+  mutable Deadline looks_at_council_ = Deadline::in_ms(0);
   std::unique_ptr<cpu::NodesCouncil> council_;  // nullptr: there is one node, and `board_` serves
   std::unique_ptr<Nodes> nodes_;                // ends first
 };

@@ -230,13 +230,17 @@ bool takes_latency_path(const CudaPlan& plan, const CombineCall& call) {
 bool takes_batches_at_once(const CudaPlan& plan, const DispatchCall& call) {
   const layout::LatencySlot slot = dispatch_slot(call);
   return plan.exchange().options().mode != TERN_MODE_THROUGHPUT && has_latency_path(plan) &&
-         fits(plan, slot, plan.shape().max_messages(), false) && dispatch_memory(plan, slot).num_bytes <= kernels::kMostLatencyShared;
+         fits(plan, slot, plan.shape().max_messages(), has_row_flags(plan)) &&
+         dispatch_memory(plan, slot).num_bytes <= kernels::kMostLatencyShared;
 }
 
-// Sums alone: rows of entries, and those that travel in another form, have kernels that write slots as they are to be.
+// Sums alone: rows of entries, and those that travel in another form, have kernels that write slots as they are to be. But with masks those know
+// nothing of who is missing.
 bool takes_batches_at_once(const CudaPlan& plan, const CombineCall& call) {
-  return plan.exchange().options().mode != TERN_MODE_THROUGHPUT && has_latency_path(plan) && call.args.wire == TERN_WIRE_AS_DTYPE &&
-         !has_row_flags(plan, call) && fits(plan, combine_slot(plan, call), plan.shape().max_messages(), false);
+  const bool has_form =
+      call.args.wire == TERN_WIRE_AS_DTYPE || (call.args.wire == TERN_WIRE_LOG10BIT && plan.exchange().masks_late_ranks());
+  return plan.exchange().options().mode != TERN_MODE_THROUGHPUT && has_latency_path(plan) && has_form && !is_per_entry(plan, call) &&
+         fits(plan, combine_slot(plan, call), plan.shape().max_messages(), has_row_flags(plan));
 }
 
 bool took_latency_path(const Ticket& ticket) { return (ticket.shape.choices & kLatencyChoice) != 0; }

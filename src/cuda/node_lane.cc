@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/short_pauses.h"
 #include "domain/failure.h"
+#include "domain/given_up.h"
 
 namespace tern::cuda {
 namespace {
@@ -30,11 +31,11 @@ class Looks {
 
 constexpr int kLooksPerCheck = 64;
 
-cpu::LaneOptions lane_options(int64_t timeout_ms) {
-  return {.timeout_ms = timeout_ms,
+cpu::LaneOptions lane_options(const NodeLane::Options& options) {
+  return {.timeout_ms = options.timeout_ms,
           .spin = cpu::kNetworkSpin,
-          .on_timeout = TERN_ON_TIMEOUT_ABORT,
-          .grace_ms = cpu::grace_ms(timeout_ms),
+          .on_timeout = options.on_timeout,
+          .grace_ms = cpu::grace_ms(options.timeout_ms),
           .num_graces = 1};
 }
 
@@ -47,7 +48,7 @@ NodeLane::NodeLane(const std::shared_ptr<DevicePool>& pool, const Domain& domain
       pool_(pool),
       cell_(pool->device(), 1),
       talk_(pool, 1),
-      lane_(domain, options_.index, lane_options(options_.timeout_ms), spans),
+      lane_(domain, options_.index, lane_options(options_), spans),
       rail_(network.make_rail(lane_)),
       thread_([this] { run(); }) {}
 
@@ -106,30 +107,69 @@ bool NodeLane::has_asked() const { return load_acquire(cell_[0].asked) > asked_;
 
 void NodeLane::grant(uint64_t epoch) {
   if (epoch <= granted_) return;
+  tell_absences();
   granted_ = epoch;
   store_release(cell_[0].granted, epoch);
 }
 
 void NodeLane::answer(uint64_t epoch) {
+  tell_absences();
   store_release(cell_[0].answered, kernels::HostCell::answer(++answered_, epoch % layout::kNumBanks));
 }
 
-// Several kernels may lie between two steps, each with waits of its own.
 void NodeLane::await_gpu(tern_operation operation) {
+  if (!masks()) return await_step(operation);
+  {
+    // The GPU may be waiting for a rank of the node.
+    const cpu::ShownWait shown(domain_.doorbell(domain_.rank, options_.index), own_rank());
+    await_step(operation);
+  }
+  options_.hear_gpu();  // what goes to other nodes says whose share it lacks
+  lane_.hear_given_up();
+}
+
+// Several kernels may lie between two steps, each with waits of its own.
+void NodeLane::await_step(tern_operation operation) {
   constexpr int64_t kGpuShare = 8;
   const Deadline deadline = Deadline::in_ms(kGpuShare * options_.timeout_ms);
+  Deadline shows_late_wait = Deadline::in_ms(options_.timeout_ms);
   Looks looks;
   for (int turn = 0; !has_asked(); ++turn) {
     looks.pause();
     if (turn % kLooksPerCheck != 0) continue;
-    options_.check_health();
+    options_.hear_gpu();
+    tell_absences();
+    if (shows_late_wait.passed()) {
+      lane_.show_late_wait(own_rank());
+      shows_late_wait = deadline;
+    }
     const bool ends = deadline.passed() || stop_;
     if (!ends || has_asked()) continue;  // who stops a lane has waited for its GPU
-    const int32_t rank = domain_.rank_of_group(domain_.rank);
-    announce_failure(domain_, {TERN_TIMEOUT, rank, rank, options_.index, operation, 0, asked_ + 1, asked_});
-    fail(TERN_TIMEOUT, "{}: rank {} waited for its own GPU, lane {}", operation_name(operation), rank, options_.index);
+    announce_failure(domain_, {TERN_TIMEOUT, own_rank(), own_rank(), options_.index, operation, 0, asked_ + 1, asked_});
+    fail(TERN_TIMEOUT, "{}: rank {} waited for its own GPU, lane {}", operation_name(operation), own_rank(), options_.index);
   }
   ++asked_;
+}
+
+void NodeLane::meet(const cpu::RailTrip& trip) {
+  if (!masks()) return;
+  const cpu::RoundTrip meeting{.operation = trip.operation, .shape = trip.shape, .bank = {}};
+  lane_.run(
+      meeting, [](int64_t, uint64_t) {},
+      [&](int64_t, uint64_t epoch) {
+        domain_.for_each_member([&](int peer) { lane_.receive_from(meeting, epoch, peer, [](const std::byte*) {}); });
+      });
+}
+
+// Before an answer, which is about what has come from those who are not missing; and while the GPU may be waiting for them.
+void NodeLane::tell_absences() {
+  if (!masks()) return;
+  if (is_given_up(domain_, own_rank())) fail(TERN_MASKED_OUT, "lane {}: the other ranks have given up rank {}", options_.index, own_rank());
+  uint64_t gone = 0, absent = 0;
+  for (int r = 0; r < domain_.num_ranks; ++r) gone |= uint64_t{is_given_up(domain_, domain_.rank_of_group(r))} << r;
+  for (int node = 0; node < rail_->num_nodes(); ++node) absent |= uint64_t{!rail_->serves(node)} << node;
+  store_release(cell_[0].gone_ranks, gone);
+  store_release(cell_[0].absent_nodes, absent);
 }
 
 // False: there will be none.
@@ -139,7 +179,7 @@ bool NodeLane::await_command() {
     if (const uint64_t next = rail_->next_epoch(); next > granted_ && rail_->has_room(next)) grant(next);
     looks.pause();
     if (turn % kLooksPerCheck != 0) continue;
-    options_.check_health();
+    options_.hear_gpu();
     const bool stops = stop_;
     if (stops && !has_asked()) return false;
   }
@@ -153,15 +193,15 @@ void NodeLane::run() {
     options_.enter_gpu();
     while (await_command()) take(cell_[0].commands[begun_++ % 2])(*this);
   } catch (const std::exception& error) {
-    const int32_t rank = domain_.rank_of_group(domain_.rank);
-    give_up({TERN_INTERNAL_ERROR, rank, rank, options_.index, TERN_OP_NONE, 0, asked_, answered_});
+    const tern_status status = status_of(error) == TERN_MASKED_OUT ? TERN_MASKED_OUT : TERN_INTERNAL_ERROR;
+    give_up({status, own_rank(), own_rank(), options_.index, TERN_OP_NONE, 0, asked_, answered_});
   }
 }
 
-// With what is recorded; if nothing is, with `failure`.
+// With what is recorded; if nothing is, with `failure`. Of a rank that the others go on without, they hear nothing.
 void NodeLane::give_up(const tern_failure& failure) {
-  announce_failure(domain_, failure);
-  copy_failure(recorded_failure(domain_).value_or(failure), cell_[0].failure);
+  if (failure.status != TERN_MASKED_OUT) announce_failure(domain_, failure);
+  copy_failure(failure.status != TERN_MASKED_OUT ? recorded_failure(domain_).value_or(failure) : failure, cell_[0].failure);
   store_release(cell_[0].answered, kernels::HostCell::kGaveUp);
 }
 

@@ -7,7 +7,8 @@
 //   in the command:  lane.rail().start_round(...);  lane.grant(epoch);  lane.await_gpu(operation);  lane.rail().send_round(...);  ...
 //
 // Lane and rail are those of CPU ranks: deadlines, the record of who failed, epochs, credits and the comparison of calls are the same.
-// A command that fails ends the exchange: the GPU hears of it with its next answer, and the other nodes over the network.
+// A command that fails ends the exchange: the GPU hears of it with its next answer, and the other nodes over the network. Under TERN_ON_TIMEOUT_MASK
+// the lane says with each answer who is missing; and if that is this rank itself, only its own GPU stops.
 //
 // Lifetime: the end waits for the command that runs, which has deadlines. Threads: one enqueues, commands run on the lane's own, which calls
 // nothing of CUDA behind its start (providers that copy from GPUs by themselves may). Memory: what the GPU wrote before it asked is visible behind
@@ -36,8 +37,10 @@ class NodeLane {
   struct Options {
     int index = 0;
     int64_t timeout_ms = 0;
-    std::function<void()> check_health = {};  // throws what this rank's GPU has reported
-    std::function<void()> enter_gpu = {};     // RailMemory::enter_gpu
+    tern_timeout_policy on_timeout = TERN_ON_TIMEOUT_ABORT;
+    // Throws what this rank's GPU has reported, and tells the other hosts whom it goes on without.
+    std::function<void()> hear_gpu = {};
+    std::function<void()> enter_gpu = {};  // RailMemory::enter_gpu
   };
 
   NodeLane(const std::shared_ptr<DevicePool>& pool, const Domain& domain, const cpu::Network& network, SpanLog& spans, Options options);
@@ -68,6 +71,9 @@ class NodeLane {
   void answer(uint64_t epoch);
   // Until the GPU has come to its next step.
   void await_gpu(tern_operation operation);
+  // Under TERN_ON_TIMEOUT_MASK: until the ranks of the node have what their rails bring, or go on without it. Kernels, which wait for each other
+  // behind this, do not see who is held up by another node.
+  void meet(const cpu::RailTrip& trip);
 
  private:
   struct Entry {
@@ -78,6 +84,10 @@ class NodeLane {
   void run();
   bool await_command();
   bool has_asked() const;
+  bool masks() const { return options_.on_timeout == TERN_ON_TIMEOUT_MASK; }
+  int own_rank() const { return domain_.rank_of_group(domain_.rank); }
+  void await_step(tern_operation operation);
+  void tell_absences();
   Command take(uint64_t number);
   void give_up(const tern_failure& failure);
 

@@ -12,67 +12,18 @@
 
 #include <optional>
 
-#include "cpu/rail.h"
 #include "cuda/latency.h"
 #include "cuda/node_plan.h"
+#include "cuda/node_trip.h"
 #include "cuda/operations.h"
 
 namespace tern::cuda {
-
-// What goes over the rail: so many chunks of each owner's tokens in a round.
-struct NodeTrip {
-  cpu::RailTrip rail;
-  int32_t num_chunks = 0;
-  int32_t chunks_per_round = 0;
-
-  int32_t num_rounds() const { return static_cast<int32_t>(rail.num_rounds); }
-  // How an operation, or a phase, begins: its first kernel asks the host to run the command, and awaits the banks that it fills, or what has come.
-  kernels::HostSteps begin(tern_phase phase, uint64_t command) const {
-    const bool receives = phase == TERN_PHASE_RECEIVE;
-    return {.command = command, .asks_first = true, .takes_epochs = receives ? 0 : num_rounds(), .awaits = receives};
-  }
-  ChunkRange chunks(int32_t round) const { return chunks_of_round(num_chunks, chunks_per_round, round); }
-};
-
-// How a trip is cut into rounds: TERN_OUT_OF_MEMORY says what staging would be needed if not even a chunk fits, or for a phase not all.
-struct NodeTripOptions {
-  tern_operation operation;
-  tern_phase phase;
-  const layout::CallShape& shape;
-  layout::RailSlotLayout slot;
-  int64_t slots_per_token;
-  int64_t most_tokens;
-};
-NodeTrip make_node_trip(const CudaPlan& plan, const NodeTripOptions& options);
 
 // Calls visit(node), this rank's own first, in the same order on all ranks of the node.
 template <typename Visitor>
 void for_each_batch(const PlanShape& shape, Visitor visit) {
   for (int32_t i = 0; i < shape.num_nodes; ++i) visit((shape.node() + i) % shape.num_nodes);
 }
-
-// Steps of one operation on its stream.
-class NodeSteps {
- public:
-  NodeSteps(const CudaPlan& plan, const tern_launch& launch, tern_operation operation, cudaStream_t stream);
-
-  // The number of a command that the host begins when it is asked for.
-  uint64_t add(NodeLane::Command command) const;
-  // For a kernel that takes them around its work.
-  kernels::HostSteps of_kernel(kernels::HostSteps steps) const;
-  // By a kernel of its own.
-  void talk(kernels::HostSteps steps) const;
-  void ask() const { talk({.asks_first = true}); }
-  void await() const { talk({.awaits = true}); }
-  void ask_and_await() const { talk({.asks_first = true, .awaits = true}); }
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  const CudaPlan& plan_;
-  const int32_t lane_idx_;
-  const tern_operation operation_;
-  const cudaStream_t stream_;
-};
 
 // A route: the batches are routed one after the other, each as if it were alone, this rank's own while what the others need is on its way.
 class NodeRoute {
@@ -116,6 +67,7 @@ class NodeDispatch {
   void check(const Ticket& ticket, int64_t rail_rounds_before) const;
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
   int32_t num_sms() const { return at_once_ ? at_once_->num_sms() : in_node_.num_sms(); }
+  bool is_at_once() const { return at_once_.has_value(); }
 
  private:
   void enqueue_routing(cudaStream_t stream) const;
@@ -141,6 +93,7 @@ class NodeCombine {
   void check(const Ticket& ticket) const;
   void enqueue(cudaStream_t stream, Ticket& ticket) const;
   int32_t num_sms() const { return at_once_ ? at_once_->num_sms() : in_node_.num_sms(); }
+  bool is_at_once() const { return at_once_.has_value(); }
 
  private:
   bool sends_weights_ahead() const { return launch_.phase != TERN_PHASE_RECEIVE && in_node_.sends_weights_ahead(); }

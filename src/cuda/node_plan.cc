@@ -115,9 +115,11 @@ void NodePlan::send(NodeLane& lane, const cpu::RailTrip& trip, uint64_t first, i
 void NodePlan::take_counts(NodeLane& lane, const cpu::RailTrip& trip, uint64_t epoch) {
   cpu::Rail& rail = lane.rail();
   rail.for_each_other_node([&](int node) { rail.await_arrived(trip, epoch, node); });
+  lane.meet(trip);
   lane.answer(epoch);
   rail.for_each_other_node([&](int node) {
     const std::byte* bank = rail.await_arrived(trip, epoch, node);
+    if (bank == nullptr) return;
     const auto counts = table_.counts_of(shape().rail_in(node));
     std::copy_n(reinterpret_cast<const int32_t*>(bank + trip.bank.counts()), counts.size(), counts.begin());
   });

@@ -1,34 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A route between nodes, and the steps by which the kernels of an operation talk with the host.
+// A route between nodes.
 #include "base/error.h"
 #include "cuda/node_operations.h"
 #include "cuda/nodes.h"
 
 namespace tern::cuda {
-
-NodeSteps::NodeSteps(const CudaPlan& plan, const tern_launch& launch, tern_operation operation, cudaStream_t stream)
-    : plan_(plan), lane_idx_(launch.lane), operation_(operation), stream_(stream) {}
-
-uint64_t NodeSteps::add(NodeLane::Command command) const {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream_, &status), "asking whether a stream is captured");
-  const void* owner = status == cudaStreamCaptureStatusNone ? nullptr : &plan_;
-  return plan_.exchange().nodes()->lane(lane_idx_).add(std::move(command), owner);
-}
-
-kernels::HostSteps NodeSteps::of_kernel(kernels::HostSteps steps) const {
-  const NodeLane& lane = plan_.exchange().nodes()->lane(lane_idx_);
-  steps.cell = lane.cell();
-  steps.talk = lane.talk();
-  return steps;
-}
-
-void NodeSteps::talk(kernels::HostSteps steps) const {
-  const kernels::TalkArgs args{plan_.exchange().view(lane_idx_), operation_, of_kernel(steps)};
-  check(kernels::launch_talk(args, stream_), "launching the kernel that talks with the host");
-}
-
-// ---- Route
 
 NodeRoute::NodeRoute(const CudaPlan& plan, const tern_routing& routing, const tern_launch& launch, const cpu::RailTrip& trip,
                      int32_t num_sms)

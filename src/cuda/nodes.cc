@@ -33,7 +33,8 @@ void Nodes::start(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Dead
       lanes_[static_cast<size_t>(i)]->restart(*network_);
       continue;
     }
-    NodeLane::Options of_lane{.index = i, .timeout_ms = setup_.options.timeout_ms, .check_health = setup_.check_health};
+    const tern_exchange_options& options = setup_.options;
+    NodeLane::Options of_lane{.index = i, .timeout_ms = options.timeout_ms, .on_timeout = options.on_timeout, .hear_gpu = setup_.hear_gpu};
     of_lane.enter_gpu = [device] { enter(device); };
     lanes_.push_back(std::make_unique<NodeLane>(pool_, domain_, *network_, trace_.lane(i), of_lane));
   }
@@ -74,6 +75,12 @@ uint64_t Nodes::network_bytes() const {
   uint64_t bytes = 0;
   for (const auto& lane : lanes_) bytes += lane->lane().counters().network_bytes.load(std::memory_order_relaxed);
   return bytes;
+}
+
+uint64_t Nodes::timeouts() const {
+  uint64_t timeouts = 0;
+  for (const auto& lane : lanes_) timeouts += lane->lane().counters().timeouts.load(std::memory_order_relaxed);
+  return timeouts;
 }
 
 kernels::RailSlots Nodes::slots(int32_t lane_idx, bool have_come) const {

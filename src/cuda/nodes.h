@@ -24,7 +24,7 @@ class Nodes {
   // What the exchange has for them.
   struct Setup {
     tern_exchange_options options;
-    std::function<void()> check_health;  // NodeLane::Options
+    std::function<void()> hear_gpu;  // NodeLane::Options
     Log log;
   };
 
@@ -46,6 +46,11 @@ class Nodes {
     return std::ranges::count(unreachable_, 0) == std::ssize(unreachable_) ? nullptr : unreachable_on_gpu_.data();
   }
   uint64_t network_bytes() const;
+  uint64_t timeouts() const;
+  // Under TERN_ON_TIMEOUT_MASK: this rank's window knows whom the other nodes have given up.
+  void hear_standing() const { lane(0).rail().hear_standing(); }
+  // Network::expect_losses
+  void expect_losses(bool expected) { network_->expect_losses(expected); }
 
   // Slots that leave, or that have come, with those of the own node; what is in them is to be added.
   kernels::RailSlots leaving(int32_t lane_idx) const { return slots(lane_idx, false); }

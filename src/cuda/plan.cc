@@ -80,8 +80,10 @@ void CudaPlan::check_throughput_path(const char* operation) const {
   if (!exchange_.masks_late_ranks()) return;
   fail(TERN_UNSUPPORTED,
        "{}: under TERN_ON_TIMEOUT_MASK GPU ranks have the latency path alone: dispatches that route, of at most {} tokens with {} experts "
-       "each, and rows that fit the staging; this operation does not take it",
-       operation, layout::kMostLatencyTokens, layout::kMostLatencyTopk);
+       "each (between nodes {} tokens of all nodes, and no combines in mode EXACT), and rows that fit the staging; "
+       "this "
+       "operation does not take it",
+       operation, layout::kMostLatencyTokens, layout::kMostLatencyTopk, layout::kMostLatencyTokens);
 }
 
 void CudaPlan::check_not_under_way(const char* operation) const {
@@ -261,6 +263,7 @@ void CudaPlan::dispatch_between_nodes(const DispatchCall& call, const tern_launc
   const bool goes_ahead = routes && !options.routes_on_its_way;
   options.route = host_route(launch.lane);
   const NodeDispatch operation(*this, call, launch, options);
+  if (!operation.is_at_once() || goes_ahead) check_throughput_path("dispatch");
   operation.check(dispatch_ticket_, goes_ahead ? node_plan_->trip().num_rounds : 0);
   run(operation, launch, dispatch_ticket_, [&](cudaStream_t stream) {
     if (goes_ahead)
@@ -321,6 +324,7 @@ void CudaPlan::combine(const CombineCall& call, const tern_launch& launch) {
   latency_path_ = node_plan_ == nullptr && (receives_only ? took_latency_path(combine_ticket_) : takes_latency_path(*this, call));
   if (node_plan_ != nullptr) {
     const NodeCombine operation(*this, call, launch);
+    if (!operation.is_at_once()) check_throughput_path("combine");
     operation.check(combine_ticket_);
     run(operation, launch, combine_ticket_, [](cudaStream_t) {});
   } else if (latency_path_) {

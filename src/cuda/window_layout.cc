@@ -28,6 +28,7 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
   const int32_t num_ranks = num_group_ranks / num_nodes;
   const layout::RoutingBankLayout routing{
       .num_counts = int64_t{options.max_experts} + num_ranks, .num_topk = options.max_topk, .max_tokens = options.max_tokens};
+  const bool masks = options.on_timeout == TERN_ON_TIMEOUT_MASK;
   int64_t per_rank = make_window_layout(options, num_ranks).bank_bytes;
   if (options.staging_bytes == 0) {
     constexpr int64_t kPartPadding = 2 * 16;  // rows and scales begin at multiples of it; the last of the chunks is counted as a full one
@@ -38,9 +39,10 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
     // Batches for decoding: the latency path takes a combine in mode EXACT at once.
     constexpr int64_t kDecodingTokens = 256;
     const int64_t entry_rows = options.max_tokens * layout::align_up(options.max_topk * options.max_row_bytes + weight_bytes + 16, 128);
-    // As a rule rows of several ranks share a slot: LatencyCombineArgs.shares_slots.
-    const int32_t num_sharing = options.on_timeout == TERN_ON_TIMEOUT_MASK ? 1 : num_ranks;
-    if (options.max_tokens <= kDecodingTokens) per_rank = std::max(per_rank, std::min(entry_rows / num_sharing + 1, most));
+    // As a rule rows of several ranks share a slot: LatencyCombineArgs.shares_slots. Between nodes there is no such combine with masks.
+    const int32_t num_sharing = masks ? 1 : num_ranks;
+    if (options.max_tokens <= kDecodingTokens && !(masks && num_nodes > 1))
+      per_rank = std::max(per_rank, std::min(entry_rows / num_sharing + 1, most));
   }
   const bool has_latency_path = num_group_ranks <= layout::kMostLatencyRanks;
   const int64_t latency_tokens = has_latency_path ? std::min(num_nodes * options.max_tokens, layout::kMostLatencyTokens) : 0;
@@ -48,13 +50,13 @@ layout::DeviceWindowLayout make_device_layout(const tern_exchange_options& optio
                                    .max_tokens = latency_tokens / num_nodes,
                                    .num_topk = options.max_topk,
                                    .num_batches = num_nodes};
-  const int64_t staging_bytes = num_ranks * layout::align_up(per_rank, layout::kBulkLine);
+  // That is for batches of one node's tokens; slots for small ones are for all nodes'.
+  const int64_t bytes_of_node = num_ranks * layout::align_up(per_rank, layout::kBulkLine);
   return {.num_ranks = num_ranks,
           .num_lanes = options.num_lanes,
           .routing_bytes = routing.bytes(),
-          .staging_bytes = staging_bytes,
-          // The staging is for batches of one node's tokens, these slots for all nodes'.
-          .slot_bytes = latency_tokens > 0 ? latency_slot_bytes(options, num_ranks, latency_tokens, num_nodes * staging_bytes) : 0,
+          .staging_bytes = masks ? num_nodes * bytes_of_node : bytes_of_node,
+          .slot_bytes = latency_tokens > 0 ? latency_slot_bytes(options, num_ranks, latency_tokens, num_nodes * bytes_of_node) : 0,
           .latency_words = latency_tokens > 0 ? layout::align_up(words.num_words(), 16) : 0,
           .latency_tokens = latency_tokens};
 }

@@ -30,6 +30,8 @@ const char* operation_name(int operation) {
 
 std::string failure_text(const Domain& domain, const tern_failure& f) {
   if (f.status == TERN_MISMATCH) return mismatch_text(f) + kAdvice;
+  if (f.status == TERN_MASKED_OUT)
+    return fmt::format("rank {} was missing for too long, and the other ranks go on without it{}", f.awaited, kAdvice);
   if (f.operation == TERN_OP_RECOVER && f.waiter == f.awaited)
     return fmt::format("rank {} could not begin the next generation{}", f.waiter, kAdvice);
   if (f.status == TERN_SYSTEM_ERROR)

@@ -55,6 +55,9 @@ struct HostCell {
   alignas(layout::kCacheLine) uint64_t asked;     // steps, by the GPU
   alignas(layout::kCacheLine) uint64_t answered;  // by the host: answer()
   uint64_t granted;                               // the last epoch of the rail whose banks may be filled, by the host, perhaps unasked
+  // Under TERN_ON_TIMEOUT_MASK, by the host before it answers or grants; a bit each, which stays.
+  uint64_t gone_ranks;    // of the node, that were given up
+  uint64_t absent_nodes;  // that nothing comes from, since this rank's rail there has gone
 };
 
 // Ranks are those of the node, numbered from 0, but in records of failures.
@@ -80,7 +83,8 @@ struct ExchangeView {
   Mailbox* mailbox = nullptr;
   Attendance* attendance = nullptr;  // nullptr: a wait that reaches its deadline ends the generation
   const HostCell* host = nullptr;    // between nodes
-  uint64_t timeout_ns = 0;
+  uint64_t timeout_ns = 0;           // of a wait for a rank of the node
+  uint64_t host_timeout_ns = 0;      // for this rank's host
 
   constexpr std::byte* window(int r) const { return num_ranks <= kInlineRanks ? inline_windows[r] : far_windows[r]; }
   constexpr std::byte* heap(int r) const { return num_ranks <= kInlineHeaps ? inline_heaps[r] : far_heaps[r]; }

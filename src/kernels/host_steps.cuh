@@ -16,6 +16,11 @@
 
 namespace tern::kernels {
 
+struct AbsentNodes {
+  uint64_t bits = 0;  // a bit each
+  __device__ bool has(int node) const { return bits != 0 && (bits >> node & 1) != 0; }
+};
+
 class HostTalker {
  public:
   __device__ HostTalker(const Operation& op, const HostSteps& steps) : op_(op), steps_(steps) {}
@@ -35,6 +40,9 @@ class HostTalker {
     if (threadIdx.x == 0) ok = blockIdx.x == 0 ? await_host() : await_first_block();
     return __syncthreads_and(ok ? 1 : 0) != 0;
   }
+
+  // Behind it, under TERN_ON_TIMEOUT_MASK: nodes that nothing has come from. The same for all blocks.
+  __device__ AbsentNodes absent_nodes() const { return {op_.exchange.attendance == nullptr ? 0 : steps_.talk->absent_nodes}; }
 
   // The same together, of a kernel that may fail in between.
   __device__ bool begin() const {
@@ -85,8 +93,14 @@ class HostTalker {
         expected);
     if (!has_come) return false;
     talk.bank = is_grant ? expected % layout::kNumBanks : HostCell::bank_of(answered);
+    if (op_.exchange.attendance != nullptr) hear_absences(cell, talk);
     device::store_release_gpu(&talk.seen, talk.num_awaited + 1);
     return true;
+  }
+  __device__ void hear_absences(const HostCell& cell, HostTalk& talk) const {
+    talk.absent_nodes = load_relaxed_sys(&cell.absent_nodes);
+    for (uint64_t gone = load_relaxed_sys(&cell.gone_ranks); gone != 0; gone &= gone - 1)
+      op_.hear_gone(__ffsll(static_cast<int64_t>(gone)) - 1);
   }
   // Of the others.
   __device__ bool await_first_block() const {
@@ -97,7 +111,6 @@ class HostTalker {
   // Until has_come(). False: the exchange has failed.
   template <typename HasCome>
   __device__ bool await(HasCome has_come, uint64_t expected) const {
-    constexpr uint64_t kHostShare = 4;  // its waits have deadlines of their own, and it may have several in a step
     const uint64_t start = device::global_timer_ns();
     while (!has_come()) {
       if (blockIdx.x == 0 && load_acquire_sys(&steps_.cell->answered) == HostCell::kGaveUp) {
@@ -108,7 +121,7 @@ class HostTalker {
         op_.report_abort();
         return false;
       }
-      if (device::global_timer_ns() - start <= kHostShare * op_.exchange.timeout_ns) continue;
+      if (device::global_timer_ns() - start <= op_.exchange.host_timeout_ns) continue;
       op_.give_up(TERN_TIMEOUT, op_.exchange.rank, expected, expected - 1);
       return false;
     }

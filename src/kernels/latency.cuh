@@ -19,8 +19,8 @@
 #pragma once
 
 #include "kernels/latency_kinds.h"
+#include "kernels/latency_looks.cuh"
 #include "kernels/operation.cuh"
-#include "kernels/rows.cuh"
 
 namespace tern::kernels {
 
@@ -41,38 +41,6 @@ __device__ __forceinline__ int32_t quotient(int32_t number, uint32_t reciprocal)
 
 // The rank of an expert.
 __device__ __forceinline__ int rank_of(const LatencyArgs& args, int32_t expert) { return quotient(expert, args.experts_reciprocal); }
-
-__device__ __forceinline__ bool looks_unwritten(const Vec16& vec) {
-  return (vec.words[0] == layout::kUnwritten) | (vec.words[1] == layout::kUnwritten) | (vec.words[2] == layout::kUnwritten) |
-         (vec.words[3] == layout::kUnwritten);
-}
-__device__ __forceinline__ bool looks_unwritten(const uint2& vec) { return vec.x == layout::kUnwritten || vec.y == layout::kUnwritten; }
-__device__ __forceinline__ bool looks_unwritten(uint32_t word) { return word == layout::kUnwritten; }
-
-// What a thread looks at until it is there: 16 bytes of a row, or 4.
-__device__ __forceinline__ Vec16 look_at(const Vec16* at) { return device::load_vec16_relaxed_sys(reinterpret_cast<const std::byte*>(at)); }
-__device__ __forceinline__ uint32_t look_at(const uint32_t* at) { return load_relaxed_sys(at); }
-
-constexpr Vec16 kUnwrittenVec = {{layout::kUnwritten, layout::kUnwritten, layout::kUnwritten, layout::kUnwritten}};
-
-// A part of a token's row that is on its way from a source.
-struct ArrivingRow {
-  int source;
-  int32_t token;
-  int part;
-};
-
-// For take_vecs(): what a thread takes of one, kStep bytes apart.
-template <int kStep>
-struct RowVecs {
-  std::byte* begin;
-  int32_t num_bytes;  // of the row, from there on
-  ArrivingRow row;
-
-  __device__ bool has(int v) const { return v * kStep < num_bytes; }
-  __device__ std::byte* at(int v) const { return begin + v * kStep; }
-  __device__ const ArrivingRow& row_of(const std::byte*) const { return row; }
-};
 
 template <CallKind kKind>
 class LatencyCall {
@@ -116,7 +84,7 @@ class LatencyCall {
   __device__ void cut_off(int owner) const { add_rank(kCutOff, owner); }
 
   // Sources of messages, as the plan has them: ranks, or between nodes those of all nodes.
-  __device__ static constexpr bool has_batches() { return kKind == CallKind::kBatches; }
+  __device__ static constexpr bool has_batches() { return kKind == CallKind::kBatches || kKind == CallKind::kMaskingBatches; }
   __device__ int num_batches() const { return has_batches() ? args_.words.num_batches : 1; }
   __device__ int num_sources() const { return has_batches() ? args_.plan.num_sources : num_ranks(); }
   // The rank of this node that brings the tokens of such a source, and the batch of that rank that they are.
@@ -252,7 +220,7 @@ class LatencyCall {
   }
 
   // Have all rows flags?
-  __device__ static constexpr bool has_row_flags() { return kKind == CallKind::kMasking || kKind == CallKind::kFlagged; }
+  __device__ static constexpr bool has_row_flags() { return kMasks || kKind == CallKind::kFlagged; }
   // Threads that have written the row have met at a barrier before: one of them tells the owner of the slot.
   __device__ void raise_row(int owner, int32_t token, int part) const {
     store_release_sys(row_flag(owner, rank(), token, part), op_.epoch);
@@ -389,7 +357,7 @@ class LatencyCall {
   }
 
  private:
-  static constexpr bool kMasks = kKind == CallKind::kMasking;
+  static constexpr bool kMasks = kKind == CallKind::kMasking || kKind == CallKind::kMaskingBatches;
   // By window(), from the arguments: for more ranks the compiler would look in memory where the window is.
   __device__ const uint64_t* abort_word() const {
     return reinterpret_cast<const uint64_t*>(window(rank()) + args_.exchange.layout.abort());

@@ -68,7 +68,10 @@ class OwnerSums {
             if (is_last) call_.wait_no_more();
           },
           [&](int at, const auto& sum) {
-            if (ok && at < end) *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
+            if constexpr (kLog && Call::has_batches())
+              LogRow<Wire>::store(sum, ok && at < end, at / static_cast<int>(sizeof(Vec16)) * Wire::kElements, out);
+            else if (ok && at < end)
+              *reinterpret_cast<Vec16*>(out + at) = Wire::narrow(sum);
           });
       if (!ok) return;
     }
@@ -292,23 +295,29 @@ cudaError_t launch_latency_combine(const LatencyCombineArgs& args, int num_block
   const auto launch_one = [&](auto kernel) {
     return launch(kernel, {num_blocks, kLatencyThreads, 0, args.call.follows_closely}, stream, args);
   };
-  if (args.is_log)
-    return kind_of(args.call, false) == CallKind::kMasking ? with_kernel<true, CallKind::kMasking>(args.dtype, launch_one)
-                                                           : with_kernel<true, CallKind::kFlagged>(args.dtype, launch_one);
+  if (args.is_log) {
+    switch (kind_of(args.call, false)) {
+      case CallKind::kMasking: return with_kernel<true, CallKind::kMasking>(args.dtype, launch_one);
+      case CallKind::kMaskingBatches: return with_kernel<true, CallKind::kMaskingBatches>(args.dtype, launch_one);
+      default: return with_kernel<true, CallKind::kFlagged>(args.dtype, launch_one);
+    }
+  }
   switch (kind_of(args.call, is_usual_combine(args))) {
     case CallKind::kMasking: return with_kernel<false, CallKind::kMasking>(args.dtype, launch_one);
     case CallKind::kFlagged: return with_kernel<false, CallKind::kFlagged>(args.dtype, launch_one);
     case CallKind::kAny: return with_kernel<false, CallKind::kAny>(args.dtype, launch_one);
     case CallKind::kUsual: return with_kernel<false, CallKind::kUsual>(args.dtype, launch_one);
     case CallKind::kBatches: return with_kernel<false, CallKind::kBatches>(args.dtype, launch_one);
+    case CallKind::kMaskingBatches: return with_kernel<false, CallKind::kMaskingBatches>(args.dtype, launch_one);
   }
   return cudaErrorInvalidValue;
 }
 
 cudaError_t prepare_latency_combine() {
-  for (const auto prepare_kind : {prepare<true, CallKind::kMasking>, prepare<true, CallKind::kFlagged>, prepare<false, CallKind::kMasking>,
-                                  prepare<false, CallKind::kFlagged>, prepare<false, CallKind::kAny>, prepare<false, CallKind::kUsual>,
-                                  prepare<false, CallKind::kBatches>})
+  for (const auto prepare_kind :
+       {prepare<true, CallKind::kMasking>, prepare<true, CallKind::kFlagged>, prepare<false, CallKind::kMasking>,
+        prepare<false, CallKind::kFlagged>, prepare<false, CallKind::kAny>, prepare<false, CallKind::kUsual>,
+        prepare<false, CallKind::kBatches>, prepare<false, CallKind::kMaskingBatches>, prepare<true, CallKind::kMaskingBatches>})
     if (const cudaError_t error = prepare_kind(); error != cudaSuccess) return error;
   return cudaSuccess;
 }

@@ -402,6 +402,7 @@ cudaError_t launch_latency_dispatch(const LatencyDispatchArgs& args, int num_blo
     case CallKind::kAny: return with_kernel<CallKind::kAny>(args.in, launch_one);
     case CallKind::kUsual: return with_kernel<CallKind::kUsual>(args.in, launch_one);
     case CallKind::kBatches: return launch_one(latency_dispatch_kernel<AsGiven, CallKind::kBatches>);
+    case CallKind::kMaskingBatches: return launch_one(latency_dispatch_kernel<AsGiven, CallKind::kMaskingBatches>);
   }
   return cudaErrorInvalidValue;
 }
@@ -410,7 +411,8 @@ cudaError_t prepare_latency_dispatch() {
   for (const auto prepare_kind :
        {prepare<CallKind::kMasking>, prepare<CallKind::kFlagged>, prepare<CallKind::kAny>, prepare<CallKind::kUsual>})
     if (const cudaError_t error = prepare_kind(); error != cudaSuccess) return error;
-  return allow_shared(latency_dispatch_kernel<AsGiven, CallKind::kBatches>, kMostLatencyShared);
+  const cudaError_t error = allow_shared(latency_dispatch_kernel<AsGiven, CallKind::kBatches>, kMostLatencyShared);
+  return error != cudaSuccess ? error : allow_shared(latency_dispatch_kernel<AsGiven, CallKind::kMaskingBatches>, kMostLatencyShared);
 }
 
 }  // namespace tern::kernels

@@ -13,13 +13,15 @@ enum class CallKind {
   kAny,
   kUsual,    // see is_usual_call()
   kBatches,  // between nodes: see LatencyBatches
+  kMaskingBatches,
 };
 
 // Rows have flags or not on all ranks alike; what is usual each rank may find for itself.
 inline CallKind kind_of(const LatencyArgs& args, bool is_usual) {
-  if (args.exchange.attendance != nullptr) return CallKind::kMasking;
+  const bool masks = args.exchange.attendance != nullptr;
+  if (args.batches.slots.banks != nullptr) return masks ? CallKind::kMaskingBatches : CallKind::kBatches;
+  if (masks) return CallKind::kMasking;
   if (args.has_row_flags) return CallKind::kFlagged;
-  if (args.batches.slots.banks != nullptr) return CallKind::kBatches;
   return is_usual ? CallKind::kUsual : CallKind::kAny;
 }
 

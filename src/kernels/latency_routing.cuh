@@ -167,9 +167,7 @@ class OwnRouting {
     atomicOr(presence(batch, rank_of(args_.call, expert)) + token / 32, 1u << token % 32);
   }
 
-  __device__ uint32_t* presence(int batch, int rank) const {
-    return memory_.presence_sent() + (batch * num_ranks_ + rank) * num_presence_;
-  }
+  __device__ uint32_t* presence(int batch, int rank) const { return memory_.presence_sent() + (batch * num_ranks_ + rank) * num_presence_; }
   // Of the batch's tokens so far.
   __device__ int32_t messages_to(int batch, int rank) const {
     int32_t sum = 0;

@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kThreads) take_kernel(const __grid_constant__ 
   host.ask_first();
   if (args.round == 0 && !is_own) clear_batch(args, node);
   if (!host.await()) return;
-  const int32_t num_tokens = comes ? take_tokens(args, node) : 0;
+  const int32_t num_tokens = comes && !host.absent_nodes().has(node) ? take_tokens(args, node) : 0;
   if (args.round + 1 == args.num_rounds && !is_own) {
     if (threadIdx.x == 0) {
       args.route.batch_tokens[node] = num_tokens;

@@ -77,7 +77,9 @@ struct Operation {
     return load_acquire_sys(word) >= expected || look_patiently(*this, word, expected, peer);
   }
 
-  // Under TERN_ON_TIMEOUT_MASK: in which epoch the rank has been given up; 0: not.
+  // Under TERN_ON_TIMEOUT_MASK: the host knows that the rank has been given up.
+  __device__ void hear_gone(int peer) const { set_given_up(peer, 1); }
+  // In which epoch the rank has been given up; 0: not.
   __device__ uint64_t given_up_in(int peer) const { return *const_cast<const volatile uint64_t*>(&exchange.attendance->given_up[peer]); }
 
   // Has `peer` done with everything of two epochs ago, so that its cells and banks may be written?
@@ -191,6 +193,7 @@ struct Operation {
         give_up(TERN_TIMEOUT, peer, expected, seen);
         return false;
       } else {
+        if (turn > 0 && is_gone_for_host(peer)) hear_gone(peer);
         if (given_up_in(peer) == 0 && (waited <= exchange.timeout_ns || waited <= patience_ns(peer))) continue;
         go_without(peer);
         count_wait();
@@ -204,6 +207,10 @@ struct Operation {
     if (exchange.host == nullptr || load_acquire_sys(&exchange.host->answered) != HostCell::kGaveUp) return false;
     give_up_as(exchange.host->failure);
     return true;
+  }
+
+  __device__ bool is_gone_for_host(int peer) const {
+    return exchange.host != nullptr && (load_relaxed_sys(&exchange.host->gone_ranks) >> peer & 1) != 0;
   }
 
   // Operations by which `peer` is behind this one, by what it has announced; 0 or less: it has begun this one.
@@ -231,9 +238,12 @@ struct Operation {
     return exchange.timeout_ns + (is_tied ? exchange.timeout_ns / 4 : 0);
   }
   __device__ void go_without(int peer) const {
+    if (set_given_up(peer, epoch)) *const_cast<volatile uint32_t*>(&exchange.mailbox->given_up[peer]) = 1;
+  }
+  // True: it was not before.
+  __device__ bool set_given_up(int peer, uint64_t in_epoch) const {
     using Word = unsigned long long;
-    if (atomicCAS(reinterpret_cast<Word*>(&exchange.attendance->given_up[peer]), Word{0}, static_cast<Word>(epoch)) == 0)
-      *const_cast<volatile uint32_t*>(&exchange.mailbox->given_up[peer]) = 1;
+    return atomicCAS(reinterpret_cast<Word*>(&exchange.attendance->given_up[peer]), Word{0}, static_cast<Word>(in_epoch)) == 0;
   }
 
   static __device__ __noinline__ void record_failure(Operation op, tern_status status, int awaited, uint64_t expected, uint64_t seen) {
@@ -254,6 +264,7 @@ struct Operation {
     for (int i = 0; i < exchange.num_ranks; ++i) {
       const int owner = (exchange.rank + i) % exchange.num_ranks;
       if (op.is_masked(owner)) continue;
+      if (record.status == TERN_MASKED_OUT && owner != exchange.rank) continue;  // the others go on
       *op.in_window<layout::FailureRecord>(owner, exchange.layout.record(exchange.rank)) = record;
       store_release_sys(op.in_window<uint64_t>(owner, exchange.layout.abort()), static_cast<uint64_t>(exchange.rank) + 1);
     }

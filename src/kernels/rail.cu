@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kThreads) take_weights_kernel(const __grid_con
   const HostTalker host(op, args.steps);
   host.ask_first();
   if (!host.await()) return;
+  const AbsentNodes absent = host.absent_nodes();
   const int64_t batch_entries = args.max_tokens * args.num_topk, num_entries = args.rails.num_nodes * batch_entries;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < num_entries; i += int64_t{gridDim.x} * kThreads) {
     if (args.rails.experts[i] < 0) continue;
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kThreads) take_weights_kernel(const __grid_con
     const int64_t entry = i - node * batch_entries, token = entry / args.num_topk;
     const float* of_token = args.own + token * args.num_topk;
     if (node != args.rails.own_node) of_token = reinterpret_cast<const float*>(args.slots.of(node, token) + args.slots.layout.weights());
-    args.rails.owner_weights[i] = of_token[entry - token * args.num_topk];
+    // Else nobody gets the sums, but others of this node wait for the weights.
+    args.rails.owner_weights[i] = absent.has(node) ? 0.0f : of_token[entry - token * args.num_topk];
   }
   host.finish();
 }
@@ -97,9 +99,10 @@ __global__ void __launch_bounds__(kThreads) take_weights_kernel(const __grid_con
 
 class ReturnedRows {
  public:
-  __device__ explicit ReturnedRows(const NodeSumArgs& args)
+  __device__ ReturnedRows(const NodeSumArgs& args, const AbsentNodes& absent)
       : args_(args),
         plan_(args.plan),
+        absent_(absent),
         next_(args.first_token * args.num_parts + warp_of_all()),
         end_token_(min(plan_.tokens_at(args.exchange.rank), args.end_token)) {}
 
@@ -131,14 +134,14 @@ class ReturnedRows {
 
  private:
   __device__ const std::byte* node_slot(int32_t token, int node) const {
-    return node < args_.num_nodes ? args_.slots.of(node, token) : nullptr;
+    return node < args_.num_nodes && !absent_.has(node) ? args_.slots.of(node, token) : nullptr;
   }
   // nullptr: there is no entry, or its row lay beyond the capacity.
   __device__ const std::byte* entry_slot(int32_t token, int k) const {
     if (k >= plan_.num_topk) return nullptr;
     const int64_t entry = int64_t{token} * plan_.num_topk + k;
     const int32_t node = args_.node_of_entry[entry];
-    const std::byte* slot = node < 0 ? nullptr : args_.slots.of(node, entry);
+    const std::byte* slot = node < 0 || absent_.has(node) ? nullptr : args_.slots.of(node, entry);
     return slot != nullptr && *words_of<uint32_t>(slot) != 0 ? slot : nullptr;
   }
   template <typename Word>
@@ -161,6 +164,7 @@ class ReturnedRows {
 
   const NodeSumArgs& args_;
   const PlanView& plan_;
+  const AbsentNodes absent_;
   int32_t next_;  // token * num_parts + part
   const int32_t end_token_;
 };
@@ -172,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) node_sum_kernel(const __grid_constan
   const HostTalker host(op, args.steps);
   host.ask_first();
   if (!host.await()) return;
-  ReturnedRows rows(args);
+  ReturnedRows rows(args, host.absent_nodes());
   if constexpr (std::is_same_v<Form, GivenRow<Wire>>) {
     sum_by_threads<Wire>(rows);
   } else {

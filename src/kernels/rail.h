@@ -24,9 +24,10 @@ struct HostTalk {
   uint64_t answered;
   uint64_t epoch;  // of the rail, the last one that an operation has taken
   uint64_t bank;
-  uint64_t num_awaited;  // by the kernels before
-  uint64_t seen;         // the same, and 1 more when the first block of the running one has seen what it awaits
-  uint32_t blocks_done;  // of the running kernel
+  uint64_t absent_nodes;  // HostCell::absent_nodes, as the last answer or grant found it
+  uint64_t num_awaited;   // by the kernels before
+  uint64_t seen;          // the same, and 1 more when the first block of the running one has seen what it awaits
+  uint32_t blocks_done;   // of the running kernel
 };
 
 // The steps of a kernel, around its work (host_steps.cuh).

@@ -133,6 +133,7 @@ std::string Case::name() const {
   add(mixed_windows, "mixed_windows", "");
   add(staging_bytes != 0, "staging=", staging_bytes);
   add(mode != TERN_MODE_AUTO, "mode=", kModeNames[mode]);
+  add(masks, "masks", "");
   add(num_lanes != 1, "lane=", fmt::format("{}/{}", lane, num_lanes));
   add(delays, "delays", "");
   add(true, "seed=", seed);

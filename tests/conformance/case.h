@@ -77,6 +77,7 @@ struct Case {
   tern_mode mode = TERN_MODE_AUTO;
   int32_t num_lanes = 1;
   int32_t lane = 0;
+  bool masks = false;   // TERN_ON_TIMEOUT_MASK, though nobody is missing
   bool delays = false;  // ranks sleep for a few milliseconds at places drawn from the seed
 
   int32_t num_experts() const { return num_ranks * experts_per_rank; }

@@ -25,6 +25,7 @@ tern_exchange_options Scenario::exchange_options(int32_t num_trips) const {
   options.num_lanes = c.num_lanes;
   options.staging_bytes = c.staging_bytes;
   options.mode = c.mode;
+  options.on_timeout = c.masks ? TERN_ON_TIMEOUT_MASK : TERN_ON_TIMEOUT_ABORT;
   size_t most_rows = 0;
   for (const Placement& placement : placements) most_rows = std::max(most_rows, placement.rows.size());
   const auto num_rows = static_cast<int64_t>(most_rows);

@@ -41,7 +41,15 @@ void policy_mask(const SceneSettings& settings);
 // The same for a small batch in a single call, which routes, casts and dispatches: it costs one timeout.
 void policy_mask_of_a_single_call(const SceneSettings& settings);
 // A rank that dies between dispatch and combine has a share of zero, and is reported.
-void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode mode);
+struct MissedCombine {
+  tern_combine_mode mode = TERN_COMBINE_HIERARCHICAL;
+  tern_weighting weighting = TERN_WEIGHTS_DISPATCH;
+};
+void policy_mask_of_a_combine(const SceneSettings& settings, const MissedCombine& missed);
+// A rank that was stopped, and missed in single calls, wakes up, learns of it, and is let in again.
+void policy_mask_of_a_stopped_rank(const SceneSettings& settings);
+// The victim gets the signal wherever it happens to be, in single calls one after the other. GPU ranks, which start no generation by themselves.
+void policy_mask_anywhere(const SceneSettings& settings, int signal);
 // A rank that was left out, and misses all others, learns of it instead of going on alone.
 void policy_mask_of_who_was_left_out(const SceneSettings& settings);
 // A rank that was stopped and left out wakes up, learns of it, and comes back with its exchange.

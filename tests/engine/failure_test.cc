@@ -37,8 +37,8 @@ TEST(Failure, RecoveryWithoutAMaskNeedsEveryRank) { recovery_without_a_mask_need
 TEST(Failure, ChosenMask) { chosen_mask(cpu()); }
 TEST(Failure, PolicyMask) { policy_mask(cpu()); }
 TEST(Failure, PolicyMaskOfASingleCall) { policy_mask_of_a_single_call(cpu()); }
-TEST(Failure, PolicyMaskOfACombine) { policy_mask_of_a_combine(cpu(), TERN_COMBINE_HIERARCHICAL); }
-TEST(Failure, PolicyMaskOfAnExactCombine) { policy_mask_of_a_combine(cpu(), TERN_COMBINE_EXACT); }
+TEST(Failure, PolicyMaskOfACombine) { policy_mask_of_a_combine(cpu(), {.mode = TERN_COMBINE_HIERARCHICAL}); }
+TEST(Failure, PolicyMaskOfAnExactCombine) { policy_mask_of_a_combine(cpu(), {.mode = TERN_COMBINE_EXACT}); }
 TEST(Failure, PolicyMaskOfWhoWasLeftOut) {
   SceneSettings settings = cpu();
   settings.num_ranks = 2;  // each other rank is missed for a whole timeout

@@ -53,9 +53,70 @@ void policy_mask_of_a_single_call(const SceneSettings& settings) {
   strike_and_join(ranks, settings, SIGKILL);
 }
 
-void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode mode) {
+void policy_mask_of_a_stopped_rank(const SceneSettings& settings) {
+  const Scenario scenario(single_call_case(settings)), without(scenario.c, only_victim(settings));
+  const auto act = [&](RankSeat& seat, const Member& member) {
+    require_right(scenario, member);
+    seat.set_stage(kReady);
+    if (seat.rank() == settings.victim()) {
+      seat.wait_for_stage(-1, kWokenUp);
+      const std::string text = failing(member, [&] {
+        for (int repeat = 0; repeat < 4; ++repeat) require_right(scenario, member);
+      });
+      require(text.find("TERN_MASKED_OUT") != std::string::npos, text);
+    } else {
+      seat.wait_for_stage(-1, kStruck);
+      for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
+      require_masked(member, only_victim(settings), next_generation(settings));
+      seat.set_stage(kRecovered);
+      seat.wait_for_stage(-1, kWokenUp);
+      for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);
+    }
+    recover_readmitting(member);
+    require_masked(member, {}, next_generation(settings) + 1);
+    for (int repeat = 0; repeat < 3; ++repeat) require_right(scenario, member);
+  };
+  RankProcesses ranks = start_ranks("stopped", scenario, settings, act, TERN_ON_TIMEOUT_MASK);
+  strike_and_join(ranks, settings, SIGSTOP);
+}
+
+void policy_mask_anywhere(const SceneSettings& settings, int signal) {
+  constexpr int kBefore = 10, kAfter = 10;
+  const Scenario scenario(single_call_case(settings)), without(scenario.c, only_victim(settings));
+  const auto is_whole = [](const Member& member) { return member.exchange.state().health == TERN_HEALTH_OK; };
+  const auto act = [&](RankSeat& seat, const Member& member) {
+    if (seat.rank() == settings.victim()) {
+      const std::string text = failing(member, [&] {
+        for (int batch = 0;; ++batch) {
+          member.trip(scenario).run();
+          if (batch == kBefore) seat.set_stage(kReady);
+        }
+      });
+      return require(text.find("TERN_MASKED_OUT") != std::string::npos, text);
+    }
+    for (int batch = 0, num_after = 0; num_after < kAfter; ++batch) {
+      const bool was_whole = is_whole(member);
+      RoundTrip trip = member.trip(was_whole ? scenario : without);
+      trip.run();
+      if (was_whole == is_whole(member)) require_right(trip);  // else somebody was missed somewhere in it
+      if (batch == kBefore) seat.set_stage(kReady);
+      if (!was_whole) ++num_after;
+    }
+    require_masked(member, only_victim(settings), 0);
+    recover(member);
+    require_masked(member, only_victim(settings), 1);
+    require_right(without, member);
+    seat.set_stage(kRecovered);
+    if (signal == SIGSTOP) seat.wait_for_stage(-1, kWokenUp);
+  };
+  RankProcesses ranks = start_ranks("mask-anywhere", scenario, settings, act, TERN_ON_TIMEOUT_MASK);
+  strike_and_join(ranks, settings, signal);
+}
+
+void policy_mask_of_a_combine(const SceneSettings& settings, const MissedCombine& missed) {
   Case c = single_call_case(settings);
-  c.combine_mode = mode;
+  c.combine_mode = missed.mode;
+  c.weighting = missed.weighting;
   const Scenario scenario(c), without(c, only_victim(settings));
   Scenario lost = scenario;  // the victim has got its rows, and nothing comes of them
   lost.placements[static_cast<size_t>(settings.victim())].rows.clear();
@@ -85,8 +146,10 @@ void policy_mask_of_a_combine(const SceneSettings& settings, tern_combine_mode m
     require_one_timeout_at_most(member);
     const int64_t waited_ms = wait_ns[static_cast<size_t>(settings.victim())] / 1'000'000;
     const bool until_deadline = member.exchange.metrics().timeouts > 0;
-    // Another block of a GPU may have been at the deadline a moment before the one that counts. Between nodes a rank may hear before it waits.
-    const int64_t least_ms = until_deadline ? settings.run.timeout_ms * 9 / 10 : settings.run.ranks_per_node > 0 ? 0 : 1;
+    // Another block of a GPU may have been at the deadline a moment before the one that counts. Between nodes a rank may hear before it waits,
+    // and what the hosts of GPU ranks wait is not counted.
+    const bool is_counted = settings.run.device == TERN_DEVICE_CPU || settings.run.ranks_per_node == 0;
+    const int64_t least_ms = until_deadline && is_counted ? settings.run.timeout_ms * 9 / 10 : settings.run.ranks_per_node > 0 ? 0 : 1;
     require(waited_ms >= least_ms, fmt::format("{} ms were counted for the missing rank", waited_ms));
 
     for (int repeat = 0; repeat < 3; ++repeat) require_right(without, member);

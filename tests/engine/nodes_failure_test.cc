@@ -52,8 +52,8 @@ TEST_F(NodesFailure, ThreeNodes) {
 }
 TEST_F(NodesFailure, PolicyMask) { policy_mask(nodes()); }
 TEST_F(NodesFailure, PolicyMaskOfASingleCall) { policy_mask_of_a_single_call(nodes()); }
-TEST_F(NodesFailure, PolicyMaskOfACombine) { policy_mask_of_a_combine(nodes(), TERN_COMBINE_HIERARCHICAL); }
-TEST_F(NodesFailure, PolicyMaskOfAnExactCombine) { policy_mask_of_a_combine(nodes(), TERN_COMBINE_EXACT); }
+TEST_F(NodesFailure, PolicyMaskOfACombine) { policy_mask_of_a_combine(nodes(), {.mode = TERN_COMBINE_HIERARCHICAL}); }
+TEST_F(NodesFailure, PolicyMaskOfAnExactCombine) { policy_mask_of_a_combine(nodes(), {.mode = TERN_COMBINE_EXACT}); }
 // A node of one rank: all of it is gone.
 TEST_F(NodesFailure, NodesOfOneRank) {
   SceneSettings settings = nodes();

@@ -167,6 +167,22 @@ inline std::vector<Case> random_cases_of(int32_t num_ranks, uint64_t first, int6
   return result;
 }
 
+// What GPU ranks have under TERN_ON_TIMEOUT_MASK.
+inline std::vector<Case> with_masks(std::vector<Case> cases) {
+  for (Case& c : cases) {
+    c.masks = c.fused = true;
+    c.extent = TERN_EXTENT_WORST;
+    c.mode = TERN_MODE_LATENCY;
+    c.num_lanes = 1;
+    c.staging_bytes = 0;
+    if (c.masks_ranks()) c.routing = Routing::kUniform;
+    if (c.wire == TERN_WIRE_FP32) c.wire = TERN_WIRE_AS_DTYPE;
+    if (c.num_nodes() > 1) c.combine_mode = TERN_COMBINE_HIERARCHICAL;
+    c = c.normalized();
+  }
+  return cases;
+}
+
 // Captured into a graph: every way to route and to run, with capacities that suffice and that do not.
 inline std::vector<Case> graph_cases(int32_t num_ranks) {
   std::vector<Case> result;

@@ -77,9 +77,11 @@ class GpuMasks : public testing::Test {
 };
 
 TEST_F(GpuMasks, OfASingleCall) { policy_mask_of_a_single_call(settings()); }
-TEST_F(GpuMasks, OfACombine) { policy_mask_of_a_combine(settings(), TERN_COMBINE_HIERARCHICAL); }
-TEST_F(GpuMasks, OfAnExactCombine) { policy_mask_of_a_combine(settings(), TERN_COMBINE_EXACT); }
+TEST_F(GpuMasks, OfACombine) { policy_mask_of_a_combine(settings(), {.mode = TERN_COMBINE_HIERARCHICAL}); }
+TEST_F(GpuMasks, OfAnExactCombine) { policy_mask_of_a_combine(settings(), {.mode = TERN_COMBINE_EXACT}); }
 TEST_F(GpuMasks, OfWhoWasLeftOut) { policy_mask_of_who_was_left_out(settings()); }
+TEST_F(GpuMasks, StoppedAnywhere) { policy_mask_anywhere(settings(), SIGSTOP); }
+TEST_F(GpuMasks, KilledAnywhere) { policy_mask_anywhere(settings(), SIGKILL); }
 
 }  // namespace
 }  // namespace tern::conformance

@@ -126,6 +126,35 @@ TEST_F(GpuNodeRecovery, NodesOfOneRank) {
   masked_rank_is_let_in_again(settings);
 }
 
+// Operations go on without a rank. Whoever is held up for the whole timeout is given up too; the driver holds up the processes that are left while
+// it takes apart the one that was killed.
+class GpuNodeMasks : public testing::Test {
+ protected:
+  void SetUp() override { TERN_NEED_GPU(); }
+  static SceneSettings nodes(int32_t ranks_per_node) {
+    SceneSettings settings;
+    settings.num_ranks = 4;
+    settings.run = gpu_options(settings.num_ranks);
+    settings.run.timeout_ms = 5'000;
+    settings.run.ranks_per_node = ranks_per_node;
+    settings.process_timeout_ms = 150'000;
+    return settings;
+  }
+};
+TEST_F(GpuNodeMasks, OfASingleCall) { policy_mask_of_a_single_call(nodes(2)); }
+TEST_F(GpuNodeMasks, OfASingleCallOnNodesOfOneRank) { policy_mask_of_a_single_call(nodes(1)); }
+TEST_F(GpuNodeMasks, OfACombine) { policy_mask_of_a_combine(nodes(2), {}); }
+TEST_F(GpuNodeMasks, OfACombineWithWeightsOfTheOwner) { policy_mask_of_a_combine(nodes(2), {.weighting = TERN_WEIGHTS_OWNER}); }
+TEST_F(GpuNodeMasks, OfACombineOnNodesOfOneRank) { policy_mask_of_a_combine(nodes(1), {.weighting = TERN_WEIGHTS_OWNER}); }
+TEST_F(GpuNodeMasks, OfAStoppedRank) { policy_mask_of_a_stopped_rank(nodes(2)); }
+TEST_F(GpuNodeMasks, OfAStoppedRankOnNodesOfOneRank) { policy_mask_of_a_stopped_rank(nodes(1)); }
+TEST_F(GpuNodeMasks, OfWhoWasLeftOut) { policy_mask_of_who_was_left_out(nodes(2)); }
+TEST_F(GpuNodeMasks, StoppedAnywhere) { policy_mask_anywhere(nodes(2), SIGSTOP); }
+TEST_F(GpuNodeMasks, KilledAnywhere) {
+  policy_mask_anywhere(nodes(2), SIGKILL);
+  policy_mask_anywhere(nodes(1), SIGKILL);
+}
+
 class GpuNodeThreads : public GpuNodes {
  protected:
   void SetUp() override { TERN_NEED_GPU(); }
@@ -149,6 +178,11 @@ TEST_P(GpuNodeThreads, EveryLayoutByThroughput) {
   expect_right(cases, options());
 }
 TEST_P(GpuNodeThreads, RandomCases) { expect_right(random(41'000'000, scaled(60)), options()); }
+TEST_P(GpuNodeThreads, WithMasks) {
+  expect_right(with_masks(on_nodes(layout_cases_of(num_ranks()), GetParam())), options());
+  expect_right(with_masks(random(43'000'000, scaled(60))), options());
+}
+
 TEST_P(GpuNodeThreads, Rounds) { expect_right(many_rounds(GetParam()), options()); }
 
 TEST_P(GpuNodeThreads, ReplayedGraphs) {

@@ -49,6 +49,12 @@ TEST_P(GpuThreads, SmallBatches) {
   expect_right_on_gpus(small_batch_cases(num_ranks()), how);
 }
 
+TEST_P(GpuThreads, WithMasks) {
+  expect_right_on_gpus(with_masks(layout_cases_of(num_ranks())), options());
+  const auto ranks = static_cast<uint64_t>(num_ranks());
+  expect_right_on_gpus(with_masks(random_cases_of(num_ranks(), ranks * 1'000'000 + 700'000, scaled(80))), options());
+}
+
 TEST_P(GpuThreads, UnevenBatches) { expect_right_on_gpus(uneven_cases(num_ranks()), options()); }
 
 TEST_P(GpuThreads, Windows) { expect_right_on_gpus(window_cases(num_ranks()), options()); }

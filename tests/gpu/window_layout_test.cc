@@ -31,10 +31,22 @@ TEST(WindowLayout, SlotsForTheTokensOfAllNodes) {
         const int64_t num_tokens = std::min(num_nodes * max_tokens, layout::kMostLatencyTokens);
         EXPECT_EQ(window.latency_tokens, num_tokens);
         const int64_t most_bytes = num_nodes * max_tokens * slot.row_bytes;
-        if (most_bytes <= most_latency_bytes())
-          EXPECT_GE(window.slot_bytes, ranks_per_node * num_tokens * slot.stride())
-              << num_nodes << " nodes of " << ranks_per_node << " ranks, " << max_tokens << " tokens";
+        if (most_bytes > most_latency_bytes()) continue;
+        EXPECT_GE(window.slot_bytes, ranks_per_node * num_tokens * slot.stride())
+            << num_nodes << " nodes of " << ranks_per_node << " ranks, " << max_tokens << " tokens";
       }
+}
+
+// There rows have flags, and lie in the staging.
+TEST(WindowLayout, WithMasksTheStagingHasSlotsForTheTokensOfAllNodes) {
+  const layout::LatencySlot slot{.row_bytes = 14336, .scale_bytes = 0};
+  tern_exchange_options options = decoding(128, slot.row_bytes);
+  options.on_timeout = TERN_ON_TIMEOUT_MASK;
+  for (const int32_t num_nodes : {1, 2, 4}) {
+    const layout::DeviceWindowLayout window = make_device_layout(options, 4 * num_nodes, num_nodes);
+    EXPECT_EQ(window.slot_bytes, 0);
+    EXPECT_GE(window.staging_bytes, 4 * num_nodes * 128 * slot.stride()) << num_nodes << " nodes";
+  }
 }
 
 // What a caller gives to the staging bounds the slots too.
