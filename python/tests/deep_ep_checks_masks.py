@@ -66,6 +66,25 @@ def everybody(ranks):
     ranks.barrier()
 
 
+def overlapping_micro_batches(ranks):
+    """A combine is sent while the dispatch of the next batch is under way, and another one."""
+    buffer = _state["buffer"]
+    cases = [make_case(ranks, seed=seed, tokens=(20, 13, 5, 7)) for seed in (12, 13)]
+    with_hook = {"use_fp8": False, "return_recv_hook": True}
+    first, second = (send(buffer, case, ranks.rank, **with_hook) for case in cases)
+    combined = []
+    for case, arrived in zip(cases, (first, second)):
+        arrived[4]()
+        check_arrived(case, ranks.rank, arrived)
+        rows = expert_rows(case, arrived)
+        combined.append(combine(buffer, case, ranks.rank, rows, arrived, return_recv_hook=True))
+    for case, (out, _, hook) in reversed(list(zip(cases, combined))):
+        hook()
+        check_combined(case, ranks.rank, out)
+        refused(hook, "has run already")
+    ranks.barrier()
+
+
 def left_out_and_let_in(ranks, buffer, seed, learn):
     """The others leave out a rank that lives; when it has learned of that, by learn(case), all let it in again."""
     left_out = 1
@@ -215,6 +234,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         everybody,
+        overlapping_micro_batches,
         a_rank_comes_back,
         a_rank_comes_back_from_a_hook,
         masked_between_dispatch_and_combine,

@@ -123,21 +123,6 @@ def mistakes(ranks):
     expect_sum(case, ranks.rank, buffer.combine(received[0], received[4])[0])
 
 
-def masks_between_nodes(ranks):
-    """CPU ranks have them (deep_ep_checks_masks.py); GPU ranks say that they do not, on every rank."""
-
-    def make():
-        return Buffer(ranks.group, 0, 64 << 20, low_latency_mode=True, enable_shrink=True)
-
-    if os.environ["TERN_DEEP_EP_DEVICE"] == "cpu":
-        status = torch.full((ranks.num_ranks,), 7, dtype=torch.int32)
-        make().low_latency_query_mask_buffer(status)
-        assert not status.any()
-    else:
-        text = refused(make, "enable_shrink of GPU ranks is supported")
-        assert f"the {ranks.num_ranks} ranks are on" in text
-
-
 def bytes_for_the_network(ranks):
     """In num_rdma_bytes; or in num_nvl_bytes, where there are none or low-latency mode has them. Too few are an error
     that says how many are enough, and they are."""
@@ -225,7 +210,6 @@ OWN = (
     sums_in_two_levels,
     as_frameworks_call,
     mistakes,
-    masks_between_nodes,
     bytes_for_the_network,
     network_memory,
     low_latency_sums,

@@ -36,7 +36,7 @@ RUNS = [
     Run("repeats", 4),
     Run("rules", 3),
     Run("masks", 4),
-    Run("masks", 4, 2, ("cpu",)),
+    Run("masks", 4, 2),
     Run("graphs", 2, devices=("cuda",)),
     Run("nodes", 4, 2),
     Run("rails", 4, 1),

@@ -442,8 +442,6 @@ def test_what_is_wished_of_masks_outlives_a_recovery_that_fails(device: str, mon
 
 
 def test_with_masks_nothing_is_short(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device == "cuda":
-        pytest.skip("ranks that are missed are for several GPUs")
     refuse_the_short_way(monkeypatch)
     given, buffer = batch(device), new_buffer(enable_shrink=True)
     for _ in range(5):

@@ -37,8 +37,7 @@ class Buffer:
         normal mode for what crosses the network; Config.get_rdma_buffer_size_hint. Where there is none for it, half of
         num_nvl_bytes is for the network. Equal on all ranks.
     explicitly_destroy: `destroy` may be called; otherwise memory goes back with the object and its last handle.
-    enable_shrink: in low-latency mode a rank that does not come is left out instead of raising. GPU ranks: inside one
-        node.
+    enable_shrink: in low-latency mode a rank that does not come is left out instead of raising.
     num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted; they mean nothing here.
 
     Making a Buffer is collective; dropping one never is. Ranks are on GPUs if torch has any (torch's current device),

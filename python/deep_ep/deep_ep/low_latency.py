@@ -43,6 +43,21 @@ class _Done(NamedTuple):
         return self.result
 
 
+class _SecondHalf:
+    """Of an operation whose first half has been sent: done by its hook, or earlier."""
+
+    __slots__ = ("_receive", "is_asked_for")
+
+    def __init__(self, receive: Callable[[], None]) -> None:
+        self._receive: Optional[Callable[[], None]] = receive
+        self.is_asked_for = False
+
+    def finish(self) -> None:
+        receive, self._receive = self._receive, None  # what it refers to may go then
+        if receive is not None:
+            receive()
+
+
 class LowLatencyMode:
     """An exchange, plans, and the two zero-copy buffers. Making it is collective."""
 
@@ -51,11 +66,10 @@ class LowLatencyMode:
     ) -> None:
         self._group, self.streams, self._num_bytes, self._masks = group, streams, num_bytes, masks
         self._masks_on_gpu = masks and device.type == "cuda"
-        if self._masks_on_gpu and group.num_nodes > 1:
-            raise tern.UnsupportedError(
-                f"Buffer: enable_shrink of GPU ranks is supported inside one node; the {group.num_ranks} ranks are on "
-                f"{group.num_nodes} nodes"
-            )
+        # On one lane a combine finds no room for its weights beside two halves, but on GPUs of one node, where they go with the rows.
+        self._open_halves: Optional[list[_SecondHalf]] = (
+            [] if masks and not (self._masks_on_gpu and group.num_nodes == 1) else None
+        )
         self._nodes = Nodes.of_group(group)
         self._asked_mode = _asked_combine_mode()
         num_lanes = 1 if masks else _NUM_BANKS  # one lane alone goes on without a rank
@@ -235,6 +249,7 @@ class LowLatencyMode:
             return self._combine_anew(rows, topk_idx, handle, arguments)
 
         with self._one_operation("low_latency_combine", lane, shape, rows_per_token):
+            self._finish_open_halves()
             if finish.return_recv_hook:
                 self.streams.follow(lane)
                 pending = self._send_combine(lambda: plan.combine_send(rows, **arguments), again)
@@ -354,20 +369,35 @@ class LowLatencyMode:
 
     def hook(self, lane: int, receive: Callable[[], None]) -> Hook:
         """Calls `receive`, the second half, on the stream that is current now. What that refers to stays alive until it has run."""
-        stream, kept = self.streams.current(lane), [receive]
+        stream = self.streams.current(lane)
 
-        def run() -> None:
-            if not kept:
-                raise tern.InvalidStateError("the hook has run already")
-            with self.lane_locks[lane], self.streams.on(stream):
+        def receive_there() -> None:
+            with self.streams.on(stream):
                 self.streams.follow(lane)
                 try:
-                    kept.pop()()
+                    receive()
                 except tern.MaskedOutError:
                     self._is_masked_out = True
                     raise
 
+        half = _SecondHalf(receive_there)
+        if self._open_halves is not None:
+            self._open_halves.append(half)
+
+        def run() -> None:
+            if half.is_asked_for:
+                raise tern.InvalidStateError("the hook has run already")
+            half.is_asked_for = True
+            with self.lane_locks[lane]:
+                half.finish()
+                if self._open_halves is not None and half in self._open_halves:
+                    self._open_halves.remove(half)
+
         return run
+
+    def _finish_open_halves(self) -> None:
+        while self._open_halves:
+            self._open_halves.pop(0).finish()
 
     # --------------------------------------------------------------------------------------- when a rank is left out
 
