@@ -226,6 +226,7 @@ TEST(Forecast, SmallGpuBatchesBetweenNodesPassTheHost) {
   costs.net_latency_us = 7;
   costs.net_host_us = 50;
   costs.net_route_us = 70;
+  costs.net_small_route_us = 40;
   costs.host_us = 1000;
   const Forecaster nodes = gpus({2, 2}, 10, costs);
   const double network_us = (64 + 10 * 1024) * 1e-4, link_us = 2 * 10 * 1e-1, route_us = (64 + 64 + 10 * 32) * 1e-4;
@@ -233,7 +234,7 @@ TEST(Forecast, SmallGpuBatchesBetweenNodesPassTheHost) {
   EXPECT_NEAR(nodes.predict({.op = "plan"}).us(), 100 + 70 + 50 + 7 + route_us, 1e-6);
   const OperationForecast routed = nodes.predict({.op = "route_dispatch", .exact = false});
   EXPECT_TRUE(routed.small);
-  EXPECT_NEAR(routed.us(), 70 + 30 + 50 + 7 + (64 + 64 + 10 * (1024 + 32)) * 1e-4 + link_us, 0.5);  // in one trip
+  EXPECT_NEAR(routed.us(), 40 + 30 + 50 + 7 + (64 + 64 + 10 * (1024 + 32)) * 1e-4 + link_us, 0.5);  // in one trip
   EXPECT_FALSE(nodes.predict({.op = "combine"}).small);
   EXPECT_FALSE(gpus({2, 2}, 1 << 12, costs).predict({.op = "route_dispatch", .exact = false}).small);
 }

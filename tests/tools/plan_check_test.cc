@@ -58,7 +58,7 @@ TEST(PlanCheck, TimesOfGpusBetweenNodesAreClose) {
     if (cost_table()[i].name == std::string("net-latency-us")) overrides[i] = 6;
   }
   const ForecastCheck check = check_forecasts(data("bench_2_h200_nodes.json"), overrides);
-  ASSERT_EQ(check.lines.size(), 20u);
+  ASSERT_EQ(check.lines.size(), 12u);
   for (const CheckedLine& line : check.lines) expect_within(line.us, 1.25, line, "time");
 }
 

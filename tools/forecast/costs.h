@@ -47,6 +47,7 @@ struct Costs {
   double net_latency_us = 0;
   double net_host_us = 0;
   double net_route_us = 0;
+  double net_small_route_us = 0;
 };
 
 // One figure for a kind of device, and its source. A figure that the device has no use for has no source.

@@ -219,18 +219,18 @@ void Forecaster::add_rows(Step& step, const RowWork& rows, int num_sms) const {
   }
 }
 
-// `with_dispatch`: in the call of a small dispatch.
-Step Forecaster::route(bool exact, bool with_dispatch) const {
+Step Forecaster::route(bool exact, RouteWay way) const {
   Step step{.name = "route", .stages = {}};
   const double messages = static_cast<double>(batch_.num_tokens) * batch_.reach.ranks;
   const double per_message_ns = costs_.message_ns / (on_gpu() ? 1 : workers(0));
   step.stages.push_back({"messages", messages * per_message_ns * 1e-3, false, fmt::format("{:.0f} x {:g} ns", messages, per_message_ns)});
-  if (!with_dispatch) add_trips(step, costs_.route_us, fmt::format("{:g} us", costs_.route_us));
+  if (way == RouteWay::kAlone) add_trips(step, costs_.route_us, fmt::format("{:g} us", costs_.route_us));
   if (on_gpu() && exact && batch_.places.num_nodes == 1)  // else it is hosts that count
     step.stages.push_back({"host", costs_.host_us, false, fmt::format("{:g} us until it knows the counts", costs_.host_us)});
+  const double net_us = way == RouteWay::kInKernel ? costs_.net_small_route_us : costs_.net_route_us;
   if (on_gpu() && batch_.places.num_nodes > 1)
-    step.stages.push_back({"counts", costs_.net_route_us, false, fmt::format("{:g} us between nodes", costs_.net_route_us)});
-  if (!with_dispatch) add_network(step, load_of_route(batch_).network);
+    step.stages.push_back({"counts", net_us, false, fmt::format("{:g} us between nodes", net_us)});
+  if (way == RouteWay::kAlone) add_network(step, load_of_route(batch_).network);
   return step;
 }
 
@@ -319,8 +319,10 @@ OperationForecast Forecaster::predict(const OperationChoice& choice) const {
     forecast.link_bytes += load.link;
     forecast.network_bytes += load.network;
   };
-  const bool routes_in_kernel = routes_within && on_gpu() && batch_.places.num_nodes == 1;
-  if (routes && !routes_in_kernel) add(route(choice.exact, routes_within), routes_within ? Load{} : load_of_route(batch_));
+  const bool routes_in_kernel = routes_within && takes_small_kernels("dispatch", as("dispatch", choice));
+  const RouteWay way = routes_in_kernel ? RouteWay::kInKernel : routes_within ? RouteWay::kWithDispatch : RouteWay::kAlone;
+  const bool is_a_step = routes && !(routes_in_kernel && batch_.places.num_nodes == 1);
+  if (is_a_step) add(route(choice.exact, way), routes_within ? Load{} : load_of_route(batch_));
   if (dispatches) add(dispatch(as("dispatch", choice), !routes_within), load_of_dispatch(batch_, routes_within));
   if (combines) add(combine(as("combine", choice)), load_of_combine(batch_));
   if (!on_gpu()) add_wake(forecast.steps.front());

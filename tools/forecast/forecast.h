@@ -88,7 +88,9 @@ class Forecaster {
   int64_t small_blocks(const std::string& op) const;
   double workers(int num_sms) const;
   double ranks_per_core() const;
-  Step route(bool exact, bool with_dispatch) const;
+  // How a batch is routed: by itself, in one call with a dispatch, or also by the kernel of a small one.
+  enum class RouteWay { kAlone, kWithDispatch, kInKernel };
+  Step route(bool exact, RouteWay way) const;
   Step dispatch(const OperationChoice& choice, bool routed) const;
   Step combine(const OperationChoice& choice) const;
   Step small_step(const std::string& name, double fixed_us, const Load& load) const;
