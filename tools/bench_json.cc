@@ -38,6 +38,7 @@ Json record_json(const BenchSetting& setting, const BenchRecord& record) {
   Json json{{"op", record.op},
             {"device", setting.device.cuda() ? "cuda" : "cpu"},
             {"mode", record.mode},
+            {"on_timeout", setting.options.on_timeout},
             {"layout", layout_name(setting.shape.layout)},
             {"dtype", setting.shape.format.name},
             {"wire", setting.options.wire},

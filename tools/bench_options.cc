@@ -77,6 +77,10 @@ void add_bench_flags(CLI::App& app, BenchOptions& options) {
   app.add_option("--mode", options.mode, "auto, throughput or latency")
       ->check(CLI::IsMember({"auto", "throughput", "latency"}))
       ->capture_default_str();
+  app.add_option("--on-timeout", options.on_timeout,
+                 "abort, or mask: what it costs to be able to go on without a rank (GPUs: --ops route_dispatch, round_trip_worst)")
+      ->check(CLI::IsMember({"abort", "mask"}))
+      ->capture_default_str();
   app.add_option("--buffers", options.buffers, "Where rows lie: window (zero copy), caller, or both")
       ->check(CLI::IsMember({"window", "caller", "both"}))
       ->capture_default_str();
@@ -150,6 +154,8 @@ tern_device_type parse_device(const std::string& name) {
   if (name == "cpu") return TERN_DEVICE_CPU;
   return name == "cuda" ? TERN_DEVICE_CUDA : TERN_DEVICE_AUTO;
 }
+
+tern_timeout_policy parse_timeout_policy(const std::string& name) { return name == "mask" ? TERN_ON_TIMEOUT_MASK : TERN_ON_TIMEOUT_ABORT; }
 
 tern_mode parse_mode(const std::string& name) {
   if (name == "throughput") return TERN_MODE_THROUGHPUT;

@@ -39,6 +39,7 @@ struct BenchOptions {
   std::string layout = "rank_major";
   std::string wire = "dtype";
   std::string mode = "auto";
+  std::string on_timeout = "abort";
   std::string buffers = "both";
   std::string json;
   std::string combine = "hierarchical";
@@ -74,5 +75,6 @@ LaunchOptions choose_launch(const std::string& launch, int ranks, int64_t timeou
 
 tern_device_type parse_device(const std::string& name);
 tern_mode parse_mode(const std::string& name);
+tern_timeout_policy parse_timeout_policy(const std::string& name);
 
 }  // namespace tern::tools

@@ -119,6 +119,7 @@ class BenchRank {
             .max_experts = shape.routing.num_experts,
             .num_sms = all_given && !num_sms.empty() ? std::ranges::max(num_sms) : 0,
             .timeout_ms = setting.options.timeout_ms,
+            .on_timeout = parse_timeout_policy(setting.options.on_timeout),
             .mode = parse_mode(setting.options.mode)};
   }
 

@@ -261,16 +261,16 @@ class Arrivals {
       ok = fetch_words(rank) && ok;
     return ok;
   }
-  __device__ bool fetch_words(int source) const {
+  __device__ bool fetch_words(int rank) const {
     constexpr int kAtOnce = 10;
     const int lane = static_cast<int>(device::lane_idx());
-    const uint64_t* from = call_.words(rank_, source);
-    bool has_call = lane == args_.call.words.call() && !call_.is_masked(source);
+    const uint64_t* from = call_.words(rank_, rank);
+    bool has_call = lane == args_.call.words.call() && !call_.is_masked(rank);
 #pragma unroll 1
     for (int first = lane; first < num_words_; first += kAtOnce * kWarpThreads) {
-      uint64_t seen[kAtOnce] = {};  // of a source that is masked
+      uint64_t seen[kAtOnce] = {};  // of a rank that is masked
       // Until all are there: all are looked at again and again, since most waits are short, and in longer ones when the last of them has come.
-      for (int missing = call_.is_masked(source) ? -1 : first, look = 0; missing >= 0; ++look) {
+      for (int missing = call_.is_masked(rank) ? -1 : first, look = 0; missing >= 0; ++look) {
         missing = -1;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
@@ -279,10 +279,10 @@ class Arrivals {
         for (int u = 0; u < kAtOnce; ++u)
           if (first + u * kWarpThreads < num_words_ && !call_.operation().is_of_epoch(seen[u])) missing = first + u * kWarpThreads;
         uint32_t value;
-        if (missing < 0 || look < call_.num_first_looks() || call_.await_word(source, missing, value)) continue;
+        if (missing < 0 || look < call_.num_first_looks() || call_.await_word(rank, missing, value)) continue;
         if (!call_.may_go_on_without() || call_.operation().is_aborted()) return false;
         // What has not come says nothing.
-        call_.miss(source);
+        call_.miss(rank);
         has_call = false;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
@@ -291,9 +291,9 @@ class Arrivals {
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u)
-        if (first + u * kWarpThreads < num_words_) words(source)[first + u * kWarpThreads] = static_cast<uint32_t>(seen[u]);
+        if (first + u * kWarpThreads < num_words_) words(rank)[first + u * kWarpThreads] = static_cast<uint32_t>(seen[u]);
     }
-    return !has_call || call_.check_call(source, words(source)[lane]);
+    return !has_call || call_.check_call(rank, words(rank)[lane]);
   }
 
   // expert_major: groups follow each other within a rank; a warp for each rank adds up their sizes.
