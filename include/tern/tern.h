@@ -627,7 +627,7 @@ typedef struct tern_combine_args {
   int32_t carry_weights TERN_ZERO;    /* 1: row_weights travel; a rank that received no rows sets it too. 0: as row_weights != NULL */
   const float* topk_weights
       TERN_ZERO; /* WEIGHTS_OWNER: [num_tokens, num_topk]. HIERARCHICAL sends them ahead, and the experts' ranks wait for them before they
-       send. GPU, throughput path: in a round of their own, no other send may be under way then */
+       send. In a round of their own, but on the latency path of GPU ranks on one node: no other send may be under way then */
   const float* row_weights TERN_ZERO; /* handed back to the owner: rank_major [rows, num_topk], expert layouts [rows]; NULL: none */
   const void* bias[2] TERN_ZERO;      /* [num_tokens, hidden] each, or NULL; added first, in this order */
   void* out_tokens TERN_ZERO;         /* [num_tokens, hidden] */
