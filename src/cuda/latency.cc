@@ -38,6 +38,16 @@ constexpr bool reciprocals_are_exact() {
 }
 static_assert(reciprocals_are_exact());
 
+constexpr bool places_are_right(const layout::LatencyWords& words) {
+  const kernels::LatencyPlaces places(words);
+  return places.call() == words.call() && places.num_tokens() == words.num_tokens() && places.counts() == words.counts() &&
+         places.presence() == words.presence() && places.num_presence() == words.num_presence() && places.entries() == words.entries() &&
+         places.num_routing_words() == words.num_routing_words() && places.returned() == words.returned() &&
+         places.weights() == words.weights() && places.num_counts == words.num_counts && places.num_batches == words.num_batches;
+}
+static_assert(places_are_right({.num_counts = 36, .max_tokens = 33, .num_topk = 8, .num_batches = 1}) &&
+              places_are_right({.num_counts = 132, .max_tokens = 128, .num_topk = 9, .num_batches = 3}));
+
 // Blocks for each message that may arrive or part that is sent, and one for the routing: what a block does one after the other takes its time, since
 // it is code that is fetched and loads that are waited for.
 int64_t most_blocks(const CudaPlan& plan, int64_t num_parts) { return std::max(plan.shape().max_messages(), num_parts) + 1; }
@@ -172,7 +182,7 @@ kernels::LatencyArgs make_call(const CudaPlan& plan, const tern_launch& launch, 
   args.follows_closely = plan.exchange().facts().has_bulk_copies;  // sm_90
   args.ticket = facts.epoch_kept;
   if (facts.wait_ns != nullptr) args.wait_ns = facts.wait_ns + plan.shape().first_rank();
-  args.words = words_of(plan);
+  args.words = kernels::LatencyPlaces(words_of(plan));
   args.slot = facts.slot;
   args.parts_log2 = facts.parts_log2;
   args.part_bytes = part_bytes(facts.row_bytes, facts.parts_log2);

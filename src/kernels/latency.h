@@ -18,6 +18,36 @@ struct LatencyBatches {
   bool has_own_packed = false;  // dispatch: slots have this rank's own tokens too
 };
 
+// What is where in layout::LatencyWords, which kernels, since they run their code once, need not work out.
+class LatencyPlaces {
+ public:
+  int32_t num_batches = 1;
+  int32_t num_counts = 0;  // of a batch, as the next
+
+  LatencyPlaces() = default;
+  explicit constexpr LatencyPlaces(const layout::LatencyWords& words)
+      : num_batches(words.num_batches),
+        num_counts(static_cast<int32_t>(words.num_counts)),
+        num_presence_(static_cast<int32_t>(words.num_presence())),
+        counts_(static_cast<int32_t>(words.counts())),
+        presence_(static_cast<int32_t>(words.presence())),
+        entries_(static_cast<int32_t>(words.entries())),
+        weights_(static_cast<int32_t>(words.weights())) {}
+
+  static constexpr int32_t call() { return static_cast<int32_t>(layout::LatencyWords{}.call()); }
+  static constexpr int32_t num_tokens() { return static_cast<int32_t>(layout::LatencyWords{}.num_tokens()); }
+  constexpr int32_t num_presence() const { return num_presence_; }
+  constexpr int32_t counts() const { return counts_; }
+  constexpr int32_t presence() const { return presence_; }
+  constexpr int32_t num_routing_words() const { return entries_; }
+  constexpr int32_t entries() const { return entries_; }
+  constexpr int32_t returned() const { return entries_; }
+  constexpr int32_t weights() const { return weights_; }
+
+ private:
+  int32_t num_presence_ = 0, counts_ = 0, presence_ = 0, entries_ = 0, weights_ = 0;
+};
+
 // What both kernels need.
 struct LatencyArgs {
   ExchangeView exchange;
@@ -32,7 +62,7 @@ struct LatencyArgs {
   bool follows_closely = false;  // the kernel may begin while the one in front ends
   uint64_t* ticket = nullptr;    // keeps the epoch from a send to its receive
   int64_t* wait_ns = nullptr;    // [num_ranks] what this rank waits for the calls of the others is added; nullptr: not counted
-  layout::LatencyWords words;
+  LatencyPlaces words;
   layout::LatencySlot slot;
   LatencyBatches batches;
   int32_t sent_tokens = 0;  // that a rank sends at most, of all batches

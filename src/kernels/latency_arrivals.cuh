@@ -28,7 +28,7 @@ class Arrivals {
         memory_(memory),
         rank_(call.rank()),
         num_ranks_(call.num_ranks()),
-        num_words_(static_cast<int>(args.call.words.num_routing_words())) {}
+        num_words_(args.call.words.num_routing_words()) {}
 
   // All threads of the block, of which workers that open nothing may call await_open() instead. False: the exchange has failed, or this is the
   // raising warp, which has no further part in it.
@@ -89,7 +89,7 @@ class Arrivals {
     message = candidate_at(i);
     if (message.token >= plan_.max_tokens || call_.is_masked(call_.batch_of(message.source).rank)) return false;
     const auto [rank, batch] = call_.batch_of(message.source);
-    const auto word = static_cast<int32_t>(args_.call.words.presence() + batch * args_.call.words.num_presence()) + message.token / 32;
+    const auto word = args_.call.words.presence() + batch * args_.call.words.num_presence() + message.token / 32;
     uint32_t present = 0;
     if (device::lane_idx() == 0) call_.await_word_after(call_.look_at_word(rank, word), rank, word, present);
     return (__shfl_sync(~0u, present, 0) >> message.token % 32 & 1) != 0;

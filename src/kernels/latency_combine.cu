@@ -232,7 +232,7 @@ __device__ void push_weights(const LatencyCombineArgs& args, const Call& call) {
     const int32_t expert = plan.experts[i];
     if (expert < 0) continue;
     const int rank = rank_of(args.call, expert);
-    if (call.takes(rank)) call.put_word(rank, static_cast<int32_t>(args.call.words.weights()) + i, __float_as_uint(args.owner_weights[i]));
+    if (call.takes(rank)) call.put_word(rank, args.call.words.weights() + i, __float_as_uint(args.owner_weights[i]));
   }
 }
 

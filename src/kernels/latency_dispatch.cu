@@ -197,15 +197,15 @@ class RowSender {
   }
   // Of the token's entries, a thread each, what they are and their weights.
   __device__ void put_words(int32_t token, uint64_t ranks, const layout::LatencyEntry& entry) const {
-    const layout::LatencyWords& words = args_.call.words;
+    const LatencyPlaces& words = args_.call.words;
     const int k = static_cast<int>(device::lane_idx());
     if (k >= plan_.num_topk) return;
     const int32_t at = token * plan_.num_topk + k;
 #pragma unroll 1
     for (uint64_t left = ranks; left != 0; left &= left - 1) {
       const int rank = __ffsll(static_cast<long long>(left)) - 1;
-      if (call_.routes()) call_.put_word(rank, static_cast<int32_t>(words.entries()) + at, entry.packed());
-      if (args_.carries_weights) call_.put_word(rank, static_cast<int32_t>(words.weights()) + at, __float_as_uint(weight_));
+      if (call_.routes()) call_.put_word(rank, words.entries() + at, entry.packed());
+      if (args_.carries_weights) call_.put_word(rank, words.weights() + at, __float_as_uint(weight_));
     }
   }
   // True: they look unwritten.

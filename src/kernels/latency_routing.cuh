@@ -65,7 +65,7 @@ class OwnRouting {
         call_(call),
         memory_(memory),
         num_ranks_(args.call.exchange.num_ranks),
-        num_presence_(static_cast<int>(args.call.words.num_presence())) {}
+        num_presence_(args.call.words.num_presence()) {}
 
   // Thread `thread` of `num_threads`: no token has been counted.
   __device__ void clear(int thread, int num_threads) const {
@@ -93,8 +93,8 @@ class OwnRouting {
 
   // The workers of a block, when all tokens are counted: tells every rank all counts, and which tokens have a message for it.
   __device__ void publish() const {
-    const layout::LatencyWords& words = args_.call.words;
-    const auto counts = static_cast<int32_t>(words.counts()), presence = static_cast<int32_t>(words.presence());
+    const LatencyPlaces& words = args_.call.words;
+    const auto counts = words.counts(), presence = words.presence();
     const int num_counts = plan_.num_counts(num_ranks_), num_words = call_.num_batches() * (num_counts + num_ranks_ * num_presence_);
     const int num_present = num_words - call_.num_batches() * num_counts;  // first: it is what is asked for first
 #pragma unroll 1

@@ -271,7 +271,7 @@ class ShareSender {
   __device__ bool await_owner_weight(int source, int32_t token, float& weight) const {
     const int k = static_cast<int>(device::lane_idx());
     uint32_t bits = 0;
-    const bool is_there = call_.await_word(source, static_cast<int32_t>(args_.call.words.weights()) + token * plan_.num_topk + k, bits);
+    const bool is_there = call_.await_word(source, args_.call.words.weights() + token * plan_.num_topk + k, bits);
     if (!is_there && call_.may_go_on_without()) call_.cut_off(source);
     weight = __uint_as_float(bits);
     return is_there;
@@ -344,7 +344,7 @@ class ShareSender {
       } else if (message < plan_.row_capacity) {
         weight = args_.returned_weights[int64_t{message} * plan_.num_topk + k];
       }
-      call_.put_word(owner, static_cast<int32_t>(args_.call.words.returned()) + token * plan_.num_topk + k, __float_as_uint(weight));
+      call_.put_word(owner, args_.call.words.returned() + token * plan_.num_topk + k, __float_as_uint(weight));
     }
   }
 

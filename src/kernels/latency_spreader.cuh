@@ -125,12 +125,8 @@ class MessageSpreader {
     weight = __uint_as_float(bits);
     return ok;
   }
-  __device__ int32_t entry_word(const Sender& from, int k) const {
-    return static_cast<int32_t>(args_.call.words.entries()) + from.token * plan_.num_topk + k;
-  }
-  __device__ int32_t weight_word(const Sender& from, int k) const {
-    return static_cast<int32_t>(args_.call.words.weights()) + from.token * plan_.num_topk + k;
-  }
+  __device__ int32_t entry_word(const Sender& from, int k) const { return args_.call.words.entries() + from.token * plan_.num_topk + k; }
+  __device__ int32_t weight_word(const Sender& from, int k) const { return args_.call.words.weights() + from.token * plan_.num_topk + k; }
 
   // Each warp by itself: a part of a message, if it is there; and opens, if need be. The next one that it takes is `next`, if there is one. False:
   // the exchange has failed.
