@@ -175,21 +175,12 @@ tern_metrics CpuExchange::metrics() const {
 
 void CpuExchange::recover(const tern_recover_options& options) {
   const int64_t timeout_ms = options.timeout_ms > 0 ? bounded_timeout_ms(options.timeout_ms) : options_.timeout_ms;
-  begin_generation(council_ == nullptr ? next_generation(domain_, *board_, options, timeout_ms) : agree(options, timeout_ms), timeout_ms);
+  begin_generation(
+      council_ == nullptr ? next_generation(domain_, *board_, options, timeout_ms) : network_->agree(*council_, options, timeout_ms),
+      timeout_ms);
   const tern_exchange_state now = state();
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", domain_.topology.rank, now.generation,
              std::count(now.masked, now.masked + domain_.topology.num_ranks, 1), domain_.topology.num_ranks);
-}
-
-// Between nodes. Those who have agreed close their networks, while others may be at it still.
-NextGeneration CpuExchange::agree(const tern_recover_options& options, int64_t timeout_ms) {
-  network_->expect_losses(true);
-  try {
-    return next_generation(*council_, options, timeout_ms);
-  } catch (const Failure&) {
-    network_->expect_losses(false);
-    throw;
-  }
 }
 
 // If it does not come about, the exchange has failed, whatever it was before: its network is gone, or its heap has other memory than the

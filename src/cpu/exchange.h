@@ -75,7 +75,6 @@ class CpuExchange : public DeviceExchange {
 
   void share_windows(const std::vector<uint8_t>& masked, uint32_t generation, Deadline deadline);
   void start_network(Bootstrap& bootstrap, const std::vector<uint8_t>& masked, Deadline deadline);
-  NextGeneration agree(const tern_recover_options& options, int64_t timeout_ms);
   // `masked`, `generation`: of the group.
   void begin_generation(const NextGeneration& next, int64_t timeout_ms);
 

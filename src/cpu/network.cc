@@ -138,6 +138,16 @@ void Network::stop() {
   closing_ = false;
 }
 
+NextGeneration Network::agree(Council& council, const tern_recover_options& options, int64_t timeout_ms) {
+  closing_ = true;
+  try {
+    return next_generation(council, options, timeout_ms);
+  } catch (const Failure&) {
+    closing_ = false;
+    throw;
+  }
+}
+
 bool Network::take_leave(int64_t timeout_ms) {
   closing_ = true;
   return proxy_->close(Deadline::in_ms(timeout_ms));

@@ -15,6 +15,7 @@
 
 #include "base/log.h"
 #include "cpu/rail.h"
+#include "domain/admission.h"
 #include "domain/domain.h"
 #include "topology/bootstrap.h"
 #include "transport/proxy.h"
@@ -45,8 +46,9 @@ class Network {
   // destructor does, at most for a second.
   void stop();
 
-  // From here on peers may close before this rank does, as at the end of a generation; false: not yet, after all.
-  void expect_losses(bool expected) { closing_ = expected; }
+  // Agrees with the others on the next generation, as next_generation() does. Those who have agreed close their networks, while others may be at
+  // it still: from here on that is no loss, unless nothing comes of it.
+  NextGeneration agree(Council& council, const tern_recover_options& options, int64_t timeout_ms);
 
   // Where the banks are; until the next start.
   const RailPlace& place() const { return place_; }

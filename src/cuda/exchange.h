@@ -123,7 +123,6 @@ class CudaExchange : public DeviceExchange {
   void hear_gpu() const;
   bool gpu_gave_up(int r) const;
   std::vector<uint8_t> given_up() const;
-  NextGeneration agree_between_nodes(const tern_recover_options& options, int64_t timeout_ms);
   bool is_idle() const;
   void await_idle(Deadline deadline) const;
   void free_retired();

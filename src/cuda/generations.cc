@@ -123,21 +123,10 @@ void CudaExchange::recover(const tern_recover_options& options) {
   for (size_t r = 0; r < mask.size() && options.mask != nullptr; ++r) mask[r] |= options.mask[r];
   if (options.readmit == 0) wanted.mask = mask.data();
   const NextGeneration next =
-      council_ != nullptr ? agree_between_nodes(wanted, timeout_ms) : next_generation(control_, board_, wanted, timeout_ms);
+      council_ != nullptr ? nodes_->network().agree(*council_, wanted, timeout_ms) : next_generation(control_, board_, wanted, timeout_ms);
   begin_generation(next, timeout_ms);
   log_.write(TERN_LOG_WARNING, "rank {}: generation {} starts, {} of {} ranks masked out", control_.topology.rank, control_.generation,
              std::count(next.masked.begin(), next.masked.end(), 1), control_.topology.num_ranks);
-}
-
-// Those who have agreed close their networks, while others may be at it still.
-NextGeneration CudaExchange::agree_between_nodes(const tern_recover_options& options, int64_t timeout_ms) {
-  nodes_->expect_losses(true);
-  try {
-    return next_generation(*council_, options, timeout_ms);
-  } catch (const Failure&) {
-    nodes_->expect_losses(false);
-    throw;
-  }
 }
 
 // If it does not come about, the exchange has failed, whatever it was before: its network is gone, or its heap has other memory than the

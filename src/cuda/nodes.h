@@ -49,8 +49,7 @@ class Nodes {
   uint64_t timeouts() const;
   // Under TERN_ON_TIMEOUT_MASK: this rank's window knows whom the other nodes have given up.
   void hear_standing() const { lane(0).rail().hear_standing(); }
-  // Network::expect_losses
-  void expect_losses(bool expected) { network_->expect_losses(expected); }
+  cpu::Network& network() { return *network_; }
 
   // Slots that leave, or that have come, with those of the own node; what is in them is to be added.
   kernels::RailSlots leaving(int32_t lane_idx) const { return slots(lane_idx, false); }

@@ -80,9 +80,8 @@ void CudaPlan::check_throughput_path(const char* operation) const {
   if (!exchange_.masks_late_ranks()) return;
   fail(TERN_UNSUPPORTED,
        "{}: under TERN_ON_TIMEOUT_MASK GPU ranks have the latency path alone: dispatches that route, of at most {} tokens with {} experts "
-       "each (between nodes {} tokens of all nodes, and no combines in mode EXACT), and rows that fit the staging; "
-       "this "
-       "operation does not take it",
+       "each (between nodes {} tokens of all nodes, and no combines in mode EXACT), and rows that fit the "
+       "staging; this operation does not take it",
        operation, layout::kMostLatencyTokens, layout::kMostLatencyTopk, layout::kMostLatencyTokens);
 }
 
