@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "memory/sharing.h"
 
-#include <sys/random.h>
-
 #include "base/error.h"
+#include "base/random.h"
 #include "memory/sharers.h"
 
 namespace tern {
@@ -43,7 +42,7 @@ std::unique_ptr<SegmentSharer> make_segment_sharer(const Topology& topology, Boo
   const bool threads = one_process(topology);
   Invitation mine = {};
   if (topology.rank == 0) {
-    if (::getrandom(mine.key.data(), sizeof(mine.key), 0) != sizeof(mine.key)) fail_errno("getrandom", "sharing of segments");
+    mine.key = random_value<SocketKey>("sharing of segments");
     if (threads) mine.hub = reinterpret_cast<uint64_t>(make_hub(topology.num_ranks));
   }
   std::vector<Invitation> all(topology.num_ranks);

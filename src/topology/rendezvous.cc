@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "topology/rendezvous.h"
 
-#include <sys/random.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <thread>
 
 #include "base/error.h"
+#include "base/random.h"
 #include "topology/socket.h"
 #include "topology/star_bootstrap.h"
 
@@ -191,7 +191,7 @@ Hello make_hello(const Launch& launch, const std::string& group) {
   Hello hello = {};
   hello.preamble = preamble();
   hello.job_hash = stable_hash(launch.job);
-  if (::getrandom(&hello.nonce, sizeof(hello.nonce), 0) != sizeof(hello.nonce)) fail_errno("getrandom", "rendezvous");
+  hello.nonce = random_value<uint64_t>("rendezvous");
   hello.num_ranks = launch.num_ranks;
   hello.rank = launch.rank;
   copy_text(hello.group, group);

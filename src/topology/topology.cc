@@ -2,7 +2,6 @@
 #include "topology/topology.h"
 
 #include <sched.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -20,6 +19,7 @@
 #include <type_traits>
 
 #include "base/error.h"
+#include "base/random.h"
 
 namespace tern {
 namespace {
@@ -83,11 +83,7 @@ std::optional<ProcessStat> read_stat(int64_t pid) {
 }
 
 uint64_t process_nonce() {
-  static const uint64_t nonce = [] {
-    uint64_t value = 0;
-    if (::getrandom(&value, sizeof(value), 0) != sizeof(value)) fail_errno("getrandom", "topology");
-    return value;
-  }();
+  static const auto nonce = random_value<uint64_t>("topology");
   return nonce;
 }
 

@@ -11,9 +11,12 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/random.h"
 
 namespace tern {
 namespace {
+
+constexpr int kMostTries = 16;  // for an address that nobody else has taken
 
 // Opens one object: `open` is libfabric's call, which fills the pointer.
 template <typename Fid, typename Open>
@@ -41,6 +44,13 @@ struct Registered {
   Owned<fid_mr> memory;
 };
 
+// The first of the keys that say where a peer may write. Nobody else has them: an address may soon be another process's, and who still writes to
+// the one that had it (over TCP the connection is made anew) must not hit that one's memory. All keys are shorter by a bit, to count on from here.
+uint64_t first_key(const fi_info& info) {
+  const int num_bits = 8 * static_cast<int>(std::clamp<size_t>(info.domain_attr->mr_key_size, 1, sizeof(uint64_t))) - 1;
+  return random_value<uint64_t>("transport") >> (64 - num_bits);
+}
+
 size_t num_departing(const fi_info& info, int most_outstanding) {
   const auto most = static_cast<size_t>(most_outstanding);
   return info.tx_attr->size == 0 ? most : std::min(most, info.tx_attr->size);
@@ -49,7 +59,10 @@ size_t num_departing(const fi_info& info, int most_outstanding) {
 }  // namespace
 
 FabricConnection::FabricConnection(FabricInfo info, const Options& options)
-    : info_(std::move(info)), device_(options.device), departing_(num_departing(*info_, options.most_outstanding)) {
+    : info_(std::move(info)),
+      device_(options.device),
+      departing_(num_departing(*info_, options.most_outstanding)),
+      next_key_(first_key(*info_)) {
   for (Departing& message : departing_) idle_.push_back(&message);
   const auto& i = *info_;
   fabric_ = open_fid<fid_fabric>("fi_fabric", i, [&](fid_fabric** out) { return fabric_library().fabric(i.fabric_attr, out, nullptr); });
@@ -59,11 +72,23 @@ FabricConnection::FabricConnection(FabricInfo info, const Options& options)
   peers_ = open_fid<fid_av>("fi_av_open", i, [&](fid_av** out) { return fi_av_open(domain_.get(), &peers, out, nullptr); });
   // Room for what leaves, and for some messages of each peer: more wait in the provider until the queue is read.
   open_queue(departing_.size() + size_t(options.num_ranks) * 16 + 1024);
-  endpoint_ = open_fid<fid_ep>("fi_endpoint", i, [&](fid_ep** out) { return fi_endpoint(domain_.get(), info_.get(), out, nullptr); });
-  takes_gpu_memory_ = allow_gpu_memory(options.gpu_memory);
+  int code = 0;
+  for (int num_tries = 0; num_tries < kMostTries; ++num_tries) {
+    code = open_endpoint(options.gpu_memory);
+    if (code != -FI_EADDRINUSE) break;
+  }
+  check("fi_enable", code);
+}
+
+// Returns what fi_enable does: -FI_EADDRINUSE where another process has come to the same port meanwhile, which is likely where few are allowed
+// (FI_TCP_PORT_LOW_RANGE). The next endpoint has another one.
+int FabricConnection::open_endpoint(int64_t gpu_memory) {
+  endpoint_.reset();
+  endpoint_ = open_fid<fid_ep>("fi_endpoint", *info_, [&](fid_ep** out) { return fi_endpoint(domain_.get(), info_.get(), out, nullptr); });
+  takes_gpu_memory_ = allow_gpu_memory(gpu_memory);
   check("fi_ep_bind (addresses)", fi_ep_bind(endpoint_.get(), &peers_->fid, 0));
   check("fi_ep_bind (completions)", fi_ep_bind(endpoint_.get(), &queue_->fid, FI_TRANSMIT | FI_RECV));
-  check("fi_enable", fi_enable(endpoint_.get()));
+  return fi_enable(endpoint_.get());
 }
 
 // A provider that has to say so refuses where its device cannot get at the GPU's memory by itself. Those that do not know the option are older,

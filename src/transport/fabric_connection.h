@@ -67,6 +67,7 @@ class FabricConnection {
  private:
   bool has_mode(int mr_mode_bit) const { return (info_->domain_attr->mr_mode & mr_mode_bit) != 0; }
   void open_queue(size_t num_entries);
+  int open_endpoint(int64_t gpu_memory);
   bool allow_gpu_memory(int64_t gpu_memory) const;
 
   // Closed from the last to the first: the provider writes to `departing_` until the endpoint is closed.
@@ -82,7 +83,7 @@ class FabricConnection {
   std::vector<Departing*> idle_;
   size_t outstanding_bytes_ = 0;
   std::vector<fi_addr_t> addresses_;
-  uint64_t next_key_ = 1;
+  uint64_t next_key_;
   bool takes_gpu_memory_ = false;
 };
 

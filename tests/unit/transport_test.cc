@@ -286,6 +286,47 @@ TEST_P(OverDevices, APeerThatLeavesIsNamed) {
   for (const std::string& text : outcomes) EXPECT_EQ(text, "ok");
 }
 
+// As if the address of a rank that has ended had become rank 1's: what rank 0 knows of that one's memory does not open rank 1's. Its connection may
+// end with that, and nobody else's.
+TEST_F(Endpoints, MemoryOfAnEarlierEndpointIsNotReached) {
+  constexpr std::byte kUntouched{0xa5};
+  auto bootstraps = make_local_bootstraps(3);
+  std::atomic<int> num_finished = 0;
+  const auto outcomes = run_threads(3, [&](int r) {
+    std::vector<std::byte> memory(256, kUntouched), zeros(64), expected(memory);
+    std::vector<RemoteRegion> earlier;
+    {
+      const auto ended = make_endpoint(*bootstraps[r], over_loopback(), ample());
+      const Region region = ended->register_memory(memory.data(), memory.size());
+      earlier = Rank{*bootstraps[r], *ended, num_finished}.exchange(region);
+    }
+    const auto endpoint = make_endpoint(*bootstraps[r], over_loopback(), ample());
+    const Region here = endpoint->register_memory(memory.data(), memory.size()),
+                 from = endpoint->register_memory(zeros.data(), zeros.size());
+    const Rank me = {*bootstraps[r], *endpoint, num_finished};
+    const std::vector<RemoteRegion> remotes = me.exchange(here);
+    Put put{.peer = 1, .from = &from, .to = r == 0 ? earlier[1] : remotes[1], .num_bytes = zeros.size(), .epoch = 1, .last = true};
+    if (r == 0)
+      for (const bool counted : {false, true}) {
+        put.counted = counted;
+        outcome([&] { endpoint->put(put, Deadline::in_ms(500)); });
+      }
+    if (r == 2) {
+      put.to_offset = 128;
+      endpoint->put(put, ample());
+    }
+    if (r == 1) me.await(2, 0, 1);
+    const Deadline soon = Deadline::in_ms(1000);
+    while (!soon.passed()) outcome([&] { endpoint->wait(soon); });  // what rank 0 has put fails in some way, or waits
+    if (r == 1) std::copy_n(zeros.begin(), zeros.size(), expected.begin() + 128);
+    require(memory == expected, "rank 2 has written where it may, and nobody else anywhere");
+    require(!endpoint->complete(0, 0, 1), "nothing is counted from rank 0");
+    char mine = 0, all[3];
+    bootstraps[r]->allgather(&mine, all, 1, ample());
+  });
+  for (const std::string& text : outcomes) EXPECT_EQ(text, "ok");
+}
+
 // Small puts are one message, large ones one for each device at least.
 TEST_P(OverDevices, LargePutsAreStripes) {
   constexpr size_t kMost = 4 << 20;
