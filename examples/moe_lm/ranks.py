@@ -20,6 +20,10 @@ class Ranks:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._stop = stop
         if are_started():
+            # Loaded later, as by an optimizer, it has the process group in default arguments: destroy_process_group() would not
+            # end gloo's threads, and one of them could meet the ending interpreter.
+            import torch.distributed.nn  # noqa: F401
+
             store = os.environ.get(STORE)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
